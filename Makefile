@@ -1,0 +1,131 @@
+# flashvaed: everything works on a fresh machine with make and Python 3.11 or newer.
+#
+#   make demo                 the whole pipeline on the embedded default, about 10 minutes on two cores
+#   make demo DATA=clips/     the same on your own videos (files or folders, several separated by spaces)
+#   make test                 the test suite
+#   make check                formatting, lint, types, room contract, tests
+#   make fix                  format and mend what ruff can mend
+#   make bench                benchmark tables
+#   make teacher DATA=videos/ train builtin:tiny-wan anew (resumable)
+#   make clean                remove what the demo and the tools made; `make distclean` the environment too
+#
+# Variables: VENV=.venv, PYTHON3=<which python makes it>, PIP_FLAGS=<e.g. --extra-index-url
+# https://download.pytorch.org/whl/cpu for torch without CUDA>, PYTEST_FLAGS=<e.g. -k prune>.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+PYTHON3 ?= python3
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+DATA ?=
+
+PYTHON := $(VENV)/bin/python
+FLASHVAED := $(VENV)/bin/flashvaed
+INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
+
+.PHONY: help demo test check format-check lint types imports fix bench teacher clean distclean FORCE
+
+help:
+	@sed -n '/^#   /s/^#   //p' Makefile
+
+# --- environment ------------------------------------------------------------------------------------------
+
+$(PYTHON):
+	@for candidate in $(PYTHON3) python3.14 python3.13 python3.12 python3.11; do \
+	    if command -v "$$candidate" >/dev/null && "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+	    then found="$$candidate"; break; fi; \
+	done; \
+	if [ -z "$${found:-}" ]; then \
+	    echo "flashvaed needs Python 3.11 or newer, and neither $(PYTHON3) nor python3.11 to python3.14 is one." >&2; \
+	    echo "Install one, or name it: make PYTHON3=/path/to/python ..." >&2; exit 1; \
+	fi; \
+	"$$found" -m venv "$(VENV)" || { \
+	    echo "$$found cannot make a virtual environment (Debian, Ubuntu: apt install python3-venv)." >&2; exit 1; }
+
+# The stamps are younger than pyproject.toml as long as nothing has to be installed.
+$(INSTALLED): pyproject.toml | $(PYTHON)
+	$(PYTHON) -m pip install --quiet $(PIP_FLAGS) -e .
+	@touch $@
+
+$(INSTALLED_DEV): pyproject.toml | $(PYTHON)
+	$(PYTHON) -m pip install --quiet $(PIP_FLAGS) -e '.[dev]'
+	@touch $(INSTALLED) $@
+
+# --- the main job -----------------------------------------------------------------------------------------
+
+DEMO := build/demo
+DEMO_RECIPE := recipes/demo.yaml
+DEMO_FLAGS = --recipe $(DEMO_RECIPE) $(foreach path,$(DATA),--data $(path))
+DEMO_INPUTS := $(DEMO_RECIPE) $(DEMO)/.data $(INSTALLED)
+
+# Eval comes last, so that its table ends the output.
+demo: $(DEMO)/.exported
+	@$(MAKE) --no-print-directory $(DEMO)/report/report.json
+	@echo "The demo is complete: $(DEMO)/report/report.md, and the decoder is $(DEMO)/flash.safetensors"
+
+# Changes only when DATA does; then everything is made anew.
+$(DEMO)/.data: FORCE
+	@mkdir -p $(@D)
+	@[ -f $@ ] && [ "$$(cat $@)" = "$(DATA)" ] || printf '%s\n' "$(DATA)" > $@
+
+$(DEMO)/analysis.safetensors: $(DEMO_INPUTS)
+	$(FLASHVAED) analyze $(DEMO_FLAGS) --output $@
+
+$(DEMO)/pruned.safetensors: $(DEMO)/analysis.safetensors
+	$(FLASHVAED) prune $(DEMO_FLAGS) --analysis $< --output $@
+
+$(DEMO)/converted.safetensors: $(DEMO)/pruned.safetensors
+	$(FLASHVAED) convert-ops $< $(DEMO_FLAGS) --output $@
+
+$(DEMO)/flash.safetensors: $(DEMO)/converted.safetensors
+	$(FLASHVAED) distill $< $(DEMO_FLAGS) --output $@
+
+$(DEMO)/.exported: $(DEMO)/flash.safetensors
+	$(FLASHVAED) export $< --recipe $(DEMO_RECIPE) --output $(DEMO)/export
+	@touch $@
+
+$(DEMO)/report/report.json: $(DEMO)/flash.safetensors
+	$(FLASHVAED) eval $< $(DEMO_FLAGS) --output $(@D)
+
+# --- checks -----------------------------------------------------------------------------------------------
+
+# Two workers with one thread each: more threads than cores make torch slower, not faster.
+test: $(INSTALLED_DEV)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 $(PYTEST_FLAGS)
+
+check: format-check lint types imports test
+
+format-check: $(INSTALLED_DEV)
+	$(PYTHON) -m ruff format --check .
+
+lint: $(INSTALLED_DEV)
+	$(PYTHON) -m ruff check .
+
+types: $(INSTALLED_DEV)
+	$(PYTHON) -m pyright --pythonpath $(PYTHON)
+
+imports: $(INSTALLED_DEV)
+	$(VENV)/bin/lint-imports
+
+fix: $(INSTALLED_DEV)
+	$(PYTHON) -m ruff format .
+	$(PYTHON) -m ruff check --fix .
+
+bench: $(INSTALLED_DEV)
+	$(PYTHON) -m pytest -m "bench and not gpu" -s -p no:xdist $(PYTEST_FLAGS)
+
+teacher: $(INSTALLED)
+	@[ -n "$(DATA)" ] || { echo "make teacher needs videos: make teacher DATA=folder" >&2; exit 1; }
+	$(PYTHON) -m flashvaed_cli.stages.teacher $(foreach path,$(DATA),--data $(path))
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find flashvaed_cli tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv

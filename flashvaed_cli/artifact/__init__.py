@@ -1,0 +1,1 @@
+"""Read, write, recognise and translate checkpoints."""

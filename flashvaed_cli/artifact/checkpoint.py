@@ -1,0 +1,335 @@
+"""Checkpoints of any origin as modules, and modules back into artifacts.
+
+A location is the path of an artifact, of another program's file or diffusers folder, `hf://owner/repo/path`, or
+`builtin:NAME`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from flashvaed_cli.artifact.diffusers_config import check_widths, latent_statistics
+from flashvaed_cli.artifact.foreign import read_foreign
+from flashvaed_cli.artifact.header import ArtifactHeader, Lineage
+from flashvaed_cli.artifact.hub import SCHEME, fetch_hub_file
+from flashvaed_cli.artifact.layouts import Layout, Role, fold_separable, slots, spec_from_shapes
+from flashvaed_cli.artifact.mismatch import Shape, compare_shapes
+from flashvaed_cli.artifact.recognition import ROLES, present_roles, recognise
+from flashvaed_cli.artifact.store import is_artifact, read_artifact, sha256_of, sha256_of_files, write_artifact
+from flashvaed_cli.decoders.coder import Coder, Decoder, Encoder
+from flashvaed_cli.decoders.families import get_family
+from flashvaed_cli.decoders.spec import CoderSpec, DecoderSpec, EncoderSpec
+from flashvaed_cli.errors import ArtifactError
+
+BUILTIN_SCHEME = "builtin:"
+ARTIFACT_LAYOUT = "flashvaed"
+_LATENT_LAYERS: tuple[tuple[Role, str], ...] = (("decoder", "post_quant.0"), ("encoder", "quant.0"))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A VAE, or one half of one, ready to run: float32, eval, no gradients.
+
+    Attributes:
+        location: as given.
+        sha256: of the file (of the list of files for a folder).
+        layout: `flashvaed`, `wan-original` or `diffusers`.
+        latent_mean: per latent channel, so that normalized = (raw - latent_mean) / latent_std.
+        kept_channels: see `ArtifactHeader`; empty for foreign checkpoints.
+        header: None for foreign checkpoints.
+    """
+
+    location: str
+    sha256: str
+    layout: str
+    family: str
+    decoder: Decoder | None
+    encoder: Encoder | None
+    latent_mean: tuple[float, ...]
+    latent_std: tuple[float, ...]
+    kept_channels: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    header: ArtifactHeader | None = None
+
+    def require_decoder(self) -> Decoder:
+        """The decoder. Raises ArtifactError if there is none."""
+        if self.decoder is None:
+            raise ArtifactError(f"{self.location}: holds an encoder but no decoder.")
+        return self.decoder
+
+    def require_encoder(self) -> Encoder:
+        """The encoder. Raises ArtifactError if there is none."""
+        if self.encoder is None:
+            raise ArtifactError(
+                f"{self.location}: holds a decoder but no encoder, which turning videos into latents needs. "
+                "Give the VAE that it was made for with --original."
+            )
+        return self.encoder
+
+    def lineage(self, role: str) -> Lineage:
+        """How another artifact names this one."""
+        return Lineage(role=role, location=self.location, sha256=self.sha256)
+
+
+def load_checkpoint(location: str | Path, *, builtins: Mapping[str, Path]) -> Checkpoint:
+    """Load a checkpoint from any location; the width is read from the shapes.
+
+    Args:
+        builtins: what `builtin:NAME` stands for.
+    Raises:
+        ArtifactError: not found, not readable, of another model, or tensors that do not fit.
+    """
+    location = str(location)
+    path = locate(location, builtins)
+    return _load_artifact(location, path) if is_artifact(path) else _load_foreign(location, path)
+
+
+def locate(location: str, builtins: Mapping[str, Path]) -> Path:
+    """The file or folder that a location stands for, downloaded if need be.
+
+    Raises:
+        ArtifactError: nothing there; says what there is instead.
+    """
+    if location.startswith(SCHEME):
+        return fetch_hub_file(location)
+    listed = ", ".join(f"{BUILTIN_SCHEME}{name}" for name in builtins) or "none"
+    if location.startswith(BUILTIN_SCHEME):
+        name = location.removeprefix(BUILTIN_SCHEME)
+        if name not in builtins:
+            raise ArtifactError(f"{location}: no such builtin; this version ships: {listed}.")
+        return builtins[name]
+    path = Path(location).expanduser()
+    if path.exists():
+        return path
+    folder = path.parent
+    near = difflib.get_close_matches(path.name, [p.name for p in folder.iterdir()] if folder.is_dir() else [], n=3)
+    hint = f" Near it: {', '.join(str(folder / name) for name in near)}." if near else ""
+    raise ArtifactError(f"{location}: no such file or folder.{hint} Builtin: {listed}.")
+
+
+def _load_artifact(location: str, path: Path) -> Checkpoint:
+    header, tensors = read_artifact(path)
+    if header.kind == "analysis":
+        raise ArtifactError(f"{location}: an analysis (statistics), not a decoder. Give it with --analysis.")
+    coders = {role: empty_coder(spec) for role in ROLES if (spec := getattr(header, role)) is not None}
+    expected = {f"{role}.{name}": tuple(value.shape) for role, coder in coders.items() for name, value in _named(coder)}
+    compare_shapes(expected, _shapes(tensors)).raise_if_any(location, ARTIFACT_LAYOUT)
+    for role, coder in coders.items():
+        fill_coder(coder, {name: tensors[f"{role}.{name}"] for name, _ in _named(coder)}, location)
+    return Checkpoint(
+        location=location,
+        sha256=sha256_of(path),
+        layout=ARTIFACT_LAYOUT,
+        family=header.family,
+        decoder=coders.get("decoder"),  # type: ignore[arg-type]
+        encoder=coders.get("encoder"),  # type: ignore[arg-type]
+        latent_mean=header.latent_mean,
+        latent_std=header.latent_std,
+        kept_channels=dict(header.kept_channels),
+        header=header,
+    )
+
+
+def _load_foreign(location: str, path: Path) -> Checkpoint:
+    weights = read_foreign(path)
+    layout = recognise(_shapes(weights.tensors), location)
+    coders = coders_from_foreign(weights.tensors, layout, location)
+    specs = {role: coder.spec for role, coder in coders.items()}
+    if weights.whole_folder:
+        check_widths(weights.config or {}, specs, location)
+    mean, std = latent_statistics(weights, get_family(layout.family), specs, location)
+    return Checkpoint(
+        location=location,
+        sha256=sha256_of_files(weights.files),
+        layout=layout.name,
+        family=layout.family,
+        decoder=coders.get("decoder"),  # type: ignore[arg-type]
+        encoder=coders.get("encoder"),  # type: ignore[arg-type]
+        latent_mean=mean,
+        latent_std=std,
+    )
+
+
+def coders_from_foreign(
+    tensors: Mapping[str, Tensor], layout: Layout, location: str = "checkpoint"
+) -> dict[Role, Coder]:
+    """The decoder, the encoder or both that a state dict of another layout holds.
+
+    Raises:
+        ArtifactError: names all tensors that are missing, superfluous or of another shape.
+    """
+    tensors = fold_separable(tensors)
+    shapes = _shapes(tensors)
+    roles = present_roles(shapes, layout)
+    specs = {role: spec_from_shapes(shapes, layout, role, location) for role in roles}
+    places = {role: slots(spec, layout) for role, spec in specs.items()}
+    expected = {slot.foreign: slot.shape for slots_of_role in places.values() for slot in slots_of_role}
+    # Half a VAE keeps the other half's 1x1 layer beside the latent: released students do.
+    spare = {f"{layout.places[r][a]}.{end}" for r, a in _LATENT_LAYERS if r not in roles for end in ("weight", "bias")}
+    compare_shapes(expected, shapes, spare).raise_if_any(location, layout.name)
+    coders: dict[Role, Coder] = {}
+    for role in roles:
+        coders[role] = empty_coder(specs[role])
+        fill_coder(coders[role], {slot.ours: tensors[slot.foreign] for slot in places[role]}, location)
+    return coders
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _named(coder: Coder) -> Iterable[tuple[str, Tensor]]:
+    return coder.state_dict().items()
+
+
+def empty_coder(spec: CoderSpec) -> Coder:
+    """The module of a spec without weights (on the meta device), to be filled."""
+    with torch.device("meta"):
+        return Encoder(spec) if isinstance(spec, EncoderSpec) else Decoder(cast(DecoderSpec, spec))
+
+
+def fill_coder(coder: Coder, tensors: Mapping[str, Tensor], location: str) -> None:
+    """Give a module its weights, as float32 copies on the CPU; axes of length 1 may differ. Eval, no gradients.
+
+    Raises:
+        ArtifactError: quantised weights.
+    """
+    state: dict[str, Tensor] = {}
+    for name, empty in _named(coder):
+        tensor = tensors[name]
+        if not tensor.is_floating_point():
+            raise ArtifactError(
+                f"{location}: {name} is {tensor.dtype}; quantised weights cannot be read. Give a float checkpoint."
+            )
+        # Always a copy: the file behind a mapped tensor may change.
+        state[name] = tensor.to(torch.float32, copy=True).reshape(empty.shape).contiguous()
+    coder.load_state_dict(state, strict=True, assign=True)
+    coder.eval().requires_grad_(False)
+
+
+def derived_header(
+    parent: Checkpoint,
+    *,
+    kind: Literal["vae", "decoder", "analysis"] = "decoder",
+    recipe: Mapping[str, Any] | None = None,
+    command_line: str = "",
+    seed: int | None = None,
+    kept_channels: Mapping[str, Sequence[int]] | None = None,
+    parents: Sequence[Lineage] = (),
+    measured: Mapping[str, Any] | None = None,
+) -> ArtifactHeader:
+    """The header of what a command makes from `parent`: family, scales and lineage are handed on.
+
+    Args:
+        kept_channels: of the new decoder; None hands on the parent's.
+        parents: further files that the command read (an analysis); `parent` itself is put first.
+    """
+    original = parent.header.original if parent.header is not None else None
+    kept = parent.kept_channels if kept_channels is None else kept_channels
+    return ArtifactHeader(
+        kind=kind,
+        family=parent.family,
+        decoder=None if parent.decoder is None else parent.decoder.spec,
+        latent_mean=parent.latent_mean,
+        latent_std=parent.latent_std,
+        kept_channels={address: tuple(indices) for address, indices in kept.items()},
+        recipe=dict(recipe or {}),
+        command_line=command_line,
+        seed=seed,
+        original=original or parent.lineage("original"),
+        parents=(parent.lineage("decoder"), *parents),
+        measured=dict(measured or {}),
+    )
+
+
+def save_checkpoint(
+    path: str | Path,
+    header: ArtifactHeader,
+    *,
+    decoder: Decoder | None,
+    encoder: Encoder | None = None,
+    dtype: torch.dtype = torch.float32,
+    force: bool = False,
+) -> str:
+    """Write a decoder, or with an encoder a whole VAE, as an artifact. Returns its SHA-256.
+
+    The header's kind and specs are taken from the modules.
+
+    Raises:
+        ArtifactError: a weight does not fit `dtype`, or see `write_artifact`.
+    """
+    tensors: dict[str, Tensor] = {}
+    for role, coder in (("decoder", decoder), ("encoder", encoder)):
+        for name, tensor in () if coder is None else _named(coder):
+            tensors[f"{role}.{name}"] = cast_weight(tensor, dtype, f"{role}.{name}")
+    specs = {
+        "kind": "decoder" if encoder is None else "vae",
+        "decoder": None if decoder is None else decoder.spec,
+        "encoder": None if encoder is None else encoder.spec,
+    }
+    write_artifact(path, tensors, header.model_copy(update=specs), force=force)
+    return sha256_of(path)
+
+
+def cast_weight(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The weight in the dtype of the file. Raises ArtifactError if it overflows there or is not finite."""
+    cast_tensor = tensor.detach().to("cpu", dtype)
+    if not torch.isfinite(cast_tensor).all():
+        what = (
+            "is not finite" if not torch.isfinite(tensor).all() else f"overflows in {dtype}: write float32 or bfloat16"
+        )
+        raise ArtifactError(f"nothing was written: weight {name} {what}.")
+    return cast_tensor
+
+
+def load_original(
+    checkpoint: Checkpoint, override: str | None, builtins: Mapping[str, Path], *, needs_encoder: bool = True
+) -> Checkpoint:
+    """The original that a checkpoint descends from: itself, if it names none.
+
+    Args:
+        override: the user's `--original`; must be the same file as the recorded one, by its SHA-256.
+    Raises:
+        ArtifactError: not found, another file than recorded, another latent space, or without an encoder.
+    """
+    recorded = checkpoint.header.original if checkpoint.header is not None else None
+    if override is not None:
+        original = load_checkpoint(override, builtins=builtins)
+    elif recorded is not None:
+        original = _load_recorded(checkpoint, recorded, builtins)
+    else:
+        original = checkpoint
+    if recorded is not None and original.sha256 != recorded.sha256:
+        raise ArtifactError(
+            f"{original.location} is not the original of {checkpoint.location}: expected SHA-256 {recorded.sha256} "
+            f"(recorded for {recorded.location}), found {original.sha256}. Give the right file with --original."
+        )
+    if needs_encoder:
+        original.require_encoder()
+    if len(original.latent_mean) != len(checkpoint.latent_mean):
+        raise ArtifactError(
+            f"{original.location} has {len(original.latent_mean)} latent channels, {checkpoint.location} has "
+            f"{len(checkpoint.latent_mean)}: not its original. Give the right one with --original."
+        )
+    return original
+
+
+def _load_recorded(checkpoint: Checkpoint, recorded: Lineage, builtins: Mapping[str, Path]) -> Checkpoint:
+    """Load the recorded original from where it was, or, if the artifact was moved with it, from beside it."""
+    location = recorded.location
+    if "://" not in location and not location.startswith(BUILTIN_SCHEME) and not Path(location).expanduser().exists():
+        beside = Path(checkpoint.location).parent / location
+        location = str(beside) if beside.exists() else location
+    try:
+        return load_checkpoint(location, builtins=builtins)
+    except ArtifactError as error:
+        raise ArtifactError(
+            f"the original of {checkpoint.location} (SHA-256 {recorded.sha256}) cannot be loaded: {error}\n"
+            "Say where it is now with --original."
+        ) from error

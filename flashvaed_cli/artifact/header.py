@@ -1,0 +1,111 @@
+"""What an artifact says about itself: everything but the tensors.
+
+The header is JSON under the key `flashvaed` of a safetensors file. Equal content gives equal bytes (no dates,
+keys sorted), so the SHA-256 of an artifact can be reproduced. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from flashvaed_cli import __version__
+from flashvaed_cli.decoders.spec import DecoderSpec, EncoderSpec
+from flashvaed_cli.errors import ArtifactError
+
+HEADER_KEY = "flashvaed"
+SCHEMA_VERSION = 1
+
+
+def _json_value(value: object) -> Any:
+    """JSON values only, tuples as lists; a figure that is not finite becomes null, which JSON can say."""
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise ValueError(f"keys must be strings, not {[key for key in value if not isinstance(key, str)][:3]}")
+        return {key: _json_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    raise ValueError(f"{type(value).__name__} is no JSON value: {value!r:.60}")
+
+
+JsonDict = Annotated[dict[str, Any], BeforeValidator(_json_value)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Lineage(_Frozen):
+    """Another file that this one came from. `role` says as what: `original`, `decoder`, `analysis`."""
+
+    role: str
+    location: str
+    sha256: str
+
+
+class ArtifactHeader(_Frozen):
+    """The header of one artifact.
+
+    Attributes:
+        tool: version of flashvaed that wrote it.
+        latent_mean: per latent channel, so that normalized = (raw - latent_mean) / latent_std.
+        kept_channels: tensor address, `up2.0` (a block's output) or `up2.0.conv1` (a layer's), to the indices of
+            the original's channels that are left. An absent address has them all.
+        recipe: the resolved settings of the command that wrote it.
+        original: what the pipeline started from; None when this is itself an original.
+        parents: the files that the command read.
+        measured: figures, by name; what is not finite is stored as null.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    tool: str = __version__
+    kind: Literal["vae", "decoder", "analysis"]
+    family: str
+    decoder: DecoderSpec | None = None
+    encoder: EncoderSpec | None = None
+    latent_mean: tuple[float, ...]
+    latent_std: tuple[float, ...]
+    kept_channels: dict[str, tuple[int, ...]] = {}
+    recipe: JsonDict = {}
+    command_line: str = ""
+    seed: int | None = None
+    original: Lineage | None = None
+    parents: tuple[Lineage, ...] = ()
+    measured: JsonDict = {}
+
+
+def dump_header(header: ArtifactHeader) -> str:
+    """The header as JSON; equal headers give equal text."""
+    return json.dumps(header.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def parse_header(text: str, location: str) -> ArtifactHeader:
+    """The header of the artifact at `location`.
+
+    Raises:
+        ArtifactError: written by a newer flashvaed, or damaged.
+    """
+    try:
+        raw = json.loads(text)
+        version = raw["schema_version"]
+    except (ValueError, TypeError, KeyError):
+        raise ArtifactError(f"{location}: its flashvaed header is damaged; write the artifact anew.") from None
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{location}: written by flashvaed {raw.get('tool', '?')} with artifact schema {version}; "
+            f"this is flashvaed {__version__}, which reads schemas up to {SCHEMA_VERSION}. Upgrade flashvaed."
+        )
+    try:
+        return ArtifactHeader.model_validate(raw)
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:4])
+        raise ArtifactError(
+            f"{location}: its flashvaed header does not fit schema {version} ({faults}); write the artifact anew."
+        ) from None

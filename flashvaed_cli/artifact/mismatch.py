@@ -1,0 +1,61 @@
+"""One error for everything that does not fit between the tensors expected and those found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from flashvaed_cli.errors import ArtifactError
+
+_SHOWN = 8
+
+Shape = tuple[int, ...]
+
+
+@dataclass
+class Mismatch:
+    """What does not fit, by tensor name. `wrong` says what was expected and found."""
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+    def raise_if_any(self, location: str, layout: str) -> None:
+        """Raise one ArtifactError that names at most eight of each kind, with counts."""
+        parts = [
+            _listed("missing", self.missing),
+            _listed("unexpected", self.unexpected),
+            _listed("of another shape", self.wrong),
+        ]
+        if any(parts):
+            raise ArtifactError(
+                f"{location}: its tensors do not fit the {layout} layout.\n"
+                + "\n".join(part for part in parts if part)
+                + "\nThe file is incomplete, or of another model; nothing was loaded."
+            )
+
+
+def compare_shapes(expected: Mapping[str, Shape], found: Mapping[str, Shape], allowed: Iterable[str] = ()) -> Mismatch:
+    """Compare by name and by shape, axes of length 1 apart. `allowed` may be there in vain."""
+    allowed = set(allowed)
+    return Mismatch(
+        missing=[name for name in expected if name not in found],
+        unexpected=[name for name in found if name not in expected and name not in allowed],
+        wrong=[
+            f"{name} (expected {list(shape)}, found {list(found[name])})"
+            for name, shape in expected.items()
+            if name in found and without_singletons(shape) != without_singletons(found[name])
+        ],
+    )
+
+
+def without_singletons(shape: Shape) -> Shape:
+    """The shape less its axes of length 1, which layouts add and leave out at will."""
+    return tuple(length for length in shape if length != 1)
+
+
+def _listed(what: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"  {len(names)} {what}: {', '.join(names[:_SHOWN])}{more}"

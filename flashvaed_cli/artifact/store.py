@@ -1,0 +1,162 @@
+"""Artifact files: one safetensors file with tensors and header, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flashvaed_cli.artifact.header import HEADER_KEY, ArtifactHeader, dump_header, parse_header
+from flashvaed_cli.atomic import atomic_path
+from flashvaed_cli.errors import ArtifactError
+
+_CHUNK_BYTES = 1 << 20
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+
+
+def write_artifact(
+    path: str | Path, tensors: Mapping[str, Tensor], header: ArtifactHeader, *, force: bool = False
+) -> None:
+    """Write one artifact, atomically. Equal content gives equal bytes.
+
+    Args:
+        tensors: any device and layout; dtypes are kept.
+        force: also replace a file that flashvaed did not write.
+    Raises:
+        ArtifactError: the file is somebody else's and `force` is not set, or it cannot be written.
+    """
+    path = Path(path)
+    refuse_overwrite(path, force=force)
+    plain = _plain_tensors(tensors)
+    try:
+        with atomic_path(path) as sibling:
+            save_file(plain, sibling, metadata={HEADER_KEY: dump_header(header)})
+    except (OSError, SafetensorError) as error:
+        size_mb = sum(tensor.nbytes for tensor in plain.values()) / 1e6
+        raise ArtifactError(
+            f"cannot write {path} ({size_mb:.1f} MB): {error}. "
+            "What was there before is untouched; free the space or choose another place with --out."
+        ) from error
+
+
+def refuse_overwrite(path: Path, *, force: bool) -> None:
+    """Raise ArtifactError if writing to `path` would replace something that flashvaed did not write.
+
+    Commands call it before long work too, so that nobody waits for a result that cannot be saved.
+    """
+    if path.is_dir():
+        raise ArtifactError(f"{path} is a folder; give the name of a file.")
+    if not force and path.exists() and not is_artifact(path):
+        raise ArtifactError(
+            f"{path} exists and was not written by flashvaed. Choose another name, or replace it with --force."
+        )
+
+
+def read_artifact(path: str | Path) -> tuple[ArtifactHeader, dict[str, Tensor]]:
+    """The header and all tensors, with the dtypes of the file.
+
+    Raises:
+        ArtifactError: not an artifact, truncated, damaged or of a newer schema.
+    """
+    header = read_header(path)
+    try:
+        return header, load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{path}: cannot read its tensors: {error}. Write or copy it anew.") from error
+
+
+def read_header(path: str | Path) -> ArtifactHeader:
+    """The header alone; reads no tensor, but notices a truncated file.
+
+    Raises:
+        ArtifactError: not an artifact, truncated, damaged or of a newer schema.
+    """
+    metadata = read_metadata(path)
+    if HEADER_KEY not in metadata:
+        raise ArtifactError(
+            f"{path}: a safetensors file without a flashvaed header, so no artifact of this program. "
+            "If it is a checkpoint of a VAE, give it where a checkpoint is asked for."
+        )
+    return parse_header(metadata[HEADER_KEY], str(path))
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The `__metadata__` of a safetensors file.
+
+    Raises:
+        ArtifactError: missing, not safetensors, or truncated.
+    """
+    index, needed_bytes = _read_index(Path(path))
+    size = Path(path).stat().st_size
+    if size < needed_bytes:
+        raise ArtifactError(
+            f"{path}: truncated: its index promises {needed_bytes} bytes and the file has {size}. "
+            "Copy or download it again."
+        )
+    return index.get("__metadata__") or {}
+
+
+def _read_index(path: Path) -> tuple[dict, int]:
+    """The JSON index at the head of a safetensors file, and how many bytes the whole file needs."""
+    try:
+        with path.open("rb") as file:
+            head_bytes = int.from_bytes(file.read(8), "little")
+            text = file.read(head_bytes) if 2 <= head_bytes <= _MAX_HEADER_BYTES else b""
+        index = json.loads(text)
+        ends = [entry["data_offsets"][1] for name, entry in index.items() if name != "__metadata__"]
+        return index, 8 + head_bytes + max(ends, default=0)
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: no such file.") from None
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read: {error.strerror}.") from error
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ArtifactError(
+            f"{path}: not a safetensors file, or truncated within its index ({path.stat().st_size} bytes). "
+            "Check the path, or copy it again."
+        ) from None
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether flashvaed wrote this file; a truncated artifact counts."""
+    try:
+        index, _ = _read_index(path)
+    except ArtifactError:
+        return False
+    metadata = index.get("__metadata__")
+    return isinstance(metadata, dict) and HEADER_KEY in metadata
+
+
+def _plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Detached, contiguous, on the CPU, no two sharing memory: what safetensors takes."""
+    plain: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        flat = tensor.detach().to("cpu").contiguous()
+        if flat.untyped_storage().data_ptr() in seen:
+            flat = flat.clone(memory_format=torch.contiguous_format)
+        seen.add(flat.untyped_storage().data_ptr())
+        plain[name] = flat
+    return plain
+
+
+def sha256_of_files(files: Sequence[Path]) -> str:
+    """One SHA-256 for a checkpoint: that of its file, or of the list of names and hashes when there are several."""
+    if len(files) == 1:
+        return sha256_of(files[0])
+    lines = sorted(f"{file.name} {sha256_of(file)}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 of a file, read in chunks, as hexadecimal."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(_CHUNK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

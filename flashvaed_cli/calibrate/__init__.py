@@ -1,0 +1,1 @@
+"""Run clips through decoders and accumulate statistics."""

@@ -1,0 +1,71 @@
+"""Covariances of every prunable tensor of a decoder, accumulated clip by clip.
+
+Memory does not grow with the number of clips: one clip's activations live at a time, and each tensor
+leaves a C x C matrix and a mean.
+
+Reference: arXiv 2602.19161, section 3.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor, nn
+
+from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.groups import tensor_widths
+from flashvaed_cli.numerics.covariance import CovarianceAccumulator
+from flashvaed_cli.progress import Progress
+
+
+@dataclass(frozen=True)
+class TensorStatistics:
+    """Second-order statistics of one tensor's channels over all calibration positions."""
+
+    covariance: Float64[Tensor, "C C"]
+    mean: Float64[Tensor, " C"]
+    count: int
+
+
+@torch.no_grad()
+def collect_statistics(
+    decoder: Decoder, clips: Iterable[Float[Tensor, "B C T Hz Wz"]], *, num_clips: int | None, progress: Progress
+) -> dict[str, TensorStatistics]:
+    """Run clips through a decoder and measure the covariance of every tensor that belongs to a channel group.
+
+    Args:
+        clips: raw latents, one clip at a time; consumed once.
+        num_clips: for the progress bar; None when unknown.
+    Returns:
+        Tensor address (see `decoders.groups`) to its statistics.
+    Raises:
+        CalibrationError: NaN or infinite activations (named by their tensor), or no clip at all.
+    """
+    accumulators = {
+        address: CovarianceAccumulator(width, label=f"activations of {address}")
+        for address, width in tensor_widths(decoder.spec).items()
+    }
+    device = next(decoder.parameters()).device
+    handles = [_watch(decoder.at(address), accumulator) for address, accumulator in accumulators.items()]
+    try:
+        with progress.task("covariances", num_clips) as task:
+            for latents in clips:
+                decoder(latents.to(device))
+                task.advance()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {
+        address: TensorStatistics(accumulator.covariance().cpu(), accumulator.mean.cpu(), accumulator.count)
+        for address, accumulator in accumulators.items()
+    }
+
+
+def _watch(module: nn.Module, accumulator: CovarianceAccumulator) -> torch.utils.hooks.RemovableHandle:
+    def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        accumulator.update(output)
+
+    return module.register_forward_hook(hook)

@@ -1,0 +1,1 @@
+"""Command line: one Typer file per command; parses, calls a stage, prints with rich."""

@@ -1,0 +1,75 @@
+"""The `flashvaed` program: its commands in pipeline order, its version, its way of failing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from flashvaed_cli import __version__
+from flashvaed_cli.cli import analyze, convert_ops, distill, evaluate, export, prune
+from flashvaed_cli.cli.running import ARGV_KEY
+from flashvaed_cli.errors import FlashVaedError
+
+HELP = "Turn the decoder of a video VAE into a fast drop-in decoder for the same latents."
+EPILOG = (
+    "Every command works without arguments in an empty folder, on the embedded builtin:tiny-wan. "
+    "The whole pipeline: flashvaed analyze && flashvaed prune --ratio 0.25 && flashvaed convert-ops && "
+    "flashvaed distill && flashvaed eval && flashvaed export"
+)
+
+
+class _Program(TyperGroup):
+    """Remembers what was typed, and turns a mistake that the user can mend into one message."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        argv = list(args)
+        context = super().make_context(info_name, args, parent, **extra)
+        context.meta[ARGV_KEY] = argv
+        return context
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FlashVaedError as error:
+            from flashvaed_cli.cli.console import print_error
+
+            print_error(str(error))
+            raise typer.Exit(error.exit_code) from error
+
+
+app = typer.Typer(
+    name="flashvaed",
+    cls=_Program,
+    help=HELP,
+    epilog=EPILOG,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"flashvaed {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options of the program itself."""
+
+
+for _command in (analyze, prune, convert_ops, distill, evaluate, export):
+    _command.register(app)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program; never returns normally."""
+    app(args=None if arguments is None else list(arguments), prog_name="flashvaed")

@@ -1,0 +1,182 @@
+"""What the user sees: progress, logs and warnings on stderr, results on stdout.
+
+On a terminal progress is drawn with bars; anywhere else (files, CI, pipes) it is plain lines, a few a minute.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.text import Text
+
+from flashvaed_cli.progress import Progress, Task
+
+PLAIN_WIDTH = 120
+PLAIN_INTERVAL_S = 5.0
+
+
+def stdout_console() -> Console:
+    """For results. Tables keep a fixed width where nobody looks, so that logs do not depend on a terminal."""
+    return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+
+
+def stderr_console() -> Console:
+    """For everything that is not the result."""
+    return Console(stderr=True, soft_wrap=True)
+
+
+def print_error(message: str) -> None:
+    """One red message."""
+    stderr_console().print(Text(f"Error: {message}", style="bold red"))
+
+
+@contextmanager
+def open_progress(*, quiet: bool) -> Iterator[Progress]:
+    """The progress that suits where stderr goes; bars are cleared away at the end."""
+    console = stderr_console()
+    if quiet:
+        yield QuietProgress(console)
+    elif console.is_terminal:
+        with RichProgress(console) as progress:
+            yield progress
+    else:
+        yield PlainProgress(console)
+
+
+class QuietProgress:
+    """Warnings only."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def task(self, description: str, total: int | None = None) -> AbstractContextManager[Task]:
+        return _quiet_task()
+
+    def log(self, message: str) -> None:
+        pass
+
+    def warn(self, message: str) -> None:
+        _print_warning(self._console, message)
+
+
+class PlainProgress:
+    """Lines: one when a task starts, one when it ends, and between them one every `interval_s` at most."""
+
+    def __init__(self, console: Console, *, interval_s: float = PLAIN_INTERVAL_S) -> None:
+        self._console = console
+        self._interval_s = interval_s
+
+    @contextmanager
+    def task(self, description: str, total: int | None = None) -> Iterator[Task]:
+        task = _PlainTask(self, description, total, self._interval_s)
+        yield task
+        task.finish()
+
+    def log(self, message: str) -> None:
+        self._console.print(Text(message))
+
+    def warn(self, message: str) -> None:
+        _print_warning(self._console, message)
+
+
+class RichProgress:
+    """Bars; logs and warnings appear above them."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars = Bars(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[info]}", markup=False),
+            console=console,
+            transient=True,
+        )
+
+    def __enter__(self) -> RichProgress:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bars.stop()
+
+    @contextmanager
+    def task(self, description: str, total: int | None = None) -> Iterator[Task]:
+        task_id = self._bars.add_task(description, total=total, info="")
+        try:
+            yield _RichTask(self._bars, task_id)
+        finally:
+            self._bars.remove_task(task_id)
+
+    def log(self, message: str) -> None:
+        self._console.print(Text(message))
+
+    def warn(self, message: str) -> None:
+        _print_warning(self._console, message)
+
+
+class _QuietTask:
+    def advance(self, count: int = 1, **info: object) -> None:
+        pass
+
+
+class _RichTask:
+    def __init__(self, bars: Bars, task_id: TaskID) -> None:
+        self._bars = bars
+        self._task_id = task_id
+
+    def advance(self, count: int = 1, **info: object) -> None:
+        self._bars.advance(self._task_id, count)
+        if info:
+            self._bars.update(self._task_id, info=format_info(info))
+
+
+class _PlainTask:
+    def __init__(self, progress: PlainProgress, description: str, total: int | None, interval_s: float) -> None:
+        self._progress = progress
+        self._description = description
+        self._total = total
+        self._interval_s = interval_s
+        self._done = 0
+        self._info = ""
+        self._started_s = self._printed_s = time.monotonic()
+        progress.log(f"{description} ..." if total is None else f"{description}: {total} to do")
+
+    def advance(self, count: int = 1, **info: object) -> None:
+        self._done += count
+        self._info = format_info(info) or self._info
+        now_s = time.monotonic()
+        if now_s - self._printed_s >= self._interval_s:
+            self._printed_s = now_s
+            self._progress.log(self._line())
+
+    def finish(self) -> None:
+        self._progress.log(f"{self._line()} in {time.monotonic() - self._started_s:.1f} s")
+
+    def _line(self) -> str:
+        of_total = "" if self._total is None else f"/{self._total}"
+        return f"{self._description}: {self._done}{of_total} {self._info}".rstrip()
+
+
+@contextmanager
+def _quiet_task() -> Iterator[Task]:
+    yield _QuietTask()
+
+
+def format_info(info: Mapping[str, object]) -> str:
+    """`loss=0.1235 step=3`: floats with four significant digits."""
+    return " ".join(
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in info.items()
+    )
+
+
+def _print_warning(console: Console, message: str) -> None:
+    console.print(Text(f"Warning: {message}", style="yellow"))

@@ -1,0 +1,75 @@
+"""`flashvaed convert-ops`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from flashvaed_cli.cli.options import (
+    DATA_SETTINGS,
+    DeviceOption,
+    DTypeOption,
+    ForceOption,
+    JsonOption,
+    QuietOption,
+    RecipeOption,
+    SeedOption,
+    StepOption,
+    flag,
+    input_argument,
+    keyed_overrides,
+)
+from flashvaed_cli.cli.running import resolve_settings, run_stage
+from flashvaed_cli.recipe import ConvertOpsRecipe
+from flashvaed_cli.recipe.models import OperatorProfile, ReconstructMode
+
+EPILOG = """Examples:
+
+flashvaed convert-ops
+
+flashvaed convert-ops pruned.safetensors --operator up2=frame2d --operator mid=causal3d
+
+flashvaed convert-ops Wan2.1_VAE.pth --data clips/ --output converted.safetensors"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+    app.command("convert-ops", epilog=EPILOG)(convert_ops)
+
+
+def convert_ops(
+    context: typer.Context,
+    input: Annotated[str | None, input_argument(ConvertOpsRecipe)] = None,
+    profile: Annotated[OperatorProfile | None, flag(ConvertOpsRecipe, "profile")] = None,
+    operator: Annotated[
+        list[str] | None, flag(ConvertOpsRecipe, "operators", "--operator", metavar="STAGE=OPERATOR")
+    ] = None,
+    original: Annotated[str | None, flag(ConvertOpsRecipe, "original")] = None,
+    reconstruct: Annotated[ReconstructMode | None, flag(ConvertOpsRecipe, "reconstruct")] = None,
+    dampening_frac: Annotated[float | None, flag(ConvertOpsRecipe, "dampening_frac")] = None,
+    num_separable_iterations: Annotated[int | None, flag(ConvertOpsRecipe, "num_separable_iterations")] = None,
+    data: Annotated[list[str] | None, flag(ConvertOpsRecipe, "data", "--data", "-d", **DATA_SETTINGS)] = None,
+    num_calibration_clips: Annotated[int | None, flag(ConvertOpsRecipe, "num_calibration_clips")] = None,
+    num_frames: Annotated[int | None, flag(ConvertOpsRecipe, "num_frames")] = None,
+    crop_size: Annotated[int | None, flag(ConvertOpsRecipe, "crop_size")] = None,
+    max_side: Annotated[int | None, flag(ConvertOpsRecipe, "max_side")] = None,
+    output: Annotated[str | None, flag(ConvertOpsRecipe, "output", "--output", "-o")] = None,
+    recipe: RecipeOption = None,
+    step: StepOption = None,
+    device: DeviceOption = None,
+    dtype: DTypeOption = None,
+    seed: SeedOption = None,
+    force: ForceOption = False,
+    quiet: QuietOption = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Give every stage the cheapest operator that it can bear, and solve the new kernels by least squares.
+
+    Reads a decoder and clips; writes converted.safetensors. Operators: causal3d, dwsep3d, frame2d.
+    """
+    operators = keyed_overrides("--operator", operator, str)
+    settings = resolve_settings(context, ConvertOpsRecipe, {"operators": operators} if operators else None)
+    from flashvaed_cli.stages.convert_ops import run_convert_ops
+
+    run_stage(context, run_convert_ops, settings)

@@ -1,0 +1,89 @@
+"""`flashvaed distill`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from flashvaed_cli.cli.options import (
+    DATA_SETTINGS,
+    RATIO_SETTINGS,
+    DeviceOption,
+    DTypeOption,
+    ForceOption,
+    JsonOption,
+    QuietOption,
+    RecipeOption,
+    SeedOption,
+    StepOption,
+    flag,
+    input_argument,
+    keyed_overrides,
+    ratio_overrides,
+)
+from flashvaed_cli.cli.running import resolve_settings, run_stage
+from flashvaed_cli.recipe import DistillRecipe, PhaseRecipe
+from flashvaed_cli.recipe.models import PhaseChoice, SelectionRule
+
+EPILOG = """Examples:
+
+flashvaed distill
+
+flashvaed distill converted.safetensors --phase 3 --num-steps 2000 --data clips/ --batch-size 4
+
+flashvaed distill --recipe paper --step phase1 --loss-weight sharpness=0.5"""
+
+_OWN_NUM_STEPS = str(PhaseRecipe.model_fields["num_steps"].default)
+_OWN_LEARNING_RATE = str(PhaseRecipe.model_fields["learning_rate"].default)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+    app.command("distill", epilog=EPILOG)(distill)
+
+
+def distill(
+    context: typer.Context,
+    input: Annotated[str | None, input_argument(DistillRecipe)] = None,
+    phase: Annotated[PhaseChoice | None, flag(DistillRecipe, "phase")] = None,
+    num_steps: Annotated[int | None, flag(DistillRecipe, "num_steps", default=_OWN_NUM_STEPS)] = None,
+    learning_rate: Annotated[float | None, flag(DistillRecipe, "learning_rate", default=_OWN_LEARNING_RATE)] = None,
+    data: Annotated[list[str] | None, flag(DistillRecipe, "data", "--data", "-d", **DATA_SETTINGS)] = None,
+    original: Annotated[str | None, flag(DistillRecipe, "original")] = None,
+    batch_size: Annotated[int | None, flag(DistillRecipe, "batch_size")] = None,
+    num_frames: Annotated[int | None, flag(DistillRecipe, "num_frames")] = None,
+    crop_size: Annotated[int | None, flag(DistillRecipe, "crop_size")] = None,
+    max_side: Annotated[int | None, flag(DistillRecipe, "max_side")] = None,
+    loss_weight: Annotated[
+        list[str] | None,
+        flag(DistillRecipe, "loss_weights", "--loss-weight", metavar="TERM=WEIGHT", default="the paper's"),
+    ] = None,
+    weight_decay: Annotated[float | None, flag(DistillRecipe, "weight_decay")] = None,
+    gradient_clip_norm: Annotated[float | None, flag(DistillRecipe, "gradient_clip_norm")] = None,
+    ratio: Annotated[list[str] | None, flag(DistillRecipe, "keep_ratio", "--ratio", "-r", **RATIO_SETTINGS)] = None,
+    rule: Annotated[SelectionRule | None, flag(DistillRecipe, "rule")] = None,
+    checkpoint_every_steps: Annotated[int | None, flag(DistillRecipe, "checkpoint_every_steps")] = None,
+    resume: Annotated[Literal["auto", "never"] | None, flag(DistillRecipe, "resume")] = None,
+    output: Annotated[str | None, flag(DistillRecipe, "output", "--output", "-o")] = None,
+    recipe: RecipeOption = None,
+    step: StepOption = None,
+    device: DeviceOption = None,
+    dtype: DTypeOption = None,
+    seed: SeedOption = None,
+    force: ForceOption = False,
+    quiet: QuietOption = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Train a decoder to give what the original gives, in the paper's three phases.
+
+    Reads a decoder and clips; writes flash.safetensors. Ratio and rule name the channels that phase 2 prepares
+    for pruning. An interrupted run goes on where it was.
+    """
+    overrides = ratio_overrides(ratio)
+    if weights := keyed_overrides("--loss-weight", loss_weight, float):
+        overrides["loss_weights"] = weights
+    settings = resolve_settings(context, DistillRecipe, overrides)
+    from flashvaed_cli.stages.distill import run_distill
+
+    run_stage(context, run_distill, settings)

@@ -1,0 +1,69 @@
+"""`flashvaed eval`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from flashvaed_cli.cli.options import (
+    DATA_SETTINGS,
+    DeviceOption,
+    DTypeOption,
+    ForceOption,
+    JsonOption,
+    QuietOption,
+    RecipeOption,
+    SeedOption,
+    StepOption,
+    flag,
+    input_argument,
+    switch,
+)
+from flashvaed_cli.cli.running import resolve_settings, run_stage
+from flashvaed_cli.recipe import EvalRecipe
+
+EPILOG = """Examples:
+
+flashvaed eval
+
+flashvaed eval flash.safetensors --data holiday.mp4 --max-side 480 --output report-holiday
+
+flashvaed eval --lpips on --no-video --json"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+    app.command("eval", epilog=EPILOG)(evaluate)
+
+
+def evaluate(
+    context: typer.Context,
+    input: Annotated[str | None, input_argument(EvalRecipe)] = None,
+    data: Annotated[list[str] | None, flag(EvalRecipe, "data", "--data", "-d", **DATA_SETTINGS)] = None,
+    original: Annotated[str | None, flag(EvalRecipe, "original")] = None,
+    output: Annotated[str | None, flag(EvalRecipe, "output", "--output", "-o")] = None,
+    num_clips: Annotated[int | None, flag(EvalRecipe, "num_clips", default="all")] = None,
+    num_frames: Annotated[int | None, flag(EvalRecipe, "num_frames", default="all")] = None,
+    max_side: Annotated[int | None, flag(EvalRecipe, "max_side")] = None,
+    chunk: Annotated[int | None, flag(EvalRecipe, "chunk")] = None,
+    num_speed_rounds: Annotated[int | None, flag(EvalRecipe, "num_speed_rounds")] = None,
+    video: Annotated[bool | None, switch(EvalRecipe, "video")] = None,
+    lpips: Annotated[Literal["auto", "on", "off"] | None, flag(EvalRecipe, "lpips")] = None,
+    recipe: RecipeOption = None,
+    step: StepOption = None,
+    device: DeviceOption = None,
+    dtype: DTypeOption = None,
+    seed: SeedOption = None,
+    force: ForceOption = False,
+    quiet: QuietOption = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Compare a decoder with its original on clips: quality, sharpness, speed, size.
+
+    Reads a decoder and clips; writes a folder with report.json, report.md and a side-by-side video.
+    """
+    settings = resolve_settings(context, EvalRecipe)
+    from flashvaed_cli.stages.evaluate import run_evaluate
+
+    run_stage(context, run_evaluate, settings)

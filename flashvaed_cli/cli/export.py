@@ -1,0 +1,60 @@
+"""`flashvaed export`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from flashvaed_cli.cli.options import (
+    DeviceOption,
+    DTypeOption,
+    ForceOption,
+    JsonOption,
+    QuietOption,
+    RecipeOption,
+    SeedOption,
+    StepOption,
+    flag,
+    input_argument,
+)
+from flashvaed_cli.cli.running import resolve_settings, run_stage
+from flashvaed_cli.recipe import ExportRecipe
+
+EPILOG = """Examples:
+
+flashvaed export
+
+flashvaed export flash.safetensors --target onnx --opset 20 --output deploy/"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+    app.command("export", epilog=EPILOG)(export)
+
+
+def export(
+    context: typer.Context,
+    input: Annotated[str | None, input_argument(ExportRecipe)] = None,
+    targets: Annotated[
+        list[str] | None, flag(ExportRecipe, "targets", "--target", "-t", metavar="safetensors|onnx")
+    ] = None,
+    opset: Annotated[int | None, flag(ExportRecipe, "opset")] = None,
+    output: Annotated[str | None, flag(ExportRecipe, "output", "--output", "-o")] = None,
+    recipe: RecipeOption = None,
+    step: StepOption = None,
+    device: DeviceOption = None,
+    dtype: DTypeOption = None,
+    seed: SeedOption = None,
+    force: ForceOption = False,
+    quiet: QuietOption = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Write a decoder for other programs, each format checked against this one's output.
+
+    Reads a decoder; writes a folder with the chosen formats.
+    """
+    settings = resolve_settings(context, ExportRecipe)
+    from flashvaed_cli.stages.export import run_export
+
+    run_stage(context, run_export, settings)

@@ -1,0 +1,74 @@
+"""`flashvaed prune`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from flashvaed_cli.cli.options import (
+    DATA_SETTINGS,
+    RATIO_SETTINGS,
+    DeviceOption,
+    DTypeOption,
+    ForceOption,
+    JsonOption,
+    QuietOption,
+    RecipeOption,
+    SeedOption,
+    StepOption,
+    flag,
+    input_argument,
+    ratio_overrides,
+)
+from flashvaed_cli.cli.running import resolve_settings, run_stage
+from flashvaed_cli.recipe import PruneRecipe
+from flashvaed_cli.recipe.models import ReconstructMode, SelectionRule
+
+EPILOG = """Examples:
+
+flashvaed prune --ratio 0.25
+
+flashvaed prune Wan2.1_VAE.pth --ratio up2=0.125 --ratio up3=0.125 --round-to 8 --data clips/
+
+flashvaed prune --recipe paper"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+    app.command("prune", epilog=EPILOG)(prune)
+
+
+def prune(
+    context: typer.Context,
+    input: Annotated[str | None, input_argument(PruneRecipe)] = None,
+    ratio: Annotated[list[str] | None, flag(PruneRecipe, "keep_ratio", "--ratio", "-r", **RATIO_SETTINGS)] = None,
+    analysis: Annotated[str | None, flag(PruneRecipe, "analysis")] = None,
+    original: Annotated[str | None, flag(PruneRecipe, "original")] = None,
+    rule: Annotated[SelectionRule | None, flag(PruneRecipe, "rule")] = None,
+    round_to: Annotated[int | None, flag(PruneRecipe, "round_to")] = None,
+    reconstruct: Annotated[ReconstructMode | None, flag(PruneRecipe, "reconstruct")] = None,
+    dampening_frac: Annotated[float | None, flag(PruneRecipe, "dampening_frac")] = None,
+    data: Annotated[list[str] | None, flag(PruneRecipe, "data", "--data", "-d", **DATA_SETTINGS)] = None,
+    num_calibration_clips: Annotated[int | None, flag(PruneRecipe, "num_calibration_clips")] = None,
+    num_frames: Annotated[int | None, flag(PruneRecipe, "num_frames")] = None,
+    crop_size: Annotated[int | None, flag(PruneRecipe, "crop_size")] = None,
+    max_side: Annotated[int | None, flag(PruneRecipe, "max_side")] = None,
+    output: Annotated[str | None, flag(PruneRecipe, "output", "--output", "-o")] = None,
+    recipe: RecipeOption = None,
+    step: StepOption = None,
+    device: DeviceOption = None,
+    dtype: DTypeOption = None,
+    seed: SeedOption = None,
+    force: ForceOption = False,
+    quiet: QuietOption = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Keep the most independent channels of the shallow stages, and solve the weights around them anew.
+
+    Reads a decoder, its analysis and clips; writes pruned.safetensors. A ratio is the fraction KEPT.
+    """
+    settings = resolve_settings(context, PruneRecipe, ratio_overrides(ratio))
+    from flashvaed_cli.stages.prune import run_prune
+
+    run_stage(context, run_prune, settings)

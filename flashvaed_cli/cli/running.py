@@ -1,0 +1,111 @@
+"""The common course of a command: settings in, stage run, result out."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+import typer
+from rich.console import RenderableType
+from rich.text import Text
+
+from flashvaed_cli.cli.console import open_progress, stdout_console
+from flashvaed_cli.progress import Progress
+from flashvaed_cli.recipe import CommandRecipe, find_recipe, load_recipe, resolve
+
+CommandRecipeT = TypeVar("CommandRecipeT", bound=CommandRecipe)
+ContravariantRecipeT = TypeVar("ContravariantRecipeT", bound=CommandRecipe, contravariant=True)
+
+ARGV_KEY = "flashvaed.argv"
+
+# Fields whose parameter has another name than they: what the flag is called in errors.
+PARSED_FLAGS = {
+    "input": "INPUT",
+    "keep_ratio": "--ratio",
+    "stage_keep_ratios": "--ratio",
+    "operators": "--operator",
+    "loss_weights": "--loss-weight",
+}
+
+
+class StageResult(Protocol):
+    """What every stage returns."""
+
+    @property
+    def paths(self) -> Sequence[Path]:
+        """Files and folders written, the main one first."""
+        ...
+
+    def table(self) -> RenderableType:
+        """For people."""
+        ...
+
+    def as_dict(self) -> Mapping[str, object]:
+        """For programs: what JSON can hold, apart from infinities."""
+        ...
+
+
+class StageFunction(Protocol, Generic[ContravariantRecipeT]):
+    """`run_analyze` and its siblings."""
+
+    def __call__(
+        self, recipe: ContravariantRecipeT, *, progress: Progress, force: bool, command_line: str
+    ) -> StageResult: ...
+
+
+def resolve_settings(
+    context: typer.Context, model: type[CommandRecipeT], overrides: Mapping[str, object] | None = None
+) -> CommandRecipeT:
+    """The settings of one run, from the flags that were given, `--recipe` and `--step`.
+
+    Args:
+        context: its parameters that are named like fields of `model` are flags; None and empty means not given.
+        model: the command's recipe model.
+        overrides: fields whose flags need parsing first.
+    Raises:
+        RecipeError: flags or recipe do not fit.
+    """
+    params = context.params
+    given: dict[str, object] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in params.items()
+        if name in model.model_fields and value is not None and value != () and value != []
+    }
+    flags = {p.name: max(p.opts, key=len) for p in context.command.params if p.name and p.opts[0].startswith("-")}
+    given |= overrides or {}
+    recipe = load_recipe(find_recipe(params["recipe"])) if params.get("recipe") else None
+    return resolve(model, recipe, given, step=params.get("step"), flags={**flags, **PARSED_FLAGS})
+
+
+def run_stage(context: typer.Context, stage: StageFunction[CommandRecipeT], recipe: CommandRecipeT) -> None:
+    """Run a stage with progress on stderr, then print its result to stdout."""
+    with open_progress(quiet=context.params["quiet"]) as progress:
+        result = stage(recipe, progress=progress, force=context.params["force"], command_line=command_line(context))
+    if context.params["json_output"]:
+        document = {**result.as_dict(), "paths": [str(path) for path in result.paths]}
+        typer.echo(json.dumps(_finite(document), indent=2, allow_nan=False))
+        return
+    console = stdout_console()
+    console.print(result.table())
+    for path in result.paths:
+        console.print(Text(f"wrote {path}"), soft_wrap=True)
+
+
+def command_line(context: typer.Context) -> str:
+    """What the user typed, quoted so that a shell takes it again."""
+    return shlex.join(["flashvaed", *context.meta.get(ARGV_KEY, [])])
+
+
+def _finite(value: object) -> object:
+    """JSON has no infinities (the PSNR of equal clips): write them as texts."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

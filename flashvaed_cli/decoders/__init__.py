@@ -1,0 +1,1 @@
+"""The architecture: operators, specs, channel groups, streaming, families."""

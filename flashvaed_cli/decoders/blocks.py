@@ -1,0 +1,166 @@
+"""Blocks: the units that a stage is a run of. Each is built from its spec and named by its address.
+
+Every block maps `(x, past, future)` to `y`, with the streaming contract of `operators.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flashvaed_cli.decoders.operators import (
+    ChannelRMSNorm,
+    Future,
+    Past,
+    batch_as_frames,
+    build_conv,
+    frames_as_batch,
+)
+from flashvaed_cli.decoders.spec import (
+    AttentionSpec,
+    BlockSpec,
+    ConvBlockSpec,
+    DownsampleSpec,
+    HeadSpec,
+    ResBlockSpec,
+    UpsampleSpec,
+)
+
+Clip = Float[Tensor, "B C T H W"]
+
+
+class ConvBlock(nn.Module):
+    """A single convolution."""
+
+    def __init__(self, spec: ConvBlockSpec, address: str) -> None:
+        super().__init__()
+        self.conv = build_conv(spec.conv, f"{address}.conv")
+
+    def forward(self, x: Clip, past: Past = None, future: Future = None) -> Clip:
+        return self.conv(x, past, future)
+
+
+class ResBlock(nn.Module):
+    """norm1, SiLU, conv1, norm2, SiLU, conv2, plus the shortcut."""
+
+    def __init__(self, spec: ResBlockSpec, address: str) -> None:
+        super().__init__()
+        self.norm1 = ChannelRMSNorm(spec.conv1.in_width)
+        self.conv1 = build_conv(spec.conv1, f"{address}.conv1")
+        self.norm2 = ChannelRMSNorm(spec.conv2.in_width)
+        self.conv2 = build_conv(spec.conv2, f"{address}.conv2")
+        self.shortcut = None if spec.shortcut is None else build_conv(spec.shortcut, f"{address}.shortcut")
+
+    def forward(self, x: Clip, past: Past = None, future: Future = None) -> Clip:
+        h = self.conv1(F.silu(self.norm1(x)), past, future)
+        h = self.conv2(F.silu(self.norm2(h)), past, future)
+        return h + (x if self.shortcut is None else self.shortcut(x, past, future))
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over the positions of each frame, residual. Keeps no state."""
+
+    def __init__(self, spec: AttentionSpec, address: str) -> None:
+        super().__init__()
+        self.norm = ChannelRMSNorm(spec.width)
+        self.qkv = nn.Linear(spec.width, 3 * spec.inner_width)
+        self.proj = nn.Linear(spec.inner_width, spec.width)
+
+    def forward(self, x: Clip, past: Past = None, future: Future = None) -> Clip:
+        b, _, _, h, w = x.shape
+        frames = frames_as_batch(self.norm(x)).flatten(2).transpose(1, 2)  # [BT, HW, C]
+        q, k, v = self.qkv(frames).chunk(3, dim=-1)
+        mixed = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        y = self.proj(mixed).transpose(1, 2).unflatten(2, (h, w))  # [BT, C, H, W]
+        return x + batch_as_frames(y, b)
+
+
+class Upsample(nn.Module):
+    """Double the frames (all but the first of the video), then the size of each frame.
+
+    The first frame of a video skips `temporal`, and `temporal` does not see it: frames 1 + 2 (T - 1).
+    """
+
+    def __init__(self, spec: UpsampleSpec, address: str) -> None:
+        super().__init__()
+        self.temporal = None if spec.temporal is None else build_conv(spec.temporal, f"{address}.temporal")
+        self.spatial = build_conv(spec.spatial, f"{address}.spatial")
+
+    def forward(self, x: Clip, past: Past = None, future: Future = None) -> Clip:
+        if self.temporal is not None:
+            x = self.double_frames(x, past, future)
+        frames = F.interpolate(frames_as_batch(x), scale_factor=2, mode="nearest")
+        return self.spatial(batch_as_frames(frames, x.shape[0]), past, future)
+
+    def double_frames(self, x: Clip, past: Past = None, future: Future = None) -> Clip:
+        """The temporal part alone: frames 1 + 2 (T - 1) for a first chunk, 2 T for a later one."""
+        assert self.temporal is not None
+        if past is not None:
+            return self._interleave(self.temporal(x, past, future))
+        first, rest = x[:, :, :1], x[:, :, 1:]
+        if rest.shape[2] == 0:
+            if future is not None:
+                b, c, _, h, w = x.shape
+                future[self.temporal.address] = x.new_zeros(b, c, self.temporal.spec.kernel[0] - 1, h, w)
+            return first
+        return torch.cat([first, self._interleave(self.temporal(rest, None, future))], dim=2)
+
+    @staticmethod
+    def _interleave(x: Clip) -> Clip:
+        """`[B, 2C, T, H, W]` to `[B, C, 2T, H, W]`: the two halves of the channels become alternating frames."""
+        return torch.stack(x.chunk(2, dim=1), dim=3).flatten(2, 3)
+
+
+class Downsample(nn.Module):
+    """Halve the size of each frame, then the frames (the first of the video passes): 1 + (T - 1) / 2."""
+
+    def __init__(self, spec: DownsampleSpec, address: str) -> None:
+        super().__init__()
+        self.spatial = build_conv(spec.spatial, f"{address}.spatial")
+        self.temporal = None if spec.temporal is None else build_conv(spec.temporal, f"{address}.temporal")
+
+    def forward(self, x: Clip, past: Past = None, future: Future = None) -> Clip:
+        frames = F.pad(frames_as_batch(x), (0, 1, 0, 1))
+        frames = F.conv2d(frames, self.spatial.weight, self.spatial.bias, stride=2)
+        x = batch_as_frames(frames, x.shape[0])
+        return x if self.temporal is None else self._halve_frames(x, past, future)
+
+    def _halve_frames(self, x: Clip, past: Past, future: Future) -> Clip:
+        assert self.temporal is not None
+        address = self.temporal.address
+        if future is not None:
+            future[address] = x[:, :, -1:].clone()
+        window = x if past is None else torch.cat([past[address], x], dim=2)
+        if window.shape[2] == 1:
+            return window
+        halved = F.conv3d(window, self.temporal.weight, self.temporal.bias, stride=(2, 1, 1))
+        return torch.cat([x[:, :, :1], halved], dim=2) if past is None else halved
+
+
+class Head(nn.Module):
+    """norm, SiLU, conv."""
+
+    def __init__(self, spec: HeadSpec, address: str) -> None:
+        super().__init__()
+        self.norm = ChannelRMSNorm(spec.conv.in_width)
+        self.conv = build_conv(spec.conv, f"{address}.conv")
+
+    def forward(self, x: Clip, past: Past = None, future: Future = None) -> Clip:
+        return self.conv(F.silu(self.norm(x)), past, future)
+
+
+BLOCKS: dict[str, type[nn.Module]] = {
+    "conv": ConvBlock,
+    "resblock": ResBlock,
+    "attention": Attention,
+    "upsample": Upsample,
+    "downsample": Downsample,
+    "head": Head,
+}
+
+
+def build_block(spec: BlockSpec, address: str) -> nn.Module:
+    """The module of one block."""
+    return BLOCKS[spec.kind](spec, address)

@@ -1,0 +1,119 @@
+"""Arithmetic cost and activation memory from the spec alone: no weights, no run.
+
+One multiply-add counts as two operations. Norms, activations and interpolation are not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flashvaed_cli.decoders.spec import (
+    AttentionSpec,
+    BlockSpec,
+    ConvSpec,
+    CoderSpec,
+    DownsampleSpec,
+    ResBlockSpec,
+    UpsampleSpec,
+    block_in_width,
+    block_layers,
+    block_out_width,
+)
+
+Grid = tuple[int, int, int]
+"""Frames, height, width of a tensor."""
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One layer: its operator, floating-point operations and parameters."""
+
+    address: str
+    operator: str
+    flop: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """One stage: its layers and the largest sum of a block's input and output, in elements."""
+
+    name: str
+    layers: tuple[LayerCost, ...]
+    peak_activation_elements: int
+
+    @property
+    def flop(self) -> int:
+        """Floating-point operations of the stage."""
+        return sum(layer.flop for layer in self.layers)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the stage, norms included."""
+        return sum(layer.parameters for layer in self.layers)
+
+
+def stage_costs(spec: CoderSpec, grid: Grid) -> list[StageCost]:
+    """Cost of every stage on an input of `grid` (latent frames, height, width; batch 1)."""
+    costs = []
+    for stage in spec.stages:
+        layers: list[LayerCost] = []
+        peak = 0
+        for index, block in enumerate(stage.blocks):
+            after = _block_grid(block, grid)
+            layers += _block_cost(f"{stage.name}.{index}", block, grid, after)
+            peak = max(peak, _size(grid) * block_in_width(block) + _size(after) * _widest_output(block))
+            grid = after
+        costs.append(StageCost(stage.name, tuple(layers), peak))
+    return costs
+
+
+def total_gflop(spec: CoderSpec, grid: Grid) -> float:
+    """Floating-point operations of a whole run, in 1e9."""
+    return sum(stage.flop for stage in stage_costs(spec, grid)) / 1e9
+
+
+def _size(grid: Grid) -> int:
+    return grid[0] * grid[1] * grid[2]
+
+
+def _widest_output(block: BlockSpec) -> int:
+    return max([block_out_width(block), *(layer.out_width for layer in block_layers(block).values())])
+
+
+def _block_grid(block: BlockSpec, grid: Grid) -> Grid:
+    t, h, w = grid
+    if isinstance(block, UpsampleSpec):
+        return (t if block.temporal is None else 1 + 2 * (t - 1), 2 * h, 2 * w)
+    if isinstance(block, DownsampleSpec):
+        return (t if block.temporal is None else 1 + (t - 1) // 2, h // 2, w // 2)
+    return grid
+
+
+def _block_cost(address: str, block: BlockSpec, before: Grid, after: Grid) -> list[LayerCost]:
+    if isinstance(block, AttentionSpec):
+        return [_attention_cost(address, block, before)]
+    costs = []
+    for name, layer in block_layers(block).items():
+        grid = after
+        if name == "temporal":  # runs on the frames behind the first, two new ones for each
+            grid = (max(before[0] - 1, 0), before[1], before[2]) if block.kind == "upsample" else after
+        costs.append(_layer_cost(f"{address}.{name}", layer, grid))
+    norms = block.conv1.in_width + block.conv2.in_width if isinstance(block, ResBlockSpec) else 0
+    norms += block.conv.in_width if block.kind == "head" else 0
+    if norms:
+        costs.append(LayerCost(f"{address}.norm", "norm", 0, norms))
+    return costs
+
+
+def _layer_cost(address: str, layer: ConvSpec, grid: Grid) -> LayerCost:
+    multiplies = layer.parameter_count - layer.out_width
+    return LayerCost(address, layer.operator, 2 * multiplies * _size(grid), layer.parameter_count)
+
+
+def _attention_cost(address: str, block: AttentionSpec, grid: Grid) -> LayerCost:
+    positions = grid[1] * grid[2]
+    projections = 4 * block.width * block.inner_width * positions
+    mixing = 2 * positions * positions * block.inner_width
+    parameters = 4 * block.width * block.inner_width + 3 * block.inner_width + 2 * block.width
+    return LayerCost(address, "attention", 2 * (projections + mixing) * grid[0], parameters)

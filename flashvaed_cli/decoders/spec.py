@@ -1,0 +1,229 @@
+"""The architecture of an encoder or decoder as data.
+
+A spec lists every layer with its operator and widths. Pruned and converted decoders are the same
+code built from another spec, so a spec is all that an artifact needs beside its weights.
+Imports no torch: recipes, tables and the command line read specs without paying for it.
+
+Reference: Wan 2.1 VAE; arXiv 2602.19161, section 3.2 for the operator set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Operator = Literal["causal3d", "dwsep3d", "frame2d", "pointwise"]
+Kernel = tuple[int, int, int]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ConvSpec(_Frozen):
+    """One convolution: `[B, in_width, T, H, W]` to `[B, out_width, T, H, W]`, with bias.
+
+    Operators:
+        causal3d: dense kernel `(kt, kh, kw)`, causal in time (zeros before the first frame).
+        dwsep3d: depthwise causal `(kt, kh, kw)`, then pointwise.
+        frame2d: dense `(1, kh, kw)` on every frame by itself.
+        pointwise: `(1, 1, 1)`.
+    """
+
+    operator: Operator
+    in_width: int = Field(gt=0)
+    out_width: int = Field(gt=0)
+    kernel: Kernel
+
+    @model_validator(mode="after")
+    def _kernel_fits_operator(self) -> ConvSpec:
+        if self.operator == "pointwise" and self.kernel != (1, 1, 1):
+            raise ValueError(f"a pointwise layer has kernel (1, 1, 1), not {self.kernel}")
+        if self.operator == "frame2d" and self.kernel[0] != 1:
+            raise ValueError(f"a frame2d layer has one temporal tap, not kernel {self.kernel}")
+        return self
+
+    @property
+    def parameter_count(self) -> int:
+        """Weights and bias."""
+        kt, kh, kw = self.kernel
+        if self.operator == "dwsep3d":
+            return self.in_width * kt * kh * kw + self.in_width * self.out_width + self.out_width
+        return self.in_width * self.out_width * kt * kh * kw + self.out_width
+
+
+class ConvBlockSpec(_Frozen):
+    """A single convolution as a block (conv_in, the 1x1 around the latent)."""
+
+    kind: Literal["conv"] = "conv"
+    conv: ConvSpec
+
+
+class ResBlockSpec(_Frozen):
+    """norm1, SiLU, conv1, norm2, SiLU, conv2, plus the shortcut (identity if None)."""
+
+    kind: Literal["resblock"] = "resblock"
+    conv1: ConvSpec
+    conv2: ConvSpec
+    shortcut: ConvSpec | None = None
+
+    @model_validator(mode="after")
+    def _widths_chain(self) -> ResBlockSpec:
+        if self.conv1.out_width != self.conv2.in_width:
+            raise ValueError(f"conv1 gives {self.conv1.out_width} channels, conv2 takes {self.conv2.in_width}")
+        if self.shortcut is None and self.conv1.in_width != self.conv2.out_width:
+            raise ValueError(
+                f"an identity shortcut cannot join {self.conv1.in_width} channels to {self.conv2.out_width}"
+            )
+        return self
+
+
+class AttentionSpec(_Frozen):
+    """Single-head self-attention over the positions of each frame, residual. `inner_width` is that of q, k and v."""
+
+    kind: Literal["attention"] = "attention"
+    width: int = Field(gt=0)
+    inner_width: int = Field(gt=0)
+
+
+class UpsampleSpec(_Frozen):
+    """Optional doubling in time (`temporal`: width to 2 x width, frames 1 + 2(T-1)), then nearest x2 in space and `spatial`."""
+
+    kind: Literal["upsample"] = "upsample"
+    temporal: ConvSpec | None = None
+    spatial: ConvSpec
+
+
+class DownsampleSpec(_Frozen):
+    """`spatial` with stride 2 (padded right and below), then optional `temporal` with stride 2 (first frame passes)."""
+
+    kind: Literal["downsample"] = "downsample"
+    spatial: ConvSpec
+    temporal: ConvSpec | None = None
+
+
+class HeadSpec(_Frozen):
+    """norm, SiLU, conv."""
+
+    kind: Literal["head"] = "head"
+    conv: ConvSpec
+
+
+BlockSpec = Annotated[
+    ConvBlockSpec | ResBlockSpec | AttentionSpec | UpsampleSpec | DownsampleSpec | HeadSpec,
+    Field(discriminator="kind"),
+]
+
+
+def block_in_width(block: BlockSpec) -> int:
+    """Width of the tensor that enters a block."""
+    if isinstance(block, ResBlockSpec):
+        return block.conv1.in_width
+    if isinstance(block, AttentionSpec):
+        return block.width
+    if isinstance(block, UpsampleSpec | DownsampleSpec):
+        return block.spatial.in_width
+    return block.conv.in_width
+
+
+def block_out_width(block: BlockSpec) -> int:
+    """Width of the tensor that leaves a block."""
+    if isinstance(block, ResBlockSpec):
+        return block.conv2.out_width
+    if isinstance(block, AttentionSpec):
+        return block.width
+    if isinstance(block, UpsampleSpec | DownsampleSpec):
+        return block.spatial.out_width
+    return block.conv.out_width
+
+
+def block_layers(block: BlockSpec) -> dict[str, ConvSpec]:
+    """The convolutions of a block by attribute name, in forward order (attention projections excepted)."""
+    if isinstance(block, AttentionSpec):
+        return {}
+    fields = ("conv1", "conv2", "shortcut", "temporal", "spatial", "conv")
+    if isinstance(block, DownsampleSpec):
+        fields = ("spatial", "temporal")
+    return {name: layer for name in fields if isinstance(layer := getattr(block, name, None), ConvSpec)}
+
+
+class StageSpec(_Frozen):
+    """A named run of blocks at one resolution, with the resampler that leaves it."""
+
+    name: str
+    blocks: tuple[BlockSpec, ...]
+
+
+class CoderSpec(_Frozen):
+    """A whole encoder or decoder: stages in forward order, each a run of blocks.
+
+    `temporal_factor` and `spatial_factor` are pixels per latent: frames = 1 + temporal_factor * (T - 1).
+    """
+
+    family: str
+    role: Literal["encoder", "decoder"]
+    stages: tuple[StageSpec, ...]
+    temporal_factor: int
+    spatial_factor: int
+
+    @model_validator(mode="after")
+    def _widths_chain(self) -> CoderSpec:
+        previous: tuple[str, int] | None = None
+        for address, block in self.blocks():
+            if previous is not None and previous[1] != block_in_width(block):
+                raise ValueError(f"{previous[0]} gives {previous[1]} channels, {address} takes {block_in_width(block)}")
+            previous = (address, block_out_width(block))
+        return self
+
+    def blocks(self) -> Iterator[tuple[str, BlockSpec]]:
+        """Every block with its address `stage.index`, in forward order."""
+        for stage in self.stages:
+            for index, block in enumerate(stage.blocks):
+                yield f"{stage.name}.{index}", block
+
+    def layers(self) -> Iterator[tuple[str, ConvSpec]]:
+        """Every convolution with its address `stage.index.name`, in forward order."""
+        for address, block in self.blocks():
+            for name, layer in block_layers(block).items():
+                yield f"{address}.{name}", layer
+
+    def stage(self, name: str) -> StageSpec:
+        """The stage of that name. Raises KeyError."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise KeyError(name)
+
+    def with_blocks(self, changed: dict[str, BlockSpec]) -> CoderSpec:
+        """A copy with the blocks at the given addresses replaced; checked as a whole."""
+        stages = tuple(
+            StageSpec(
+                name=stage.name,
+                blocks=tuple(changed.get(f"{stage.name}.{i}", block) for i, block in enumerate(stage.blocks)),
+            )
+            for stage in self.stages
+        )
+        return CoderSpec(**{**dict(self), "stages": stages})
+
+
+class DecoderSpec(CoderSpec):
+    """A decoder: latents `[B, C, T, Hz, Wz]`, raw scale, to pixels `[B, 3, F, H, W]` in [-1, 1]."""
+
+    role: Literal["decoder"] = "decoder"
+
+    def with_blocks(self, changed: dict[str, BlockSpec]) -> DecoderSpec:
+        """A copy with the blocks at the given addresses replaced; checked as a whole."""
+        return DecoderSpec(**dict(super().with_blocks(changed)))
+
+    @property
+    def latent_width(self) -> int:
+        """Number of latent channels."""
+        return block_in_width(self.stages[0].blocks[0])
+
+
+class EncoderSpec(CoderSpec):
+    """An encoder: pixels to latent mean and log-variance, concatenated on the channel axis."""
+
+    role: Literal["encoder"] = "encoder"

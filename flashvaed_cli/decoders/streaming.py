@@ -1,0 +1,103 @@
+"""Decode and encode videos of any length chunk by chunk, with the same result for every chunk size.
+
+The state between chunks is an explicit value: a dictionary from layer address to the last frames which
+that layer has seen. Its size depends on the frame size only, never on the length of the video.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flashvaed_cli.decoders.coder import Decoder, Encoder
+from flashvaed_cli.errors import SpecError
+
+State = dict[str, Tensor]
+
+
+def decode_step(
+    decoder: Decoder, latents: Float[Tensor, "B C T Hz Wz"], past: State | None
+) -> tuple[Float[Tensor, "B 3 F H W"], State]:
+    """Decode one chunk of raw latents; returns its frames (not clamped) and the state for the next chunk."""
+    future: State = {}
+    return decoder(latents, past, future), future
+
+
+def iter_decode(
+    decoder: Decoder, latents: Float[Tensor, "B C T Hz Wz"], *, chunk: int | None = None
+) -> Iterator[Float[Tensor, "B 3 F H W"]]:
+    """Yield the frames of raw latents, `chunk` latent frames at a time, clamped to [-1, 1].
+
+    Args:
+        chunk: latent frames per step; None decodes all at once (fastest on short clips, most memory).
+    Raises:
+        SpecError: the latents do not have the decoder's channels, or `chunk` is below 1.
+    """
+    if latents.ndim != 5 or latents.shape[1] != decoder.spec.latent_width:
+        raise SpecError(
+            f"the decoder takes latents [B, {decoder.spec.latent_width}, T, H, W], got {list(latents.shape)}"
+        )
+    if chunk is not None and chunk < 1:
+        raise SpecError(f"a chunk holds at least 1 latent frame, not {chunk}")
+    num_latents = latents.shape[2]
+    chunk = num_latents if chunk is None else chunk
+    past: State | None = None
+    for start in range(0, num_latents, chunk):
+        part = latents[:, :, start : start + chunk]
+        if start + chunk >= num_latents:
+            frames = decoder(part, past, None)
+        else:
+            frames, past = decode_step(decoder, part, past)
+        yield frames.clamp(-1.0, 1.0)
+
+
+def decode(
+    decoder: Decoder, latents: Float[Tensor, "B C T Hz Wz"], *, chunk: int | None = None
+) -> Float[Tensor, "B 3 F H W"]:
+    """Decode raw latents to frames in [-1, 1]: `iter_decode`, concatenated."""
+    return torch.cat(list(iter_decode(decoder, latents, chunk=chunk)), dim=2)
+
+
+def frame_chunks(
+    pixels: Float[Tensor, "B 3 F H W"], *, temporal_factor: int, chunk: int
+) -> Iterator[Float[Tensor, "B 3 f H W"]]:
+    """Split a video on latent borders: 1 + k (chunk - 1) frames first, then k chunk, k = `temporal_factor`."""
+    first = 1 + temporal_factor * (chunk - 1)
+    yield pixels[:, :, :first]
+    for start in range(first, pixels.shape[2], temporal_factor * chunk):
+        yield pixels[:, :, start : start + temporal_factor * chunk]
+
+
+def iter_encode(
+    encoder: Encoder, chunks: Iterable[Float[Tensor, "B 3 f H W"]]
+) -> Iterator[Float[Tensor, "B C t Hz Wz"]]:
+    """Encode a stream of frame chunks (as `frame_chunks` cuts them) to raw latents (the posterior's mean).
+
+    Raises:
+        SpecError: a chunk is not cut on a latent border, or its sides are no multiple of the spatial factor.
+    """
+    kt, ks = encoder.spec.temporal_factor, encoder.spec.spatial_factor
+    past: State | None = None
+    for pixels in chunks:
+        extra = (pixels.shape[2] - 1) % kt if past is None else pixels.shape[2] % kt
+        if extra or pixels.shape[3] % ks or pixels.shape[4] % ks:
+            raise SpecError(
+                f"the encoder takes 1 + {kt} n frames (then {kt} n) with sides that {ks} divides, "
+                f"got {list(pixels.shape[2:])}: pad the clip first"
+            )
+        future: State = {}
+        moments = encoder(pixels, past, future)
+        past = future
+        yield moments.chunk(2, dim=1)[0]
+
+
+def encode(
+    encoder: Encoder, pixels: Float[Tensor, "B 3 F H W"], *, chunk: int | None = None
+) -> Float[Tensor, "B C T Hz Wz"]:
+    """Encode frames in [-1, 1] to raw latents, `chunk` latent frames at a time (None: all at once)."""
+    kt = encoder.spec.temporal_factor
+    chunks = [pixels] if chunk is None else frame_chunks(pixels, temporal_factor=kt, chunk=chunk)
+    return torch.cat(list(iter_encode(encoder, chunks)), dim=2)

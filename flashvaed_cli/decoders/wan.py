@@ -1,0 +1,123 @@
+"""Wan 2.1: the original's specs for any base width, its latent statistics, and the paper's layout.
+
+Encoder and decoder have four resolutions. The decoder's widths are 4, 4, 4, 2 and 1 times the base
+width (96 in the released model, 16 in `builtin:tiny-wan`) for mid, up0, up1, up2 and up3.
+
+Reference: Wan 2.1 VAE; arXiv 2602.19161, table of the operator layout.
+"""
+
+from __future__ import annotations
+
+from flashvaed_cli.decoders.family import Family
+from flashvaed_cli.decoders.spec import (
+    AttentionSpec,
+    BlockSpec,
+    ConvBlockSpec,
+    ConvSpec,
+    DecoderSpec,
+    DownsampleSpec,
+    EncoderSpec,
+    HeadSpec,
+    ResBlockSpec,
+    StageSpec,
+    UpsampleSpec,
+)
+
+NAME = "wan2.1"
+LATENT_WIDTH = 16
+MULTIPLIERS = (1, 2, 4, 4)
+TEMPORAL_FACTOR, SPATIAL_FACTOR = 4, 8
+
+# Per-channel statistics of the released Wan 2.1 latents (diffusers `AutoencoderKLWan` configuration).
+LATENT_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+LATENT_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+
+
+def _causal(in_width: int, out_width: int) -> ConvSpec:
+    return ConvSpec(operator="causal3d", in_width=in_width, out_width=out_width, kernel=(3, 3, 3))
+
+
+def _frame(in_width: int, out_width: int) -> ConvSpec:
+    return ConvSpec(operator="frame2d", in_width=in_width, out_width=out_width, kernel=(1, 3, 3))
+
+
+def _time(in_width: int, out_width: int) -> ConvSpec:
+    return ConvSpec(operator="causal3d", in_width=in_width, out_width=out_width, kernel=(3, 1, 1))
+
+
+def _point(in_width: int, out_width: int) -> ConvSpec:
+    return ConvSpec(operator="pointwise", in_width=in_width, out_width=out_width, kernel=(1, 1, 1))
+
+
+def _resblock(in_width: int, out_width: int) -> ResBlockSpec:
+    return ResBlockSpec(
+        conv1=_causal(in_width, out_width),
+        conv2=_causal(out_width, out_width),
+        shortcut=None if in_width == out_width else _point(in_width, out_width),
+    )
+
+
+def _mid(width: int) -> StageSpec:
+    attention = AttentionSpec(width=width, inner_width=width)
+    return StageSpec(name="mid", blocks=(_resblock(width, width), attention, _resblock(width, width)))
+
+
+def wan_decoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> DecoderSpec:
+    """The original decoder at a base width (96: the released Wan 2.1)."""
+    widths = [base_width * m for m in (MULTIPLIERS[-1], *reversed(MULTIPLIERS))]
+    stages = [
+        StageSpec(name="post_quant", blocks=(ConvBlockSpec(conv=_point(latent_width, latent_width)),)),
+        StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=_causal(latent_width, widths[0])),)),
+        _mid(widths[0]),
+    ]
+    for i, (previous, width) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        in_width = previous if i == 0 else previous // 2
+        blocks: list[BlockSpec] = [_resblock(in_width, width), _resblock(width, width), _resblock(width, width)]
+        if i < 3:
+            temporal = _time(width, 2 * width) if i < 2 else None
+            blocks.append(UpsampleSpec(temporal=temporal, spatial=_frame(width, width // 2)))
+        stages.append(StageSpec(name=f"up{i}", blocks=tuple(blocks)))
+    stages.append(StageSpec(name="head", blocks=(HeadSpec(conv=_causal(widths[-1], 3)),)))
+    return DecoderSpec(
+        family=NAME, stages=tuple(stages), temporal_factor=TEMPORAL_FACTOR, spatial_factor=SPATIAL_FACTOR
+    )
+
+
+def wan_encoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> EncoderSpec:
+    """The original encoder at a base width (96: the released Wan 2.1)."""
+    widths = [base_width * m for m in (1, *MULTIPLIERS)]
+    stages = [StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=_causal(3, widths[0])),))]
+    for i, (in_width, width) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        blocks: list[BlockSpec] = [_resblock(in_width, width), _resblock(width, width)]
+        if i < 3:
+            temporal = _time(width, width) if i > 0 else None
+            blocks.append(DownsampleSpec(spatial=_frame(width, width), temporal=temporal))
+        stages.append(StageSpec(name=f"down{i}", blocks=tuple(blocks)))
+    stages += [
+        _mid(widths[-1]),
+        StageSpec(name="head", blocks=(HeadSpec(conv=_causal(widths[-1], 2 * latent_width)),)),
+        StageSpec(name="quant", blocks=(ConvBlockSpec(conv=_point(2 * latent_width, 2 * latent_width)),)),
+    ]
+    return EncoderSpec(
+        family=NAME, stages=tuple(stages), temporal_factor=TEMPORAL_FACTOR, spatial_factor=SPATIAL_FACTOR
+    )
+
+
+WAN21 = Family(
+    name=NAME,
+    decoder_spec=wan_decoder_spec,
+    encoder_spec=wan_encoder_spec,
+    latent_width=LATENT_WIDTH,
+    latent_mean=LATENT_MEAN,
+    latent_std=LATENT_STD,
+    released_base_width=96,
+    shallow_stages=("up2", "up3"),
+    paper_keep_ratio=0.125,
+    paper_operators={"mid": "dwsep3d", "up0": "dwsep3d", "up1": "dwsep3d", "up2": "frame2d", "up3": "frame2d"},
+)

@@ -1,0 +1,1 @@
+"""Three-phase distillation: phases, losses and one training loop."""

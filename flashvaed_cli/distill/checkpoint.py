@@ -1,0 +1,159 @@
+"""The whole state of a training run, written atomically and read without unpickling code."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from flashvaed_cli.atomic import atomic_path
+from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.distill.averaging import TermAverage, WeightAverage
+from flashvaed_cli.distill.features import FeatureMatcher
+from flashvaed_cli.distill.settings import CADENCE_SETTINGS, TrainSettings
+from flashvaed_cli.errors import DistillationError
+
+_FORMAT = 1
+
+
+@dataclass
+class TrainState:
+    """Everything that changes while a phase trains.
+
+    Attributes:
+        run_key: the caller's name for what is being made of what (a hash of recipe and inputs, say): a
+            checkpoint of another run is not taken up.
+        step: steps done; also the number of the next batch.
+        seconds, data_seconds: spent on steps, and on waiting for their batches.
+        history: one entry per `log_every_steps`: means of the loss terms, PSNR and more.
+        first_loss: what an exploding loss is measured by.
+        saved_step: the step of this run's checkpoint on disk, if there is one.
+    """
+
+    student: Decoder
+    matcher: FeatureMatcher
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    average: WeightAverage | None
+    phase: int
+    settings: TrainSettings
+    run_key: str
+    step: int = 0
+    seconds: float = 0.0
+    data_seconds: float = 0.0
+    num_clips: int = 0
+    first_loss: float | None = None
+    saved_step: int | None = None
+    history: list[dict[str, float]] = field(default_factory=list)
+    terms: TermAverage = field(default_factory=TermAverage)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the student is."""
+        return next(self.student.parameters()).device
+
+
+_COUNTERS = ("step", "seconds", "data_seconds", "num_clips", "first_loss", "history")
+
+
+def save_checkpoint(state: TrainState, path: Path) -> None:
+    """Write the state to `path`; the checkpoint that was there stays whole until the new one is.
+
+    Raises:
+        DistillationError: the disk is full or the folder cannot be written to.
+    """
+    content = {
+        "format": _FORMAT,
+        "run_key": state.run_key,
+        "phase": state.phase,
+        "settings": asdict(state.settings),
+        "counters": {name: getattr(state, name) for name in _COUNTERS},
+        "terms": state.terms.state_dict(),
+        "student": state.student.state_dict(),
+        "projections": state.matcher.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+        "average": None if state.average is None else state.average.state_dict(),
+        "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+    }
+    try:
+        with atomic_path(path) as sibling:
+            torch.save(content, sibling)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        kept = "there is none before it" if state.saved_step is None else f"that of step {state.saved_step} is whole"
+        raise DistillationError(
+            f"The checkpoint of step {state.step} cannot be written to {path} ({error}); {kept}. "
+            "Make room or choose another folder, then run the same command again."
+        ) from error
+    state.saved_step = state.step
+
+
+def load_checkpoint(state: TrainState, path: Path) -> None:
+    """Bring `state` to where the checkpoint was saved.
+
+    Raises:
+        DistillationError: damaged, or of another run, phase, decoder or settings.
+    """
+    content = _read(path)
+    _require_same_run(content, state, path)
+    try:
+        state.student.load_state_dict(content["student"])
+        state.matcher.load_state_dict(content["projections"])
+        state.optimizer.load_state_dict(content["optimizer"])
+        if state.average is not None:
+            state.average.load_state_dict(content["average"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise DistillationError(
+            f"{path} does not fit the decoder that is to be trained ({error}). Delete it to start anew."
+        ) from error
+    state.terms.load_state_dict(content["terms"], state.device)
+    for name, value in content["counters"].items():
+        setattr(state, name, value)
+    state.saved_step = state.step
+    torch.set_rng_state(content["rng"]["cpu"])
+    if len(content["rng"]["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(content["rng"]["cuda"])
+
+
+def checkpoint_run_key(path: Path) -> str:
+    """The run that a checkpoint belongs to, for callers that decide whether to take it up.
+
+    Raises:
+        DistillationError: missing or damaged.
+    """
+    return _read(path)["run_key"]
+
+
+def _read(path: Path) -> dict:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DistillationError(
+            f"{path} cannot be read as a checkpoint ({reason}). Delete it to start the phase anew."
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise DistillationError(f"{path} is not a checkpoint of this version. Delete it to start the phase anew.")
+    return content
+
+
+def _require_same_run(content: dict, state: TrainState, path: Path) -> None:
+    reasons = []
+    if content["phase"] != state.phase:
+        reasons.append(f"phase {content['phase']} instead of {state.phase}")
+    if content["run_key"] != state.run_key:
+        reasons.append("another recipe, decoder or data")
+    wanted = asdict(state.settings)
+    reasons += [
+        f"{name} {value} instead of {wanted.get(name)}"
+        for name, value in content["settings"].items()
+        if name not in CADENCE_SETTINGS and value != wanted.get(name)
+    ]
+    if reasons:
+        raise DistillationError(
+            f"{path} belongs to another run ({'; '.join(reasons)}). Give the settings it was made with to go on, "
+            "or delete it to start anew."
+        )

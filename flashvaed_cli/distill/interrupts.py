@@ -1,0 +1,47 @@
+"""SIGINT and SIGTERM as a wish to stop at the next good moment, not as an exception anywhere."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass
+class StopWish:
+    """Whether somebody asked to stop; `signal_number` says by which signal."""
+
+    signal_number: int | None = None
+
+
+@contextmanager
+def stop_wish() -> Iterator[StopWish]:
+    """Collect SIGINT and SIGTERM while the block runs. The second one acts as it would have without the block.
+
+    Outside the main thread, where Python cannot catch signals, the wish is never set.
+    """
+    wish = StopWish()
+    if threading.current_thread() is not threading.main_thread():
+        yield wish
+        return
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        wish.signal_number = number
+        restore()
+
+    for number in _SIGNALS:
+        signal.signal(number, on_signal)
+    try:
+        yield wish
+    finally:
+        restore()

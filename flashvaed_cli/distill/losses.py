@@ -1,0 +1,140 @@
+"""The terms of the distillation loss: differentiable, each a scalar, unweighted, computed in float32.
+
+Frames are `[B, 3, T, H, W]`, nominally in [-1, 1] and not clamped: where the teacher overshoots, so may
+the student, and no gradient is lost. The target is always the teacher's output.
+
+Reference: arXiv 2602.19161, section 3.3 (L1, LPIPS, feature, SSIM, L_ce). Sharpness and temporal are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from flashvaed_cli.decoders.operators import frames_as_batch
+from flashvaed_cli.numerics.accumulation import accumulation_device, plain_arithmetic
+
+Frames = Float[Tensor, "B 3 T H W"]
+Scalar = Float[Tensor, ""]
+
+DATA_RANGE = 2.0
+_SSIM_WINDOW, _SSIM_SIGMA = 11, 1.5
+_NUM_PYRAMID_LEVELS = 3
+_R2_DAMPENING_FRAC = 1e-6
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weight of every term; 0 switches a term off, and it is not computed.
+
+    Reference: arXiv 2602.19161, section 3.3, for the first five. `l_ce` counts in phase 2 only.
+    """
+
+    l1: float = 10.0
+    lpips: float = 2.0
+    feature: float = 1.0
+    ssim: float = 5.0
+    l_ce: float = 1.0
+    sharpness: float = 0.0
+    temporal: float = 0.0
+
+
+def l1_loss(student: Frames, teacher: Frames) -> Scalar:
+    """Mean absolute difference."""
+    return (student - teacher).abs().mean()
+
+
+def ssim_loss(student: Frames, teacher: Frames) -> Scalar:
+    """1 - SSIM of single frames and colour channels, averaged.
+
+    Gaussian window of 11 pixels (sigma 1.5), without padding; frames that are smaller take the largest
+    odd window that fits.
+    """
+    a, b = frames_as_batch(student), frames_as_batch(teacher)  # [BT, 3, H, W]
+    window = min(_SSIM_WINDOW, *a.shape[-2:])
+    kernel = _gaussian(window - 1 + window % 2, a)
+    planes = torch.stack([a, b, a * a, b * b, a * b]).flatten(0, 2)[:, None]  # [5BT3, 1, H, W]
+    smooth = F.conv2d(F.conv2d(planes, kernel[None, None, None, :]), kernel[None, None, :, None])
+    mean_a, mean_b, square_a, square_b, product = smooth.chunk(5)
+    variance_a, variance_b = square_a - mean_a**2, square_b - mean_b**2
+    covariance = product - mean_a * mean_b
+    c1, c2 = (0.01 * DATA_RANGE) ** 2, (0.03 * DATA_RANGE) ** 2
+    luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+    structure = (2 * covariance + c2) / (variance_a + variance_b + c2)
+    return 1 - (luminance * structure).mean()
+
+
+def _gaussian(size: int, like: Tensor) -> Float[Tensor, " size"]:
+    offsets = torch.arange(size, device=like.device, dtype=like.dtype) - (size - 1) / 2
+    kernel = torch.exp(-0.5 * (offsets / _SSIM_SIGMA) ** 2)
+    return kernel / kernel.sum()
+
+
+def sharpness_loss(student: Frames, teacher: Frames) -> Scalar:
+    """Mean absolute difference of Laplacian pyramids, averaged over three octaves.
+
+    Unlike L1, it gives the finest detail the same say as everything coarser.
+    """
+    difference = frames_as_batch(student - teacher)  # bands are linear, so those of the difference suffice
+    bands = []
+    for _ in range(_NUM_PYRAMID_LEVELS):
+        if min(difference.shape[-2:]) < 2:
+            break
+        coarse = F.avg_pool2d(difference, 2, ceil_mode=True, count_include_pad=False)
+        smooth = F.interpolate(coarse, size=difference.shape[-2:], mode="bilinear", align_corners=False)
+        bands.append((difference - smooth).abs().mean())
+        difference = coarse
+    return torch.stack(bands).mean() if bands else difference.sum() * 0
+
+
+def temporal_loss(student: Frames, teacher: Frames) -> Scalar:
+    """Mean absolute difference of the changes from frame to frame; 0 for single frames."""
+    changes = (student - teacher).diff(dim=2)
+    return changes.abs().mean() if changes.numel() else changes.sum()
+
+
+def r2_loss(features: Float[Tensor, "B C T H W"], kept: Sequence[int]) -> Scalar:
+    """L_ce = 1 - R²: the share of the variance of all channels that the kept ones do not explain linearly.
+
+    R² is that of the least-squares map (with intercept) from the kept channels to all, over the positions
+    of this batch. The map is solved without gradient: at the minimum the residual does not change with
+    it to first order, so the gradient with respect to the features is exact (up to the tiny ridge)
+    and no factorisation is differentiated.
+
+    Args:
+        kept: the channels that will stay.
+    Reference:
+        arXiv 2602.19161, section 3.3. Departure: ridge of 1e-6 times the mean variance, for dead channels.
+    """
+    rows = features.movedim(1, -1).flatten(0, -2)  # [N, C]
+    centred = rows - rows.mean(dim=0)
+    covariance = (centred.T @ centred / len(rows)).to(accumulation_device(features.device)).double()  # [C, C]
+    chosen = torch.tensor(list(kept), device=covariance.device)
+    gram, cross = covariance[chosen][:, chosen], covariance[chosen]  # [K, K], [K, C]
+    with plain_arithmetic(covariance.device):
+        ridge = _R2_DAMPENING_FRAC * gram.diagonal().mean() + torch.finfo(torch.float32).tiny
+        identity = torch.eye(len(chosen), dtype=gram.dtype, device=gram.device)
+        weight = torch.linalg.solve(gram.detach() + ridge.detach() * identity, cross.detach())  # [K, C]
+    total = covariance.diagonal().sum()
+    unexplained = total - 2 * (weight * cross).sum() + (weight * (gram @ weight)).sum()
+    return (unexplained / total.clamp_min(torch.finfo(torch.float32).tiny)).to(features)
+
+
+FRAME_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "l1": l1_loss,
+    "ssim": ssim_loss,
+    "sharpness": sharpness_loss,
+    "temporal": temporal_loss,
+}
+
+
+@torch.no_grad()
+def teacher_psnr_db(student: Frames, teacher: Frames) -> Scalar:
+    """PSNR of the student's frames to the teacher's, both clamped to [-1, 1]; mean over the clips of the batch."""
+    error = (student.clamp(-1, 1) - teacher.clamp(-1, 1)).square().flatten(1).mean(dim=1)
+    return (10 * torch.log10(DATA_RANGE**2 / error.clamp_min(1e-12))).mean()

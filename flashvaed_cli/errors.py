@@ -1,0 +1,56 @@
+"""Errors that a user can mend. Everything else is a bug and keeps its traceback."""
+
+from __future__ import annotations
+
+
+class FlashVaedError(Exception):
+    """A mistake that the user can mend: the message says what, where and what to do.
+
+    The command line prints it on stderr and exits with `exit_code`.
+    """
+
+    exit_code = 2
+
+
+class RecipeError(FlashVaedError):
+    """A recipe or a flag does not fit its schema."""
+
+
+class ArtifactError(FlashVaedError):
+    """A checkpoint cannot be read, recognised, matched or written."""
+
+
+class SpecError(FlashVaedError):
+    """A decoder specification contradicts itself, or a name matches no layer."""
+
+
+class MediaError(FlashVaedError):
+    """A video or latent file cannot be found, read or written."""
+
+
+class CalibrationError(FlashVaedError):
+    """The statistics cannot support what is asked: too few positions, NaN, dead channels."""
+
+
+class MetricUnavailableError(FlashVaedError):
+    """A metric needs weights or a package that this machine does not have."""
+
+
+class DistillationError(FlashVaedError):
+    """Training cannot start, resume or go on."""
+
+
+class ExportError(FlashVaedError):
+    """The decoder does not fit the target, or its export does not reproduce it."""
+
+
+class Interrupted(FlashVaedError):
+    """The user or the system asked to stop (SIGINT, SIGTERM); what could be saved has been.
+
+    `exit_code` is 128 plus the signal's number, as a shell reports it: 130 or 143.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+        self.exit_code = 128 + signal_number

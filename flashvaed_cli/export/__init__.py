@@ -1,0 +1,1 @@
+"""One file per export target, each with its parity check."""

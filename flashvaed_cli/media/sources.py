@@ -1,0 +1,168 @@
+"""What a user may give as data: videos, stills and latent files, in folders or by pattern."""
+
+from __future__ import annotations
+
+import glob
+import json
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from flashvaed_cli.errors import MediaError
+from flashvaed_cli.media.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+
+LATENT_SUFFIXES = frozenset({".safetensors", ".pt", ".pth"})
+ACCEPTED = (
+    f"videos ({' '.join(sorted(VIDEO_SUFFIXES))}), images ({' '.join(sorted(IMAGE_SUFFIXES))}) "
+    f"or latents ({' '.join(sorted(LATENT_SUFFIXES))})"
+)
+_LATENT_NAMES = ("latents", "latent", "latent_tensor", "samples", "z")
+_MAX_NAMES_SHOWN = 6
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+
+
+def is_latent_file(path: str | Path) -> bool:
+    """Whether the suffix is that of a tensor file."""
+    return Path(path).suffix.lower() in LATENT_SUFFIXES
+
+
+def find_clips(inputs: Sequence[str | Path]) -> list[Path]:
+    """List the clips that files, folders and glob patterns stand for.
+
+    Folders are searched with their subfolders in sorted order, without hidden files and without
+    the artifacts of this program. A file reached twice is listed once, at its first place.
+
+    Raises:
+        MediaError: an input does not exist, is of no accepted kind, or yields nothing.
+    """
+    found: dict[Path, None] = {}
+    for item in inputs:
+        found.update(dict.fromkeys(_expand(Path(item).expanduser())))
+    if not found:
+        raise MediaError(f"No data was given. Name files, folders or patterns of {ACCEPTED}.")
+    return list(found)
+
+
+def load_latents(path: str | Path, *, latent_width: int | None = None) -> Float[Tensor, "B C T H W"]:
+    """Read the latents in a tensor file, as float32 on the CPU, in the scale that the file has.
+
+    The file holds one tensor, or several of which one is called latents, latent, latent_tensor,
+    samples or z. Nothing is unpickled but tensors.
+
+    Args:
+        latent_width: channels that the decoder expects. With it the axes are checked, and
+            [B, T, C, H, W] is recognised where only its third axis fits; without it
+            [C, T, H, W] and [B, C, T, H, W] are taken at their word.
+    Raises:
+        MediaError: unreadable, no such tensor, axes that do not fit, NaN or infinite values.
+    """
+    path = Path(path)
+    latents = _channels_second(_pick(_read_tensors(path), path), latent_width, path).float()
+    if not latents.numel():
+        raise MediaError(f"{path}: the latents of shape {list(latents.shape)} are empty. Encode them again.")
+    if not torch.isfinite(latents).all():
+        raise MediaError(f"{path}: the latents hold NaN or infinite values. Encode them again.")
+    return latents.contiguous()
+
+
+def _expand(path: Path) -> list[Path]:
+    if path.is_dir():
+        clips = [p for p in sorted(path.rglob("*")) if _is_clip_in_folder(p, path)]
+        if not clips:
+            raise MediaError(f"The folder {path} holds no clip. Accepted are {ACCEPTED}.")
+        return clips
+    if path.exists():
+        if not _has_accepted_suffix(path):
+            raise MediaError(f"{path} is of no accepted kind. Accepted are {ACCEPTED}.")
+        return [path]
+    if not glob.has_magic(str(path)):
+        raise MediaError(f"{path} does not exist. Give a file, a folder or a pattern of {ACCEPTED}.")
+    matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207 (absolute patterns)
+    clips = [p for p in matches if p.is_file() and _has_accepted_suffix(p)]
+    if not clips:
+        raise MediaError(f"The pattern {path} matches no clip. Accepted are {ACCEPTED}.")
+    return clips
+
+
+def _has_accepted_suffix(path: Path) -> bool:
+    return path.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES | LATENT_SUFFIXES
+
+
+def _is_clip_in_folder(path: Path, folder: Path) -> bool:
+    if any(part.startswith(".") for part in path.relative_to(folder).parts):
+        return False
+    return path.is_file() and _has_accepted_suffix(path) and not _is_own_artifact(path)
+
+
+def _is_own_artifact(path: Path) -> bool:
+    """Whether the safetensors header carries our key: a VAE or an analysis is no clip."""
+    if path.suffix.lower() != ".safetensors":
+        return False
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, _MAX_HEADER_BYTES)))
+        return "flashvaed" in header.get("__metadata__", {})
+    except (OSError, ValueError, AttributeError):
+        return False  # unreadable: stays in the list, so that loading it says what is wrong
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise MediaError(
+            f"{path} does not exist. Give the path of a latent file ({' '.join(sorted(LATENT_SUFFIXES))})."
+        )
+    try:
+        if path.suffix.lower() == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise MediaError(
+            f"{path} cannot be read as tensors: {reason}. Save the latents again with safetensors or torch.save, "
+            "as a tensor or a dict of tensors."
+        ) from error
+    if isinstance(content, Tensor):
+        return {"latents": content}
+    if isinstance(content, Mapping):
+        return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    raise MediaError(
+        f"{path} holds a {type(content).__name__}, not a tensor or a dict of tensors. Save the tensor alone."
+    )
+
+
+def _pick(tensors: dict[str, Tensor], path: Path) -> Tensor:
+    for name in _LATENT_NAMES:
+        if name in tensors:
+            return tensors[name]
+    if len(tensors) == 1:
+        return next(iter(tensors.values()))
+    shown = ", ".join(list(tensors)[:_MAX_NAMES_SHOWN]) + (", ..." if len(tensors) > _MAX_NAMES_SHOWN else "")
+    raise MediaError(
+        f"{path} holds {len(tensors)} tensors ({shown or 'none'}) and none is called {', '.join(_LATENT_NAMES)}. "
+        "Is it a checkpoint? Save the latents alone, or under the name latents."
+    )
+
+
+def _channels_second(latents: Tensor, latent_width: int | None, path: Path) -> Tensor:
+    shape = list(latents.shape)
+    if latents.ndim not in (4, 5) or not latents.is_floating_point():
+        raise MediaError(
+            f"{path} holds a {latents.dtype} tensor of shape {shape}, not latents of shape [C, T, H, W] or "
+            "[B, C, T, H, W] in floating point. Save them so."
+        )
+    batched = latents if latents.ndim == 5 else latents.unsqueeze(0)  # [B, C, T, H, W]
+    if latent_width is None or batched.shape[1] == latent_width:
+        return batched
+    if latents.ndim == 5 and latents.shape[2] == latent_width:
+        return latents.transpose(1, 2)  # [B, T, C, H, W] to [B, C, T, H, W]
+    raise MediaError(
+        f"{path}: latents of shape {shape} do not fit a decoder of {latent_width} latent channels. Give them as "
+        f"[{latent_width}, T, H, W] or [B, {latent_width}, T, H, W], or choose the decoder they were made for."
+    )

@@ -1,0 +1,95 @@
+"""Where a model's time goes, module by module."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from flashvaed_cli.errors import SpecError
+
+
+def profile_modules(
+    model: nn.Module,
+    call: Callable[[], object],
+    names: Iterable[str],
+    *,
+    num_warmup: int = 1,
+    num_rounds: int = 5,
+    synchronize: Callable[[], object] | None = None,
+) -> dict[str, float]:
+    """Median wall time of modules within one call of the model.
+
+    A module that runs several times in a call (chunks) counts the sum. Times are inclusive: a stage
+    holds the time of its layers, so only names that do not contain each other add up. Waiting for
+    the device at every module makes the whole slower than it is unprofiled; the shares are what counts.
+
+    Args:
+        model: holds the modules.
+        call: runs the model once.
+        names: as in `model.named_modules()`.
+        num_warmup: calls that are not counted.
+        num_rounds: counted calls, at least 1.
+        synchronize: called before each reading of the clock.
+    Returns:
+        Milliseconds per name, in the order of `names`.
+    Raises:
+        SpecError: a name matches no module, or a module did not run through its `forward`.
+    """
+    if num_rounds < 1:
+        raise ValueError("at least one round is needed")
+    modules = _find_modules(model, names)
+    rounds: list[dict[str, float]] = []
+    for round_index in range(num_warmup + num_rounds):
+        with _timed(modules, synchronize) as seconds:
+            call()
+        if round_index >= num_warmup:
+            rounds.append(dict(seconds))
+    if idle := [name for name in modules if not all(name in seconds for seconds in rounds)]:
+        raise SpecError(f"modules that did not run during the profiled call: {', '.join(idle)}")
+    return {name: 1e3 * statistics.median(seconds[name] for seconds in rounds) for name in modules}
+
+
+def _find_modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    known = dict(model.named_modules(remove_duplicate=False))
+    wanted = list(names)
+    if unknown := [name for name in wanted if name not in known]:
+        raise SpecError(f"no module of {type(model).__name__} is named {', '.join(unknown)}")
+    return {name: known[name] for name in wanted}
+
+
+@contextmanager
+def _timed(modules: dict[str, nn.Module], synchronize: Callable[[], object] | None) -> Iterator[dict[str, float]]:
+    """Hooks on the modules for the length of the block; yields the seconds by name."""
+    seconds: dict[str, float] = {}
+    starts: dict[str, float] = {}
+
+    def now() -> float:
+        if synchronize is not None:
+            synchronize()
+        return time.perf_counter()
+
+    def start(name: str) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            starts[name] = now()
+
+        return hook
+
+    def stop(name: str) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            seconds[name] = seconds.get(name, 0.0) + now() - starts[name]
+
+        return hook
+
+    handles = []
+    try:
+        for name, module in modules.items():
+            handles.append(module.register_forward_pre_hook(start(name)))
+            handles.append(module.register_forward_hook(stop(name)))
+        yield seconds
+    finally:
+        for handle in handles:
+            handle.remove()

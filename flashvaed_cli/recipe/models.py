@@ -1,0 +1,310 @@
+"""One pydantic model per command: every setting with its type, default and help text.
+
+The descriptions are also the help texts of the flags (`flashvaed_cli/cli/options.py` reads them here),
+so a setting is named, explained and defaulted in one place only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+BUILTIN_VAE = "builtin:tiny-wan"
+
+ANALYSIS_FILE = "analysis.safetensors"
+PRUNED_FILE = "pruned.safetensors"
+CONVERTED_FILE = "converted.safetensors"
+FLASH_FILE = "flash.safetensors"
+
+DEFAULT_KEEP_RATIO = 0.25
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+DType = Literal["float32", "bfloat16", "float16"]
+SelectionRule = Literal["greedy-r2", "random", "variance"]
+ReconstructMode = Literal["none", "full"]
+OperatorProfile = Literal["paper"]
+StageOperator = Literal["causal3d", "dwsep3d", "frame2d"]
+PhaseChoice = Literal["1", "2", "3", "all"]
+ExportTarget = Literal["safetensors", "onnx"]
+
+
+def _one_as_tuple(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+def _zero_as_none(value: object) -> object:
+    return None if value == 0 and not isinstance(value, bool) else value
+
+
+def _int_as_text(value: object) -> object:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+# Strict numbers: YAML's `yes` and `"8"` are mistakes here, not 1 and 8.
+Count = Annotated[int, Field(gt=0, strict=True)]
+OptionalCount = Annotated[Annotated[int, Field(gt=0, strict=True)] | None, BeforeValidator(_zero_as_none)]
+WholeNumber = Annotated[int, Field(ge=0, strict=True)]
+Switch = Annotated[bool, Field(strict=True)]
+Positive = Annotated[float, Field(gt=0, strict=True)]
+NonNegative = Annotated[float, Field(ge=0, strict=True)]
+KeepRatio = Annotated[float, Field(gt=0, le=1, strict=True)]
+Name = Annotated[str, Field(min_length=1)]
+Names = Annotated[tuple[Name, ...], BeforeValidator(_one_as_tuple)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class CommandRecipe(_Frozen):
+    """What every command has.
+
+    `command` is the name on the command line and in the YAML. `default_inputs` are the places where a command
+    looks, in this order, when no input is given; the last one always exists.
+    """
+
+    command: ClassVar[str]
+    default_inputs: ClassVar[tuple[str, ...]]
+
+    seed: WholeNumber = Field(default=0, description="Seed of everything random.")
+    device: Device = Field(default="auto", description="Where to compute; auto takes CUDA, then MPS, then the CPU.")
+    dtype: DType = Field(default="float32", description="Number format of weights and activations.")
+
+
+class _ClipFields(CommandRecipe):
+    data: Names = Field(
+        default=(),
+        description="Videos, folders or latent files; repeatable. Without it, the clip that ships with the program.",
+    )
+    max_side: OptionalCount = Field(
+        default=None, description="Shrink clips so that the longer side has at most so many pixels."
+    )
+
+
+class CalibratedRecipe(_ClipFields):
+    """What commands have that collect statistics on clips."""
+
+    num_calibration_clips: Count = Field(default=8, description="Clips to collect statistics on.")
+    num_frames: Count = Field(default=17, description="Frames per calibration clip.")
+    crop_size: OptionalCount = Field(
+        default=128, description="Side in pixels of the square cut from each clip; 0 takes all."
+    )
+
+
+class ReconstructingRecipe(CalibratedRecipe):
+    """What commands have that change layers and solve their weights anew."""
+
+    original: Name | None = Field(
+        default=None, description="The original VAE, where it is not the one that the input remembers."
+    )
+    reconstruct: ReconstructMode = Field(
+        default="full",
+        description="full solves the weights of changed layers by least squares; none keeps cut weights.",
+    )
+    dampening_frac: Positive = Field(default=1e-4, description="Ridge term, as a fraction of the gram's mean diagonal.")
+
+
+class _RatioFields(CommandRecipe):
+    keep_ratio: KeepRatio | None = Field(
+        default=None,
+        description=f"Fraction of channels kept in the family's shallow stages; {DEFAULT_KEEP_RATIO} if none is given.",
+    )
+    stage_keep_ratios: dict[Name, KeepRatio] = Field(
+        default={}, description="Fraction of channels kept by stage name; without keep_ratio, other stages stay whole."
+    )
+    rule: SelectionRule = Field(default="greedy-r2", description="How the kept channels are chosen.")
+
+    def ratios(self, shallow_stages: Sequence[str]) -> dict[str, float]:
+        """Fraction kept by stage name; stages that are not in it stay whole.
+
+        Args:
+            shallow_stages: the family's stages that `keep_ratio` speaks of.
+        """
+        keep_ratio = self.keep_ratio
+        if keep_ratio is None and not self.stage_keep_ratios:
+            keep_ratio = DEFAULT_KEEP_RATIO
+        common = {} if keep_ratio is None else dict.fromkeys(shallow_stages, keep_ratio)
+        return {**common, **self.stage_keep_ratios}
+
+
+class AnalyzeRecipe(CalibratedRecipe):
+    """Settings of `flashvaed analyze`."""
+
+    command: ClassVar[str] = "analyze"
+    default_inputs: ClassVar[tuple[str, ...]] = (BUILTIN_VAE,)
+
+    input: Name | None = Field(
+        default=None, description="VAE to analyze: a file, folder, hf:// address or builtin:NAME."
+    )
+    latency_frames: Count = Field(default=9, description="Frames of the clip whose decoding is timed.")
+    latency_side: Count = Field(
+        default=128, description="Height and width in pixels of the clip whose decoding is timed."
+    )
+    num_latency_rounds: Count = Field(default=3, description="Timed rounds, after one to warm up; the median counts.")
+    plots: Switch = Field(default=False, description="Also draw R2 curves, spectra and latency shares as PNG files.")
+    output: Name = Field(default=ANALYSIS_FILE, description="Analysis artifact to write.")
+
+
+class PruneRecipe(ReconstructingRecipe, _RatioFields):
+    """Settings of `flashvaed prune`."""
+
+    command: ClassVar[str] = "prune"
+    default_inputs: ClassVar[tuple[str, ...]] = (BUILTIN_VAE,)
+
+    input: Name | None = Field(
+        default=None, description="Decoder to prune: a file, folder, hf:// address or builtin:NAME."
+    )
+    analysis: Name | None = Field(
+        default=None,
+        description=f"Analysis of that decoder. Without it, {ANALYSIS_FILE} if that fits, else made on the fly.",
+    )
+    round_to: Count = Field(default=1, description="Round kept channel counts up to a multiple of this.")
+    output: Name = Field(default=PRUNED_FILE, description="Decoder artifact to write.")
+
+
+class ConvertOpsRecipe(ReconstructingRecipe):
+    """Settings of `flashvaed convert-ops`."""
+
+    command: ClassVar[str] = "convert-ops"
+    default_inputs: ClassVar[tuple[str, ...]] = (PRUNED_FILE, BUILTIN_VAE)
+
+    input: Name | None = Field(
+        default=None, description="Decoder to convert: a file, folder, hf:// address or builtin:NAME."
+    )
+    profile: OperatorProfile = Field(default="paper", description="Which operator each stage of the family gets.")
+    operators: dict[Name, StageOperator] = Field(
+        default={}, description="Operator by stage name, in place of the profile's."
+    )
+    num_separable_iterations: Count = Field(
+        default=3, description="Alternations between the depthwise and the pointwise solve of one layer."
+    )
+    output: Name = Field(default=CONVERTED_FILE, description="Decoder artifact to write.")
+
+
+class LossWeights(_Frozen):
+    """Weight of every term of the distillation loss; 0 switches a term off.
+
+    Reference: arXiv 2602.19161 for the first five; sharpness and temporal are ours.
+    """
+
+    l1: NonNegative = Field(default=10.0, description="Mean absolute difference of pixels.")
+    lpips: NonNegative = Field(default=2.0, description="Perceptual distance; needs the backbone's weights.")
+    feature: NonNegative = Field(default=1.0, description="Mean absolute difference of stage features.")
+    ssim: NonNegative = Field(default=5.0, description="1 - SSIM.")
+    l_ce: NonNegative = Field(default=1.0, description="1 - R2 of all channels given the kept ones; phase 2 only.")
+    sharpness: NonNegative = Field(default=0.0, description="Difference of Laplacian pyramids.")
+    temporal: NonNegative = Field(default=0.0, description="Difference of frame-to-frame changes.")
+
+
+class PhaseRecipe(_Frozen):
+    """One phase of distillation."""
+
+    phase: Literal[1, 2, 3] = Field(
+        description="1: converted deep stages. 2: the whole, before pruning, with L_ce. 3: the whole, after pruning."
+    )
+    num_steps: Count = Field(default=100, description="Optimizer steps.")
+    learning_rate: Positive = Field(default=1e-4, description="Learning rate of AdamW.")
+
+
+class DistillRecipe(_ClipFields, _RatioFields):
+    """Settings of `flashvaed distill`; the ratios and the rule name the channels that phase 2 prepares for pruning."""
+
+    command: ClassVar[str] = "distill"
+    default_inputs: ClassVar[tuple[str, ...]] = (CONVERTED_FILE, PRUNED_FILE, BUILTIN_VAE)
+
+    input: Name | None = Field(
+        default=None, description="Decoder to train: a file, folder, hf:// address or builtin:NAME."
+    )
+    original: Name | None = Field(
+        default=None, description="The original VAE, where it is not the one that the input remembers."
+    )
+    phases: Annotated[tuple[PhaseRecipe, ...], Field(min_length=1)] = Field(
+        default=(PhaseRecipe(phase=1), PhaseRecipe(phase=2), PhaseRecipe(phase=3)), description="The phases, in order."
+    )
+    phase: Annotated[PhaseChoice, BeforeValidator(_int_as_text)] = Field(
+        default="all",
+        description="Train this phase only; all takes those that fit the decoder (2 needs an unpruned one).",
+    )
+    num_steps: Count | None = Field(
+        default=None, description="Optimizer steps of every phase, in place of the phases' own."
+    )
+    learning_rate: Positive | None = Field(
+        default=None, description="Learning rate of every phase, in place of the phases' own."
+    )
+    weight_decay: NonNegative = Field(default=1e-4, description="Weight decay of AdamW.")
+    gradient_clip_norm: Positive = Field(default=1.0, description="Longest gradient that is let through unscaled.")
+    batch_size: Count = Field(default=2, description="Clips per step.")
+    num_frames: Count = Field(default=9, description="Frames per training clip.")
+    crop_size: OptionalCount = Field(
+        default=96, description="Side in pixels of the square cut from each clip; 0 takes all."
+    )
+    loss_weights: LossWeights = Field(default=LossWeights(), description="Weight of every loss term.")
+    checkpoint_every_steps: Count = Field(default=50, description="Steps between two checkpoints.")
+    resume: Literal["auto", "never"] = Field(
+        default="auto", description="auto goes on from the checkpoint of an interrupted run of the same recipe."
+    )
+    output: Name = Field(default=FLASH_FILE, description="Decoder artifact to write.")
+
+    @model_validator(mode="after")
+    def _chosen_phase_exists(self) -> DistillRecipe:
+        if not self.schedule():
+            listed = ", ".join(str(phase.phase) for phase in self.phases)
+            raise ValueError(f"phase is {self.phase}, but phases lists only {listed}")
+        return self
+
+    def schedule(self) -> tuple[PhaseRecipe, ...]:
+        """The phases to train, with `phase`, `num_steps` and `learning_rate` applied."""
+        overrides = {"num_steps": self.num_steps, "learning_rate": self.learning_rate}
+        given = {name: value for name, value in overrides.items() if value is not None}
+        return tuple(phase.model_copy(update=given) for phase in self.phases if self.phase in ("all", str(phase.phase)))
+
+
+class EvalRecipe(_ClipFields):
+    """Settings of `flashvaed eval`."""
+
+    command: ClassVar[str] = "eval"
+    default_inputs: ClassVar[tuple[str, ...]] = (FLASH_FILE, CONVERTED_FILE, PRUNED_FILE, BUILTIN_VAE)
+
+    input: Name | None = Field(
+        default=None, description="Decoder to judge: a file, folder, hf:// address or builtin:NAME."
+    )
+    original: Name | None = Field(
+        default=None, description="The original VAE, where it is not the one that the input remembers."
+    )
+    num_clips: OptionalCount = Field(default=None, description="Judge at most so many clips.")
+    num_frames: OptionalCount = Field(default=None, description="Judge at most so many frames of each clip.")
+    chunk: OptionalCount = Field(
+        default=None, description="Latent frames decoded at a time; bounds memory, changes no frame."
+    )
+    num_speed_rounds: Count = Field(
+        default=5, description="Timed rounds of both decoders in alternation, after a warm-up."
+    )
+    video: Switch = Field(default=True, description="Write a side-by-side MP4 (a PNG for single frames).")
+    lpips: Literal["auto", "on", "off"] = Field(
+        default="auto", description="auto reports LPIPS when the backbone's weights are there; on fails without them."
+    )
+    output: Name = Field(default="report", description="Folder to write report.json, report.md and pictures to.")
+
+
+class ExportRecipe(CommandRecipe):
+    """Settings of `flashvaed export`."""
+
+    command: ClassVar[str] = "export"
+    default_inputs: ClassVar[tuple[str, ...]] = (FLASH_FILE, CONVERTED_FILE, PRUNED_FILE, BUILTIN_VAE)
+
+    input: Name | None = Field(
+        default=None, description="Decoder to export: a file, folder, hf:// address or builtin:NAME."
+    )
+    targets: Annotated[tuple[ExportTarget, ...], BeforeValidator(_one_as_tuple), Field(min_length=1)] = Field(
+        default=("safetensors", "onnx"), description="Formats to write; repeatable."
+    )
+    opset: Annotated[int, Field(ge=17, strict=True)] = Field(default=18, description="ONNX operator set.")
+    output: Name = Field(default="export", description="Folder to write to.")
+
+
+COMMAND_RECIPES: dict[str, type[CommandRecipe]] = {
+    model.command: model
+    for model in (AnalyzeRecipe, PruneRecipe, ConvertOpsRecipe, DistillRecipe, EvalRecipe, ExportRecipe)
+}

@@ -1,0 +1,1 @@
+"""Tables, pictures and pages. Never runs a model."""

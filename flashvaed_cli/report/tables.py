@@ -1,0 +1,113 @@
+"""One table, three faces: terminal, GitHub Markdown and plain data. All show the same text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rich.table import Table
+from rich.text import Text
+
+Cell = str | int | float | None
+MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column and how its numbers look.
+
+    Args:
+        name: heading, with the unit.
+        number_format: format spec of numbers, such as `.2f` or `,d`; text is shown as it is.
+        align: numbers go right.
+    """
+
+    name: str
+    number_format: str = ".4g"
+    align: Literal["left", "right"] = "right"
+
+
+@dataclass(frozen=True)
+class TableData:
+    """A table as data. Every row has one cell per column; None is shown as a dash."""
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+    def __post_init__(self) -> None:
+        """Refuse ragged rows."""
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(f"table {self.title!r} has {len(self.columns)} columns, a row has {len(row)}: {row}")
+
+    def texts(self) -> list[list[str]]:
+        """All cells as they are shown."""
+        return [
+            [format_cell(cell, column) for cell, column in zip(row, self.columns, strict=True)] for row in self.rows
+        ]
+
+
+def format_cell(cell: Cell, column: Column) -> str:
+    """Text of one cell. An integer under a format for fractions is shown as one."""
+    if cell is None:
+        return MISSING
+    if isinstance(cell, str):
+        return cell
+    if isinstance(cell, float) and not math.isfinite(cell):
+        return "nan" if math.isnan(cell) else ("∞" if cell > 0 else "-∞")
+    return format(cell, column.number_format)
+
+
+def to_rich(table: TableData) -> Table:
+    """For the terminal. Cells are plain text: square brackets in a file name are no markup."""
+    view = Table(title=Text(table.title) if table.title else None, title_justify="left", header_style="bold")
+    for column in table.columns:
+        # numbers broken over two lines cannot be read, names can
+        view.add_column(Text(column.name), justify=column.align, no_wrap=column.align == "right")
+    for texts in table.texts():
+        view.add_row(*(Text(text) for text in texts))
+    return view
+
+
+def to_markdown(table: TableData, *, heading: str = "##") -> str:
+    """For GitHub; columns padded so that the source reads as a table too. Ends with a newline.
+
+    Args:
+        table: what to show.
+        heading: marks before the title; empty leaves the title out.
+    """
+    names = [_escape(column.name) for column in table.columns]
+    body = [[_escape(text) for text in texts] for texts in table.texts()]
+    widths = [max(3, *(len(row[i]) for row in [names, *body])) for i in range(len(names))]
+    rights = [column.align == "right" for column in table.columns]
+    rule = ["-" * (width - 1) + ":" if right else "-" * width for width, right in zip(widths, rights, strict=True)]
+    lines = [_line(names, widths, rights), _line(rule, widths, rights), *(_line(row, widths, rights) for row in body)]
+    if heading and table.title:
+        lines = [f"{heading} {table.title}", "", *lines]
+    return "\n".join(lines) + "\n"
+
+
+def to_records(table: TableData) -> list[dict[str, Cell]]:
+    """For JSON: one dict per row, numbers unformatted; what is not finite becomes None."""
+    return [
+        {
+            column.name: None if isinstance(cell, float) and not math.isfinite(cell) else cell
+            for column, cell in zip(table.columns, row, strict=True)
+        }
+        for row in table.rows
+    ]
+
+
+def _line(texts: Sequence[str], widths: Sequence[int], rights: Sequence[bool]) -> str:
+    cells = [
+        text.rjust(width) if right else text.ljust(width)
+        for text, width, right in zip(texts, widths, rights, strict=True)
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _escape(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")

@@ -1,0 +1,1 @@
+"""Choose channels, swap operators, reconstruct weights: decoder in, decoder out."""

@@ -1,0 +1,56 @@
+"""Rows of the least-squares problem of one layer: the input patches behind sampled output positions."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.nn import functional as F
+
+from flashvaed_cli.decoders.spec import Kernel
+
+_GRAM_MULTIPLY_ADDS = 5e9
+_ROWS_PER_UNKNOWN = 8
+
+
+def rows_per_clip(num_features: int, num_clips: int) -> int:
+    """How many positions of a clip to use: what 5e9 multiply-adds for the gram buy, at least 8 per unknown in all."""
+    affordable = int(_GRAM_MULTIPLY_ADDS / num_features**2)
+    needed = -(-_ROWS_PER_UNKNOWN * (num_features + 1) // num_clips)
+    return max(affordable, needed)
+
+
+def sample_positions(
+    shape: tuple[int, int, int, int], max_rows: int, generator: torch.Generator
+) -> Int64[Tensor, " N"]:
+    """Flat indices into `[B, T, H, W]`: all of them if they fit, else a random subset, ascending."""
+    total = shape[0] * shape[1] * shape[2] * shape[3]
+    if total <= max_rows:
+        return torch.arange(total)
+    return torch.randperm(total, generator=generator)[:max_rows].sort().values
+
+
+def gather_patches(
+    x: Float[Tensor, "B C T H W"], kernel: Kernel, positions: Int64[Tensor, " N"]
+) -> Float[Tensor, "N K"]:
+    """The values that a causal, space-padded kernel reads at each position; column c * taps + tap.
+
+    The order is that of a flattened weight `[O, C, kt, kh, kw]`.
+    """
+    kt, kh, kw = kernel
+    b, c, t, h, w = x.shape
+    padded = F.pad(x, (kw // 2, kw // 2, kh // 2, kh // 2, kt - 1, 0))
+    _, _, tp, hp, wp = padded.shape
+    rows = padded.permute(0, 2, 3, 4, 1).reshape(-1, c)  # [B Tp Hp Wp, C]
+    positions = positions.to(x.device)
+    col, rest = positions % w, positions // w
+    row, rest = rest % h, rest // h
+    frame, sample = rest % t, rest // t
+    corner = ((sample * tp + frame) * hp + row) * wp + col  # [N]
+    taps = [rows[corner + (dt * hp + dy) * wp + dx] for dt in range(kt) for dy in range(kh) for dx in range(kw)]
+    return torch.stack(taps, dim=2).flatten(1)  # [N, C, taps] -> [N, K]
+
+
+def gather_rows(y: Float[Tensor, "B O T H W"], positions: Int64[Tensor, " N"]) -> Float[Tensor, "N O"]:
+    """The values of all channels at each position."""
+    return y.permute(0, 2, 3, 4, 1).reshape(-1, y.shape[1])[positions.to(y.device)]

@@ -1,0 +1,120 @@
+"""New specs from old: narrower widths for kept channels, other operators for stages. No weights here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from flashvaed_cli.decoders.groups import Kept, tensor_widths
+from flashvaed_cli.decoders.spec import (
+    AttentionSpec,
+    BlockSpec,
+    ConvSpec,
+    DecoderSpec,
+    DownsampleSpec,
+    Operator,
+    ResBlockSpec,
+    UpsampleSpec,
+)
+from flashvaed_cli.errors import SpecError
+
+
+def input_tensors(spec: DecoderSpec) -> dict[str, str | None]:
+    """Block address to the address of the block whose output it reads; None for the latents."""
+    before: str | None = None
+    inputs: dict[str, str | None] = {}
+    for address, _ in spec.blocks():
+        inputs[address] = before
+        before = address
+    return inputs
+
+
+def narrowed_spec(spec: DecoderSpec, kept: Kept) -> DecoderSpec:
+    """The spec with only the kept channels.
+
+    A residual block whose input or output was narrowed gets a 1x1 shortcut, as in the paper, also where
+    the kept sets are equal: it can then carry what the missing channels would have added.
+
+    Raises:
+        SpecError: `kept` names a tensor that cannot be pruned, or a channel that does not exist.
+    """
+    widths = tensor_widths(spec)
+    for tensor, channels in kept.items():
+        if tensor not in widths:
+            raise SpecError(f"no prunable tensor '{tensor}' in this decoder")
+        if not channels or max(channels) >= widths[tensor]:
+            raise SpecError(f"{tensor} has {widths[tensor]} channels, cannot keep {list(channels)}")
+    inputs = input_tensors(spec)
+    changed: dict[str, BlockSpec] = {}
+    for address, block in spec.blocks():
+        source = inputs[address]
+        before = kept.get(source) if source else None
+        inner, after = kept.get(f"{address}.conv1"), kept.get(address)
+        if before or inner or after:
+            changed[address] = _narrowed_block(block, _count(before), _count(inner), _count(after))
+    return spec.with_blocks(changed)
+
+
+def _count(kept: tuple[int, ...] | None) -> int | None:
+    return None if kept is None else len(kept)
+
+
+def _narrowed_block(block: BlockSpec, before: int | None, inner: int | None, after: int | None) -> BlockSpec:
+    if isinstance(block, ResBlockSpec):
+        conv1, conv2 = _resized(block.conv1, before, inner), _resized(block.conv2, inner, after)
+        shortcut = block.shortcut
+        if before or after:
+            shortcut = ConvSpec(
+                operator="pointwise", in_width=conv1.in_width, out_width=conv2.out_width, kernel=(1, 1, 1)
+            )
+        return ResBlockSpec(conv1=conv1, conv2=conv2, shortcut=shortcut)
+    if isinstance(block, AttentionSpec):
+        return AttentionSpec(width=after or block.width, inner_width=block.inner_width)
+    if isinstance(block, UpsampleSpec):
+        temporal = block.temporal and _resized(block.temporal, before, before and 2 * before)
+        return UpsampleSpec(temporal=temporal, spatial=_resized(block.spatial, before, after))
+    if isinstance(block, DownsampleSpec):
+        raise SpecError("encoders are not pruned")
+    return block.model_copy(update={"conv": _resized(block.conv, before, after)})
+
+
+def _resized(layer: ConvSpec, in_width: int | None, out_width: int | None) -> ConvSpec:
+    return layer.model_copy(update={"in_width": in_width or layer.in_width, "out_width": out_width or layer.out_width})
+
+
+def converted_spec(spec: DecoderSpec, stage_operators: Mapping[str, Operator]) -> DecoderSpec:
+    """The spec with the main convolutions of the residual blocks of some stages as another operator.
+
+    Shortcuts, resamplers, the entry and the head stay as they are (arXiv 2602.19161, section 3.2).
+
+    Raises:
+        SpecError: a stage is unknown or has no residual block, or an operator would have to add taps.
+    """
+    changed: dict[str, BlockSpec] = {}
+    for name, operator in stage_operators.items():
+        names = [stage.name for stage in spec.stages]
+        if name not in names:
+            raise SpecError(f"no stage '{name}' in this decoder; it has {', '.join(names)}")
+        blocks = {f"{name}.{i}": b for i, b in enumerate(spec.stage(name).blocks) if isinstance(b, ResBlockSpec)}
+        if not blocks:
+            raise SpecError(f"stage '{name}' has no residual block to convert")
+        for address, block in blocks.items():
+            changed[address] = block.model_copy(
+                update={
+                    "conv1": _with_operator(block.conv1, operator, f"{address}.conv1"),
+                    "conv2": _with_operator(block.conv2, operator, f"{address}.conv2"),
+                }
+            )
+    return spec.with_blocks(changed)
+
+
+_CONVERSIONS = {("causal3d", "dwsep3d"), ("causal3d", "frame2d")}
+
+
+def _with_operator(layer: ConvSpec, operator: Operator, address: str) -> ConvSpec:
+    if layer.operator == operator:
+        return layer
+    if (layer.operator, operator) not in _CONVERSIONS:
+        possible = ", ".join(sorted(to for source, to in _CONVERSIONS if source == layer.operator)) or "nothing"
+        raise SpecError(f"{address} is {layer.operator}: it converts to {possible}, not to {operator}")
+    kernel = (1, *layer.kernel[1:]) if operator == "frame2d" else layer.kernel
+    return ConvSpec(operator=operator, in_width=layer.in_width, out_width=layer.out_width, kernel=kernel)

@@ -1,0 +1,123 @@
+"""First weights of a changed decoder, from the reference's alone and without data: cut, summed, factorised.
+
+This is what pruning without reconstruction gives, the start of the closed-form fit, and the baseline that
+the fit is measured against.
+
+Reference: arXiv 2602.19161, sections 3.1 and 3.2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from flashvaed_cli.decoders.blocks import Attention, ResBlock, Upsample
+from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.groups import Kept
+from flashvaed_cli.decoders.operators import ChannelRMSNorm
+from flashvaed_cli.decoders.spec import DecoderSpec, Operator
+from flashvaed_cli.errors import SpecError
+from flashvaed_cli.numerics.separable import frame_from_causal, separable_from_dense
+from flashvaed_cli.surgery.respec import input_tensors
+
+Channels = Tensor | None
+
+
+def channel_index(kept: Kept, tensor: str | None) -> Channels:
+    """Kept channels of a tensor as an index; None when all are kept."""
+    channels = None if tensor is None else kept.get(tensor)
+    return None if channels is None else torch.tensor(channels)
+
+
+def pick(x: Tensor, channels: Channels, dim: int) -> Tensor:
+    """The kept channels of a tensor along an axis."""
+    return x if channels is None else x.index_select(dim, channels.to(x.device))
+
+
+@torch.no_grad()
+def transfer_weights(reference: Decoder, spec: DecoderSpec, kept: Kept) -> Decoder:
+    """Build a decoder from `spec` with the reference's weights cut to the kept channels.
+
+    A layer whose operator differs gets the data-free conversion: temporal taps summed for `frame2d`, the best
+    rank one per input channel for `dwsep3d`. A new 1x1 shortcut selects the channels that both sides keep.
+
+    Args:
+        kept: tensor address to channels, as indices of the reference's.
+    Raises:
+        SpecError: a layer of `spec` cannot come from the reference's.
+    """
+    student = Decoder(spec).to(next(reference.parameters()).device)
+    student.eval().requires_grad_(False)
+    inputs = input_tensors(spec)
+    for address, block in student.blocks():
+        source = reference.at(address)
+        before = channel_index(kept, inputs[address])
+        inner, after = channel_index(kept, f"{address}.conv1"), channel_index(kept, address)
+        if isinstance(block, ResBlock):
+            _transfer_resblock(source, block, before, inner, after)
+        elif isinstance(block, Attention):
+            _transfer_attention(source, block, before, after)
+        elif isinstance(block, Upsample):
+            if block.temporal is not None:
+                assert isinstance(source, Upsample) and source.temporal is not None
+                _transfer_conv(source.temporal, block.temporal, before, doubled(before, source.temporal))
+            _transfer_conv(source.spatial, block.spatial, before, after)  # type: ignore[union-attr, arg-type]
+        else:
+            if hasattr(block, "norm"):
+                _transfer_norm(source.norm, block.norm, before)  # type: ignore[arg-type]
+            _transfer_conv(source.conv, block.conv, before, after)  # type: ignore[arg-type]
+    return student
+
+
+def doubled(channels: Channels, temporal: nn.Module) -> Channels:
+    """Kept outputs of a temporal upsampler: the same channels in both of its halves."""
+    if channels is None:
+        return None
+    return torch.cat([channels, channels + temporal.spec.out_width // 2])  # type: ignore[union-attr, operator]
+
+
+def _transfer_resblock(source: nn.Module, block: ResBlock, before: Channels, inner: Channels, after: Channels) -> None:
+    assert isinstance(source, ResBlock)
+    _transfer_norm(source.norm1, block.norm1, before)
+    _transfer_conv(source.conv1, block.conv1, before, inner)
+    _transfer_norm(source.norm2, block.norm2, inner)
+    _transfer_conv(source.conv2, block.conv2, inner, after)
+    if block.shortcut is None:
+        return
+    if source.shortcut is not None:
+        _transfer_conv(source.shortcut, block.shortcut, before, after)
+        return
+    identity = torch.eye(source.conv1.spec.in_width, device=block.shortcut.weight.device)
+    block.shortcut.weight.copy_(pick(pick(identity, after, 0), before, 1))
+    block.shortcut.bias.zero_()
+
+
+def _transfer_attention(source: nn.Module, block: Attention, before: Channels, after: Channels) -> None:
+    assert isinstance(source, Attention)
+    _transfer_norm(source.norm, block.norm, before)
+    block.qkv.weight.copy_(pick(source.qkv.weight, before, 1))
+    block.qkv.bias.copy_(source.qkv.bias)
+    block.proj.weight.copy_(pick(source.proj.weight, after, 0))
+    block.proj.bias.copy_(pick(source.proj.bias, after, 0))
+
+
+def _transfer_norm(source: ChannelRMSNorm, norm: ChannelRMSNorm, before: Channels) -> None:
+    norm.gamma.copy_(pick(source.gamma, before, 0))
+
+
+def _transfer_conv(source: nn.Module, layer: nn.Module, before: Channels, after: Channels) -> None:
+    operators: tuple[Operator, Operator] = (source.spec.operator, layer.spec.operator)  # type: ignore[union-attr, assignment]
+    weight, bias = source.weight, source.bias
+    if operators[0] == operators[1]:
+        if operators[0] == "dwsep3d":
+            layer.depthwise.copy_(pick(source.depthwise, before, 0))  # type: ignore[operator, arg-type]
+        layer.weight.copy_(pick(pick(weight, after, 0), before, 1))  # type: ignore[operator, arg-type]
+    elif operators == ("causal3d", "frame2d"):
+        layer.weight.copy_(frame_from_causal(pick(pick(weight, after, 0), before, 1)))  # type: ignore[operator, arg-type]
+    elif operators == ("causal3d", "dwsep3d"):
+        depthwise, pointwise = separable_from_dense(pick(pick(weight, after, 0), before, 1))  # type: ignore[arg-type]
+        layer.depthwise.copy_(depthwise[:, None])  # type: ignore[operator]
+        layer.weight.copy_(pointwise)  # type: ignore[operator]
+    else:
+        raise SpecError(f"{layer.address}: {operators[1]} weights cannot come from {operators[0]} ones")
+    layer.bias.copy_(pick(bias, after, 0))  # type: ignore[operator, arg-type]

@@ -1,0 +1,1 @@
+"""The embedded default: builtin:tiny-wan and the procedural demo clip."""

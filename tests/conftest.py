@@ -1,0 +1,46 @@
+"""What every test gets: checked tensor shapes, few threads, fixed seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jaxtyping import install_import_hook
+
+# Before anything of the package is imported: from here on, shape annotations are checked at every call.
+install_import_hook(
+    [
+        f"flashvaed_cli.{room}"
+        for room in ("numerics", "decoders", "calibrate", "surgery", "metrics", "media", "distill")
+    ],
+    "beartype.beartype",
+)
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+hypothesis.settings.register_profile("flashvaed", deadline=None, max_examples=25, derandomize=True)
+hypothesis.settings.load_profile("flashvaed")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The clone that holds these tests."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Real clips and checkpoints beside the clone; tests that need them are skipped where there are none."""
+    folder = REPOSITORY.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("no ../shared beside the clone: real clips and teachers are not at hand")
+    return folder

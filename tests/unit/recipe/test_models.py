@@ -1,0 +1,110 @@
+"""Defaults chain, values are checked, derived settings follow."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from flashvaed_cli.recipe import (
+    COMMAND_RECIPES,
+    AnalyzeRecipe,
+    ConvertOpsRecipe,
+    DistillRecipe,
+    EvalRecipe,
+    ExportRecipe,
+    LossWeights,
+    PruneRecipe,
+)
+
+
+def test_defaults_chain_in_one_folder() -> None:
+    assert ConvertOpsRecipe.default_inputs[0] == PruneRecipe().output
+    assert DistillRecipe.default_inputs[0] == ConvertOpsRecipe().output
+    assert EvalRecipe.default_inputs[0] == ExportRecipe.default_inputs[0] == DistillRecipe().output
+
+
+@pytest.mark.parametrize("model", COMMAND_RECIPES.values(), ids=list(COMMAND_RECIPES))
+def test_every_command_runs_in_an_empty_folder(model: type) -> None:
+    assert model.default_inputs[-1] == "builtin:tiny-wan"
+    assert model().input is None
+
+
+@pytest.mark.parametrize("model", COMMAND_RECIPES.values(), ids=list(COMMAND_RECIPES))
+def test_every_field_says_what_it_is(model: type) -> None:
+    undocumented = [name for name, field in model.model_fields.items() if not field.description]
+    assert undocumented == []
+
+
+@pytest.mark.parametrize("model", COMMAND_RECIPES.values(), ids=list(COMMAND_RECIPES))
+def test_json_brings_the_same_settings_back(model: type) -> None:
+    settings = model()
+    assert model.model_validate(json.loads(settings.model_dump_json())) == settings
+
+
+@given(ratio=st.floats(allow_nan=True, allow_infinity=True))
+def test_keep_ratio_lies_in_zero_to_one(ratio: float) -> None:
+    if 0 < ratio <= 1:
+        assert PruneRecipe(keep_ratio=ratio).keep_ratio == ratio
+    else:
+        with pytest.raises(ValidationError):
+            PruneRecipe(keep_ratio=ratio)
+
+
+@pytest.mark.parametrize("value", [True, "8", 8.5, 0, -1])
+def test_counts_are_not_guessed(value: object) -> None:
+    with pytest.raises(ValidationError):
+        AnalyzeRecipe.model_validate({"num_frames": value})
+
+
+def test_zero_switches_cropping_off() -> None:
+    assert AnalyzeRecipe.model_validate({"crop_size": 0}).crop_size is None
+
+
+def test_one_path_is_a_list_of_one() -> None:
+    assert AnalyzeRecipe.model_validate({"data": "clip.mp4"}).data == ("clip.mp4",)
+
+
+def test_recipes_are_frozen() -> None:
+    with pytest.raises(ValidationError):
+        PruneRecipe().keep_ratio = 0.5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, {"up2": 0.25, "up3": 0.25}),
+        ({"keep_ratio": 0.5}, {"up2": 0.5, "up3": 0.5}),
+        ({"stage_keep_ratios": {"up3": 0.125}}, {"up3": 0.125}),
+        ({"keep_ratio": 0.5, "stage_keep_ratios": {"up3": 0.125, "up1": 1.0}}, {"up2": 0.5, "up3": 0.125, "up1": 1.0}),
+    ],
+)
+def test_ratios_by_stage(settings: dict[str, object], expected: dict[str, float]) -> None:
+    assert PruneRecipe.model_validate(settings).ratios(("up2", "up3")) == expected
+
+
+def test_schedule_takes_the_chosen_phase_and_the_common_values() -> None:
+    recipe = DistillRecipe(phase="3", num_steps=7)
+    assert [(phase.phase, phase.num_steps, phase.learning_rate) for phase in recipe.schedule()] == [(3, 7, 1e-4)]
+    assert [phase.phase for phase in DistillRecipe().schedule()] == [1, 2, 3]
+
+
+def test_a_phase_that_is_not_listed_is_refused() -> None:
+    with pytest.raises(ValidationError, match="lists only 1"):
+        DistillRecipe.model_validate({"phase": 3, "phases": [{"phase": 1}]})
+
+
+def test_loss_weights_are_the_papers() -> None:
+    weights = LossWeights()
+    assert (weights.l1, weights.lpips, weights.feature, weights.ssim, weights.l_ce) == (10, 2, 1, 5, 1)
+    assert (weights.sharpness, weights.temporal) == (0, 0)
+
+
+def test_recipe_imports_no_torch() -> None:
+    code = "import sys, flashvaed_cli.recipe; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

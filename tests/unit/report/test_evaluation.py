@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashvaed_cli.report.evaluation import (
+    ClipFigures,
+    DecoderFigures,
+    EvaluationReport,
+    Spread,
+    clip_table,
+    report_markdown,
+    retention_percent,
+    save_report,
+    summary_table,
+    to_json,
+)
+
+
+@dataclass(frozen=True)
+class Figures:
+    psnr_db: float = 30.0
+    ssim: float | None = 0.9
+    lpips: float | None = None
+    sharpness_ratio: float | None = 0.8
+    flicker: float | None = 0.01
+    num_frames: int = 17
+
+
+def report(**changes: Any) -> EvaluationReport:
+    original = DecoderFigures(
+        "original",
+        to_ground_truth=Figures(),
+        frames_per_second=10.0,
+        num_parameters=1000,
+        file_bytes=4_000_000,
+        gflops=31.0,
+    )
+    flash = DecoderFigures(
+        "flash",
+        to_ground_truth=Figures(psnr_db=29.07, ssim=0.81, sharpness_ratio=0.72),
+        to_original=Figures(psnr_db=math.inf, num_frames=17),
+        frames_per_second=80.0,
+        speedup=Spread(8.0, 7.5, 8.2),
+        num_parameters=100,
+    )
+    clip = ClipFigures("a.mp4", "flash", 17, 240, 320, flash.to_ground_truth, flash.to_original)
+    values: dict[str, Any] = {
+        "decoders": (original, flash),
+        "clips": (clip,),
+        "settings": {"device": "cpu", "rounds": 5},
+        "notes": ("LPIPS left out: get the backbone",),
+        "files": {"strip": "strip.png", "video": "side by side.mp4"},
+    }
+    return EvaluationReport(**{**values, **changes})
+
+
+def reject_constant(name: str) -> None:
+    raise AssertionError(f"{name} is not JSON")
+
+
+def test_retention_is_the_ratio_to_the_original() -> None:
+    full = report()
+    assert retention_percent(full, full.decoders[1]) == pytest.approx(
+        {"psnr_db": 96.9, "ssim": 90.0, "sharpness_ratio": 90.0}
+    )
+    assert retention_percent(full, full.original)["psnr_db"] == 100.0
+    assert retention_percent(full, DecoderFigures("x"))["psnr_db"] is None
+
+
+def test_json_is_valid_and_capped() -> None:
+    document = json.loads(to_json(report()), parse_constant=reject_constant)
+    flash = document["decoders"][1]
+    assert flash["to_original"]["psnr_db"] == document["psnr_cap_db"] == 100.0
+    assert flash["to_ground_truth"]["lpips"] is None
+    assert flash["retention_percent"]["psnr_db"] == pytest.approx(96.9)
+    assert flash["speedup"] == {"median": 8.0, "min": 7.5, "max": 8.2}
+    assert flash["frame_ms"] == 12.5
+    assert document["clips"][0]["clip"] == "a.mp4"
+    assert document["notes"] == ["LPIPS left out: get the backbone"]
+    assert document["settings"] == {"device": "cpu", "rounds": 5}
+
+
+def test_json_of_broken_figures_is_valid() -> None:
+    broken = DecoderFigures("broken", to_ground_truth=Figures(psnr_db=math.nan, ssim=math.nan))
+    document = json.loads(to_json(report(decoders=(broken,), settings={"x": math.inf})), parse_constant=reject_constant)
+    assert document["decoders"][0]["to_ground_truth"]["psnr_db"] is None
+    assert document["settings"] == {"x": None}
+
+
+def test_summary_has_a_row_per_known_figure() -> None:
+    rows = {str(row[0]): row[1:] for row in summary_table(report()).rows}
+    assert rows["PSNR to the video, dB"] == ("30.00", "29.07")
+    assert rows["PSNR to the original, dB"] == (None, "100.00")
+    assert rows["PSNR kept, %"] == ("100.0", "96.9")
+    assert rows["speed-up (range)"] == (None, "8.00× (7.50–8.20)")
+    assert rows["file, MB"] == ("4.00", None)
+    assert not any("LPIPS" in label or "memory" in label for label in rows)
+
+
+def test_clip_table() -> None:
+    assert clip_table(report()).texts() == [
+        ["a.mp4", "17", "320×240", "flash", "29.07", "0.8100", "–", "0.720", "100.00"]
+    ]
+
+
+def test_markdown_holds_everything() -> None:
+    text = report_markdown(report(), title="Flash")
+    assert text.startswith("# Flash\n\n- device: cpu\n")
+    for part in ("| PSNR kept, %", "## Clips", "## Notes\n\n- LPIPS left out", "![strip](<strip.png>)"):
+        assert part in text
+    assert "- [video](<side by side.mp4>)" in text
+    bare = report_markdown(EvaluationReport((DecoderFigures("only"),)))
+    assert "## Notes" not in bare
+    assert "## Clips" not in bare
+
+
+def test_saved_files(tmp_path: Path) -> None:
+    paths = save_report(report(), tmp_path / "new")
+    assert json.loads(paths["json"].read_text())["kind"] == "flashvaed-evaluation"
+    assert paths["markdown"].read_text() == report_markdown(report())
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["report.json", "report.md"]
+
+
+def test_names_must_differ() -> None:
+    with pytest.raises(ValueError, match="different names"):
+        EvaluationReport((DecoderFigures("a"), DecoderFigures("a")))
+    with pytest.raises(ValueError, match="different names"):
+        EvaluationReport(())
