@@ -140,7 +140,7 @@ def _load_foreign(location: str, path: Path) -> Checkpoint:
     weights = read_foreign(path)
     layout = recognise(_shapes(weights.tensors), location)
     coders = coders_from_foreign(weights.tensors, layout, location)
-    specs = {role: coder.spec for role, coder in coders.items()}
+    specs: dict[Role, CoderSpec] = {role: coder.spec for role, coder in coders.items()}
     if weights.whole_folder:
         check_widths(weights.config or {}, specs, location)
     mean, std = latent_statistics(weights, get_family(layout.family), specs, location)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,12 +125,7 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            content = torch.load(path, map_location="cpu", weights_only=True)  # the format before PyTorch 1.6
+        content = _load_weights_only(path)
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0]
         raise ArtifactError(
@@ -143,6 +139,17 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             "It is damaged, truncated or of another format: copy or download it again."
         ) from error
     return _weights_in(content, path)
+
+
+def _load_weights_only(path: Path) -> object:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about pickle protocols: whether it could be read is what counts
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            return torch.load(path, map_location="cpu", weights_only=True)  # the format before PyTorch 1.6
 
 
 def _weights_in(content: object, path: Path) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from flashvaed_cli.cli.options import (
 )
 from flashvaed_cli.cli.running import resolve_settings, run_stage
 from flashvaed_cli.recipe import AnalyzeRecipe
+from flashvaed_cli.recipe.models import LatentScale
 
 EPILOG = """Examples:
 
@@ -41,6 +42,7 @@ def analyze(
     context: typer.Context,
     input: Annotated[str | None, input_argument(AnalyzeRecipe)] = None,
     data: Annotated[list[str] | None, flag(AnalyzeRecipe, "data", "--data", "-d", **DATA_SETTINGS)] = None,
+    latent_scale: Annotated[LatentScale | None, flag(AnalyzeRecipe, "latent_scale")] = None,
     output: Annotated[str | None, flag(AnalyzeRecipe, "output", "--output", "-o")] = None,
     num_calibration_clips: Annotated[int | None, flag(AnalyzeRecipe, "num_calibration_clips")] = None,
     num_frames: Annotated[int | None, flag(AnalyzeRecipe, "num_frames")] = None,

@@ -22,7 +22,7 @@ from flashvaed_cli.cli.options import (
 )
 from flashvaed_cli.cli.running import resolve_settings, run_stage
 from flashvaed_cli.recipe import ConvertOpsRecipe
-from flashvaed_cli.recipe.models import OperatorProfile, ReconstructMode
+from flashvaed_cli.recipe.models import LatentScale, OperatorProfile, ReconstructMode
 
 EPILOG = """Examples:
 
@@ -50,6 +50,7 @@ def convert_ops(
     dampening_frac: Annotated[float | None, flag(ConvertOpsRecipe, "dampening_frac")] = None,
     num_separable_iterations: Annotated[int | None, flag(ConvertOpsRecipe, "num_separable_iterations")] = None,
     data: Annotated[list[str] | None, flag(ConvertOpsRecipe, "data", "--data", "-d", **DATA_SETTINGS)] = None,
+    latent_scale: Annotated[LatentScale | None, flag(ConvertOpsRecipe, "latent_scale")] = None,
     num_calibration_clips: Annotated[int | None, flag(ConvertOpsRecipe, "num_calibration_clips")] = None,
     num_frames: Annotated[int | None, flag(ConvertOpsRecipe, "num_frames")] = None,
     crop_size: Annotated[int | None, flag(ConvertOpsRecipe, "crop_size")] = None,

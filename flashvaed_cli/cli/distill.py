@@ -24,7 +24,7 @@ from flashvaed_cli.cli.options import (
 )
 from flashvaed_cli.cli.running import resolve_settings, run_stage
 from flashvaed_cli.recipe import DistillRecipe, PhaseRecipe
-from flashvaed_cli.recipe.models import PhaseChoice, SelectionRule
+from flashvaed_cli.recipe.models import LatentScale, PhaseChoice, SelectionRule
 
 EPILOG = """Examples:
 
@@ -50,6 +50,7 @@ def distill(
     num_steps: Annotated[int | None, flag(DistillRecipe, "num_steps", default=_OWN_NUM_STEPS)] = None,
     learning_rate: Annotated[float | None, flag(DistillRecipe, "learning_rate", default=_OWN_LEARNING_RATE)] = None,
     data: Annotated[list[str] | None, flag(DistillRecipe, "data", "--data", "-d", **DATA_SETTINGS)] = None,
+    latent_scale: Annotated[LatentScale | None, flag(DistillRecipe, "latent_scale")] = None,
     original: Annotated[str | None, flag(DistillRecipe, "original")] = None,
     batch_size: Annotated[int | None, flag(DistillRecipe, "batch_size")] = None,
     num_frames: Annotated[int | None, flag(DistillRecipe, "num_frames")] = None,

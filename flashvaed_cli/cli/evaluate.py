@@ -22,6 +22,7 @@ from flashvaed_cli.cli.options import (
 )
 from flashvaed_cli.cli.running import resolve_settings, run_stage
 from flashvaed_cli.recipe import EvalRecipe
+from flashvaed_cli.recipe.models import LatentScale
 
 EPILOG = """Examples:
 
@@ -41,6 +42,7 @@ def evaluate(
     context: typer.Context,
     input: Annotated[str | None, input_argument(EvalRecipe)] = None,
     data: Annotated[list[str] | None, flag(EvalRecipe, "data", "--data", "-d", **DATA_SETTINGS)] = None,
+    latent_scale: Annotated[LatentScale | None, flag(EvalRecipe, "latent_scale")] = None,
     original: Annotated[str | None, flag(EvalRecipe, "original")] = None,
     output: Annotated[str | None, flag(EvalRecipe, "output", "--output", "-o")] = None,
     num_clips: Annotated[int | None, flag(EvalRecipe, "num_clips", default="all")] = None,

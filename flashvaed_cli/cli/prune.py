@@ -23,7 +23,7 @@ from flashvaed_cli.cli.options import (
 )
 from flashvaed_cli.cli.running import resolve_settings, run_stage
 from flashvaed_cli.recipe import PruneRecipe
-from flashvaed_cli.recipe.models import ReconstructMode, SelectionRule
+from flashvaed_cli.recipe.models import LatentScale, ReconstructMode, SelectionRule
 
 EPILOG = """Examples:
 
@@ -50,6 +50,7 @@ def prune(
     reconstruct: Annotated[ReconstructMode | None, flag(PruneRecipe, "reconstruct")] = None,
     dampening_frac: Annotated[float | None, flag(PruneRecipe, "dampening_frac")] = None,
     data: Annotated[list[str] | None, flag(PruneRecipe, "data", "--data", "-d", **DATA_SETTINGS)] = None,
+    latent_scale: Annotated[LatentScale | None, flag(PruneRecipe, "latent_scale")] = None,
     num_calibration_clips: Annotated[int | None, flag(PruneRecipe, "num_calibration_clips")] = None,
     num_frames: Annotated[int | None, flag(PruneRecipe, "num_frames")] = None,
     crop_size: Annotated[int | None, flag(PruneRecipe, "crop_size")] = None,

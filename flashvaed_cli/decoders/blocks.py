@@ -29,6 +29,7 @@ from flashvaed_cli.decoders.spec import (
 )
 
 Clip = Float[Tensor, "B C T H W"]
+MappedClip = Float[Tensor, "B O To Ho Wo"]  # what a block makes of it: width, frames and size may differ
 
 
 class ConvBlock(nn.Module):
@@ -38,7 +39,7 @@ class ConvBlock(nn.Module):
         super().__init__()
         self.conv = build_conv(spec.conv, f"{address}.conv")
 
-    def forward(self, x: Clip, past: Past = None, future: Future = None) -> Clip:
+    def forward(self, x: Clip, past: Past = None, future: Future = None) -> MappedClip:
         return self.conv(x, past, future)
 
 
@@ -53,7 +54,7 @@ class ResBlock(nn.Module):
         self.conv2 = build_conv(spec.conv2, f"{address}.conv2")
         self.shortcut = None if spec.shortcut is None else build_conv(spec.shortcut, f"{address}.shortcut")
 
-    def forward(self, x: Clip, past: Past = None, future: Future = None) -> Clip:
+    def forward(self, x: Clip, past: Past = None, future: Future = None) -> MappedClip:
         h = self.conv1(F.silu(self.norm1(x)), past, future)
         h = self.conv2(F.silu(self.norm2(h)), past, future)
         return h + (x if self.shortcut is None else self.shortcut(x, past, future))
@@ -68,7 +69,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(spec.width, 3 * spec.inner_width)
         self.proj = nn.Linear(spec.inner_width, spec.width)
 
-    def forward(self, x: Clip, past: Past = None, future: Future = None) -> Clip:
+    def forward(self, x: Clip, past: Past = None, future: Future = None) -> MappedClip:
         b, _, _, h, w = x.shape
         frames = frames_as_batch(self.norm(x)).flatten(2).transpose(1, 2)  # [BT, HW, C]
         q, k, v = self.qkv(frames).chunk(3, dim=-1)
@@ -88,13 +89,13 @@ class Upsample(nn.Module):
         self.temporal = None if spec.temporal is None else build_conv(spec.temporal, f"{address}.temporal")
         self.spatial = build_conv(spec.spatial, f"{address}.spatial")
 
-    def forward(self, x: Clip, past: Past = None, future: Future = None) -> Clip:
+    def forward(self, x: Clip, past: Past = None, future: Future = None) -> MappedClip:
         if self.temporal is not None:
             x = self.double_frames(x, past, future)
         frames = F.interpolate(frames_as_batch(x), scale_factor=2, mode="nearest")
         return self.spatial(batch_as_frames(frames, x.shape[0]), past, future)
 
-    def double_frames(self, x: Clip, past: Past = None, future: Future = None) -> Clip:
+    def double_frames(self, x: Clip, past: Past = None, future: Future = None) -> MappedClip:
         """The temporal part alone: frames 1 + 2 (T - 1) for a first chunk, 2 T for a later one."""
         assert self.temporal is not None
         if past is not None:
@@ -108,7 +109,7 @@ class Upsample(nn.Module):
         return torch.cat([first, self._interleave(self.temporal(rest, None, future))], dim=2)
 
     @staticmethod
-    def _interleave(x: Clip) -> Clip:
+    def _interleave(x: Clip) -> MappedClip:
         """`[B, 2C, T, H, W]` to `[B, C, 2T, H, W]`: the two halves of the channels become alternating frames."""
         return torch.stack(x.chunk(2, dim=1), dim=3).flatten(2, 3)
 
@@ -121,13 +122,13 @@ class Downsample(nn.Module):
         self.spatial = build_conv(spec.spatial, f"{address}.spatial")
         self.temporal = None if spec.temporal is None else build_conv(spec.temporal, f"{address}.temporal")
 
-    def forward(self, x: Clip, past: Past = None, future: Future = None) -> Clip:
+    def forward(self, x: Clip, past: Past = None, future: Future = None) -> MappedClip:
         frames = F.pad(frames_as_batch(x), (0, 1, 0, 1))
         frames = F.conv2d(frames, self.spatial.weight, self.spatial.bias, stride=2)
         x = batch_as_frames(frames, x.shape[0])
         return x if self.temporal is None else self._halve_frames(x, past, future)
 
-    def _halve_frames(self, x: Clip, past: Past, future: Future) -> Clip:
+    def _halve_frames(self, x: Clip, past: Past, future: Future) -> MappedClip:
         assert self.temporal is not None
         address = self.temporal.address
         if future is not None:
@@ -147,7 +148,7 @@ class Head(nn.Module):
         self.norm = ChannelRMSNorm(spec.conv.in_width)
         self.conv = build_conv(spec.conv, f"{address}.conv")
 
-    def forward(self, x: Clip, past: Past = None, future: Future = None) -> Clip:
+    def forward(self, x: Clip, past: Past = None, future: Future = None) -> MappedClip:
         return self.conv(F.silu(self.norm(x)), past, future)
 
 

@@ -1,1 +1,1 @@
-"""One file per export target, each with its parity check."""
+"""One file per target, each with its parity check."""

@@ -28,6 +28,7 @@ OperatorProfile = Literal["paper"]
 StageOperator = Literal["causal3d", "dwsep3d", "frame2d"]
 PhaseChoice = Literal["1", "2", "3", "all"]
 ExportTarget = Literal["safetensors", "onnx"]
+LatentScale = Literal["normalized", "raw"]
 
 
 def _one_as_tuple(value: object) -> object:
@@ -77,6 +78,10 @@ class _ClipFields(CommandRecipe):
     data: Names = Field(
         default=(),
         description="Videos, folders or latent files; repeatable. Without it, the clip that ships with the program.",
+    )
+    latent_scale: LatentScale = Field(
+        default="normalized",
+        description="Scale of latent files: normalized as diffusion models use them, or raw (x * std + mean).",
     )
     max_side: OptionalCount = Field(
         default=None, description="Shrink clips so that the longer side has at most so many pixels."

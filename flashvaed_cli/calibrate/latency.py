@@ -1,0 +1,56 @@
+"""Where a decoder's time goes: milliseconds per stage and operator, measured, not estimated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flashvaed_cli.decoders.blocks import Attention
+from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.operators import ChannelRMSNorm, Conv
+
+Profiler = Callable[[Decoder, Callable[[], object], list[str]], dict[str, float]]
+"""Median milliseconds of named modules within one call; see `metrics.module_times.profile_modules`."""
+
+OTHER = "other"
+"""What no named module accounts for: activations, additions, interpolation, copies."""
+
+
+@torch.no_grad()
+def measure_latency(
+    decoder: Decoder, latents: Float[Tensor, "1 C T Hz Wz"], profile: Profiler
+) -> dict[str, dict[str, float]]:
+    """Stage to operator to milliseconds, in forward order; a stage's values add up to its whole time.
+
+    Args:
+        profile: measures named modules; the names of one call do not contain each other.
+    """
+    blocks = {f"stages.{a}": a.split(".")[0] for a, _ in decoder.blocks()}
+    layers = {
+        name: module.spec.operator if isinstance(module, Conv) else "norm"
+        for name, module in decoder.named_modules()
+        if isinstance(module, Conv | ChannelRMSNorm) and not isinstance(_parent(decoder, name), Attention)
+    }
+    layers |= {f"stages.{a}": "attention" for a, block in decoder.blocks() if isinstance(block, Attention)}
+    block_ms = profile(decoder, lambda: decoder(latents), list(blocks))
+    layer_ms = profile(decoder, lambda: decoder(latents), [name for name in layers if _runs(decoder, name, latents)])
+    table: dict[str, dict[str, float]] = {stage.name: {} for stage in decoder.spec.stages}
+    for name, ms in layer_ms.items():
+        stage = name.split(".")[1]
+        table[stage][layers[name]] = table[stage].get(layers[name], 0.0) + ms
+    for stage, operators in table.items():
+        whole = sum(ms for name, ms in block_ms.items() if blocks[name] == stage)
+        operators[OTHER] = max(whole - sum(operators.values()), 0.0)
+    return table
+
+
+def _parent(decoder: Decoder, name: str) -> torch.nn.Module:
+    return decoder.get_submodule(name.rpartition(".")[0])
+
+
+def _runs(decoder: Decoder, name: str, latents: Tensor) -> bool:
+    """A temporal upsampler does not run on a single latent frame."""
+    return not (name.endswith(".temporal") and latents.shape[2] == 1)

@@ -1,0 +1,138 @@
+"""Trace a decoder to ONNX: what the graphs take and give, and what their axes and caches are called.
+
+A cache is named after the address of its layer with underscores for dots: layer `up0.1.conv1` reads
+`past_up0_1_conv1` and gives `future_up0_1_conv1`. Axes are named too, those of the caches as multiples
+of the latent's: `2*latent_height`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.export import Dim
+
+from flashvaed_cli.decoders.blocks import Upsample
+from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.operators import Future, Past
+from flashvaed_cli.decoders.spec import UpsampleSpec
+from flashvaed_cli.errors import ExportError
+
+TRACE_GRID = (3, 5, 6)  # latent frames, height, width: unequal, so that no two axes are taken for one
+
+
+class _AnyLengthUpsample(Upsample):
+    """The same frames without a branch on the number of latents, so that one graph serves 1 and more."""
+
+    def double_frames(
+        self, x: Float[Tensor, "B C T H W"], past: Past = None, future: Future = None
+    ) -> Float[Tensor, "B C Td H W"]:
+        if past is not None:
+            return super().double_frames(x, past, future)
+        first = x[:, :, :1]
+        unseen = torch.cat([torch.zeros_like(first), x[:, :, 1:]], dim=2)  # what precedes a clip is zero too
+        doubled = self.temporal(unseen, None, future).chunk(2, dim=1)  # type: ignore[misc]
+        rest = torch.stack(doubled, dim=3).flatten(2, 3)[:, :, 2:]  # [B, C, 2 (T - 1), H, W]
+        return torch.cat([first, rest], dim=2)
+
+
+class ClipGraph(nn.Module):
+    """Raw latents of a whole clip to its frames in [-1, 1]."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, latents: Float[Tensor, "B C Tz Hz Wz"]) -> Float[Tensor, "B 3 F H W"]:
+        return self.decoder(latents).clamp(-1.0, 1.0)
+
+
+class StepGraph(nn.Module):
+    """One chunk of raw latents, and the caches unless it is the first, to its frames and the caches for the next."""
+
+    def __init__(self, decoder: Decoder, addresses: tuple[str, ...]) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.addresses = addresses
+
+    def forward(self, latents: Float[Tensor, "B C Tz Hz Wz"], *caches: Tensor) -> tuple[Tensor, ...]:
+        past = dict(zip(self.addresses, caches, strict=True)) if caches else None
+        future: dict[str, Tensor] = {}
+        frames = self.decoder(latents, past, future)
+        return frames.clamp(-1.0, 1.0), *(future[address] for address in self.addresses)
+
+
+def traceable_copy(decoder: Decoder, dtype: torch.dtype) -> Decoder:
+    """A copy on the CPU in `dtype`, for inference, whose graph fits clips of any length."""
+    traceable = copy.deepcopy(decoder).to("cpu", dtype).eval().requires_grad_(False)
+    for address, block in decoder.spec.blocks():
+        if isinstance(block, UpsampleSpec) and block.temporal is not None:
+            stage, index = address.split(".")
+            original = traceable.at(address)
+            replacement = _AnyLengthUpsample(block, address)
+            replacement.load_state_dict(original.state_dict())
+            traceable.stages[stage][int(index)] = replacement.to(dtype).eval().requires_grad_(False)  # type: ignore[index]
+    return traceable
+
+
+def cache_name(address: str) -> str:
+    """The part of a cache's name after `past_` or `future_`."""
+    return address.replace(".", "_")
+
+
+def trace_graph(graph: ClipGraph | StepGraph, inputs: Sequence[Tensor], *, opset: int) -> torch.onnx.ONNXProgram:
+    """Trace with dynamic latent frames, height and width (the batch is 1).
+
+    Args:
+        inputs: latents of `TRACE_GRID`, then the caches of a later step.
+    Raises:
+        ExportError: torch cannot express the decoder in this opset.
+    """
+    names = [cache_name(address) for address in graph.addresses] if isinstance(graph, StepGraph) else []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporter's, about itself and about axes that share a name
+            program = torch.onnx.export(
+                graph.eval(),
+                tuple(inputs),
+                dynamo=True,
+                verbose=False,
+                opset_version=opset,
+                input_names=["latents", *(f"past_{name}" for name in names)][: len(inputs)],
+                output_names=["frames", *(f"future_{name}" for name in names)],
+                dynamic_shapes=_dynamic_axes(inputs),
+            )
+    except torch.onnx.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ExportError(
+            f"torch {torch.__version__} cannot express the decoder in ONNX opset {opset}: {reason}"
+        ) from error
+    assert program is not None
+    return program
+
+
+def label_program(program: torch.onnx.ONNXProgram, metadata: Mapping[str, object]) -> None:
+    """Replace the tracer's notes (which name local paths) by ours: JSON under the key `flashvaed`."""
+    model = program.model
+    graph = model.graph
+    for part in (model, graph, *graph, *graph.inputs, *graph.outputs, *graph.initializers.values()):
+        part.metadata_props.clear()
+    for node in graph:
+        for value in node.outputs:
+            value.metadata_props.clear()
+    model.producer_name = "flashvaed"
+    model.metadata_props["flashvaed"] = json.dumps(dict(metadata))
+
+
+def _dynamic_axes(inputs: Sequence[Tensor]) -> tuple[object, ...]:
+    frames, height, width = Dim("latent_frames"), Dim("latent_height"), Dim("latent_width")
+    axes: list[dict[int, object]] = [{2: frames, 3: height, 4: width}]
+    for cache in inputs[1:]:
+        scale = cache.shape[3] // TRACE_GRID[1]
+        axes.append({3: height if scale == 1 else scale * height, 4: width if scale == 1 else scale * width})
+    return (axes[0], tuple(axes[1:])) if axes[1:] else (axes[0],)

@@ -1,0 +1,239 @@
+"""`flashvaed analyze`: what each stage costs, and how far its channels depend on one another.
+
+The analysis artifact holds tensors `covariance.TENSOR` and `mean.TENSOR` (float64; TENSOR is an address of
+`decoders.groups`) and, in its header under `measured`:
+    stages: one record per stage (parameters, gflop, latency_ms by operator, activation_mib, effective_rank, width).
+    groups: one record per channel group (stage, width, effective_rank, greedy order, r2 after each pick, spectrum).
+    clips: number of clips, positions per tensor, and the size of the timed run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from flashvaed_cli.artifact.checkpoint import Checkpoint, derived_header
+from flashvaed_cli.artifact.store import refuse_overwrite, write_artifact
+from flashvaed_cli.calibrate.latency import measure_latency
+from flashvaed_cli.calibrate.statistics import TensorStatistics, collect_statistics
+from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.cost import stage_costs
+from flashvaed_cli.decoders.groups import channel_groups
+from flashvaed_cli.metrics.module_times import profile_modules
+from flashvaed_cli.metrics.speed import synchronizer
+from flashvaed_cli.numerics.selection import effective_rank, select_greedy_r2
+from flashvaed_cli.progress import Progress
+from flashvaed_cli.recipe.models import AnalyzeRecipe
+from flashvaed_cli.report.curves import plot_latency, plot_r2_curves, plot_spectra
+from flashvaed_cli.report.tables import Column, TableData
+from flashvaed_cli.stages.clips import plan_calibration
+from flashvaed_cli.stages.loading import DTYPES, choose_device, choose_input, load_inputs
+from flashvaed_cli.stages.result import StageOutcome
+from flashvaed_cli.surgery.selection import group_covariance
+
+SHOWN_RATIOS = (0.125, 0.25, 0.5)
+
+
+def run_analyze(recipe: AnalyzeRecipe, *, progress: Progress, force: bool, command_line: str) -> StageOutcome:
+    """Calibrate on clips, measure the cost of every stage, write the analysis artifact.
+
+    Raises:
+        ArtifactError: the input cannot be loaded, or the output belongs to another program.
+        MediaError: no readable clip.
+        CalibrationError: NaN or dead activations.
+    """
+    refuse_overwrite(Path(recipe.output), force=force)
+    location = choose_input(recipe.input, AnalyzeRecipe, progress)
+    device = choose_device(recipe.device)
+    inputs = load_inputs(location, original=None, device=device, needs_encoder=False)
+    decoder = inputs.checkpoint.require_decoder()
+    clips = plan_calibration(
+        inputs.original,
+        data=recipe.data,
+        latent_scale=recipe.latent_scale,
+        num_clips=recipe.num_calibration_clips,
+        num_frames=recipe.num_frames,
+        max_side=recipe.max_side,
+        crop_size=recipe.crop_size,
+        seed=recipe.seed,
+        device=device,
+        progress=progress,
+    )
+    statistics = collect_statistics(decoder, clips, num_clips=len(clips), progress=progress)
+    groups = _group_records(decoder, statistics, progress)
+    stages = _stage_records(decoder, groups, recipe, device, progress)
+    measured = {
+        "stages": stages,
+        "groups": groups,
+        "clips": {
+            "num_clips": len(clips),
+            "positions": {address: one.count for address, one in statistics.items()},
+            "latency_frames": recipe.latency_frames,
+            "latency_side": recipe.latency_side,
+            "device": device.type,
+            "dtype": recipe.dtype,
+        },
+    }
+    output = _write(recipe, inputs.checkpoint, statistics, measured, force, command_line)
+    plots = draw_plots(measured, output) if recipe.plots else []
+    return StageOutcome((output, *plots), (_stage_table(stages, recipe), _group_table(groups)), measured)
+
+
+def _group_records(
+    decoder: Decoder, statistics: Mapping[str, TensorStatistics], progress: Progress
+) -> list[dict[str, Any]]:
+    covariances = {address: one.covariance for address, one in statistics.items()}
+    records = []
+    groups = channel_groups(decoder.spec)
+    with progress.task("greedy R2", len(groups)) as task:
+        for group in groups:
+            covariance = group_covariance(group, covariances)
+            order = select_greedy_r2(covariance, group.width)
+            records.append(
+                {
+                    "group": group.name,
+                    "stage": group.stage,
+                    "width": group.width,
+                    "tensors": list(group.tensors),
+                    "effective_rank": effective_rank(covariance),
+                    "order": order.kept,
+                    "r2": order.r2,
+                    "spectrum": _spectrum(covariance),
+                }
+            )
+            task.advance(group=group.name)
+    return records
+
+
+def _spectrum(covariance: Float64[Tensor, "C C"]) -> list[float]:
+    """Shares of the variance, largest component first."""
+    values = torch.linalg.eigvalsh(covariance).flip(0).clamp(min=0.0)
+    return [float(v) for v in values / values.sum()]
+
+
+def _stage_records(
+    decoder: Decoder, groups: list[dict[str, Any]], recipe: AnalyzeRecipe, device: torch.device, progress: Progress
+) -> list[dict[str, Any]]:
+    spec = decoder.spec
+    grid = (
+        1 + -(-(recipe.latency_frames - 1) // spec.temporal_factor),
+        -(-recipe.latency_side // spec.spatial_factor),
+        -(-recipe.latency_side // spec.spatial_factor),
+    )
+    dtype = DTYPES[recipe.dtype]
+    generator = torch.Generator().manual_seed(recipe.seed)
+    latents = torch.randn(1, spec.latent_width, *grid, generator=generator).to(device, dtype)
+    profile = partial(profile_modules, num_rounds=recipe.num_latency_rounds, synchronize=synchronizer(device))
+    progress.log(f"latency: {recipe.latency_frames} frames of {recipe.latency_side} x {recipe.latency_side}")
+    latency = measure_latency(decoder.to(dtype), latents, profile)
+    decoder.float()
+    streams = {record["stage"]: record for record in groups if record["group"].endswith(".stream")}
+    return [
+        {
+            "stage": cost.name,
+            "parameters": cost.parameters,
+            "gflop": cost.flop / 1e9,
+            "latency_ms": latency[cost.name],
+            "activation_mib": cost.peak_activation_elements * dtype.itemsize / 2**20,
+            "width": streams.get(cost.name, {}).get("width"),
+            "effective_rank": streams.get(cost.name, {}).get("effective_rank"),
+        }
+        for cost in stage_costs(spec, grid)
+    ]
+
+
+def _write(
+    recipe: AnalyzeRecipe,
+    checkpoint: Checkpoint,
+    statistics: Mapping[str, TensorStatistics],
+    measured: dict[str, Any],
+    force: bool,
+    command_line: str,
+) -> Path:
+    header = derived_header(
+        checkpoint,
+        kind="analysis",
+        recipe=recipe.model_dump(mode="json"),
+        command_line=command_line,
+        seed=recipe.seed,
+        measured=measured,
+    )
+    tensors = {f"covariance.{address}": one.covariance for address, one in statistics.items()}
+    tensors |= {f"mean.{address}": one.mean for address, one in statistics.items()}
+    output = Path(recipe.output)
+    write_artifact(output, tensors, header, force=force)
+    return output
+
+
+def draw_plots(measured: Mapping[str, Any], output: Path) -> list[Path]:
+    """R2 curves, spectra and latency as PNG files beside the analysis."""
+    curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for record in measured["groups"]:
+        points = [((i + 1) / record["width"], r2) for i, r2 in enumerate(record["r2"])]
+        curves.setdefault(record["stage"], {})[record["group"]] = points
+    spectra = {r["stage"]: r["spectrum"] for r in measured["groups"] if r["group"].endswith(".stream")}
+    latency = {record["stage"]: record["latency_ms"] for record in measured["stages"]}
+    return [
+        plot_r2_curves(output.with_suffix(".r2.png"), curves),
+        plot_spectra(output.with_suffix(".spectra.png"), spectra),
+        plot_latency(output.with_suffix(".latency.png"), latency),
+    ]
+
+
+def _stage_table(stages: list[dict[str, Any]], recipe: AnalyzeRecipe) -> TableData:
+    total = sum(sum(record["latency_ms"].values()) for record in stages)
+    rows = []
+    for record in stages:
+        operators = record["latency_ms"]
+        ms = sum(operators.values())
+        shares = sorted(operators.items(), key=lambda item: -item[1])[:3]
+        shown = ", ".join(f"{name} {100 * value / ms:.0f} %" for name, value in shares if value > 0.01 * ms)
+        rows.append(
+            (
+                record["stage"],
+                record["parameters"],
+                record["gflop"],
+                ms,
+                100 * ms / total,
+                shown,
+                record["activation_mib"],
+                None if record["width"] is None else f"{record['effective_rank']} of {record['width']}",
+            )
+        )
+    columns = (
+        Column("stage", align="left"),
+        Column("parameters", ",d"),
+        Column("GFLOP", ".2f"),
+        Column("ms", ".1f"),
+        Column("% of time", ".1f"),
+        Column("by operator", align="left"),
+        Column("activations MiB", ".1f"),
+        Column("components for 99 %"),
+    )
+    title = f"Stages, {recipe.latency_frames} frames of {recipe.latency_side} x {recipe.latency_side}, {recipe.dtype}"
+    return TableData(title, columns, tuple(rows))
+
+
+def _group_table(groups: list[dict[str, Any]]) -> TableData:
+    columns = (
+        Column("channel group", align="left"),
+        Column("width", "d"),
+        Column("components for 99 %", "d"),
+        *(Column(f"R2 at {ratio:g}", ".4f") for ratio in SHOWN_RATIOS),
+    )
+    rows = tuple(
+        (
+            record["group"],
+            record["width"],
+            record["effective_rank"],
+            *(record["r2"][max(round(ratio * record["width"]), 1) - 1] for ratio in SHOWN_RATIOS),
+        )
+        for record in groups
+    )
+    return TableData("Variance explained by the greedily kept fraction", columns, rows)

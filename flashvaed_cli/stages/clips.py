@@ -1,0 +1,106 @@
+"""From the recipe's data to calibration latents: videos are cut into clips and encoded, latents are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flashvaed_cli.artifact.checkpoint import Checkpoint
+from flashvaed_cli.decoders.streaming import encode
+from flashvaed_cli.errors import MediaError
+from flashvaed_cli.media.clips import ClipRequest, load_clip, plan_clips
+from flashvaed_cli.media.padding import pad_clip
+from flashvaed_cli.media.sources import find_clips, is_latent_file, load_latents
+from flashvaed_cli.progress import Progress
+from flashvaed_cli.recipe.models import LatentScale
+from flashvaed_cli.zoo.builtin import DEMO_CLIP
+
+
+def find_data(data: Sequence[str]) -> list[Path]:
+    """The files that the recipe's `data` names; the clip that ships with the program when it names none."""
+    return find_clips(data) if data else [DEMO_CLIP]
+
+
+def raw_latents(path: Path, scale: LatentScale, vae: Checkpoint) -> Float[Tensor, "B C T Hz Wz"]:
+    """A latent file in the scale that decoders take: raw = normalized * std + mean."""
+    latents = load_latents(path, latent_width=len(vae.latent_mean))
+    if scale == "raw":
+        return latents
+    std, mean = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.latent_std, vae.latent_mean))
+    return latents * std + mean
+
+
+@dataclass(frozen=True)
+class CalibrationClips:
+    """A plan of clips; every pass over it loads and encodes them anew, one at a time."""
+
+    vae: Checkpoint
+    requests: tuple[ClipRequest, ...]
+    latent_files: tuple[Path, ...]
+    latent_scale: LatentScale
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.requests) + len(self.latent_files)
+
+    def __iter__(self) -> Iterator[Float[Tensor, "B C T Hz Wz"]]:
+        """Raw latents, one clip at a time."""
+        for request in self.requests:
+            yield encode_clip(self.vae, load_clip(request), self.device)
+        for path in self.latent_files:
+            yield raw_latents(path, self.latent_scale, self.vae).to(self.device)
+
+
+@torch.no_grad()
+def encode_clip(vae: Checkpoint, clip: Float[Tensor, "3 T H W"], device: torch.device) -> Float[Tensor, "1 C T Hz Wz"]:
+    """Encode the largest part of a clip that is 1 + 4 n frames; sides are padded to what the encoder takes."""
+    encoder = vae.require_encoder()
+    step = encoder.spec.temporal_factor
+    clip = clip[:, : 1 + (clip.shape[1] - 1) // step * step]
+    padded, _ = pad_clip(clip, temporal_factor=step, spatial_factor=encoder.spec.spatial_factor)
+    return encode(encoder, padded[None].to(device))
+
+
+def plan_calibration(
+    vae: Checkpoint,
+    *,
+    data: Sequence[str],
+    latent_scale: LatentScale,
+    num_clips: int,
+    num_frames: int,
+    max_side: int | None,
+    crop_size: int | None,
+    seed: int,
+    device: torch.device,
+    progress: Progress,
+) -> CalibrationClips:
+    """Choose the clips. Broken videos are named and left out; latent files are taken whole.
+
+    Raises:
+        MediaError: nothing found, or nothing readable.
+        ArtifactError: videos are given, but there is no encoder.
+    """
+    paths = find_data(data)
+    latent_files = [path for path in paths if is_latent_file(path)][:num_clips]
+    videos = [path for path in paths if not is_latent_file(path)]
+    requests: list[ClipRequest] = []
+    if videos and len(latent_files) < num_clips:
+        vae.require_encoder()
+        requests, broken = plan_clips(
+            videos,
+            num_clips=num_clips - len(latent_files),
+            num_frames=num_frames,
+            max_side=max_side,
+            crop_size=None if crop_size is None else (crop_size, crop_size),
+            seed=seed,
+        )
+        for path, reason in broken.items():
+            progress.warn(f"skipped {path}: {reason}")
+    if not requests and not latent_files:
+        raise MediaError("no clip to calibrate on: give --data videos, folders or latent files")
+    return CalibrationClips(vae, tuple(requests), tuple(latent_files), latent_scale, device)

@@ -1,0 +1,96 @@
+"""`flashvaed convert-ops`: give whole stages a cheaper operator, and solve the weights anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flashvaed_cli.artifact.checkpoint import derived_header, save_checkpoint
+from flashvaed_cli.artifact.store import refuse_overwrite
+from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.cost import total_gflop
+from flashvaed_cli.decoders.families import get_family
+from flashvaed_cli.decoders.spec import DecoderSpec, Operator
+from flashvaed_cli.errors import SpecError
+from flashvaed_cli.progress import Progress
+from flashvaed_cli.recipe.models import ConvertOpsRecipe
+from flashvaed_cli.report.tables import Column, TableData
+from flashvaed_cli.stages.clips import plan_calibration
+from flashvaed_cli.stages.loading import DTYPES, choose_device, choose_input, load_inputs
+from flashvaed_cli.stages.reconstruction import error_table, fit_settings, reconstruct
+from flashvaed_cli.stages.result import StageOutcome
+from flashvaed_cli.surgery.respec import converted_spec
+from flashvaed_cli.surgery.transfer import transfer_weights
+
+
+def run_convert_ops(recipe: ConvertOpsRecipe, *, progress: Progress, force: bool, command_line: str) -> StageOutcome:
+    """Convert, reconstruct against the original, write the artifact.
+
+    Raises:
+        ArtifactError: input or original cannot be loaded.
+        SpecError: a stage is unknown, or its operator cannot become the one asked for.
+        CalibrationError: too few positions or NaN.
+    """
+    refuse_overwrite(Path(recipe.output), force=force)
+    location = choose_input(recipe.input, ConvertOpsRecipe, progress)
+    device = choose_device(recipe.device)
+    inputs = load_inputs(location, original=recipe.original, device=device, needs_encoder=False)
+    decoder = inputs.checkpoint.require_decoder()
+    operators: dict[str, Operator] = {**get_family(inputs.checkpoint.family).paper_operators, **recipe.operators}
+    spec = converted_spec(decoder.spec, operators)
+    if spec == decoder.spec:
+        raise SpecError(f"{location}: every stage has the operator asked for already; nothing to convert")
+    student = transfer_weights(decoder, spec, {})
+    errors = []
+    if recipe.reconstruct == "full":
+        clips = plan_calibration(
+            inputs.original,
+            data=recipe.data,
+            latent_scale=recipe.latent_scale,
+            num_clips=recipe.num_calibration_clips,
+            num_frames=recipe.num_frames,
+            max_side=recipe.max_side,
+            crop_size=recipe.crop_size,
+            seed=recipe.seed,
+            device=device,
+            progress=progress,
+        )
+        settings = fit_settings(recipe, num_separable_iterations=recipe.num_separable_iterations)
+        reference = inputs.original.require_decoder()
+        errors = reconstruct(decoder, student, reference, inputs.checkpoint.kept_channels, clips, settings, progress)
+    measured = {
+        "operators": operators,
+        "layer_errors": [vars(error) for error in errors],
+        "gflop_9x256x256_before": _gflop(decoder.spec),
+        "gflop_9x256x256_after": _gflop(spec),
+    }
+    header = derived_header(
+        inputs.checkpoint,
+        recipe=recipe.model_dump(mode="json"),
+        command_line=command_line,
+        seed=recipe.seed,
+        measured=measured,
+    )
+    output = Path(recipe.output)
+    save_checkpoint(output, header, decoder=student, dtype=DTYPES[recipe.dtype], force=force)
+    return StageOutcome((output,), (_operator_table(decoder, student), *error_table(errors)), measured)
+
+
+def _gflop(spec: DecoderSpec) -> float:
+    """Cost of decoding 9 frames of 256 x 256."""
+    side = 256 // spec.spatial_factor
+    return total_gflop(spec, (1 + 8 // spec.temporal_factor, side, side))
+
+
+def _operator_table(before: Decoder, after: Decoder) -> TableData:
+    rows = []
+    for old, new in zip(before.spec.stages, after.spec.stages, strict=True):
+        if old != new:
+            rows.append((old.name, _main_operator(before.spec, old.name), _main_operator(after.spec, old.name)))
+    columns = (Column("stage", align="left"), Column("from", align="left"), Column("to", align="left"))
+    title = f"Operators: {_gflop(before.spec):.1f} to {_gflop(after.spec):.1f} GFLOP for 9 frames of 256 x 256"
+    return TableData(title, columns, tuple(rows))
+
+
+def _main_operator(spec: DecoderSpec, stage: str) -> str:
+    found = {layer.operator for address, layer in spec.layers() if address.startswith(f"{stage}.") and "conv" in address}
+    return ", ".join(sorted(found))

@@ -1,0 +1,66 @@
+"""What every stage does first: find the input, choose the device, load checkpoint and original."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from flashvaed_cli.artifact.checkpoint import Checkpoint, load_checkpoint, load_original
+from flashvaed_cli.errors import FlashVaedError
+from flashvaed_cli.progress import Progress
+from flashvaed_cli.recipe.models import CommandRecipe
+from flashvaed_cli.zoo.builtin import BUILTINS
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that a recipe names; `auto` takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        FlashVaedError: this machine does not have it.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(device for device, there in available.items() if there))
+    if not available[name]:
+        listed = ", ".join(device for device, there in available.items() if there)
+        raise FlashVaedError(f"--device {name}: this machine has none that torch can use; available: {listed}")
+    return torch.device(name)
+
+
+def choose_input(given: str | None, recipe_type: type[CommandRecipe], progress: Progress) -> str:
+    """The input given, or the first default that exists; says which."""
+    if given is not None:
+        return given
+    defaults = recipe_type.default_inputs
+    chosen = next(place for place in defaults if ":" in place or Path(place).exists())
+    progress.log(f"input: {chosen}" + ("" if chosen == defaults[0] else f" ({defaults[0]} is not here)"))
+    return chosen
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A decoder to work on and the original that it descends from (itself, if it is one), on one device."""
+
+    checkpoint: Checkpoint
+    original: Checkpoint
+    device: torch.device
+
+
+def load_inputs(location: str, *, original: str | None, device: torch.device, needs_encoder: bool = True) -> Inputs:
+    """Load a checkpoint and its original, both moved to the device.
+
+    Raises:
+        ArtifactError: not found, unreadable, or not the original of the checkpoint.
+    """
+    checkpoint = load_checkpoint(location, builtins=BUILTINS)
+    checkpoint.require_decoder()
+    parent = load_original(checkpoint, original, BUILTINS, needs_encoder=needs_encoder)
+    for loaded in (checkpoint, parent):
+        for coder in (loaded.decoder, loaded.encoder):
+            if coder is not None:
+                coder.to(device)
+    return Inputs(checkpoint, parent, device)

@@ -1,0 +1,129 @@
+"""`flashvaed prune`: keep the most independent channels of some stages, and solve the weights around them anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from flashvaed_cli.artifact.checkpoint import Checkpoint, derived_header, save_checkpoint
+from flashvaed_cli.artifact.header import Lineage
+from flashvaed_cli.artifact.store import read_artifact, read_header, refuse_overwrite, sha256_of
+from flashvaed_cli.calibrate.statistics import collect_statistics
+from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.families import get_family
+from flashvaed_cli.decoders.groups import compose_kept
+from flashvaed_cli.errors import ArtifactError, SpecError
+from flashvaed_cli.progress import Progress
+from flashvaed_cli.recipe.models import ANALYSIS_FILE, PruneRecipe
+from flashvaed_cli.report.tables import Column, TableData
+from flashvaed_cli.stages.clips import CalibrationClips, plan_calibration
+from flashvaed_cli.stages.loading import DTYPES, choose_device, choose_input, load_inputs
+from flashvaed_cli.stages.reconstruction import error_table, fit_settings, reconstruct
+from flashvaed_cli.stages.result import StageOutcome
+from flashvaed_cli.surgery.respec import narrowed_spec
+from flashvaed_cli.surgery.selection import GroupSelection, select_channels
+from flashvaed_cli.surgery.transfer import transfer_weights
+
+
+def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_line: str) -> StageOutcome:
+    """Choose channels by the analysis, cut, reconstruct against the decoder that was pruned, write the artifact.
+
+    Raises:
+        ArtifactError: input, original or analysis cannot be loaded or do not belong together.
+        SpecError: a stage cannot be pruned, or the ratio keeps no channel.
+        CalibrationError: too few positions, NaN or dead channels.
+    """
+    refuse_overwrite(Path(recipe.output), force=force)
+    location = choose_input(recipe.input, PruneRecipe, progress)
+    device = choose_device(recipe.device)
+    inputs = load_inputs(location, original=recipe.original, device=device, needs_encoder=False)
+    decoder = inputs.checkpoint.require_decoder()
+    clips = plan_calibration(
+        inputs.original,
+        data=recipe.data,
+        latent_scale=recipe.latent_scale,
+        num_clips=recipe.num_calibration_clips,
+        num_frames=recipe.num_frames,
+        max_side=recipe.max_side,
+        crop_size=recipe.crop_size,
+        seed=recipe.seed,
+        device=device,
+        progress=progress,
+    )
+    covariances, parents = _covariances(recipe, inputs.checkpoint, clips, progress)
+    ratios = recipe.ratios(get_family(inputs.checkpoint.family).shallow_stages)
+    kept, selections = select_channels(
+        decoder.spec, covariances, ratios, rule=recipe.rule, round_to=recipe.round_to, seed=recipe.seed
+    )
+    if not kept:
+        raise SpecError(f"nothing to prune: the ratios {ratios} keep every channel")
+    student = transfer_weights(decoder, narrowed_spec(decoder.spec, kept), kept)
+    errors = []
+    if recipe.reconstruct == "full":
+        errors = reconstruct(decoder, student, decoder, kept, clips, fit_settings(recipe), progress)
+    measured = {
+        "selection": [vars(selection) for selection in selections],
+        "layer_errors": [vars(error) for error in errors],
+        "parameters_before": decoder.parameter_count,
+        "parameters_after": student.parameter_count,
+    }
+    header = derived_header(
+        inputs.checkpoint,
+        recipe=recipe.model_dump(mode="json"),
+        command_line=command_line,
+        seed=recipe.seed,
+        kept_channels=compose_kept(inputs.checkpoint.kept_channels, kept),
+        parents=parents,
+        measured=measured,
+    )
+    output = Path(recipe.output)
+    save_checkpoint(output, header, decoder=student, dtype=DTYPES[recipe.dtype], force=force)
+    tables = (_selection_table(selections, decoder, student), *error_table(errors))
+    return StageOutcome((output,), tables, measured)
+
+
+def _covariances(
+    recipe: PruneRecipe, checkpoint: Checkpoint, clips: CalibrationClips, progress: Progress
+) -> tuple[dict[str, Tensor], tuple[Lineage, ...]]:
+    """From the analysis given, from `analysis.safetensors` here if it is of this decoder, else measured now."""
+    given = recipe.analysis
+    default = Path(ANALYSIS_FILE)
+    if given is None and default.exists():
+        belongs = _analyzed_sha256(default) == checkpoint.sha256
+        progress.log(f"analysis: {default}" if belongs else f"{default} is of another decoder: measuring anew")
+        given = str(default) if belongs else None
+    if given is None:
+        decoder = checkpoint.require_decoder()
+        statistics = collect_statistics(decoder, clips, num_clips=len(clips), progress=progress)
+        return {address: one.covariance for address, one in statistics.items()}, ()
+    header, tensors = read_artifact(given)
+    if header.kind != "analysis":
+        raise ArtifactError(f"{given} is a {header.kind}, not an analysis; make one with `flashvaed analyze`")
+    if _analyzed_sha256(Path(given)) != checkpoint.sha256:
+        raise ArtifactError(
+            f"{given} is the analysis of {header.parents[0].location} (SHA-256 {header.parents[0].sha256[:12]}), not "
+            f"of {checkpoint.location} ({checkpoint.sha256[:12]}); run `flashvaed analyze {checkpoint.location}`"
+        )
+    covariances = {
+        name.removeprefix("covariance."): tensor for name, tensor in tensors.items() if name.startswith("covariance.")
+    }
+    return covariances, (Lineage(role="analysis", location=given, sha256=sha256_of(given)),)
+
+
+def _analyzed_sha256(path: Path) -> str | None:
+    """Hash of the decoder that an analysis was made of; None for anything else."""
+    header = read_header(path)
+    return header.parents[0].sha256 if header.kind == "analysis" and header.parents else None
+
+
+def _selection_table(selections: list[GroupSelection], before: Decoder, after: Decoder) -> TableData:
+    columns = (
+        Column("channel group", align="left"),
+        Column("channels", "d"),
+        Column("kept", "d"),
+        Column("R2 of the kept", ".4f"),
+    )
+    rows = tuple((s.group, s.width, len(s.kept), s.r2) for s in selections)
+    title = f"Pruned: {before.parameter_count:,} to {after.parameter_count:,} parameters"
+    return TableData(title, columns, rows)

@@ -1,0 +1,62 @@
+"""The closed-form fit as `prune` and `convert-ops` call it, and its table."""
+
+from __future__ import annotations
+
+
+from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.groups import Kept
+from flashvaed_cli.progress import Progress
+from flashvaed_cli.recipe.models import ReconstructingRecipe
+from flashvaed_cli.report.tables import Column, TableData
+from flashvaed_cli.stages.clips import CalibrationClips
+from flashvaed_cli.surgery.layer_fit import FitSettings, LayerError
+from flashvaed_cli.surgery.reconstruct import first_changed_block, reconstruct_decoder
+
+
+def fit_settings(recipe: ReconstructingRecipe, *, num_separable_iterations: int = 3) -> FitSettings:
+    """The recipe's settings of the solves."""
+    return FitSettings(
+        dampening_frac=recipe.dampening_frac, num_separable_iterations=num_separable_iterations, seed=recipe.seed
+    )
+
+
+def reconstruct(
+    before: Decoder,
+    after: Decoder,
+    reference: Decoder,
+    kept: Kept,
+    clips: CalibrationClips,
+    settings: FitSettings,
+    progress: Progress,
+) -> list[LayerError]:
+    """Solve `after` in place, from the first block in which it differs from `before` to the end."""
+    first = first_changed_block(before, after)
+    if first is None:
+        return []
+    errors = reconstruct_decoder(
+        reference, after, kept, clips, first_block=first, settings=settings, progress=progress
+    )
+    starved = [error.address for error in errors if error.num_rows < 2 * error.num_unknowns]
+    if starved:
+        progress.warn(
+            f"few calibration positions for the unknowns of {', '.join(starved)}: give more or larger clips "
+            "(--num-calibration-clips, --crop-size)"
+        )
+    return errors
+
+
+def error_table(errors: list[LayerError]) -> tuple[TableData, ...]:
+    """One row per solved layer; no table when nothing was solved."""
+    if not errors:
+        return ()
+    columns = (
+        Column("layer", align="left"),
+        Column("error before", ".4f"),
+        Column("after", ".4f"),
+        Column("positions", ",d"),
+        Column("unknowns", ",d"),
+    )
+    rows = tuple((e.address, e.before, e.after, e.num_rows, e.num_unknowns) for e in errors)
+    return (TableData("Reconstruction: share of the target's variance that is missed", columns, rows),)
+
+

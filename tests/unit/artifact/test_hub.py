@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from artifact_specs import DECODER_SPEC, small_decoder
+from safetensors.torch import save_file
+
+from flashvaed_cli.artifact.checkpoint import load_checkpoint
+from flashvaed_cli.artifact.hub import HubAddress, fetch_hub_file, parse_hub_address
+from flashvaed_cli.artifact.layouts import to_foreign
+from flashvaed_cli.artifact.wan_keys import WAN_DIFFUSERS
+from flashvaed_cli.errors import ArtifactError
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty snapshot of `some/repo` in a hand-made cache, with the network off."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / "models--some--repo"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(COMMIT)
+    folder = repo / "snapshots" / COMMIT
+    folder.mkdir(parents=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("address", "parts"),
+    [
+        ("hf://o/r/a/b.pth", ("o/r", "a/b.pth", None)),
+        ("hf://o/r/a/b.pth@v1.0", ("o/r", "a/b.pth", "v1.0")),
+        ("hf://o/r@v1.0/a/b.pth", ("o/r", "a/b.pth", "v1.0")),
+        ("hf://o-1/r.2_x", ("o-1/r.2_x", "", None)),
+        ("hf://o/r/", ("o/r", "", None)),
+        ("hf://o/r@main", ("o/r", "", "main")),
+        ("hf://o/r/vae@refs/pr/1", ("o/r", "vae", "refs/pr/1")),
+    ],
+)
+def test_addresses(address: str, parts: tuple) -> None:
+    assert parse_hub_address(address) == HubAddress(*parts)
+
+
+@pytest.mark.parametrize("address", ["hf://", "hf://o", "hf:///r/x", "hf://o/r@a/x@b", "hf://o/r/../x.pth"])
+def test_what_is_no_address(address: str) -> None:
+    with pytest.raises(ArtifactError, match="hf://OWNER/REPO/PATH"):
+        parse_hub_address(address)
+
+
+def test_a_file_in_the_cache(snapshot: Path) -> None:
+    (snapshot / "a").mkdir()
+    (snapshot / "a" / "b.pth").write_bytes(b"x")
+    assert fetch_hub_file("hf://some/repo/a/b.pth").read_bytes() == b"x"
+    assert fetch_hub_file(f"hf://some/repo/a/b.pth@{COMMIT}").read_bytes() == b"x"
+
+
+def test_a_folder_in_the_cache_loads(snapshot: Path) -> None:
+    decoder = small_decoder()
+    (snapshot / "vae").mkdir()
+    (snapshot / "vae" / "config.json").write_text("{}")
+    tensors = to_foreign(decoder.state_dict(), DECODER_SPEC, WAN_DIFFUSERS)
+    save_file(tensors, snapshot / "vae" / "diffusion_pytorch_model.safetensors")
+    name = "stages.head.0.norm.gamma"
+    for location in ("hf://some/repo/vae", "hf://some/repo"):
+        checkpoint = load_checkpoint(location, builtins={})
+        assert checkpoint.location == location
+        assert torch.equal(checkpoint.require_decoder().state_dict()[name], decoder.state_dict()[name])
+    with pytest.raises(ArtifactError, match="no folder other"):
+        fetch_hub_file("hf://some/repo/other")
+
+
+@pytest.mark.parametrize("path", ["absent.pth", "vae", "vae@v2"])
+def test_without_network_the_way_out_is_said(snapshot: Path, path: str) -> None:
+    with pytest.raises(ArtifactError, match=r"by hand and give the path.*HF_HOME"):
+        fetch_hub_file(f"hf://other/repo/{path}")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("RepositoryNotFoundError", "no repository some/repo"),
+        ("GatedRepoError", "accept its terms"),
+        ("RevisionNotFoundError", "no revision v1"),
+        ("RemoteEntryNotFoundError", r"has no x\.pth"),
+        ("ConnectionError", "HF_HOME"),
+    ],
+)
+def test_answers_of_the_hub(monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    kind = getattr(errors, name, ConnectionError)
+    error = kind.__new__(kind)
+
+    def refuse(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    with pytest.raises(ArtifactError, match=message):
+        fetch_hub_file("hf://some/repo/x.pth@v1")
+
+
+def test_a_name_that_cannot_be_a_repository() -> None:
+    with pytest.raises(ArtifactError, match="no valid name"):
+        fetch_hub_file("hf://-some-/--repo/x.pth")

@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from artifact_specs import (
+    DECODER_SPEC,
+    ENCODER_SPEC,
+    filled,
+    flash_spec,
+    released_shapes,
+    shapes_of,
+)
+from torch.nn import functional as F
+
+from flashvaed_cli.artifact.checkpoint import coders_from_foreign, empty_coder
+from flashvaed_cli.artifact.layouts import Layout, fold_separable, slots, spec_from_shapes, to_foreign
+from flashvaed_cli.artifact.wan_keys import LAYOUTS, WAN_DIFFUSERS, WAN_ORIGINAL
+from flashvaed_cli.decoders.coder import Coder, Decoder, Encoder
+from flashvaed_cli.decoders.spec import CoderSpec, ConvSpec, UpsampleSpec, block_in_width
+from flashvaed_cli.decoders.wan import wan_decoder_spec, wan_encoder_spec
+from flashvaed_cli.errors import ArtifactError
+
+SPECS = {"original": DECODER_SPEC, "encoder": ENCODER_SPEC, "flash": flash_spec()}
+every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
+
+
+def coder(spec: CoderSpec) -> Coder:
+    return filled(Encoder(spec) if spec.role == "encoder" else Decoder(spec))  # type: ignore[arg-type]
+
+
+@every_layout
+@pytest.mark.parametrize("name", SPECS)
+def test_there_and_back(layout: Layout, name: str) -> None:
+    spec = SPECS[name]
+    own = coder(spec)
+    foreign = to_foreign(own.state_dict(), spec, layout)
+    back = coders_from_foreign(foreign, layout)[spec.role]
+    assert back.spec == spec
+    assert back.state_dict().keys() == own.state_dict().keys()
+    for key, value in own.state_dict().items():
+        assert torch.equal(back.state_dict()[key], value), key
+
+
+@every_layout
+@pytest.mark.parametrize("width", [1, 2, 6, 96])
+def test_every_width_is_read_from_the_shapes(layout: Layout, width: int) -> None:
+    for spec in (wan_decoder_spec(width), wan_encoder_spec(width), wan_decoder_spec(width, latent_width=5)):
+        shapes = {slot.foreign: slot.shape for slot in slots(spec, layout)}
+        assert spec_from_shapes(shapes, layout, spec.role) == spec
+
+
+@every_layout
+def test_each_parameter_has_one_place(layout: Layout) -> None:
+    places = [slot for spec in (DECODER_SPEC, ENCODER_SPEC) for slot in slots(spec, layout)]
+    assert len({slot.foreign for slot in places}) == len(places)
+    for spec in SPECS.values():
+        own = {name: value.shape for name, value in empty_coder(spec).state_dict().items()}
+        assert {slot.ours: slot.shape for slot in slots(spec, layout)}.keys() == own.keys()
+
+
+def test_key_names_of_the_layouts() -> None:
+    both = [slot.foreign for spec in (DECODER_SPEC, ENCODER_SPEC) for slot in slots(spec, WAN_ORIGINAL)]
+    for name in (
+        "conv1.bias",
+        "conv2.weight",
+        "decoder.conv1.weight",
+        "decoder.middle.0.residual.0.gamma",
+        "decoder.middle.1.to_qkv.weight",
+        "decoder.upsamples.3.time_conv.weight",
+        "decoder.upsamples.4.shortcut.weight",
+        "decoder.upsamples.11.resample.1.bias",
+        "decoder.upsamples.14.residual.6.weight",
+        "decoder.head.0.gamma",
+        "decoder.head.2.weight",
+        "encoder.downsamples.5.time_conv.weight",
+        "encoder.downsamples.10.residual.6.bias",
+    ):
+        assert name in both
+    both = [slot.foreign for spec in (DECODER_SPEC, ENCODER_SPEC) for slot in slots(spec, WAN_DIFFUSERS)]
+    for name in (
+        "post_quant_conv.weight",
+        "quant_conv.bias",
+        "decoder.mid_block.attentions.0.proj.weight",
+        "decoder.up_blocks.1.resnets.0.conv_shortcut.weight",
+        "decoder.up_blocks.2.upsamplers.0.resample.1.weight",
+        "decoder.norm_out.gamma",
+        "decoder.conv_out.weight",
+        "encoder.down_blocks.10.conv2.weight",
+    ):
+        assert name in both
+
+
+def test_released_student() -> None:
+    shapes = released_shapes()
+    assert len(shapes) == 156
+    spec = spec_from_shapes(shapes, WAN_ORIGINAL, "decoder")
+    operators = {address: layer.operator for address, layer in spec.layers()}
+    assert operators["mid.0.conv1"] == operators["up1.2.conv2"] == "dwsep3d"
+    assert operators["up1.0.shortcut"] == "pointwise"  # a separable layer without extent
+    assert operators["up2.0.conv1"] == operators["up3.2.conv2"] == "frame2d"
+    assert operators["up2.0.shortcut"] == "pointwise"
+    assert [block_in_width(spec.stage(name).blocks[0]) for name in ("mid", "up2", "up3")] == [384, 24, 12]
+
+
+def test_released_student_loads_and_folds_its_depthwise_biases() -> None:
+    tensors = {name: torch.randn(shape) for name, shape in released_shapes(8, 4, 2).items()}
+    decoder = coders_from_foreign(tensors, WAN_ORIGINAL)["decoder"]
+
+    def separable(x: torch.Tensor, place: str) -> torch.Tensor:
+        weight, bias = (tensors[f"{place}.depthwise_conv.{end}"] for end in ("weight", "bias"))
+        reach = weight.shape[-1] // 2
+        x = F.conv3d(F.pad(x, (reach, reach, reach, reach, 2 * reach, 0)), weight, bias, groups=x.shape[1])
+        return F.conv3d(x, tensors[f"{place}.pointwise_conv.weight"], tensors[f"{place}.pointwise_conv.bias"])
+
+    for address, place, width in (
+        ("mid.0.conv2", "decoder.middle.0.residual.6", 8),
+        ("up1.0.conv1", "decoder.upsamples.4.residual.2", 4),
+        ("up1.0.shortcut", "decoder.upsamples.4.shortcut", 4),
+    ):
+        x = torch.randn(1, width, 3, 5, 4)
+        # Sums of up to 27 * 8 products in float32, in another order.
+        torch.testing.assert_close(decoder.at(address)(x), separable(x, place), atol=1e-4, rtol=1e-5)
+
+
+def test_folding_keeps_what_it_does_not_know() -> None:
+    plain = {"a.weight": torch.ones(2, 2), "b.depthwise_conv.weight": torch.ones(2, 1, 3, 3, 3)}
+    assert fold_separable(plain).keys() == plain.keys()
+
+
+def foreign_flash() -> dict[str, torch.Tensor]:
+    return to_foreign(coder(flash_spec()).state_dict(), flash_spec(), WAN_ORIGINAL)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "conv2.weight",
+        "decoder.head.0.gamma",
+        "decoder.middle.0.residual.2.depthwise_conv.weight",
+        "decoder.middle.0.residual.2.pointwise_conv.weight",
+        "decoder.middle.1.proj.bias",
+        "decoder.upsamples.4.shortcut.weight",
+        "decoder.upsamples.7.time_conv.weight",
+        "decoder.upsamples.8.residual.6.bias",
+    ],
+)
+def test_a_missing_tensor_is_named(name: str) -> None:
+    tensors = foreign_flash()
+    del tensors[name]
+    expected = name.replace("depthwise_conv.", "")  # without it the layer counts as dense
+    with pytest.raises(ArtifactError, match=rf"x: its tensors .*wan-original[\s\S]*1 missing: {expected}"):
+        coders_from_foreign(tensors, WAN_ORIGINAL, "x")
+
+
+def test_superfluous_tensors_are_named_with_their_count() -> None:
+    tensors = foreign_flash() | {f"decoder.extra.{i}.weight": torch.ones(1) for i in range(20)}
+    with pytest.raises(ArtifactError, match=r"20 unexpected: decoder\.extra\.0\.weight.*and 12 more"):
+        coders_from_foreign(tensors, WAN_ORIGINAL)
+
+
+def test_a_resampler_in_time_where_none_belongs_is_named() -> None:
+    tensors = foreign_flash()
+    tensors["decoder.upsamples.11.time_conv.weight"] = torch.ones(12, 6, 3, 1, 1)
+    with pytest.raises(ArtifactError, match=r"unexpected: decoder\.upsamples\.11\.time_conv\.weight"):
+        coders_from_foreign(tensors, WAN_ORIGINAL)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("decoder.middle.0.residual.0.gamma", (9,), r"expected \[16, 1, 1, 1\], found \[9\]"),
+        ("decoder.middle.1.to_qkv.bias", (9,), r"expected \[48\], found \[9\]"),
+        ("decoder.middle.0.residual.2.pointwise_conv.weight", (16, 9, 1, 1, 1), r"found \[16, 9, 1, 1, 1\]"),
+        ("decoder.conv1.weight", (16,), r"found \[16\]"),
+        ("decoder.conv1.weight", (9, 16, 3, 3, 3), r"conv_in\.0 gives 9 channels, mid\.0 takes 16"),
+        ("decoder.upsamples.8.residual.2.weight", (5, 6, 3, 3), r"upsamples\.8: conv1 gives 5 channels, conv2 takes 3"),
+    ],
+)
+def test_a_wrong_shape_is_named(name: str, shape: tuple[int, ...], message: str) -> None:
+    tensors = foreign_flash() | {name: torch.zeros(shape)}
+    with pytest.raises(ArtifactError, match=message):
+        coders_from_foreign(tensors, WAN_ORIGINAL)
+
+
+def test_half_a_vae_may_keep_the_other_halfs_layer_beside_the_latent() -> None:
+    tensors = foreign_flash() | {"conv1.weight": torch.ones(32, 32, 1, 1, 1), "conv1.bias": torch.ones(32)}
+    assert coders_from_foreign(tensors, WAN_ORIGINAL).keys() == {"decoder"}
+
+
+@every_layout
+def test_singleton_axes_do_not_matter(layout: Layout) -> None:
+    own = coder(flash_spec())
+    tensors = to_foreign(own.state_dict(), flash_spec(), layout)
+    flat = {name: t.flatten(1) if t.shape[2:].numel() == 1 and t.ndim > 1 else t for name, t in tensors.items()}
+    assert shapes_of(flat) != shapes_of(tensors)
+    back = coders_from_foreign(flat, layout)["decoder"]
+    assert all(torch.equal(back.state_dict()[name], value) for name, value in own.state_dict().items())
+
+
+def test_a_separable_resampler_is_read() -> None:
+    spatial = ConvSpec(operator="dwsep3d", in_width=4, out_width=4, kernel=(1, 3, 3))
+    up2 = DECODER_SPEC.stage("up2").blocks[3]
+    assert isinstance(up2, UpsampleSpec)
+    spec = DECODER_SPEC.with_blocks(
+        {"up2.3": UpsampleSpec(spatial=spatial.model_copy(update={"in_width": up2.spatial.in_width}))}
+    )
+    shapes = {slot.foreign: slot.shape for slot in slots(spec, WAN_ORIGINAL)}
+    assert spec_from_shapes(shapes, WAN_ORIGINAL, "decoder") == spec
