@@ -52,6 +52,7 @@ def distill(
     data: Annotated[list[str] | None, flag(DistillRecipe, "data", "--data", "-d", **DATA_SETTINGS)] = None,
     latent_scale: Annotated[LatentScale | None, flag(DistillRecipe, "latent_scale")] = None,
     original: Annotated[str | None, flag(DistillRecipe, "original")] = None,
+    num_clips: Annotated[int | None, flag(DistillRecipe, "num_clips")] = None,
     batch_size: Annotated[int | None, flag(DistillRecipe, "batch_size")] = None,
     num_frames: Annotated[int | None, flag(DistillRecipe, "num_frames")] = None,
     crop_size: Annotated[int | None, flag(DistillRecipe, "crop_size")] = None,

@@ -51,6 +51,7 @@ def evaluate(
     chunk: Annotated[int | None, flag(EvalRecipe, "chunk")] = None,
     num_speed_rounds: Annotated[int | None, flag(EvalRecipe, "num_speed_rounds")] = None,
     video: Annotated[bool | None, switch(EvalRecipe, "video")] = None,
+    allow_download: Annotated[bool | None, switch(EvalRecipe, "allow_download")] = None,
     lpips: Annotated[Literal["auto", "on", "off"] | None, flag(EvalRecipe, "lpips")] = None,
     recipe: RecipeOption = None,
     step: StepOption = None,

@@ -6,7 +6,7 @@ that layer has seen. Its size depends on the frame size only, never on the lengt
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
@@ -71,27 +71,24 @@ def frame_chunks(
         yield pixels[:, :, start : start + temporal_factor * chunk]
 
 
-def iter_encode(
-    encoder: Encoder, chunks: Iterable[Float[Tensor, "B 3 f H W"]]
-) -> Iterator[Float[Tensor, "B C t Hz Wz"]]:
-    """Encode a stream of frame chunks (as `frame_chunks` cuts them) to raw latents (the posterior's mean).
+def encode_step(
+    encoder: Encoder, pixels: Float[Tensor, "B 3 f H W"], past: State | None
+) -> tuple[Float[Tensor, "B C t Hz Wz"], State]:
+    """Encode one chunk (as `frame_chunks` cuts them) to raw latents, the posterior's mean; returns the next state.
 
     Raises:
-        SpecError: a chunk is not cut on a latent border, or its sides are no multiple of the spatial factor.
+        SpecError: the chunk is not cut on a latent border, or its sides are no multiple of the spatial factor.
     """
     kt, ks = encoder.spec.temporal_factor, encoder.spec.spatial_factor
-    past: State | None = None
-    for pixels in chunks:
-        extra = (pixels.shape[2] - 1) % kt if past is None else pixels.shape[2] % kt
-        if extra or pixels.shape[3] % ks or pixels.shape[4] % ks:
-            raise SpecError(
-                f"the encoder takes 1 + {kt} n frames (then {kt} n) with sides that {ks} divides, "
-                f"got {list(pixels.shape[2:])}: pad the clip first"
-            )
-        future: State = {}
-        moments = encoder(pixels, past, future)
-        past = future
-        yield moments.chunk(2, dim=1)[0]
+    extra = (pixels.shape[2] - 1) % kt if past is None else pixels.shape[2] % kt
+    if extra or pixels.shape[3] % ks or pixels.shape[4] % ks:
+        raise SpecError(
+            f"the encoder takes 1 + {kt} n frames (then {kt} n) with sides that {ks} divides, "
+            f"got {list(pixels.shape[2:])}: pad the clip first"
+        )
+    future: State = {}
+    moments = encoder(pixels, past, future)
+    return moments.chunk(2, dim=1)[0], future
 
 
 def encode(
@@ -100,4 +97,9 @@ def encode(
     """Encode frames in [-1, 1] to raw latents, `chunk` latent frames at a time (None: all at once)."""
     kt = encoder.spec.temporal_factor
     chunks = [pixels] if chunk is None else frame_chunks(pixels, temporal_factor=kt, chunk=chunk)
-    return torch.cat(list(iter_encode(encoder, chunks)), dim=2)
+    latents: list[Tensor] = []
+    past: State | None = None
+    for part in chunks:
+        encoded, past = encode_step(encoder, part, past)
+        latents.append(encoded)
+    return torch.cat(latents, dim=2)

@@ -19,6 +19,8 @@ from flashvaed_cli.errors import DistillationError
 
 _FORMAT = 1
 
+HistoryEntry = dict[str, int | float]
+
 
 @dataclass
 class TrainState:
@@ -48,7 +50,7 @@ class TrainState:
     num_clips: int = 0
     first_loss: float | None = None
     saved_step: int | None = None
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: list[HistoryEntry] = field(default_factory=list)
     terms: TermAverage = field(default_factory=TermAverage)
 
     @property

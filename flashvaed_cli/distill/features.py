@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -39,7 +39,7 @@ def run_with_features(
 def _layer_outputs(decoder: Decoder, addresses: Sequence[str], features: Features) -> Iterator[None]:
     """Tensors inside a block have no other way out than a hook."""
 
-    def keeper(address: str):  # noqa: ANN202
+    def keeper(address: str) -> Callable[[nn.Module, object, Tensor], None]:
         def keep(_module: nn.Module, _inputs: object, output: Tensor) -> None:
             features[address] = output
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.operators import frames_as_batch
 from flashvaed_cli.distill.averaging import WeightAverage
-from flashvaed_cli.distill.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from flashvaed_cli.distill.checkpoint import HistoryEntry, TrainState, load_checkpoint, save_checkpoint
 from flashvaed_cli.distill.features import FeatureMatcher, run_with_features
 from flashvaed_cli.distill.interrupts import stop_wish
 from flashvaed_cli.distill.losses import FRAME_LOSSES, LossWeights, r2_loss, teacher_psnr_db
@@ -51,7 +51,7 @@ class TrainResult:
         unmatched: tensors that the feature loss had to leave out.
     """
 
-    history: list[dict[str, float]]
+    history: list[HistoryEntry]
     num_steps: int
     seconds: float
     data_seconds: float
@@ -98,7 +98,11 @@ def train(
     resumed_from = _resume(state, checkpoint_path, progress) if resume else None
     saved_at = time.monotonic()
     title = f"distill phase {plan.number}"
-    with _training_only(student, state.parameters), stop_wish() as wish, progress.task(title, settings.num_steps) as task:
+    with (
+        _training_only(student, state.parameters),
+        stop_wish() as wish,
+        progress.task(title, settings.num_steps) as task,
+    ):
         task.advance(state.step)
         while state.step < settings.num_steps:
             began = time.perf_counter()
@@ -107,7 +111,7 @@ def train(
 
             terms, psnr_db = compute_terms(student, teacher, latents, plan, state.matcher, active, settings, perceptual)
             loss = torch.stack([getattr(settings.loss_weights, name) * term for name, term in terms.items()]).sum()
-            _require_sane_loss(float(loss), state, checkpoint_path)
+            _require_sane_loss(float(loss.detach()), state, checkpoint_path)
 
             state.optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -287,7 +291,9 @@ def _require_sane_loss(loss: float, state: TrainState, checkpoint_path: Path | N
     if not math.isfinite(loss):
         raise _diverged(f"the loss is {loss}", state, checkpoint_path)
     if loss > limit:
-        raise _diverged(f"the loss is {loss:.3g}, {loss / (state.first_loss or 1):.0f} times the first", state, checkpoint_path)
+        raise _diverged(
+            f"the loss is {loss:.3g}, {loss / (state.first_loss or 1):.0f} times the first", state, checkpoint_path
+        )
 
 
 def _require_finite_gradient(norm: Tensor, state: TrainState, checkpoint_path: Path | None) -> None:
@@ -297,7 +303,9 @@ def _require_finite_gradient(norm: Tensor, state: TrainState, checkpoint_path: P
 
 def _diverged(what: str, state: TrainState, checkpoint_path: Path | None) -> DistillationError:
     saved = state.saved_step is not None
-    good = f"the last good checkpoint is {checkpoint_path} (step {state.saved_step})" if saved else "nothing was saved yet"
+    good = (
+        f"the last good checkpoint is {checkpoint_path} (step {state.saved_step})" if saved else "nothing was saved yet"
+    )
     return DistillationError(
         f"Phase {state.phase} stopped at step {state.step + 1} of {state.settings.num_steps}: {what}; {good}. "
         f"Lower the learning rate (now {state.settings.learning_rate:g}) or look for bad clips."

@@ -247,4 +247,6 @@ def _require_known(address: str, widths: Mapping[str, int]) -> None:
 
 def _require_indices(address: str, kept: Channels, width: int) -> None:
     if not kept or len(set(kept)) != len(kept) or min(kept) < 0 or max(kept) >= width:
-        raise DistillationError(f"{address}: kept channels must be distinct numbers in 0..{width - 1}, got {list(kept)}.")
+        raise DistillationError(
+            f"{address}: kept channels must be distinct numbers in 0..{width - 1}, got {list(kept)}."
+        )

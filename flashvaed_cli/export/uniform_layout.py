@@ -70,7 +70,7 @@ def _first_deviation(spec: DecoderSpec, uniform: DecoderSpec) -> str | None:
 
 def _describe(address: str, block: BlockSpec, expected: BlockSpec) -> str:
     if block.kind != expected.kind:
-        return f"{address} is a {block.kind}, not a {expected.kind}"
+        return f"{address} is of kind {block.kind}, not {expected.kind}"
     if isinstance(block, AttentionSpec) and isinstance(expected, AttentionSpec):
         return (
             f"{address} has width {block.width} and {block.inner_width} inside, "

@@ -73,6 +73,29 @@ def plan_clips(
     return plan, broken
 
 
+def usable_files(paths: Sequence[Path], limit: int | None = None) -> tuple[list[Path], dict[Path, str]]:
+    """The first `limit` files that open (latent files are taken as they are), and what is wrong with the others met.
+
+    Raises:
+        MediaError: no file can be read.
+    """
+    usable: list[Path] = []
+    broken: dict[Path, str] = {}
+    for path in paths:
+        if limit is not None and len(usable) == limit:
+            break
+        try:
+            if not is_latent_file(path):
+                probe_video(path)
+            usable.append(path)
+        except MediaError as error:
+            broken[path] = str(error)
+    if not usable:
+        named = "; ".join(list(broken.values())[:_MAX_NAMES_SHOWN])
+        raise MediaError(f"None of the {len(paths)} files can be used: {named or 'no file was given'}")
+    return usable, broken
+
+
 def load_clip(request: ClipRequest) -> Float[Tensor, "C T H W"]:
     """Load one planned clip as RGB in [-1, 1].
 

@@ -240,6 +240,7 @@ class DistillRecipe(_ClipFields, _RatioFields):
     )
     weight_decay: NonNegative = Field(default=1e-4, description="Weight decay of AdamW.")
     gradient_clip_norm: Positive = Field(default=1.0, description="Longest gradient that is let through unscaled.")
+    num_clips: Count = Field(default=64, description="Clips to cut from the data and train on; encoded once.")
     batch_size: Count = Field(default=2, description="Clips per step.")
     num_frames: Count = Field(default=9, description="Frames per training clip.")
     crop_size: OptionalCount = Field(
@@ -290,6 +291,7 @@ class EvalRecipe(_ClipFields):
     lpips: Literal["auto", "on", "off"] = Field(
         default="auto", description="auto reports LPIPS when the backbone's weights are there; on fails without them."
     )
+    allow_download: Switch = Field(default=False, description="Fetch the LPIPS backbone's weights if they are absent.")
     output: Name = Field(default="report", description="Folder to write report.json, report.md and pictures to.")
 
 
@@ -305,7 +307,7 @@ class ExportRecipe(CommandRecipe):
     targets: Annotated[tuple[ExportTarget, ...], BeforeValidator(_one_as_tuple), Field(min_length=1)] = Field(
         default=("safetensors", "onnx"), description="Formats to write; repeatable."
     )
-    opset: Annotated[int, Field(ge=17, strict=True)] = Field(default=18, description="ONNX operator set.")
+    opset: Annotated[int, Field(ge=18, strict=True)] = Field(default=18, description="ONNX operator set.")
     output: Name = Field(default="export", description="Folder to write to.")
 
 

@@ -26,6 +26,7 @@ from flashvaed_cli.decoders.wan import wan_decoder_spec, wan_encoder_spec
 from flashvaed_cli.media.procedural import render_frames
 from flashvaed_cli.media.sources import find_clips
 from flashvaed_cli.media.video import is_still, iter_frames, read_clip, scaled_size
+from flashvaed_cli.zoo.linear_start import start_linear
 from flashvaed_cli.zoo.training import Autoencoder, RunState, TrainingPlan, start_state, train
 
 NUM_EVAL_FRAMES = 17
@@ -33,10 +34,11 @@ EVAL_MAX_SIDE, CROP_MAX_SIDE, CROP = 256, 512, 64
 LEVELS = (640, 448, 320, 224)  # longest sides at which every source is sampled
 MAX_FRAMES_PER_CLIP = 96
 PROCEDURAL_SEEDS = (101, 102, 103)
+NUM_START_CLIPS = 40
 IMAGE_PHASE_FRAC = 0.2
 # Frames per sample: (samples per batch, odds). Until IMAGE_PHASE_FRAC mostly images, later more long clips.
 BATCHES = {1: 16, 5: 4, 9: 2, 17: 2}
-EARLY_ODDS = {1: 0.85, 5: 0.15, 9: 0.0, 17: 0.0}
+EARLY_ODDS = {1: 0.5, 5: 0.5, 9: 0.0, 17: 0.0}
 LATE_ODDS = {1: 0.3, 5: 0.3, 9: 0.2, 17: 0.2}
 
 Clip = Float[Tensor, "C T H W"]
@@ -65,7 +67,11 @@ class CropSampler:
         """A batch in [-1, 1]; early in the schedule mostly single images."""
         odds = EARLY_ODDS if progress < IMAGE_PHASE_FRAC else LATE_ODDS
         num_frames = list(odds)[_pick(list(odds.values()), rng)]
-        return torch.stack([self._sample(num_frames, rng) for _ in range(BATCHES[num_frames])])
+        return self.clips(BATCHES[num_frames], num_frames, rng)
+
+    def clips(self, count: int, num_frames: int, rng: torch.Generator) -> Float[Tensor, "B C T H W"]:
+        """Crops of that many frames, each of another random place."""
+        return torch.stack([self._sample(num_frames, rng) for _ in range(count)])
 
     def _sample(self, num_frames: int, rng: torch.Generator) -> Clip:
         fitting = [s for s in self._sources if s.num_frames >= num_frames]
@@ -222,6 +228,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     torch.manual_seed(args.seed)
     encoder, decoder = Encoder(wan_encoder_spec(args.base_width)), Decoder(wan_decoder_spec(args.base_width))
+    sampler, checkpoint = CropSampler(sources), args.work_dir / "checkpoint.pt"
+    if not checkpoint.exists():
+        start_linear(encoder, decoder, sampler.clips(NUM_START_CLIPS, 9, torch.Generator().manual_seed(args.seed)))
+        print("linear start done", flush=True)
     state = start_state(encoder, decoder, plan)
     next_snapshot_s = 60 * args.snapshot_minutes
 
@@ -236,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"held-out {_show(measure(*models, held_out, ['crops']))}", flush=True)
 
     train(
-        state, CropSampler(sources), plan, checkpoint=args.work_dir / "checkpoint.pt",
+        state, sampler, plan, checkpoint=checkpoint,
         log=lambda line: print(line, flush=True), on_checkpoint=snapshot,
     )  # fmt: skip
     encoder, decoder = averaged(state, args.base_width)

@@ -56,10 +56,10 @@ class TrainingPlan:
     """
 
     budget_s: float
-    matrix_lr: float = 0.01
-    vector_lr: float = 1e-3
+    matrix_lr: float = 0.0003
+    vector_lr: float = 1e-4
     momentum: float = 0.95
-    warmup_frac: float = 0.01
+    warmup_frac: float = 0.05
     flat_frac: float = 0.3
     ema_decay: float = 0.998
     kl_weight: float = 1e-5

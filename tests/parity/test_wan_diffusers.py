@@ -111,10 +111,10 @@ def test_every_chunk_size_gives_the_same(small: Pair, chunk: int) -> None:
 
 
 def test_full_size_chunks(full_size: Pair) -> None:
-    latents = torch.randn(1, 16, 5, 3, 3)
+    latents = torch.randn(1, 16, 4, 2, 2)
     with torch.no_grad():
         frames = decode(full_size.decoder, latents)
-        for chunk in (1, 2):
+        for chunk in (1, 3):
             assert share_of_range(decode(full_size.decoder, latents, chunk=chunk), frames) <= CHUNK_BOUND
 
 

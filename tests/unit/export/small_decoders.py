@@ -56,5 +56,5 @@ def small_decoder(spec: DecoderSpec) -> Decoder:
     for name, parameter in decoder.named_parameters():
         if name.endswith("bias"):
             parameter.normal_(std=0.1)
-    decoder.at("head.0").conv.weight.mul_(0.2)
+    decoder.get_parameter("stages.head.0.conv.weight").mul_(0.2)
     return decoder

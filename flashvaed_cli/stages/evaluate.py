@@ -1,0 +1,333 @@
+"""`flashvaed eval`: the original decoder and a derived one on the same latents, side by side.
+
+Videos are read, encoded, decoded by both and compared chunk by chunk, so memory does not grow with their length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.cost import total_gflop
+from flashvaed_cli.decoders.layout import channels_last, use_channels_last
+from flashvaed_cli.decoders.streaming import State, decode, decode_step, encode_step
+from flashvaed_cli.errors import MetricUnavailableError
+from flashvaed_cli.media.clips import usable_files
+from flashvaed_cli.media.sources import is_latent_file
+from flashvaed_cli.media.video import count_frames, iter_frames, probe_video
+from flashvaed_cli.media.writer import VideoWriter
+from flashvaed_cli.metrics.lpips_metric import LpipsMetric, load_lpips
+from flashvaed_cli.metrics.quality import QualityAccumulator, QualityResult, mean_quality
+from flashvaed_cli.metrics.speed import SpeedResult, speed_ratio, synchronizer, time_alternating
+from flashvaed_cli.progress import Progress
+from flashvaed_cli.recipe.models import EvalRecipe
+from flashvaed_cli.report.evaluation import (
+    ClipFigures,
+    DecoderFigures,
+    EvaluationReport,
+    Spread,
+    save_report,
+    summary_table,
+)
+from flashvaed_cli.report.pictures import save_strip, select_frames, side_by_side
+from flashvaed_cli.stages.clips import find_data, raw_latents
+from flashvaed_cli.stages.folders import refuse_foreign_folder
+from flashvaed_cli.stages.loading import DTYPES, Inputs, choose_device, choose_input, load_inputs
+from flashvaed_cli.stages.result import StageOutcome
+
+ORIGINAL, ORIGINAL_TUNED, FLASH = "original", "original, channels-last", "flash"
+_DEFAULT_CHUNK = 4
+_NUM_STRIP_COLUMNS = 4
+_SPEED_LATENT_FRAMES = 5
+_LATENT_FPS = Fraction(16)
+
+Frames = Float[Tensor, "3 T H W"]
+
+
+def run_evaluate(recipe: EvalRecipe, *, progress: Progress, force: bool, command_line: str) -> StageOutcome:
+    """Compare both decoders on every clip, time them in alternation, write report and pictures.
+
+    Raises:
+        ArtifactError: decoder or original cannot be loaded.
+        MediaError: no readable clip.
+        MetricUnavailableError: `lpips: on` without the backbone's weights.
+        FlashVaedError: the output folder holds files of something else.
+    """
+    output = Path(recipe.output)
+    refuse_foreign_folder(output, "report.json", force=force)
+    location = choose_input(recipe.input, EvalRecipe, progress)
+    device = choose_device(recipe.device)
+    inputs = load_inputs(location, original=recipe.original, device=device, needs_encoder=False)
+    notes: list[str] = []
+    lpips = _lpips(recipe, device, notes)
+    decoders = _decoders(inputs, DTYPES[recipe.dtype])
+    files, broken = usable_files(find_data(recipe.data), recipe.num_clips)
+    for path, reason in broken.items():
+        progress.warn(f"skipped {path}: {reason}")
+        notes.append(f"skipped {path.name}: {reason}")
+    comparisons = [
+        _compare_clip(path, name, decoders, inputs, recipe, lpips, output, progress)
+        for path, name in zip(files, _distinct_names(files), strict=True)
+    ]
+    figures = [_figures(name, decoder, comparisons) for name, decoder in decoders.items()]
+    figures = _timed(figures, decoders, comparisons[0].latents, recipe, device, progress)
+    report = EvaluationReport(
+        decoders=tuple(figures),
+        clips=tuple(row for comparison in comparisons for row in comparison.rows),
+        settings={
+            "command": command_line,
+            "decoder": inputs.checkpoint.location,
+            "original": inputs.original.location,
+            "device": f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type,
+            "dtype": recipe.dtype,
+            "speed": f"{recipe.num_speed_rounds} rounds in alternation, latents {list(comparisons[0].latents.shape)}",
+        },
+        notes=tuple(notes),
+        files={path.name: path.name for comparison in comparisons for path in comparison.files},
+    )
+    written = save_report(report, output)
+    paths = (written["markdown"], written["json"], *(path for comparison in comparisons for path in comparison.files))
+    return StageOutcome(paths, (summary_table(report),), {"report": str(written["json"])}, tuple(notes))
+
+
+def _lpips(recipe: EvalRecipe, device: torch.device, notes: list[str]) -> LpipsMetric | None:
+    if recipe.lpips == "off":
+        return None
+    try:
+        return load_lpips("alex", device, allow_download=recipe.allow_download)
+    except MetricUnavailableError as error:
+        if recipe.lpips == "on":
+            raise
+        notes.append(f"LPIPS is absent. {error}")
+        return None
+
+
+def _decoders(inputs: Inputs, dtype: torch.dtype) -> dict[str, Decoder]:
+    """The original first; the derived one, if it is another, channels-last."""
+    decoders = {ORIGINAL: inputs.original.require_decoder().to(dtype)}
+    if inputs.checkpoint.sha256 != inputs.original.sha256:
+        decoders[FLASH] = use_channels_last(inputs.checkpoint.require_decoder().to(dtype))
+    return decoders
+
+
+def _distinct_names(files: Sequence[Path]) -> list[str]:
+    """File stems, numbered where two are alike."""
+    stems = [path.stem for path in files]
+    return [stem if stems.count(stem) == 1 else f"{stem}-{i + 1}" for i, stem in enumerate(stems)]
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Frames (none for a latent file) and their raw latents; `frames` are not padded."""
+
+    frames: Frames | None
+    latents: Float[Tensor, "1 C T Hz Wz"]
+    num_frames: int
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """What one clip gave. `latents` are its first few, to time the decoders on."""
+
+    rows: tuple[ClipFigures, ...]
+    files: tuple[Path, ...]
+    latents: Float[Tensor, "1 C T Hz Wz"]
+
+
+@torch.no_grad()
+def _compare_clip(
+    path: Path,
+    name: str,
+    decoders: dict[str, Decoder],
+    inputs: Inputs,
+    recipe: EvalRecipe,
+    lpips: LpipsMetric | None,
+    output: Path,
+    progress: Progress,
+) -> _Comparison:
+    chunks, num_frames, fps = _open_clip(path, inputs, recipe)
+    shown = set(select_frames(num_frames, _NUM_STRIP_COLUMNS))
+    strips: dict[str, list[Frames]] = {}
+    quality = {key: _Judge(lpips) for key in decoders}
+    pasts: dict[str, State | None] = dict.fromkeys(decoders)
+    first: list[Tensor] = []
+    done = 0
+    mp4 = output / f"{name}.mp4" if recipe.video and num_frames > 1 else None
+    with ExitStack() as stack, progress.task(f"eval {name}", num_frames) as task:
+        writer = None if mp4 is None else stack.enter_context(VideoWriter(mp4, fps=fps))
+        for chunk in chunks:
+            if sum(part.shape[2] for part in first) < _SPEED_LATENT_FRAMES:
+                first.append(chunk.latents)
+            views = {} if chunk.frames is None else {"video": chunk.frames}
+            for key, decoder in decoders.items():
+                frames, pasts[key] = _decode_chunk(decoder, chunk, pasts[key])
+                views[key] = frames
+            for key, judge in quality.items():
+                judge.update(views[key], views.get("video"), views[ORIGINAL])
+            if writer is not None:
+                writer.write(side_by_side(list(views.items())))
+            for label, frames in views.items():
+                picked = [i for i in range(frames.shape[1]) if done + i in shown]
+                strips.setdefault(label, []).append(frames[:, picked])
+            done += chunk.num_frames
+            task.advance(chunk.num_frames)
+    strip = save_strip(
+        output / f"{name}.png",
+        [(label, torch.cat(parts, dim=1)) for label, parts in strips.items()],
+        frame_numbers=sorted(shown),
+    )
+    height, width = strips[ORIGINAL][0].shape[-2:]
+    rows = tuple(
+        ClipFigures(
+            clip=path.name,
+            decoder=key,
+            num_frames=done,
+            height=height,
+            width=width,
+            to_ground_truth=judge.to_video(),
+            to_original=None if key == ORIGINAL else judge.to_original(),
+        )
+        for key, judge in quality.items()
+    )
+    latents = torch.cat(first, dim=2)[:, :, :_SPEED_LATENT_FRAMES]
+    return _Comparison(rows, (strip,) if mp4 is None else (strip, mp4), latents)
+
+
+class _Judge:
+    """Quality of one decoder on one clip, against the video and against the original's output."""
+
+    def __init__(self, lpips: LpipsMetric | None) -> None:
+        min_side = 0 if lpips is None else lpips.min_side
+        self._to_video = QualityAccumulator(lpips=lpips, lpips_min_side=min_side)
+        self._to_original = QualityAccumulator(lpips=lpips, lpips_min_side=min_side)
+        self._has_video = False
+
+    def update(self, frames: Frames, video: Frames | None, original: Frames) -> None:
+        if video is not None:
+            self._has_video = True
+            self._to_video.update(frames, video)
+        if frames is not original:
+            self._to_original.update(frames, original)
+
+    def to_video(self) -> QualityResult | None:
+        return self._to_video.result() if self._has_video else None
+
+    def to_original(self) -> QualityResult:
+        return self._to_original.result()
+
+
+def _decode_chunk(decoder: Decoder, chunk: _Chunk, past: State | None) -> tuple[Frames, State]:
+    latents = chunk.latents.to(next(decoder.parameters()).dtype)
+    decoded, future = decode_step(decoder, latents, past)
+    frames = decoded[0, :, : chunk.num_frames].float().clamp(-1.0, 1.0).cpu()
+    if chunk.frames is not None:  # undo the padding of the sides
+        frames = frames[..., : chunk.frames.shape[-2], : chunk.frames.shape[-1]]
+    return frames, future
+
+
+def _open_clip(path: Path, inputs: Inputs, recipe: EvalRecipe) -> tuple[Iterator[_Chunk], int, Fraction]:
+    """The chunks of a video or latent file, its number of frames, and frames per second."""
+    original = inputs.original
+    spec = original.require_decoder().spec
+    chunk = recipe.chunk or _DEFAULT_CHUNK
+    if is_latent_file(path):
+        latents = raw_latents(path, recipe.latent_scale, original)[:1].to(inputs.device)
+        num_frames = 1 + spec.temporal_factor * (latents.shape[2] - 1)
+        return _latent_chunks(latents, chunk, spec.temporal_factor), num_frames, _LATENT_FPS
+    num_frames = count_frames(path)
+    num_frames = min(num_frames, recipe.num_frames or num_frames)
+    return _video_chunks(path, num_frames, chunk, inputs, recipe), num_frames, probe_video(path).fps
+
+
+def _latent_chunks(latents: Float[Tensor, "1 C T Hz Wz"], chunk: int, factor: int) -> Iterator[_Chunk]:
+    for start in range(0, latents.shape[2], chunk):
+        part = latents[:, :, start : start + chunk]
+        yield _Chunk(None, part, factor * part.shape[2] - (factor - 1 if start == 0 else 0))
+
+
+def _video_chunks(path: Path, num_frames: int, chunk: int, inputs: Inputs, recipe: EvalRecipe) -> Iterator[_Chunk]:
+    """Frames cut on latent borders, the last chunk filled up by repeating its last frame, and encoded."""
+    encoder = inputs.original.require_encoder()
+    factor, multiple = encoder.spec.temporal_factor, encoder.spec.spatial_factor
+    frames = iter_frames(path, start=0, stop=num_frames, max_side=recipe.max_side)
+    past: State | None = None
+    while True:
+        wanted = 1 + factor * (chunk - 1) if past is None else factor * chunk
+        read = [frame for _, frame in zip(range(wanted), frames, strict=False)]
+        if not read:
+            return
+        clip = torch.stack(read, dim=1).float() / 127.5 - 1.0  # [3, T, H, W]
+        pixels = _fill_up(clip, factor, multiple, is_first=past is None)[None].to(inputs.device)
+        latents, past = encode_step(encoder, pixels, past)
+        yield _Chunk(clip, latents, clip.shape[1])
+
+
+def _fill_up(clip: Frames, factor: int, multiple: int, *, is_first: bool) -> Frames:
+    """Repeat the last frame, row and column up to what the encoder takes in a first or later chunk."""
+    _, t, h, w = clip.shape
+    missing = -(t - 1 if is_first else t) % factor
+    for axis, count in ((1, missing), (2, -h % multiple), (3, -w % multiple)):
+        if count:
+            last = clip.narrow(axis, clip.shape[axis] - 1, 1)
+            clip = torch.cat([clip, last.expand(*[count if i == axis else -1 for i in range(4)])], dim=axis)
+    return clip
+
+
+def _figures(name: str, decoder: Decoder, comparisons: list[_Comparison]) -> DecoderFigures:
+    rows = [row for comparison in comparisons for row in comparison.rows if row.decoder == name]
+    to_video = [row.to_ground_truth for row in rows if isinstance(row.to_ground_truth, QualityResult)]
+    to_original = [row.to_original for row in rows if isinstance(row.to_original, QualityResult)]
+    latents = comparisons[0].latents
+    num_frames = 1 + decoder.spec.temporal_factor * (latents.shape[2] - 1)
+    return DecoderFigures(
+        name=name,
+        to_ground_truth=mean_quality(to_video) if to_video else None,
+        to_original=mean_quality(to_original) if to_original else None,
+        num_parameters=decoder.parameter_count,
+        file_bytes=decoder.parameter_count * torch.float32.itemsize,
+        gflops=total_gflop(decoder.spec, tuple(latents.shape[2:])) / num_frames,
+    )
+
+
+@torch.no_grad()
+def _timed(
+    figures: list[DecoderFigures],
+    decoders: dict[str, Decoder],
+    latents: Float[Tensor, "1 C T Hz Wz"],
+    recipe: EvalRecipe,
+    device: torch.device,
+    progress: Progress,
+) -> list[DecoderFigures]:
+    """Frames per second of every decoder, and of the original in the layout that the derived one runs in."""
+    latents = latents.to(DTYPES[recipe.dtype])
+    packed = channels_last(latents)
+    candidates: dict[str, Callable[[], object]] = {
+        ORIGINAL: lambda: decode(decoders[ORIGINAL], latents, chunk=recipe.chunk)
+    }
+    if FLASH in decoders:
+        tuned = use_channels_last(deepcopy(decoders[ORIGINAL]))
+        candidates[ORIGINAL_TUNED] = lambda: decode(tuned, packed, chunk=recipe.chunk)
+        candidates[FLASH] = lambda: decode(decoders[FLASH], packed, chunk=recipe.chunk)
+        figures = [figures[0], DecoderFigures(name=ORIGINAL_TUNED), *figures[1:]]
+    speeds = time_alternating(
+        candidates, num_rounds=recipe.num_speed_rounds, synchronize=synchronizer(device), progress=progress
+    )
+    num_frames = 1 + decoders[ORIGINAL].spec.temporal_factor * (latents.shape[2] - 1)
+    return [_with_speed(one, speeds, num_frames) for one in figures]
+
+
+def _with_speed(figures: DecoderFigures, speeds: dict[str, SpeedResult], num_frames: int) -> DecoderFigures:
+    speed = speeds[figures.name]
+    ratio = speed_ratio(speeds[ORIGINAL], speed)
+    spread = None if figures.name == ORIGINAL else Spread(ratio.median, ratio.min, ratio.max)
+    return replace(figures, frames_per_second=speed.per_second(num_frames), speedup=spread)
+

@@ -1,0 +1,121 @@
+"""`flashvaed export`: a decoder for other programs, each file checked before it appears."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from flashvaed_cli.artifact.checkpoint import Checkpoint, load_checkpoint
+from flashvaed_cli.artifact.layouts import to_foreign
+from flashvaed_cli.artifact.wan_keys import WAN_ORIGINAL
+from flashvaed_cli.atomic import atomic_path
+from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.families import get_family
+from flashvaed_cli.export.checkpoint_file import export_safetensors
+from flashvaed_cli.export.onnx_graph import OnnxOptions, export_onnx_clip, export_onnx_step
+from flashvaed_cli.export.parity import seeded_latents
+from flashvaed_cli.export.result import ExportResult
+from flashvaed_cli.export.uniform_layout import fits_uniform_layout
+from flashvaed_cli.progress import Progress
+from flashvaed_cli.recipe.models import ExportRecipe
+from flashvaed_cli.report.tables import Column, TableData, to_records
+from flashvaed_cli.stages.folders import refuse_foreign_folder
+from flashvaed_cli.stages.loading import DTYPES, choose_input
+from flashvaed_cli.stages.result import StageOutcome
+from flashvaed_cli.zoo.builtin import BUILTINS
+
+MANIFEST = "export.json"
+_CHECK_GRID = (3, 6, 8)
+
+
+def run_export(recipe: ExportRecipe, *, progress: Progress, force: bool, command_line: str) -> StageOutcome:
+    """Write the targets of the recipe into a folder, each read back and compared with the decoder.
+
+    Raises:
+        ArtifactError: the decoder cannot be loaded.
+        ExportError: a target does not fit, or does not reproduce the decoder.
+        FlashVaedError: the output folder holds files of something else.
+    """
+    output = Path(recipe.output)
+    refuse_foreign_folder(output, MANIFEST, force=force)
+    location = choose_input(recipe.input, ExportRecipe, progress)
+    checkpoint = load_checkpoint(location, builtins=BUILTINS)
+    decoder = checkpoint.require_decoder()
+    name = Path(location.replace(":", "-")).stem
+    results: list[ExportResult] = []
+    if "safetensors" in recipe.targets:
+        results.append(_export_original_layout(checkpoint, output / f"{name}.safetensors", recipe))
+    if "onnx" in recipe.targets:
+        options = OnnxOptions(
+            dtype=DTYPES[recipe.dtype],
+            opset=recipe.opset,
+            latent_mean=checkpoint.latent_mean,
+            latent_std=checkpoint.latent_std,
+            seed=recipe.seed,
+        )
+        results.append(export_onnx_clip(decoder, output / f"{name}.onnx", options=options, progress=progress))
+        results.append(export_onnx_step(decoder, output / f"{name}.step.onnx", options=options, progress=progress))
+    table = _table(results)
+    notes = tuple(dict.fromkeys(note for result in results for note in result.notes))
+    manifest = {"command": command_line, "decoder": location, "sha256": checkpoint.sha256, "files": to_records(table)}
+    with atomic_path(output / MANIFEST) as sibling:
+        sibling.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    paths = tuple(path for result in results for path in result.paths)
+    return StageOutcome((*paths, output / MANIFEST), (table,), manifest, notes)
+
+
+def _export_original_layout(checkpoint: Checkpoint, path: Path, recipe: ExportRecipe) -> ExportResult:
+    """The family's own key layout, with the encoder where the checkpoint holds one, and the latent statistics."""
+    decoder, encoder = checkpoint.require_decoder(), checkpoint.encoder
+    tensors = to_foreign(decoder.state_dict(), decoder.spec, WAN_ORIGINAL)
+    if encoder is not None:
+        tensors |= to_foreign(encoder.state_dict(), encoder.spec, WAN_ORIGINAL)
+    dtype = DTYPES[recipe.dtype]
+    fit = fits_uniform_layout(decoder.spec, get_family(checkpoint.family).decoder_spec)
+    return export_safetensors(
+        {name: tensor.to(dtype) for name, tensor in tensors.items()},
+        path,
+        {
+            "format": "pt",
+            "latents_mean": json.dumps(checkpoint.latent_mean),
+            "latents_std": json.dumps(checkpoint.latent_std),
+        },
+        reload=_reload_decoder,
+        decoder=decoder,
+        latents=_check_latents(checkpoint, recipe.seed),
+        notes=fit.notes(None if encoder is None else encoder.spec.stages[0].blocks[0].conv.out_width),  # type: ignore[union-attr]
+    )
+
+
+def _reload_decoder(path: Path) -> Decoder:
+    return load_checkpoint(path, builtins={}).require_decoder()
+
+
+def _check_latents(checkpoint: Checkpoint, seed: int) -> torch.Tensor:
+    spec = checkpoint.require_decoder().spec
+    return seeded_latents(
+        spec, _CHECK_GRID, seed=seed, latent_mean=checkpoint.latent_mean, latent_std=checkpoint.latent_std
+    )
+
+
+def _table(results: list[ExportResult]) -> TableData:
+    columns = (
+        Column("target", align="left"),
+        Column("file", align="left"),
+        Column("MB", ".2f"),
+        Column("difference / range", ".1e"),
+        Column("allowed", ".0e"),
+    )
+    rows = tuple(
+        (
+            result.target,
+            ", ".join(path.name for path in result.paths),
+            result.size_bytes / 1e6,
+            result.max_abs_difference,
+            result.tolerance,
+        )
+        for result in results
+    )
+    return TableData("Exports, each compared with the decoder's own frames", columns, rows)

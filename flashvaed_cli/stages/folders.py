@@ -1,0 +1,21 @@
+"""Output folders: refuse to write among files of something else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flashvaed_cli.errors import FlashVaedError
+
+
+def refuse_foreign_folder(folder: Path, marker: str, *, force: bool) -> None:
+    """Accept a folder that is absent, empty or of an earlier run, which left its `marker` file there.
+
+    Raises:
+        FlashVaedError: anything else, without `force`.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FlashVaedError(f"{folder} is a file; give a folder with --output")
+    if force or not folder.exists() or (folder / marker).exists():
+        return
+    if any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise FlashVaedError(f"{folder} holds other files: give another folder with --output, or --force")

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from flashvaed_cli.decoders.operators import frames_as_batch
+from flashvaed_cli.distill.losses import (
+    FRAME_LOSSES,
+    l1_loss,
+    r2_loss,
+    sharpness_loss,
+    ssim_loss,
+    teacher_psnr_db,
+    temporal_loss,
+)
+
+
+def frames(seed: int = 0, *, num_frames: int = 3, side: int = 16) -> torch.Tensor:
+    return torch.rand(2, 3, num_frames, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+@pytest.mark.parametrize("name", FRAME_LOSSES)
+@pytest.mark.parametrize("side", [1, 2, 7, 16])
+@pytest.mark.parametrize("num_frames", [1, 3])
+def test_equal_frames_cost_nothing_and_others_something(name: str, side: int, num_frames: int) -> None:
+    clip = frames(num_frames=num_frames, side=side)
+    other = frames(1, num_frames=num_frames, side=side).requires_grad_()
+    assert float(FRAME_LOSSES[name](clip, clip)) == pytest.approx(0, abs=1e-6)
+    loss = FRAME_LOSSES[name](other, clip)
+    loss.backward()
+    assert other.grad is not None and torch.isfinite(other.grad).all()
+    silent = (name == "temporal" and num_frames == 1) or (name == "sharpness" and side == 1)
+    assert (float(loss.detach()) > 0) is not silent
+
+
+def test_ssim_is_torchmetrics_without_its_padding() -> None:
+    a, b = frames(side=24), frames(1, side=24) * 0.3
+    _, image = structural_similarity_index_measure(
+        frames_as_batch(a), frames_as_batch(b), data_range=2.0, return_full_image=True
+    )
+    inner = image[..., 5:-5, 5:-5]  # windows that lie in the frame
+    assert float(1 - ssim_loss(a, b)) == pytest.approx(float(inner.mean()), abs=1e-5)
+
+
+def test_blur_costs_more_sharpness_than_a_shift_of_brightness_of_the_same_l1() -> None:
+    clip = frames()
+    blurred = torch.nn.functional.avg_pool3d(clip, (1, 3, 3), 1, (0, 1, 1))
+    brighter = clip + l1_loss(blurred, clip)
+    assert float(l1_loss(brighter, clip)) == pytest.approx(float(l1_loss(blurred, clip)), rel=1e-5)
+    assert float(sharpness_loss(brighter, clip)) < 1e-5 < 0.1 < float(sharpness_loss(blurred, clip))
+
+
+def test_temporal_loss_sees_flicker_but_no_constant_offset() -> None:
+    clip = frames(num_frames=4)
+    flicker = torch.tensor([0.1, -0.1, 0.1, -0.1]).view(1, 1, 4, 1, 1)
+    assert float(temporal_loss(clip + 0.1, clip)) == pytest.approx(0, abs=1e-6)
+    assert float(temporal_loss(clip + flicker, clip)) == pytest.approx(0.2, abs=1e-5)
+
+
+def features() -> torch.Tensor:
+    """Five channels, the last two nearly combinations of the others."""
+    free = torch.randn(2, 3, 2, 6, 6)
+    mix = torch.tensor([[1.0, -2.0, 0.5], [0.3, 0.0, 1.0]])
+    bound = torch.einsum("oc,bcthw->bothw", mix, free) + 0.3 * torch.randn(2, 2, 2, 6, 6) + 5.0
+    return torch.cat([free, bound], dim=1)
+
+
+def test_r2_loss_is_the_residual_of_least_squares_with_intercept() -> None:
+    values, kept = features(), [0, 1, 2]
+    rows = values.double().movedim(1, -1).flatten(0, -2)
+    design = torch.cat([rows[:, kept], torch.ones(len(rows), 1, dtype=torch.float64)], dim=1)
+    residual = rows - design @ torch.linalg.lstsq(design, rows).solution
+    expected = residual.square().sum() / (rows - rows.mean(dim=0)).square().sum()
+    assert float(r2_loss(values, kept)) == pytest.approx(float(expected), rel=1e-4)  # float32 covariance
+    assert float(r2_loss(values, range(5))) == pytest.approx(0, abs=1e-5)
+
+
+def test_r2_gradient_is_that_of_differences() -> None:
+    values, kept = features().double(), [1, 3]
+    direction = torch.randn_like(values)
+    values.requires_grad_()
+    (gradient,) = torch.autograd.grad(r2_loss(values, kept), values)
+    step = 1e-4
+    with torch.no_grad():
+        slope = (r2_loss(values + step * direction, kept) - r2_loss(values - step * direction, kept)) / (2 * step)
+    # The ridge of 1e-6 makes the fixed map miss the minimum by about as much.
+    assert float((gradient * direction).sum()) == pytest.approx(float(slope), abs=1e-5)
+    assert abs(float(slope)) > 1e-3
+
+
+def test_r2_loss_survives_dead_and_constant_channels() -> None:
+    values = torch.zeros(1, 4, 1, 3, 3, requires_grad=True)
+    loss = r2_loss(values, [0, 2])
+    loss.backward()
+    assert float(loss.detach()) == 0 and values.grad is not None and torch.isfinite(values.grad).all()
+
+
+def test_psnr_is_taken_after_clamping_and_averaged_over_clips() -> None:
+    teacher = torch.ones(2, 3, 1, 4, 4)
+    student = teacher.clone()
+    student[0] -= 0.2
+    student[1] += 1.0  # clamps away
+    assert float(teacher_psnr_db(student, teacher)) == pytest.approx((20.0 + 10 * torch.log10(torch.tensor(4e12))) / 2)

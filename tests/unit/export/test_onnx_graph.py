@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from small_decoders import flash_spec
+
+from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.streaming import decode
+from flashvaed_cli.errors import ExportError
+from flashvaed_cli.export import onnx_graph
+from flashvaed_cli.export.onnx_check import OnnxDecoder
+from flashvaed_cli.export.onnx_graph import OnnxOptions, export_onnx_clip, export_onnx_step
+from flashvaed_cli.export.parity import seeded_latents
+from flashvaed_cli.export.result import ExportResult
+
+FP32_TOLERANCE = 1e-5  # of frames in [-1, 1]: ten times what two float32 runtimes were seen to differ by
+
+
+def _axes(value: onnx.ValueInfoProto) -> list[str | int]:
+    return [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+
+
+def _labels(path: Path) -> dict[str, Any]:
+    return json.loads({entry.key: entry.value for entry in onnx.load(path).metadata_props}["flashvaed"])
+
+
+class _Traced:
+    """Stands in for a traced program: saves a file that was exported before."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def save(self, path: Path, *, external_data: bool) -> None:
+        assert not external_data
+        shutil.copyfile(self.file, path)
+
+
+def _replay(monkeypatch: pytest.MonkeyPatch, export: ExportResult) -> None:
+    files = iter(export.paths)
+    monkeypatch.setattr(onnx_graph, "trace_graph", lambda *_, **__: _Traced(next(files)))
+    monkeypatch.setattr(onnx_graph, "label_program", lambda *_: None)
+
+
+def test_clip_graph_is_one_checked_file(clip_export: ExportResult) -> None:
+    assert [file.name for file in clip_export.path.parent.iterdir()] == ["decoder.onnx"]
+    assert clip_export.size_bytes == clip_export.path.stat().st_size
+    assert 0.0 < clip_export.max_abs_difference <= clip_export.tolerance == 1e-4
+    assert clip_export.opset is not None
+    assert {entry.version for entry in onnx.load(clip_export.path).opset_import if not entry.domain} == {
+        clip_export.opset
+    }
+    assert clip_export.opset >= 17
+    assert clip_export.onnxruntime_ms is not None
+    assert clip_export.torch_ms is not None
+
+
+@pytest.mark.parametrize("grid", [(1, 1, 1), (1, 4, 3), (2, 3, 5), (5, 2, 2)])
+def test_clip_graph_takes_any_length_and_size(
+    clip_export: ExportResult, flash_decoder: Decoder, grid: tuple[int, int, int]
+) -> None:
+    latents = seeded_latents(flash_decoder.spec, grid, seed=1)
+    frames = OnnxDecoder(clip_export.path).decode(latents)
+    torch.testing.assert_close(frames, decode(flash_decoder, latents), atol=FP32_TOLERANCE, rtol=0)
+
+
+def test_clip_graph_names_its_axes_and_carries_what_a_reader_needs(
+    clip_export: ExportResult, latent_statistics: tuple[tuple[float, ...], tuple[float, ...]]
+) -> None:
+    graph = onnx.load(clip_export.path).graph
+    assert _axes(graph.input[0])[2:] == ["latent_frames", "latent_height", "latent_width"]
+    labels = _labels(clip_export.path)
+    assert labels["kind"] == "onnx-clip"
+    assert labels["latent_scale"] == "raw"
+    assert (labels["latent_mean"], labels["latent_std"]) == tuple(list(row) for row in latent_statistics)
+    assert labels["spec"] == flash_spec().model_dump(mode="json")
+    assert labels["parent"] == "a hash"
+
+
+def test_files_hold_no_path_of_the_machine_that_traced_them(
+    clip_export: ExportResult, step_export: ExportResult, repository: Path
+) -> None:
+    for path in (*clip_export.paths, *step_export.paths):
+        content = path.read_bytes()
+        assert str(repository).encode() not in content
+        assert b"site-packages" not in content
+
+
+@pytest.mark.parametrize("chunks", [(1,), (1, 1, 1, 1), (2, 3), (3, 1, 1)])
+def test_step_graphs_stream_in_any_chunks(
+    step_export: ExportResult, flash_decoder: Decoder, chunks: tuple[int, ...]
+) -> None:
+    latents = seeded_latents(flash_decoder.spec, (sum(chunks), 3, 2), seed=2)
+    frames = OnnxDecoder(*step_export.paths).decode(latents, chunks)
+    torch.testing.assert_close(frames, decode(flash_decoder, latents), atol=FP32_TOLERANCE, rtol=0)
+
+
+def test_step_graphs_name_caches_after_layers(step_export: ExportResult) -> None:
+    first, following = (onnx.load(path).graph for path in step_export.paths)
+    assert [path.name for path in step_export.paths] == ["decoder.first.onnx", "decoder.next.onnx"]
+    caches = _labels(step_export.path)["caches"]
+    # The layers with temporal taps; those that look at single frames keep nothing.
+    assert caches == {
+        "conv_in_0_conv": "conv_in.0.conv",
+        "up0_0_conv1": "up0.0.conv1",
+        "up0_0_conv2": "up0.0.conv2",
+        "up0_1_temporal": "up0.1.temporal",
+        "head_0_conv": "head.0.conv",
+    }
+    assert [value.name for value in first.input] == ["latents"]
+    assert [value.name for value in following.input] == ["latents", *(f"past_{name}" for name in caches)]
+    for graph in (first, following):
+        assert [value.name for value in graph.output] == ["frames", *(f"future_{name}" for name in caches)]
+    assert _axes(following.input[-1]) == [1, 4, 2, "4*latent_height", "4*latent_width"]
+    assert [_axes(value) for value in following.input[1:]] == [_axes(value) for value in following.output[1:]]
+
+
+def test_float16_graph(flash_decoder: Decoder, tmp_path: Path) -> None:
+    result = export_onnx_clip(flash_decoder, tmp_path / "half.onnx", options=OnnxOptions(dtype=torch.float16))
+    assert 0.0 < result.max_abs_difference <= result.tolerance == 1e-2
+    assert onnx.load(result.path).graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
+
+
+@pytest.mark.parametrize("target", ["clip", "step"])
+def test_graph_that_decodes_otherwise_leaves_no_file(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    flash_decoder: Decoder,
+    clip_export: ExportResult,
+    step_export: ExportResult,
+    target: str,
+) -> None:
+    other = Decoder(flash_decoder.spec)
+    other.load_state_dict(flash_decoder.state_dict())
+    with torch.no_grad():
+        other.get_parameter("stages.up0.0.conv1.bias")[0] += 0.1
+    _replay(monkeypatch, clip_export if target == "clip" else step_export)
+    export = export_onnx_clip if target == "clip" else export_onnx_step
+    with pytest.raises(ExportError, match="differs from the decoder"):
+        export(other, tmp_path / "decoder.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failed_export_keeps_the_file_that_was_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flash_decoder: Decoder, clip_export: ExportResult
+) -> None:
+    monkeypatch.setitem(onnx_graph.TOLERANCES, torch.float32, 0.0)
+    _replay(monkeypatch, clip_export)
+    (tmp_path / "decoder.onnx").write_bytes(b"before")
+    with pytest.raises(ExportError, match="tolerance 0"):
+        export_onnx_clip(flash_decoder, tmp_path / "decoder.onnx")
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("decoder.onnx", b"before")]
+
+
+def test_graph_that_onnxruntime_refuses_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flash_decoder: Decoder, clip_export: ExportResult
+) -> None:
+    broken = tmp_path / "broken"
+    broken.write_bytes(b"no graph")
+    monkeypatch.setattr(onnx_graph, "trace_graph", lambda *_, **__: _Traced(broken))
+    monkeypatch.setattr(onnx_graph, "label_program", lambda *_: None)
+    with pytest.raises(ExportError, match="cannot load"):
+        export_onnx_clip(flash_decoder, tmp_path / "out" / "decoder.onnx")
+    with pytest.raises(ExportError, match=r"cannot run .*\[1, 15, 1, 2, 2\]"):
+        OnnxDecoder(clip_export.path).decode(torch.zeros(1, 15, 1, 2, 2))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(OnnxOptions(opset=17), "opset 18 or higher, not 17"), (OnnxOptions(dtype=torch.bfloat16), "not bfloat16")],
+)
+def test_options_that_cannot_be_met(flash_decoder: Decoder, tmp_path: Path, options: OnnxOptions, message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        export_onnx_step(flash_decoder, tmp_path / "decoder.onnx", options=options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_decoder_beyond_one_file(monkeypatch: pytest.MonkeyPatch, flash_decoder: Decoder, tmp_path: Path) -> None:
+    monkeypatch.setattr(onnx_graph, "MAX_SINGLE_FILE_BYTES", 1000)
+    with pytest.raises(ExportError, match="export float16"):
+        export_onnx_clip(flash_decoder, tmp_path / "decoder.onnx")
