@@ -44,6 +44,7 @@ def evaluate(
     data: Annotated[list[str] | None, flag(EvalRecipe, "data", "--data", "-d", **DATA_SETTINGS)] = None,
     latent_scale: Annotated[LatentScale | None, flag(EvalRecipe, "latent_scale")] = None,
     original: Annotated[str | None, flag(EvalRecipe, "original")] = None,
+    compare: Annotated[list[str] | None, flag(EvalRecipe, "compare", "--compare", "-c")] = None,
     output: Annotated[str | None, flag(EvalRecipe, "output", "--output", "-o")] = None,
     num_clips: Annotated[int | None, flag(EvalRecipe, "num_clips", default="all")] = None,
     num_frames: Annotated[int | None, flag(EvalRecipe, "num_frames", default="all")] = None,

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from flashvaed_cli.decoders.spec import (
     AttentionSpec,
     BlockSpec,
-    ConvSpec,
     CoderSpec,
+    ConvSpec,
     DownsampleSpec,
     ResBlockSpec,
     UpsampleSpec,

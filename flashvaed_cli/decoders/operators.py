@@ -44,10 +44,7 @@ def extend_with_past(
     """Put the `num_past` frames before `x` in front of it (zeros before the first) and remember its last ones."""
     if num_past == 0:
         return x
-    if past is None:
-        window = F.pad(x, (0, 0, 0, 0, num_past, 0))
-    else:
-        window = torch.cat([past[address], x], dim=2)
+    window = F.pad(x, (0, 0, 0, 0, num_past, 0)) if past is None else torch.cat([past[address], x], dim=2)
     if future is not None:
         future[address] = window[:, :, -num_past:].clone()  # a view would keep the whole chunk alive
     return window

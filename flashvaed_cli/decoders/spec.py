@@ -89,7 +89,10 @@ class AttentionSpec(_Frozen):
 
 
 class UpsampleSpec(_Frozen):
-    """Optional doubling in time (`temporal`: width to 2 x width, frames 1 + 2(T-1)), then nearest x2 in space and `spatial`."""
+    """Optional doubling in time, then nearest x2 in space and `spatial`.
+
+    `temporal` gives 2 x width channels, which become two frames each: 1 + 2 (T - 1) frames.
+    """
 
     kind: Literal["upsample"] = "upsample"
     temporal: ConvSpec | None = None

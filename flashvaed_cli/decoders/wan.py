@@ -8,6 +8,8 @@ Reference: Wan 2.1 VAE; arXiv 2602.19161, table of the operator layout.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from flashvaed_cli.decoders.family import Family
 from flashvaed_cli.decoders.spec import (
     AttentionSpec,
@@ -76,7 +78,7 @@ def wan_decoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> Decod
         StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=_causal(latent_width, widths[0])),)),
         _mid(widths[0]),
     ]
-    for i, (previous, width) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for i, (previous, width) in enumerate(pairwise(widths)):
         in_width = previous if i == 0 else previous // 2
         blocks: list[BlockSpec] = [_resblock(in_width, width), _resblock(width, width), _resblock(width, width)]
         if i < 3:
@@ -93,7 +95,7 @@ def wan_encoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> Encod
     """The original encoder at a base width (96: the released Wan 2.1)."""
     widths = [base_width * m for m in (1, *MULTIPLIERS)]
     stages = [StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=_causal(3, widths[0])),))]
-    for i, (in_width, width) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for i, (in_width, width) in enumerate(pairwise(widths)):
         blocks: list[BlockSpec] = [_resblock(in_width, width), _resblock(width, width)]
         if i < 3:
             temporal = _time(width, width) if i > 0 else None

@@ -279,6 +279,9 @@ class EvalRecipe(_ClipFields):
     original: Name | None = Field(
         default=None, description="The original VAE, where it is not the one that the input remembers."
     )
+    compare: Names = Field(
+        default=(), description="Further decoders of the same original, for more columns in the tables; repeatable."
+    )
     num_clips: OptionalCount = Field(default=None, description="Judge at most so many clips.")
     num_frames: OptionalCount = Field(default=None, description="Judge at most so many frames of each clip.")
     chunk: OptionalCount = Field(

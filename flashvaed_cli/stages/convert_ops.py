@@ -92,5 +92,7 @@ def _operator_table(before: Decoder, after: Decoder) -> TableData:
 
 
 def _main_operator(spec: DecoderSpec, stage: str) -> str:
-    found = {layer.operator for address, layer in spec.layers() if address.startswith(f"{stage}.") and "conv" in address}
+    found = {
+        layer.operator for address, layer in spec.layers() if address.startswith(f"{stage}.") and "conv" in address
+    }
     return ", ".join(sorted(found))

@@ -220,6 +220,7 @@ def _settings(recipe: DistillRecipe, phase: PhaseRecipe) -> TrainSettings:
         schedule="cosine",
         gradient_clip_norm=recipe.gradient_clip_norm,
         compute_dtype="bfloat16" if recipe.dtype == "bfloat16" else "float32",
+        channels_last=True,
         loss_weights=LossWeights(**recipe.loss_weights.model_dump()),
         checkpoint_every_steps=recipe.checkpoint_every_steps,
     )

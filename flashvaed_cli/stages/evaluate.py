@@ -1,4 +1,4 @@
-"""`flashvaed eval`: the original decoder and a derived one on the same latents, side by side.
+"""`flashvaed eval`: the original decoder and derived ones on the same latents, side by side.
 
 Videos are read, encoded, decoded by both and compared chunk by chunk, so memory does not grow with their length.
 """
@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.cost import total_gflop
 from flashvaed_cli.decoders.layout import channels_last, use_channels_last
 from flashvaed_cli.decoders.streaming import State, decode, decode_step, encode_step
-from flashvaed_cli.errors import MetricUnavailableError
+from flashvaed_cli.errors import ArtifactError, MetricUnavailableError
 from flashvaed_cli.media.clips import usable_files
 from flashvaed_cli.media.sources import is_latent_file
 from flashvaed_cli.media.video import count_frames, iter_frames, probe_video
@@ -44,7 +45,7 @@ from flashvaed_cli.stages.folders import refuse_foreign_folder
 from flashvaed_cli.stages.loading import DTYPES, Inputs, choose_device, choose_input, load_inputs
 from flashvaed_cli.stages.result import StageOutcome
 
-ORIGINAL, ORIGINAL_TUNED, FLASH = "original", "original, channels-last", "flash"
+ORIGINAL, ORIGINAL_TUNED = "original", "original, channels-last"
 _DEFAULT_CHUNK = 4
 _NUM_STRIP_COLUMNS = 4
 _SPEED_LATENT_FRAMES = 5
@@ -69,7 +70,7 @@ def run_evaluate(recipe: EvalRecipe, *, progress: Progress, force: bool, command
     inputs = load_inputs(location, original=recipe.original, device=device, needs_encoder=False)
     notes: list[str] = []
     lpips = _lpips(recipe, device, notes)
-    decoders = _decoders(inputs, DTYPES[recipe.dtype])
+    decoders = _decoders(inputs, recipe)
     files, broken = usable_files(find_data(recipe.data), recipe.num_clips)
     for path, reason in broken.items():
         progress.warn(f"skipped {path}: {reason}")
@@ -111,11 +112,26 @@ def _lpips(recipe: EvalRecipe, device: torch.device, notes: list[str]) -> LpipsM
         return None
 
 
-def _decoders(inputs: Inputs, dtype: torch.dtype) -> dict[str, Decoder]:
-    """The original first; the derived one, if it is another, channels-last."""
+def _decoders(inputs: Inputs, recipe: EvalRecipe) -> dict[str, Decoder]:
+    """The original first; then the derived ones by file name, channels-last.
+
+    Raises:
+        ArtifactError: a decoder to compare with cannot be loaded, or is of another original.
+    """
+    dtype = DTYPES[recipe.dtype]
+    derived = [inputs.checkpoint]
+    for location in recipe.compare:
+        other = load_inputs(location, original=None, device=inputs.device, needs_encoder=False)
+        if other.original.sha256 != inputs.original.sha256:
+            raise ArtifactError(
+                f"{location} comes from {other.original.location}, {inputs.checkpoint.location} from "
+                f"{inputs.original.location}: only decoders of one original can be compared"
+            )
+        derived.append(other.checkpoint)
     decoders = {ORIGINAL: inputs.original.require_decoder().to(dtype)}
-    if inputs.checkpoint.sha256 != inputs.original.sha256:
-        decoders[FLASH] = use_channels_last(inputs.checkpoint.require_decoder().to(dtype))
+    derived = [one for one in derived if one.sha256 != inputs.original.sha256]
+    for name, one in zip(_distinct_names([Path(one.location) for one in derived]), derived, strict=True):
+        decoders[name] = use_channels_last(one.require_decoder().to(dtype))
     return decoders
 
 
@@ -173,9 +189,11 @@ def _compare_clip(
                 views[key] = frames
             for key, judge in quality.items():
                 judge.update(views[key], views.get("video"), views[ORIGINAL])
+            pictured = [label for label in views if label in ("video", *list(decoders)[:2])]
             if writer is not None:
-                writer.write(side_by_side(list(views.items())))
-            for label, frames in views.items():
+                writer.write(side_by_side([(label, views[label]) for label in pictured]))
+            for label in pictured:
+                frames = views[label]
                 picked = [i for i in range(frames.shape[1]) if done + i in shown]
                 strips.setdefault(label, []).append(frames[:, picked])
             done += chunk.num_frames
@@ -310,13 +328,14 @@ def _timed(
     """Frames per second of every decoder, and of the original in the layout that the derived one runs in."""
     latents = latents.to(DTYPES[recipe.dtype])
     packed = channels_last(latents)
+    original, *derived = decoders
     candidates: dict[str, Callable[[], object]] = {
-        ORIGINAL: lambda: decode(decoders[ORIGINAL], latents, chunk=recipe.chunk)
+        original: lambda: decode(decoders[original], latents, chunk=recipe.chunk)
     }
-    if FLASH in decoders:
-        tuned = use_channels_last(deepcopy(decoders[ORIGINAL]))
+    if derived:
+        tuned = use_channels_last(deepcopy(decoders[original]))
         candidates[ORIGINAL_TUNED] = lambda: decode(tuned, packed, chunk=recipe.chunk)
-        candidates[FLASH] = lambda: decode(decoders[FLASH], packed, chunk=recipe.chunk)
+        candidates |= {name: partial(decode, decoders[name], packed, chunk=recipe.chunk) for name in derived}
         figures = [figures[0], DecoderFigures(name=ORIGINAL_TUNED), *figures[1:]]
     speeds = time_alternating(
         candidates, num_rounds=recipe.num_speed_rounds, synchronize=synchronizer(device), progress=progress
@@ -330,4 +349,3 @@ def _with_speed(figures: DecoderFigures, speeds: dict[str, SpeedResult], num_fra
     ratio = speed_ratio(speeds[ORIGINAL], speed)
     spread = None if figures.name == ORIGINAL else Spread(ratio.median, ratio.min, ratio.max)
     return replace(figures, frames_per_second=speed.per_second(num_frames), speedup=spread)
-

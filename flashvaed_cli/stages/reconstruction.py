@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.groups import Kept
 from flashvaed_cli.progress import Progress
@@ -33,9 +32,7 @@ def reconstruct(
     first = first_changed_block(before, after)
     if first is None:
         return []
-    errors = reconstruct_decoder(
-        reference, after, kept, clips, first_block=first, settings=settings, progress=progress
-    )
+    errors = reconstruct_decoder(reference, after, kept, clips, first_block=first, settings=settings, progress=progress)
     starved = [error.address for error in errors if error.num_rows < 2 * error.num_unknowns]
     if starved:
         progress.warn(
@@ -58,5 +55,3 @@ def error_table(errors: list[LayerError]) -> tuple[TableData, ...]:
     )
     rows = tuple((e.address, e.before, e.after, e.num_rows, e.num_unknowns) for e in errors)
     return (TableData("Reconstruction: share of the target's variance that is missed", columns, rows),)
-
-

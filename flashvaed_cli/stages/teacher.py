@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +38,7 @@ IMAGE_PHASE_FRAC = 0.2
 # Frames per sample: (samples per batch, odds). Until IMAGE_PHASE_FRAC mostly images, later more long clips.
 BATCHES = {1: 16, 5: 4, 9: 2, 17: 2}
 EARLY_ODDS = {1: 0.5, 5: 0.5, 9: 0.0, 17: 0.0}
-LATE_ODDS = {1: 0.3, 5: 0.3, 9: 0.2, 17: 0.2}
+LATE_ODDS = {1: 0.3, 5: 0.2, 9: 0.15, 17: 0.35}
 
 Clip = Float[Tensor, "C T H W"]
 
@@ -121,7 +120,7 @@ def load_sources(paths: Sequence[Path], cache: Path) -> list[Source]:
         sources.append(_source(f"procedural {seed}", ((frames + 1) * 127.5).round().clamp(0, 255).byte()))
     temporary = cache.with_suffix(".partial")
     torch.save([(s.name, list(s.levels)) for s in sources], temporary)
-    os.replace(temporary, cache)
+    temporary.replace(cache)
     return sources
 
 
@@ -192,7 +191,7 @@ def save_weights(path: Path, encoder: Encoder, decoder: Decoder) -> None:
     tensors |= {f"decoder.{k}": v.half().contiguous() for k, v in decoder.state_dict().items()}
     temporary = path.with_name(f".{path.name}.partial")
     save_file(tensors, temporary)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -223,9 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sources = load_sources([p for p in paths if p.name not in args.hold_out], args.work_dir / "sources.pt")
     print(f"{len(sources)} sources, held out: {', '.join(held_out) or 'none'}", flush=True)
 
-    plan = TrainingPlan(
-        budget_s=60 * args.minutes, matrix_lr=args.matrix_lr, vector_lr=args.vector_lr, seed=args.seed
-    )
+    plan = TrainingPlan(budget_s=60 * args.minutes, matrix_lr=args.matrix_lr, vector_lr=args.vector_lr, seed=args.seed)
     torch.manual_seed(args.seed)
     encoder, decoder = Encoder(wan_encoder_spec(args.base_width)), Decoder(wan_decoder_spec(args.base_width))
     sampler, checkpoint = CropSampler(sources), args.work_dir / "checkpoint.pt"

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flashvaed_cli.decoders.operators import ChannelRMSNorm, SeparableConv3d, Conv
+from flashvaed_cli.decoders.operators import ChannelRMSNorm, Conv, SeparableConv3d
 from flashvaed_cli.decoders.spec import ConvSpec
 from flashvaed_cli.numerics.least_squares import NormalEquations, relative_error, solve_ridge
 from flashvaed_cli.numerics.norms import fit_gain
@@ -68,9 +68,7 @@ class LayerFit:
         b, _, t, h, w = target.shape
         positions = sample_positions((b, t, h, w), self.max_rows, self.generator)
         for part in positions.split(max(_BLOCK_ELEMENTS // sum(self.sizes), 1)):
-            patches = [
-                gather_patches(x, layer.spec.kernel, part) for x, layer in zip(inputs, self.layers, strict=True)
-            ]
+            patches = [gather_patches(x, layer.spec.kernel, part) for x, layer in zip(inputs, self.layers, strict=True)]
             self.equations.update(torch.cat(patches, dim=1), gather_rows(target, part))
 
     def solve_(self) -> LayerError:

@@ -10,14 +10,17 @@ from torch.nn import functional as F
 from flashvaed_cli.decoders.spec import Kernel
 
 _GRAM_MULTIPLY_ADDS = 5e9
-_ROWS_PER_UNKNOWN = 8
+_FEWEST_ROWS_PER_UNKNOWN, _MOST_ROWS_PER_UNKNOWN = 8, 1024
 
 
 def rows_per_clip(num_features: int, num_clips: int) -> int:
-    """How many positions of a clip to use: what 5e9 multiply-adds for the gram buy, at least 8 per unknown in all."""
+    """How many positions of a clip to use.
+
+    What 5e9 multiply-adds for the gram buy, but in all at least 8 and at most 1024 per unknown.
+    """
     affordable = int(_GRAM_MULTIPLY_ADDS / num_features**2)
-    needed = -(-_ROWS_PER_UNKNOWN * (num_features + 1) // num_clips)
-    return max(affordable, needed)
+    fewest, most = (-(-n * (num_features + 1) // num_clips) for n in (_FEWEST_ROWS_PER_UNKNOWN, _MOST_ROWS_PER_UNKNOWN))
+    return min(max(affordable, fewest), most)
 
 
 def sample_positions(
@@ -38,7 +41,7 @@ def gather_patches(
     The order is that of a flattened weight `[O, C, kt, kh, kw]`.
     """
     kt, kh, kw = kernel
-    b, c, t, h, w = x.shape
+    _, c, t, h, w = x.shape
     padded = F.pad(x, (kw // 2, kw // 2, kh // 2, kh // 2, kt - 1, 0))
     _, _, tp, hp, wp = padded.shape
     rows = padded.permute(0, 2, 3, 4, 1).reshape(-1, c)  # [B Tp Hp Wp, C]

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from flashvaed_cli.decoders.blocks import Attention, Head, ResBlock, Upsample
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.groups import Kept
-from flashvaed_cli.decoders.operators import ChannelRMSNorm, SeparableConv3d, Conv, batch_as_frames, frames_as_batch
+from flashvaed_cli.decoders.operators import ChannelRMSNorm, Conv, SeparableConv3d, batch_as_frames, frames_as_batch
 from flashvaed_cli.errors import CalibrationError
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.surgery.activations import ActivationPairs
@@ -108,9 +108,7 @@ def _run_prefix(prefix: list[tuple[nn.Module, nn.Module]], latents: Clip) -> tup
     return reference, student
 
 
-def _solve_norm(
-    norm: ChannelRMSNorm, pairs: ActivationPairs, both: Callable[[Clip, Clip], tuple[Clip, Clip]]
-) -> None:
+def _solve_norm(norm: ChannelRMSNorm, pairs: ActivationPairs, both: Callable[[Clip, Clip], tuple[Clip, Clip]]) -> None:
     """Fit gamma; `both` maps a pair to (the new norm's input, the original norm's output on the kept channels)."""
     fit = GainFit(norm)
     for reference, student in pairs:

@@ -16,13 +16,12 @@ from torch.nn import functional as F
 
 from flashvaed_cli.decoders.blocks import Attention, Downsample, Head, ResBlock, Upsample
 from flashvaed_cli.decoders.coder import Coder, Decoder, Encoder
-from flashvaed_cli.decoders.operators import ChannelRMSNorm, batch_as_frames, frames_as_batch
+from flashvaed_cli.decoders.operators import batch_as_frames, frames_as_batch
 
 RIDGE_FRAC = 1e-4
-BODY_CONSTANT, ENCODER_HEAD_CONSTANT, DECODER_HEAD_CONSTANT, BRANCH_CONSTANT = 3.0, 4.0, 6.0, 16.0
+BODY_CONSTANT, ENCODER_HEAD_CONSTANT, DECODER_HEAD_CONSTANT = 1.0, 4.0, 6.0
 LOG_VARIANCE = -8.0
 _MAX_ROWS = 120_000
-_MAX_GAIN = 20.0
 
 Clips = Float[Tensor, "B C T H W"]
 
@@ -117,7 +116,7 @@ def _fit_encoder_head(head: Head, x: Clips, path: int) -> None:
     """Principal components of the path, half whitened; a small constant variance."""
     width = x.shape[1]
     room = (width - 1) // 2
-    num_latents = head.conv.weight.shape[0] // 2
+    num_latents = min(head.conv.weight.shape[0] // 2, path)
     rows = x[:, :path].transpose(0, 1).flatten(1).T
     components = _components(rows, num_latents)
     mean, std = (rows @ components.T).mean(0), (rows @ components.T).std(0)
@@ -126,15 +125,15 @@ def _fit_encoder_head(head: Head, x: Clips, path: int) -> None:
     head.conv.weight[:num_latents, :path, -1, 1, 1] = components / std[:, None]
     head.conv.weight[:num_latents, room : room + path, -1, 1, 1] = -components / std[:, None]
     head.conv.bias[:num_latents] = -mean / std
-    head.conv.bias[num_latents:] = LOG_VARIANCE
-    _fit_norm(head.norm, x)
+    head.conv.bias[head.conv.bias.shape[0] // 2 :] = LOG_VARIANCE
+    _fit_norm(head, x)
 
 
-def _fit_norm(norm: ChannelRMSNorm, x: Clips) -> None:
-    """Make a norm about the identity on all channels but the constant, which comes out as 1."""
-    typical = float(x.square().sum(1).mean().sqrt()) / x.shape[1] ** 0.5
-    norm.gamma.fill_(typical)
-    norm.gamma[-1] = typical / float(x[:, -1].mean())
+def _fit_norm(head: Head, x: Clips) -> None:
+    """Make the norm about the identity on all channels but the constant, which comes out as 1."""
+    typical = x.square().sum(1).mean().sqrt()
+    head.norm.gamma.fill_(float(typical) / x.shape[1] ** 0.5)
+    head.norm.gamma[-1] = float(typical / x[:, -1].mean()) / x.shape[1] ** 0.5
 
 
 def _fit_decoder(decoder: Decoder, latents: Clips, features: list[tuple[Clips, Clips]], clips: Clips) -> None:
@@ -145,11 +144,10 @@ def _fit_decoder(decoder: Decoder, latents: Clips, features: list[tuple[Clips, C
     conv_in = decoder.at("conv_in.0").conv
     _solve(conv_in, _causal_patches(latents, conv_in.spec.kernel), targets[0][1])
     conv_in.bias[-1] = BODY_CONSTANT
-    x, level = conv_in(latents), 0
-    target = targets[0][1]
+    x, path, level = conv_in(latents), targets[0][1].shape[1], 0
     for _, block in list(decoder.blocks())[2:]:
         if isinstance(block, Upsample):
-            before, path = targets[level][0], target.shape[1]
+            before = targets[level][0]
             if block.temporal is not None:
                 _fit_temporal(block, x, path, before)
                 path = before.shape[1]
@@ -157,64 +155,28 @@ def _fit_decoder(decoder: Decoder, latents: Clips, features: list[tuple[Clips, C
             level += 1
             finest = level == len(targets)
             target = torch.cat([clips, -clips], dim=1) if finest else targets[level][1]
-            x = _fit_spatial(block, x, path, target, DECODER_HEAD_CONSTANT if finest else BODY_CONSTANT)
+            up = F.interpolate(frames_as_batch(x[:, :path]), scale_factor=2, mode="nearest")
+            patches = batch_as_frames(F.unfold(up, 3, padding=1).unflatten(2, up.shape[2:]), x.shape[0])
+            _solve(block.spatial, patches, target)
+            block.spatial.bias[-1] = DECODER_HEAD_CONSTANT if finest else BODY_CONSTANT
+            frames = F.interpolate(frames_as_batch(x), scale_factor=2, mode="nearest")
+            x, path = block.spatial(batch_as_frames(frames, x.shape[0])), target.shape[1]
         elif isinstance(block, Head):
             block.conv.weight.zero_(), block.conv.bias.zero_()
             block.conv.weight[:, :3, -1, 1, 1] = torch.eye(3)
             block.conv.weight[:, 3:6, -1, 1, 1] = -torch.eye(3)
-            _fit_norm(block.norm, x)
-        elif isinstance(block, ResBlock):
-            _fit_branch(block, x, target)
-            x = block(x)
+            _fit_norm(block, x)
         else:
+            if isinstance(block, ResBlock) and x[:, -1].mean() > 2 * BODY_CONSTANT:
+                _temper(block, x)
             x = block(x)
 
 
-def _fit_spatial(block: Upsample, x: Clips, path: int, target: Clips, constant: float) -> Clips:
-    """The convolution behind nearest upsampling; channels to spare carry on what entered it."""
-    frames = F.interpolate(frames_as_batch(x), scale_factor=2, mode="nearest")
-    stride = max(1, frames[:, 0].numel() // (4 * _MAX_ROWS))
-    _solve(block.spatial, _frame_patches(frames[::stride, :path]), frames_as_batch(target)[::stride])
-    width, used = block.spatial.weight.shape[0], target.shape[1]
-    for row, channel in zip(range(used, width - 1), range(path), strict=False):
-        block.spatial.weight[row, channel, 1, 1] = 1.0
-    block.spatial.bias[-1] = constant
-    return block.spatial(batch_as_frames(frames, x.shape[0]))
-
-
-def _fit_branch(block: ResBlock, x: Clips, target: Clips) -> None:
-    """Let a residual block add what its features tell about the target, beyond what `x` has already.
-
-    The first layer holds the channels with both signs where there is room, else random 3x3 mixtures;
-    the second is solved.
-    """
-    _fit_norm(block.norm1, x)
-    seen = F.silu(block.norm1(x))
-    std, mean = torch.std_mean(seen, dim=(0, 2, 3, 4))
-    active = (std[:-1] > 1e-4).nonzero().flatten()
-    weight, bias = block.conv1.weight, block.conv1.bias
-    room, count = weight.shape[0] - 1, active.numel()
-    gain = (1 / std[active]).clamp(max=_MAX_GAIN)
-    mixture = torch.randn(room, count, 3, 3) / (9 * count) ** 0.5
-    if torch.rand(()) < 0.5 and 2 * count <= room:
-        mixture.zero_()
-        mixture[:count, :, 1, 1], mixture[count : 2 * count, :, 1, 1] = torch.eye(count), -torch.eye(count)
-    weight.zero_(), bias.zero_()
-    weight[:room, active, -1] = mixture * gain[None, :, None, None]
-    bias[:room] = -(weight[:room, :, -1].sum((2, 3)) @ mean)
-    bias[-1] = BRANCH_CONSTANT
-    hidden = block.conv1(seen)
-    _fit_norm(block.norm2, hidden)
-    features = frames_as_batch(F.silu(block.norm2(hidden)))
-    skip = x if block.shortcut is None else block.shortcut(x)
-    missing = frames_as_batch(target - skip[:, : target.shape[1]])
-    stride = max(1, features[:, 0].numel() // (4 * _MAX_ROWS))
-    _solve(block.conv2, _frame_patches(features[::stride]), missing[::stride])
-
-
-def _frame_patches(frames: Float[Tensor, "N C H W"]) -> Float[Tensor, "N K H W"]:
-    """What a 3x3 convolution sees at each position."""
-    return F.unfold(frames, 3, padding=1).unflatten(2, frames.shape[2:])
+def _temper(block: ResBlock, x: Clips) -> None:
+    """Let a branch see the path at its own scale although the constant dominates the norm."""
+    typical = float(x.square().sum(1).mean().sqrt())
+    block.norm1.gamma.fill_(typical / x.shape[1] ** 0.5)
+    block.norm1.gamma[-1] = float(typical / x[:, -1].mean()) / x.shape[1] ** 0.5
 
 
 def _fit_temporal(block: Upsample, x: Clips, path: int, target: Clips) -> None:
@@ -248,12 +210,11 @@ def _solve(conv: nn.Module, patches: Clips, target: Clips, rows: list[int] | Non
     solution = torch.linalg.solve(gram, inputs.T @ outputs).T.float()  # [O, K + 1]
     conv.weight.zero_(), conv.bias.zero_()  # type: ignore[operator]
     rows = list(range(o)) if rows is None else rows
-    kernel = conv.weight if patches.ndim == 5 or conv.weight.ndim == 4 else conv.weight[:, :, -1]
-    taps = kernel.shape[2:]
+    taps = conv.weight.shape[2:]  # type: ignore[union-attr]
     path = k // taps.numel()
     for row, values in zip(rows, solution, strict=True):
-        kernel[row, :path] = values[:-1].unflatten(0, (path, *taps))
-        conv.bias[row] = values[-1]
+        conv.weight[row, :path] = values[:-1].unflatten(0, (path, *taps))  # type: ignore[index]
+        conv.bias[row] = values[-1]  # type: ignore[index]
 
 
 def _components(rows: Float[Tensor, "N C"], count: int) -> Float[Tensor, "K C"]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,8 +56,8 @@ class TrainingPlan:
     """
 
     budget_s: float
-    matrix_lr: float = 0.0003
-    vector_lr: float = 1e-4
+    matrix_lr: float = 6e-5
+    vector_lr: float = 3e-5
     momentum: float = 0.95
     warmup_frac: float = 0.05
     flat_frac: float = 0.3
@@ -92,7 +92,9 @@ class ImagePath:
 
     def __init__(self, autoencoder: Autoencoder) -> None:
         self._full = autoencoder
-        self._flat = Autoencoder(Coder(_image_spec(autoencoder.encoder.spec)), Coder(_image_spec(autoencoder.decoder.spec)))
+        self._flat = Autoencoder(
+            Coder(_image_spec(autoencoder.encoder.spec)), Coder(_image_spec(autoencoder.decoder.spec))
+        )
         self._shapes = {name: p.shape for name, p in self._flat.named_parameters()}
 
     def __call__(self, images: Pixels, noise_scale: float = 0.0) -> tuple[Pixels, Tensor, Tensor]:
@@ -107,10 +109,9 @@ def _image_spec(spec: CoderSpec) -> CoderSpec:
 
     def flatten(value: Any) -> Any:
         if isinstance(value, ConvSpec):
-            spatial = value.kernel[1:] != (1, 1)
-            return value.model_copy(update={"operator": "frame2d", "kernel": (1, *value.kernel[1:])}) if (
-                value.operator == "causal3d" and spatial
-            ) else value
+            if value.operator != "causal3d" or value.kernel[1:] == (1, 1):
+                return value  # the layers that change the number of frames: an image skips them
+            return value.model_copy(update={"operator": "frame2d", "kernel": (1, *value.kernel[1:])})
         fields = {name: getattr(value, name) for name in type(value).model_fields}
         return value.model_copy(update={k: flatten(v) for k, v in fields.items() if isinstance(v, ConvSpec)})
 
@@ -142,7 +143,7 @@ def _fast_norm(self: ChannelRMSNorm, x: Tensor) -> Tensor:
 
 
 @contextmanager
-def fast_norms():  # noqa: ANN201
+def fast_norms() -> Iterator[None]:
     """Within this block every ChannelRMSNorm runs the training version of its forward."""
     original = ChannelRMSNorm.forward
     ChannelRMSNorm.forward = _fast_norm  # type: ignore[method-assign]
@@ -242,7 +243,7 @@ class RunState:
         )
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
 
     def load(self, path: Path) -> None:
         """Take over a saved run. Raises DistillationError where it belongs to another model."""
@@ -290,10 +291,10 @@ def train(
     Raises:
         DistillationError: the checkpoint belongs to another model, or the loss is no longer finite.
     """
+    images = ImagePath(state.autoencoder)  # draws random numbers: before `load` sets their state
     if checkpoint.exists():
         state.load(checkpoint)
         log(f"resumed at step {state.step}, {state.elapsed_s:.0f} s of {plan.budget_s:.0f} s")
-    images = ImagePath(state.autoencoder)
     initial_lr = [group["lr"] for o in build_optimizers(state.autoencoder, plan) for group in o.param_groups]
     start = time.monotonic() - state.elapsed_s
     next_log, next_save = state.elapsed_s, state.elapsed_s + plan.checkpoint_every_s
