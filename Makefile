@@ -6,7 +6,7 @@
 #   make check                formatting, lint, types, room contract, tests
 #   make fix                  format and mend what ruff can mend
 #   make bench                benchmark tables
-#   make teacher DATA=videos/ train builtin:tiny-wan anew (resumable)
+#   make teacher DATA=videos/ train builtin:tiny-wan anew: MINUTES=85, HOLD_OUT='a.mp4 b.mp4' (resumable)
 #   make clean                remove what the demo and the tools made; `make distclean` the environment too
 #
 # Variables: VENV=.venv, PYTHON3=<which python makes it>, PIP_FLAGS=<e.g. --extra-index-url
@@ -22,6 +22,8 @@ PYTHON3 ?= python3
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
 DATA ?=
+HOLD_OUT ?=
+MINUTES ?= 85
 
 PYTHON := $(VENV)/bin/python
 FLASHVAED := $(VENV)/bin/flashvaed
@@ -126,7 +128,8 @@ bench: $(INSTALLED_DEV)
 
 teacher: $(INSTALLED)
 	@[ -n "$(DATA)" ] || { echo "make teacher needs videos: make teacher DATA=folder" >&2; exit 1; }
-	$(PYTHON) -m flashvaed_cli.stages.teacher $(foreach path,$(DATA),--data $(path))
+	$(PYTHON) -m flashvaed_cli.stages.teacher --data $(DATA) $(if $(HOLD_OUT),--hold-out $(HOLD_OUT)) \
+	    --minutes $(MINUTES) --work-dir build/teacher --output build/teacher/tiny-wan.safetensors
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -32,12 +32,12 @@ class TensorStatistics:
 
 @torch.no_grad()
 def collect_statistics(
-    decoder: Decoder, clips: Iterable[Float[Tensor, "B C T Hz Wz"]], *, num_clips: int | None, progress: Progress
+    decoder: Decoder, clips: Iterable[Float[Tensor, "_B C _T _Hz _Wz"]], *, num_clips: int | None, progress: Progress
 ) -> dict[str, TensorStatistics]:
     """Run clips through a decoder and measure the covariance of every tensor that belongs to a channel group.
 
     Args:
-        clips: raw latents, one clip at a time; consumed once.
+        clips: raw latents, one clip (of any size) at a time; consumed once.
         num_clips: for the progress bar; None when unknown.
     Returns:
         Tensor address (see `decoders.groups`) to its statistics.
@@ -65,7 +65,7 @@ def collect_statistics(
 
 
 def _watch(module: nn.Module, accumulator: CovarianceAccumulator) -> torch.utils.hooks.RemovableHandle:
-    def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def hook(_module: nn.Module, _inputs: tuple[object, ...], output: Tensor) -> None:
         accumulator.update(output)
 
     return module.register_forward_hook(hook)

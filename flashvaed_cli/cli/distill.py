@@ -21,6 +21,7 @@ from flashvaed_cli.cli.options import (
     input_argument,
     keyed_overrides,
     ratio_overrides,
+    switch,
 )
 from flashvaed_cli.cli.running import resolve_settings, run_stage
 from flashvaed_cli.recipe import DistillRecipe, PhaseRecipe
@@ -65,6 +66,7 @@ def distill(
     gradient_clip_norm: Annotated[float | None, flag(DistillRecipe, "gradient_clip_norm")] = None,
     ratio: Annotated[list[str] | None, flag(DistillRecipe, "keep_ratio", "--ratio", "-r", **RATIO_SETTINGS)] = None,
     rule: Annotated[SelectionRule | None, flag(DistillRecipe, "rule")] = None,
+    allow_download: Annotated[bool | None, switch(DistillRecipe, "allow_download")] = None,
     checkpoint_every_steps: Annotated[int | None, flag(DistillRecipe, "checkpoint_every_steps")] = None,
     resume: Annotated[Literal["auto", "never"] | None, flag(DistillRecipe, "resume")] = None,
     output: Annotated[str | None, flag(DistillRecipe, "output", "--output", "-o")] = None,

@@ -62,7 +62,8 @@ def stage_costs(spec: CoderSpec, grid: Grid) -> list[StageCost]:
         for index, block in enumerate(stage.blocks):
             after = _block_grid(block, grid)
             layers += _block_cost(f"{stage.name}.{index}", block, grid, after)
-            peak = max(peak, _size(grid) * block_in_width(block) + _size(after) * _widest_output(block))
+            entering = after if isinstance(block, UpsampleSpec) else grid  # the enlarged frames are materialised
+            peak = max(peak, _size(entering) * block_in_width(block) + _size(after) * _widest_output(block))
             grid = after
         costs.append(StageCost(stage.name, tuple(layers), peak))
     return costs
@@ -78,6 +79,8 @@ def _size(grid: Grid) -> int:
 
 
 def _widest_output(block: BlockSpec) -> int:
+    if isinstance(block, UpsampleSpec):
+        return block.spatial.out_width
     return max([block_out_width(block), *(layer.out_width for layer in block_layers(block).values())])
 
 
@@ -95,15 +98,19 @@ def _block_cost(address: str, block: BlockSpec, before: Grid, after: Grid) -> li
         return [_attention_cost(address, block, before)]
     costs = []
     for name, layer in block_layers(block).items():
-        grid = after
-        if name == "temporal":  # runs on the frames behind the first, two new ones for each
-            grid = (max(before[0] - 1, 0), before[1], before[2]) if block.kind == "upsample" else after
-        costs.append(_layer_cost(f"{address}.{name}", layer, grid))
+        costs.append(_layer_cost(f"{address}.{name}", layer, _layer_grid(name, block, before, after)))
     norms = block.conv1.in_width + block.conv2.in_width if isinstance(block, ResBlockSpec) else 0
     norms += block.conv.in_width if block.kind == "head" else 0
     if norms:
         costs.append(LayerCost(f"{address}.norm", "norm", 0, norms))
     return costs
+
+
+def _layer_grid(name: str, block: BlockSpec, before: Grid, after: Grid) -> Grid:
+    """Positions at which a layer of a block is evaluated; the first frame of a video passes temporal layers."""
+    if name == "temporal":
+        return (before[0] - 1, *before[1:]) if block.kind == "upsample" else (after[0] - 1, *after[1:])
+    return (before[0], *after[1:]) if block.kind == "downsample" else after
 
 
 def _layer_cost(address: str, layer: ConvSpec, grid: Grid) -> LayerCost:

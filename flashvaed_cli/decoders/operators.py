@@ -11,7 +11,7 @@ Reference: Wan 2.1 VAE; arXiv 2602.19161, section 3.2 (depthwise-separable and 2
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 
 import torch
 from jaxtyping import Float
@@ -123,7 +123,7 @@ class Pointwise(Conv):
         return F.conv3d(x, self.weight[:, :, None, None, None], self.bias)
 
 
-OPERATORS: dict[str, type[Conv]] = {
+OPERATORS: dict[str, Callable[[ConvSpec, str], Conv]] = {
     "causal3d": CausalConv3d,
     "dwsep3d": SeparableConv3d,
     "frame2d": FrameConv2d,
@@ -149,4 +149,5 @@ class ChannelRMSNorm(nn.Module):
     def forward(self, x: Float[Tensor, "B C *P"]) -> Float[Tensor, "B C *P"]:
         gain = self.gamma * self.gamma.shape[0] ** 0.5
         gain = gain.view(-1, *([1] * (x.ndim - 2)))
-        return F.normalize(x.float(), dim=1, eps=NORM_EPS).to(x.dtype) * gain
+        exact = x if x.dtype == torch.float64 else x.float()
+        return F.normalize(exact, dim=1, eps=NORM_EPS).to(x.dtype) * gain

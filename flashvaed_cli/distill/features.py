@@ -83,7 +83,7 @@ class FeatureMatcher(nn.Module):
     def distance(self, match: FeatureMatch, student: Tensor, teacher: Tensor) -> Float[Tensor, ""]:
         """The mean absolute difference at one match."""
         if match.projection is not None:
-            student = self.projections[_key(match.address)](student)
+            student = self.projections[_key(match.address)](student.float())  # bfloat16 under autocast
         elif match.kept is not None:
             teacher = teacher[:, list(match.kept)]
         return (student.float() - teacher.float()).abs().mean()

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flashvaed_cli.errors import MediaError
-from flashvaed_cli.media.sources import is_latent_file
+from flashvaed_cli.media.sources import is_latent_file, load_latents
 from flashvaed_cli.media.video import CropBox, count_frames, probe_video, read_clip, scaled_size
 
 _MAX_NAMES_SHOWN = 5
@@ -74,7 +74,7 @@ def plan_clips(
 
 
 def usable_files(paths: Sequence[Path], limit: int | None = None) -> tuple[list[Path], dict[Path, str]]:
-    """The first `limit` files that open (latent files are taken as they are), and what is wrong with the others met.
+    """The first `limit` files that can be read to their end, and what is wrong with the others met.
 
     Raises:
         MediaError: no file can be read.
@@ -85,8 +85,11 @@ def usable_files(paths: Sequence[Path], limit: int | None = None) -> tuple[list[
         if limit is not None and len(usable) == limit:
             break
         try:
-            if not is_latent_file(path):
+            if is_latent_file(path):
+                load_latents(path)
+            else:
                 probe_video(path)
+                count_frames(path)
             usable.append(path)
         except MediaError as error:
             broken[path] = str(error)

@@ -247,6 +247,9 @@ class DistillRecipe(_ClipFields, _RatioFields):
         default=96, description="Side in pixels of the square cut from each clip; 0 takes all."
     )
     loss_weights: LossWeights = Field(default=LossWeights(), description="Weight of every loss term.")
+    allow_download: Switch = Field(
+        default=False, description="Fetch the backbone of the LPIPS term if its weights are absent."
+    )
     checkpoint_every_steps: Count = Field(default=50, description="Steps between two checkpoints.")
     resume: Literal["auto", "never"] = Field(
         default="auto", description="auto goes on from the checkpoint of an interrupted run of the same recipe."

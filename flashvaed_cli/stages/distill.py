@@ -109,8 +109,6 @@ def choose_phases(recipe: DistillRecipe, inputs: Inputs, progress: Progress) -> 
         DistillationError: none fits.
     """
     schedule = recipe.schedule()
-    if recipe.phase != "all":
-        return schedule
     family = get_family(inputs.checkpoint.family)
     swapped = swapped_stages(inputs.checkpoint.require_decoder().spec, inputs.original.require_decoder().spec)
     misfits = {}
@@ -118,6 +116,8 @@ def choose_phases(recipe: DistillRecipe, inputs: Inputs, progress: Progress) -> 
         misfits[1] = "no deep stage has another operator than the original's"
     if inputs.checkpoint.kept_channels:
         misfits[2] = "the decoder is pruned already, and phase 2 prepares for pruning"
+    if recipe.phase != "all" and (reason := misfits.get(schedule[0].phase)):
+        raise DistillationError(f"phase {recipe.phase} does not fit {inputs.checkpoint.location}: {reason}")
     for phase in schedule:
         if phase.phase in misfits:
             progress.log(f"phase {phase.phase} is left out: {misfits[phase.phase]}")
@@ -176,7 +176,7 @@ def _perceptual(recipe: DistillRecipe, device: torch.device, progress: Progress)
     if recipe.loss_weights.lpips == 0:
         return None
     try:
-        return load_lpips("vgg", device)
+        return load_lpips("vgg", device, allow_download=recipe.allow_download)
     except MetricUnavailableError as error:
         progress.warn(f"the LPIPS loss term is left out. {error}")
         return None

@@ -45,7 +45,7 @@ from flashvaed_cli.stages.folders import refuse_foreign_folder
 from flashvaed_cli.stages.loading import DTYPES, Inputs, choose_device, choose_input, load_inputs
 from flashvaed_cli.stages.result import StageOutcome
 
-ORIGINAL, ORIGINAL_TUNED = "original", "original, channels-last"
+VIDEO, ORIGINAL, ORIGINAL_TUNED = "video", "original", "original, channels-last"
 _DEFAULT_CHUNK = 4
 _NUM_STRIP_COLUMNS = 4
 _SPEED_LATENT_FRAMES = 5
@@ -121,7 +121,7 @@ def _decoders(inputs: Inputs, recipe: EvalRecipe) -> dict[str, Decoder]:
     dtype = DTYPES[recipe.dtype]
     derived = [inputs.checkpoint]
     for location in recipe.compare:
-        other = load_inputs(location, original=None, device=inputs.device, needs_encoder=False)
+        other = load_inputs(location, original=recipe.original, device=inputs.device, needs_encoder=False)
         if other.original.sha256 != inputs.original.sha256:
             raise ArtifactError(
                 f"{location} comes from {other.original.location}, {inputs.checkpoint.location} from "
@@ -130,15 +130,22 @@ def _decoders(inputs: Inputs, recipe: EvalRecipe) -> dict[str, Decoder]:
         derived.append(other.checkpoint)
     decoders = {ORIGINAL: inputs.original.require_decoder().to(dtype)}
     derived = [one for one in derived if one.sha256 != inputs.original.sha256]
-    for name, one in zip(_distinct_names([Path(one.location) for one in derived]), derived, strict=True):
+    names = _distinct_names([Path(one.location) for one in derived], taken=(VIDEO, ORIGINAL, ORIGINAL_TUNED))
+    for name, one in zip(names, derived, strict=True):
         decoders[name] = use_channels_last(one.require_decoder().to(dtype))
     return decoders
 
 
-def _distinct_names(files: Sequence[Path]) -> list[str]:
-    """File stems, numbered where two are alike."""
-    stems = [path.stem for path in files]
-    return [stem if stems.count(stem) == 1 else f"{stem}-{i + 1}" for i, stem in enumerate(stems)]
+def _distinct_names(files: Sequence[Path], taken: Sequence[str] = ()) -> list[str]:
+    """File stems, numbered where one is taken already."""
+    names: list[str] = []
+    for path in files:
+        name, number = path.stem, 1
+        while name in (*taken, *names):
+            number += 1
+            name = f"{path.stem}-{number}"
+        names.append(name)
+    return names
 
 
 @dataclass(frozen=True)
@@ -170,7 +177,7 @@ def _compare_clip(
     output: Path,
     progress: Progress,
 ) -> _Comparison:
-    chunks, num_frames, fps = _open_clip(path, inputs, recipe)
+    chunks, num_frames, fps = _open_clip(path, inputs, recipe, progress)
     shown = set(select_frames(num_frames, _NUM_STRIP_COLUMNS))
     strips: dict[str, list[Frames]] = {}
     quality = {key: _Judge(lpips) for key in decoders}
@@ -183,13 +190,13 @@ def _compare_clip(
         for chunk in chunks:
             if sum(part.shape[2] for part in first) < _SPEED_LATENT_FRAMES:
                 first.append(chunk.latents)
-            views = {} if chunk.frames is None else {"video": chunk.frames}
+            views = {} if chunk.frames is None else {VIDEO: chunk.frames}
             for key, decoder in decoders.items():
                 frames, pasts[key] = _decode_chunk(decoder, chunk, pasts[key])
                 views[key] = frames
             for key, judge in quality.items():
-                judge.update(views[key], views.get("video"), views[ORIGINAL])
-            pictured = [label for label in views if label in ("video", *list(decoders)[:2])]
+                judge.update(views[key], views.get(VIDEO), views[ORIGINAL])
+            pictured = [label for label in views if label in (VIDEO, *list(decoders)[:2])]
             if writer is not None:
                 writer.write(side_by_side([(label, views[label]) for label in pictured]))
             for label in pictured:
@@ -198,11 +205,10 @@ def _compare_clip(
                 strips.setdefault(label, []).append(frames[:, picked])
             done += chunk.num_frames
             task.advance(chunk.num_frames)
-    strip = save_strip(
-        output / f"{name}.png",
-        [(label, torch.cat(parts, dim=1)) for label, parts in strips.items()],
-        frame_numbers=sorted(shown),
-    )
+    files = [] if mp4 is None else [mp4]
+    if len(strips) > 1:  # an original alone on latents has nothing beside it
+        labelled = [(label, torch.cat(parts, dim=1)) for label, parts in strips.items()]
+        files.insert(0, save_strip(output / f"{name}.png", labelled, frame_numbers=sorted(shown)))
     height, width = strips[ORIGINAL][0].shape[-2:]
     rows = tuple(
         ClipFigures(
@@ -217,7 +223,7 @@ def _compare_clip(
         for key, judge in quality.items()
     )
     latents = torch.cat(first, dim=2)[:, :, :_SPEED_LATENT_FRAMES]
-    return _Comparison(rows, (strip,) if mp4 is None else (strip, mp4), latents)
+    return _Comparison(rows, tuple(files), latents)
 
 
 class _Judge:
@@ -252,13 +258,18 @@ def _decode_chunk(decoder: Decoder, chunk: _Chunk, past: State | None) -> tuple[
     return frames, future
 
 
-def _open_clip(path: Path, inputs: Inputs, recipe: EvalRecipe) -> tuple[Iterator[_Chunk], int, Fraction]:
+def _open_clip(
+    path: Path, inputs: Inputs, recipe: EvalRecipe, progress: Progress
+) -> tuple[Iterator[_Chunk], int, Fraction]:
     """The chunks of a video or latent file, its number of frames, and frames per second."""
     original = inputs.original
     spec = original.require_decoder().spec
     chunk = recipe.chunk or _DEFAULT_CHUNK
     if is_latent_file(path):
-        latents = raw_latents(path, recipe.latent_scale, original)[:1].to(inputs.device)
+        latents = raw_latents(path, recipe.latent_scale, original)
+        if len(latents) > 1:
+            progress.warn(f"{path} holds {len(latents)} clips: only the first is judged")
+        latents = latents[:1].to(inputs.device)
         num_frames = 1 + spec.temporal_factor * (latents.shape[2] - 1)
         return _latent_chunks(latents, chunk, spec.temporal_factor), num_frames, _LATENT_FPS
     num_frames = count_frames(path)
@@ -312,7 +323,7 @@ def _figures(name: str, decoder: Decoder, comparisons: list[_Comparison]) -> Dec
         to_original=mean_quality(to_original) if to_original else None,
         num_parameters=decoder.parameter_count,
         file_bytes=decoder.parameter_count * torch.float32.itemsize,
-        gflops=total_gflop(decoder.spec, tuple(latents.shape[2:])) / num_frames,
+        gflops=total_gflop(decoder.spec, (latents.shape[2], latents.shape[3], latents.shape[4])) / num_frames,
     )
 
 

@@ -11,10 +11,11 @@ def refuse_foreign_folder(folder: Path, marker: str, *, force: bool) -> None:
     """Accept a folder that is absent, empty or of an earlier run, which left its `marker` file there.
 
     Raises:
-        FlashVaedError: anything else, without `force`.
+        FlashVaedError: a file is in the way; or anything else, without `force`.
     """
-    if folder.exists() and not folder.is_dir():
-        raise FlashVaedError(f"{folder} is a file; give a folder with --output")
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise FlashVaedError(f"{path} is a file; give a folder with --output")
     if force or not folder.exists() or (folder / marker).exists():
         return
     if any(not path.name.startswith(".") for path in folder.iterdir()):

@@ -7,9 +7,8 @@ the same command continues a run that was killed.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from flashvaed_cli.artifact.checkpoint import save_checkpoint
+from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.decoders.coder import Decoder, Encoder
 from flashvaed_cli.decoders.streaming import decode, encode
 from flashvaed_cli.decoders.wan import wan_decoder_spec, wan_encoder_spec
@@ -200,7 +201,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--hold-out", nargs="+", default=[], help="file names never trained on, measured instead")
     parser.add_argument("--minutes", type=float, default=85.0, help="wall clock of training")
     parser.add_argument("--work-dir", type=Path, required=True, help="checkpoint, cache and snapshots; continued")
-    parser.add_argument("--output", type=Path, required=True, help="weights; facts beside it as .json")
+    parser.add_argument("--output", type=Path, required=True, help="VAE artifact to write")
     parser.add_argument("--base-width", type=int, default=16)
     parser.add_argument("--matrix-lr", type=float, default=TrainingPlan.matrix_lr)
     parser.add_argument("--vector-lr", type=float, default=TrainingPlan.vector_lr)
@@ -230,15 +231,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         start_linear(encoder, decoder, sampler.clips(NUM_START_CLIPS, 9, torch.Generator().manual_seed(args.seed)))
         print("linear start done", flush=True)
     state = start_state(encoder, decoder, plan)
-    next_snapshot_s = 60 * args.snapshot_minutes
 
     def snapshot(state: RunState) -> None:
-        nonlocal next_snapshot_s
-        if state.elapsed_s < next_snapshot_s:
+        due_minutes = int(state.elapsed_s / 60 // args.snapshot_minutes * args.snapshot_minutes)
+        path = args.work_dir / f"snapshot-{due_minutes:03}min.safetensors"
+        if due_minutes == 0 or path.exists():
             return
-        next_snapshot_s = state.elapsed_s + 60 * args.snapshot_minutes
         models = averaged(state, args.base_width)
-        save_weights(args.work_dir / f"snapshot-{state.elapsed_s / 60:03.0f}min.safetensors", *models)
+        save_weights(path, *models)
         if held_out:
             print(f"held-out {_show(measure(*models, held_out, ['crops']))}", flush=True)
 
@@ -247,13 +247,32 @@ def main(argv: Sequence[str] | None = None) -> None:
         log=lambda line: print(line, flush=True), on_checkpoint=snapshot,
     )  # fmt: skip
     encoder, decoder = averaged(state, args.base_width)
-    save_weights(args.output, encoder, decoder)
-    mean, std = latent_statistics(encoder, sources)
     psnr = measure(encoder, decoder, held_out, ["whole", "crops"]) if held_out else {}
-    facts = {
-        "latent_mean": mean,
-        "latent_std": std,
-        "base_width": args.base_width,
+    write_teacher(
+        args.output, encoder, decoder, latent_statistics(encoder, sources), _facts(state, plan, sources, psnr)
+    )
+    print(f"{args.output}: held-out {_show(psnr)}", flush=True)
+
+
+def write_teacher(
+    path: Path,
+    encoder: Encoder,
+    decoder: Decoder,
+    statistics: tuple[Sequence[float], Sequence[float]],
+    facts: Mapping[str, object],
+) -> None:
+    """Write the VAE as an fp16 artifact, with the latent statistics and how it was trained in the header."""
+    mean, std = (tuple(round(value, 5) for value in values) for values in statistics)
+    header = ArtifactHeader(
+        kind="vae", family=decoder.spec.family, latent_mean=mean, latent_std=std, measured=dict(facts)
+    )
+    save_checkpoint(path, header, decoder=decoder, encoder=encoder, dtype=torch.float16, force=True)
+
+
+def _facts(
+    state: RunState, plan: TrainingPlan, sources: Sequence[Source], psnr: Mapping[str, Mapping[str, float]]
+) -> dict[str, object]:
+    return {
         "held_out_psnr_db": psnr,
         "protocols": {
             "whole": f"first {NUM_EVAL_FRAMES} frames, longest side {EVAL_MAX_SIDE}, mean over clips of PSNR",
@@ -263,11 +282,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "training_s": round(state.elapsed_s),
         "matrix_lr": plan.matrix_lr,
         "vector_lr": plan.vector_lr,
-        "seed": args.seed,
+        "seed": plan.seed,
         "sources": [source.name for source in sources],
     }
-    args.output.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
-    print(f"{args.output}: held-out {_show(psnr)}", flush=True)
 
 
 def _show(psnr: dict[str, dict[str, float]]) -> str:

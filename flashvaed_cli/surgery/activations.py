@@ -14,7 +14,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-Clip = Float[Tensor, "B C T H W"]
+Clip = Float[Tensor, "_B _C _T _H _W"]
 
 
 class ActivationPairs:

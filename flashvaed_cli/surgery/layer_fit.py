@@ -63,7 +63,7 @@ class LayerFit:
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.equations = NormalEquations(sum(self.sizes), layers[0].spec.out_width, label=self.address)
 
-    def update(self, inputs: Sequence[Float[Tensor, "B C T H W"]], target: Float[Tensor, "B O T H W"]) -> None:
+    def update(self, inputs: Sequence[Float[Tensor, "B _C T H W"]], target: Float[Tensor, "B O T H W"]) -> None:
         """Add one clip: what each layer reads in the new decoder, and what their sum should be."""
         b, _, t, h, w = target.shape
         positions = sample_positions((b, t, h, w), self.max_rows, self.generator)

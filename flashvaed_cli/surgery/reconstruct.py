@@ -28,7 +28,7 @@ from flashvaed_cli.surgery.layer_fit import FitSettings, GainFit, LayerError, La
 from flashvaed_cli.surgery.respec import input_tensors
 from flashvaed_cli.surgery.transfer import Channels, channel_index, doubled, pick
 
-Clip = Float[Tensor, "B C T H W"]
+Clip = Float[Tensor, "_B _C _T _H _W"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def reconstruct_decoder(
     reference: Decoder,
     student: Decoder,
     kept: Kept,
-    clips: Iterable[Float[Tensor, "B C T Hz Wz"]],
+    clips: Iterable[Float[Tensor, "_B C _T _Hz _Wz"]],
     *,
     first_block: str,
     settings: FitSettings,
@@ -102,7 +102,7 @@ def reconstruct_decoder(
 
 
 def _run_prefix(prefix: list[tuple[nn.Module, nn.Module]], latents: Clip) -> tuple[Clip, Clip]:
-    reference = student = latents
+    reference, student = latents, latents.clone()  # what shares memory cannot be stored as two
     for reference_block, student_block in prefix:
         reference, student = reference_block(reference), student_block(student)
     return reference, student

@@ -35,13 +35,13 @@ def narrowed_spec(spec: DecoderSpec, kept: Kept) -> DecoderSpec:
     the kept sets are equal: it can then carry what the missing channels would have added.
 
     Raises:
-        SpecError: `kept` names a tensor that cannot be pruned, or a channel that does not exist.
+        SpecError: `kept` names a tensor that cannot be pruned, or a channel that does not exist or comes twice.
     """
     widths = tensor_widths(spec)
     for tensor, channels in kept.items():
         if tensor not in widths:
             raise SpecError(f"no prunable tensor '{tensor}' in this decoder")
-        if not channels or max(channels) >= widths[tensor]:
+        if not channels or len(set(channels)) < len(channels) or not set(channels) <= set(range(widths[tensor])):
             raise SpecError(f"{tensor} has {widths[tensor]} channels, cannot keep {list(channels)}")
     inputs = input_tensors(spec)
     changed: dict[str, BlockSpec] = {}

@@ -28,7 +28,9 @@ class GroupSelection:
     r2: float
 
 
-def group_covariance(group: ChannelGroup, covariances: Mapping[str, Float64[Tensor, "C C"]]) -> Float64[Tensor, "C C"]:
+def group_covariance(
+    group: ChannelGroup, covariances: Mapping[str, Float64[Tensor, "_C _C"]]
+) -> Float64[Tensor, "C C"]:
     """Sum of the tensors' covariances, each scaled to trace one.
 
     Raises:
@@ -67,7 +69,7 @@ def num_kept_channels(width: int, keep_ratio: float, round_to: int) -> int:
 
 def select_channels(
     spec: CoderSpec,
-    covariances: Mapping[str, Float64[Tensor, "C C"]],
+    covariances: Mapping[str, Float64[Tensor, "_C _C"]],
     keep_ratios: Mapping[str, float],
     *,
     rule: str,

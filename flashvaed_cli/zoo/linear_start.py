@@ -3,7 +3,7 @@
 Residual branches begin at zero, so encoder and decoder are linear chains up to their heads. Downsamplers
 take principal components of 2x2 patches, then means and the principal differences of frame pairs (an
 image's first frame skips the temporal layers: it has the means and no differences). Each decoder layer
-is the ridge solution for the encoder's features at the same resolution. A constant channel keeps the
+is the ridge solution, frame by frame, for the encoder's features at the same resolution. A constant channel keeps the
 norm before a head nearly linear, and SiLU(x) - SiLU(-x) = x makes the head itself linear.
 """
 
@@ -17,10 +17,12 @@ from torch.nn import functional as F
 from flashvaed_cli.decoders.blocks import Attention, Downsample, Head, ResBlock, Upsample
 from flashvaed_cli.decoders.coder import Coder, Decoder, Encoder
 from flashvaed_cli.decoders.operators import batch_as_frames, frames_as_batch
+from flashvaed_cli.decoders.spec import block_out_width
+from flashvaed_cli.errors import SpecError
 
 RIDGE_FRAC = 1e-4
 BODY_CONSTANT, ENCODER_HEAD_CONSTANT, DECODER_HEAD_CONSTANT = 1.0, 4.0, 6.0
-LOG_VARIANCE = -8.0
+LOG_VARIANCE = -12.0
 _MAX_ROWS = 120_000
 
 Clips = Float[Tensor, "B C T H W"]
@@ -32,7 +34,12 @@ def start_linear(encoder: Encoder, decoder: Decoder, clips: Clips) -> None:
 
     Args:
         clips: training clips in [-1, 1] with 5, 9, … frames; a few dozen of 64x64 are enough.
+    Raises:
+        SpecError: the base width is below 8, too narrow for RGB with both signs and the constant.
     """
+    width = block_out_width(encoder.spec.stages[0].blocks[0])
+    if width < 8:
+        raise SpecError(f"a linear start needs a base width of at least 8, not {width}: choose a wider one")
     for coder in (encoder, decoder):
         _silence_branches(coder)
     features = _fit_encoder(encoder, clips)
@@ -90,7 +97,8 @@ def _fit_downsample(block: Downsample, x: Clips, path: int, *, signed: bool) -> 
     num_means = min(4 * path, room if block.temporal is None else round(room * 0.75))
     patches = F.unfold(frames_as_batch(x[:, :path]), 2, stride=2).transpose(1, 2).flatten(0, 1)  # [N, C*4]
     weight, bias = block.spatial.weight, block.spatial.bias
-    weight.zero_(), bias.zero_()
+    weight.zero_()
+    bias.zero_()
     weight[:num_means, :path, :2, :2] = 0.5 * _components(patches, num_means).unflatten(1, (path, 2, 2))
     bias[-1] = ENCODER_HEAD_CONSTANT if signed else BODY_CONSTANT
     frames = F.conv2d(F.pad(frames_as_batch(x), (0, 1, 0, 1)), weight, bias, stride=2)
@@ -99,7 +107,8 @@ def _fit_downsample(block: Downsample, x: Clips, path: int, *, signed: bool) -> 
     if block.temporal is not None:
         total = num_means + min(num_means, room - num_means)
         mix = block.temporal.weight[:, :, :, 0, 0]  # [O, C, 3]
-        mix.zero_(), block.temporal.bias.zero_()
+        mix.zero_()
+        block.temporal.bias.zero_()
         mix[:num_means, :num_means, 1:] = 0.5 * torch.eye(num_means)[:, :, None]
         differences = (before[:, :, 2::2] - before[:, :, 1::2]).transpose(0, 1).flatten(1).T
         principal = 0.5 * _components(differences, total - num_means)
@@ -121,7 +130,8 @@ def _fit_encoder_head(head: Head, x: Clips, path: int) -> None:
     components = _components(rows, num_latents)
     mean, std = (rows @ components.T).mean(0), (rows @ components.T).std(0)
     std = (std * std[0]).sqrt()  # full whitening would make fine detail too sensitive to every step
-    head.conv.weight.zero_(), head.conv.bias.zero_()
+    head.conv.weight.zero_()
+    head.conv.bias.zero_()
     head.conv.weight[:num_latents, :path, -1, 1, 1] = components / std[:, None]
     head.conv.weight[:num_latents, room : room + path, -1, 1, 1] = -components / std[:, None]
     head.conv.bias[:num_latents] = -mean / std
@@ -142,7 +152,7 @@ def _fit_decoder(decoder: Decoder, latents: Clips, features: list[tuple[Clips, C
     quant.weight.copy_(torch.eye(quant.weight.shape[0]))
     targets = list(reversed(features))
     conv_in = decoder.at("conv_in.0").conv
-    _solve(conv_in, _causal_patches(latents, conv_in.spec.kernel), targets[0][1])
+    _solve(conv_in, _patches(latents, 3), targets[0][1])
     conv_in.bias[-1] = BODY_CONSTANT
     x, path, level = conv_in(latents), targets[0][1].shape[1], 0
     for _, block in list(decoder.blocks())[2:]:
@@ -155,14 +165,14 @@ def _fit_decoder(decoder: Decoder, latents: Clips, features: list[tuple[Clips, C
             level += 1
             finest = level == len(targets)
             target = torch.cat([clips, -clips], dim=1) if finest else targets[level][1]
-            up = F.interpolate(frames_as_batch(x[:, :path]), scale_factor=2, mode="nearest")
-            patches = batch_as_frames(F.unfold(up, 3, padding=1).unflatten(2, up.shape[2:]), x.shape[0])
-            _solve(block.spatial, patches, target)
-            block.spatial.bias[-1] = DECODER_HEAD_CONSTANT if finest else BODY_CONSTANT
             frames = F.interpolate(frames_as_batch(x), scale_factor=2, mode="nearest")
-            x, path = block.spatial(batch_as_frames(frames, x.shape[0])), target.shape[1]
+            x = batch_as_frames(frames, x.shape[0])
+            _solve(block.spatial, _patches(x[:, :path], 3), target)
+            block.spatial.bias[-1] = DECODER_HEAD_CONSTANT if finest else BODY_CONSTANT
+            x, path = block.spatial(x), target.shape[1]
         elif isinstance(block, Head):
-            block.conv.weight.zero_(), block.conv.bias.zero_()
+            block.conv.weight.zero_()
+            block.conv.bias.zero_()
             block.conv.weight[:, :3, -1, 1, 1] = torch.eye(3)
             block.conv.weight[:, 3:6, -1, 1, 1] = -torch.eye(3)
             _fit_norm(block, x)
@@ -184,23 +194,24 @@ def _fit_temporal(block: Upsample, x: Clips, path: int, target: Clips) -> None:
     assert block.temporal is not None
     temporal, width = block.temporal, x.shape[1]
     pairs = torch.cat([target[:, :, 1::2], target[:, :, 2::2]], dim=1)
-    patches = _causal_patches(x[:, :path, 1:], temporal.spec.kernel)
     rows = [*range(target.shape[1]), *range(width, width + target.shape[1])]
-    _solve(temporal, patches, pairs, rows)
+    _solve(temporal, x[:, :path, 1:], pairs, rows)
     temporal.bias[width - 1], temporal.bias[-1] = BODY_CONSTANT, BODY_CONSTANT
 
 
-def _causal_patches(x: Clips, kernel: tuple[int, int, int]) -> Clips:
-    """`[B, C*kt*kh*kw, T, H, W]`: what a causal convolution sees at each position."""
-    kt, kh, kw = kernel
-    window = F.pad(x, (kw // 2, kw // 2, kh // 2, kh // 2, kt - 1, 0))
-    patches = window.unfold(2, kt, 1).unfold(3, kh, 1).unfold(4, kw, 1)  # [B, C, T, H, W, kt, kh, kw]
-    return patches.permute(0, 1, 5, 6, 7, 2, 3, 4).flatten(1, 4)
+def _patches(x: Clips, side: int) -> Clips:
+    """`[B, C*side*side, T, H, W]`: what a convolution sees at each position of a frame."""
+    frames = frames_as_batch(x)
+    patches = F.unfold(frames, side, padding=side // 2).unflatten(2, frames.shape[2:])
+    return batch_as_frames(patches, x.shape[0])
 
 
 def _solve(conv: nn.Module, patches: Clips, target: Clips, rows: list[int] | None = None) -> None:
-    """Set the rows of a convolution (default: the first ones) by ridge least squares; zero all others."""
-    k, o = patches.shape[1], target.shape[1]
+    """Set rows of a convolution (default: the first) by ridge least squares on the current frame; zero all else.
+
+    The taps on earlier frames stay zero: in short clips they see mostly the padding, and what they learn
+    from it fails from the fourth latent frame on.
+    """
     stride = max(1, patches[:, 0].numel() // _MAX_ROWS)
     inputs = patches.transpose(0, 1).flatten(1).T[::stride].double()  # [N, K]
     inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], dim=1)
@@ -208,13 +219,14 @@ def _solve(conv: nn.Module, patches: Clips, target: Clips, rows: list[int] | Non
     gram = inputs.T @ inputs
     gram.diagonal().add_(RIDGE_FRAC * gram.diagonal().mean())
     solution = torch.linalg.solve(gram, inputs.T @ outputs).T.float()  # [O, K + 1]
-    conv.weight.zero_(), conv.bias.zero_()  # type: ignore[operator]
-    rows = list(range(o)) if rows is None else rows
-    taps = conv.weight.shape[2:]  # type: ignore[union-attr]
-    path = k // taps.numel()
-    for row, values in zip(rows, solution, strict=True):
-        conv.weight[row, :path] = values[:-1].unflatten(0, (path, *taps))  # type: ignore[index]
-        conv.bias[row] = values[-1]  # type: ignore[index]
+    weight, bias = conv.get_parameter("weight"), conv.get_parameter("bias")
+    weight.zero_()
+    bias.zero_()
+    taps = weight if weight.ndim == 4 else weight[:, :, -1]  # [O, C, kh, kw]
+    rows = list(range(len(solution))) if rows is None else rows
+    num_inputs = patches.shape[1] // taps[0, 0].numel()
+    taps[rows, :num_inputs] = solution[:, :-1].unflatten(1, (num_inputs, *taps.shape[2:]))
+    bias[rows] = solution[:, -1]
 
 
 def _components(rows: Float[Tensor, "N C"], count: int) -> Float[Tensor, "K C"]:

@@ -1,0 +1,48 @@
+"""Run the program inside the test process, and read what it printed."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from flashvaed_cli.cli.app import app
+
+CALIBRATION = "--num-calibration-clips 2 --num-frames 5 --crop-size 32"
+TRAINING = "--num-clips 2 --num-frames 5 --crop-size 32 --batch-size 1 --loss-weight lpips=0"
+JUDGING = "--num-speed-rounds 1 --lpips off"
+
+
+def invoke(words: str, *, cwd: Path) -> Result:
+    """Run `flashvaed WORDS` in a folder; a bug raises, a mistake is in the result."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        result = CliRunner().invoke(app, [*shlex.split(words), "--device", "cpu"])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def succeed(words: str, *, cwd: Path) -> dict[str, Any]:
+    """Run `flashvaed WORDS --json` in a folder; returns the printed document, with warnings under `stderr`."""
+    result = invoke(f"{words} --json --quiet", cwd=cwd)
+    assert result.exit_code == 0, result.stderr
+    return {**strict_json(result.stdout), "stderr": result.stderr}
+
+
+def strict_json(text: str) -> dict[str, Any]:
+    """JSON as the standard has it: NaN and Infinity are mistakes."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """`report.json` of an eval."""
+    return strict_json((folder / "report.json").read_text(encoding="utf-8"))

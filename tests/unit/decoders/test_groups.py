@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from flashvaed_cli.decoders.groups import ChannelGroup, channel_groups, compose_kept, tensor_widths
+from flashvaed_cli.decoders.spec import ResBlockSpec
+from tests.toy import DECODER_SPECS, original_spec, toy_decoder, toy_latents
+
+
+def test_groups_of_wan() -> None:
+    groups = channel_groups(original_spec())
+    streams = [group for group in groups if not group.name.endswith(".inner")]
+    assert streams == [
+        ChannelGroup("mid.stream", "mid", 16, ("conv_in.0", "mid.0", "mid.1", "mid.2")),
+        ChannelGroup("up0.stream", "up0", 16, ("up0.0", "up0.1", "up0.2")),
+        ChannelGroup("up1.entry", "up1", 8, ("up0.3",)),
+        ChannelGroup("up1.stream", "up1", 16, ("up1.0", "up1.1", "up1.2")),
+        ChannelGroup("up2.stream", "up2", 8, ("up1.3", "up2.0", "up2.1", "up2.2")),
+        ChannelGroup("up3.stream", "up3", 4, ("up2.3", "up3.0", "up3.1", "up3.2")),
+    ]
+    inner = [group for group in groups if group.name.endswith(".inner")]
+    blocks = {a: b for a, b in original_spec().blocks() if isinstance(b, ResBlockSpec)}
+    assert inner == [
+        ChannelGroup(f"{a}.inner", a.split(".")[0], b.conv1.out_width, (f"{a}.conv1",)) for a, b in blocks.items()
+    ]
+
+
+@pytest.mark.parametrize("name", DECODER_SPECS)
+def test_every_tensor_has_one_group_and_its_width(name: str) -> None:
+    decoder = toy_decoder(DECODER_SPECS[name])
+    widths: dict[str, int] = {}
+
+    def hook_of(tensor: str) -> Callable[[nn.Module, object, Tensor], None]:
+        return lambda _module, _inputs, output: widths.update({tensor: output.shape[1]})
+
+    for tensor in tensor_widths(decoder.spec):
+        decoder.at(tensor).register_forward_hook(hook_of(tensor))
+    decoder(toy_latents(2, 1, 2))
+    assert widths == tensor_widths(decoder.spec)
+    tensors = [tensor for group in channel_groups(decoder.spec) for tensor in group.tensors]
+    assert len(tensors) == len(set(tensors))
+    assert "post_quant.0" not in widths and "head.0" not in widths
+
+
+def test_entry_of_a_pruned_stage_is_a_group_of_its_own() -> None:
+    groups = {group.name: group for group in channel_groups(DECODER_SPECS["pruned"])}
+    assert groups["up3.entry"] == ChannelGroup("up3.entry", "up3", 3, ("up2.3",))
+    assert groups["up3.stream"].tensors == ("up3.0", "up3.1", "up3.2")
+
+
+def test_compose_kept_of_known_sets() -> None:
+    first = {"a": (1, 3, 5, 7), "b": (0, 2)}
+    second = {"a": (0, 3), "c": (4,)}
+    assert compose_kept(first, second) == {"a": (1, 7), "b": (0, 2), "c": (4,)}
+    assert first == {"a": (1, 3, 5, 7), "b": (0, 2)}
+
+
+@given(st.data())
+def test_compose_kept_is_indexing_twice(data: st.DataObject) -> None:
+    channels = list(range(data.draw(st.integers(1, 12))))
+    first = data.draw(st.lists(st.sampled_from(channels), min_size=1, unique=True).map(sorted))
+    second = data.draw(st.lists(st.integers(0, len(first) - 1), min_size=1, unique=True).map(sorted))
+    composed = compose_kept({"a": tuple(first)}, {"a": tuple(second)})
+    once = [channels[i] for i in first]
+    assert composed == {"a": tuple(once[i] for i in second)}
+    assert compose_kept({}, composed) == compose_kept(composed, {}) == composed
