@@ -14,9 +14,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flashvaed_cli.decoders.blocks import Attention, Downsample, Head, ResBlock, Upsample
+from flashvaed_cli.decoders.blocks import Attention, ConvBlock, Downsample, Head, ResBlock, Upsample
 from flashvaed_cli.decoders.coder import Coder, Decoder, Encoder
-from flashvaed_cli.decoders.operators import batch_as_frames, frames_as_batch
+from flashvaed_cli.decoders.operators import Conv, batch_as_frames, frames_as_batch
 from flashvaed_cli.decoders.spec import block_out_width
 from flashvaed_cli.errors import SpecError
 
@@ -66,7 +66,7 @@ def _silence_branches(coder: Coder) -> None:
 
 def _fit_encoder(encoder: Encoder, clips: Clips) -> list[tuple[Clips, Clips]]:
     """Per downsampler, its features before and after the temporal layer (paths only), finest first."""
-    conv_in = encoder.at("conv_in.0").conv
+    conv_in = _conv_at(encoder, "conv_in.0")
     conv_in.weight[:3] = 0.0
     conv_in.weight[:3, :, -1, 1, 1] = torch.eye(3)
     conv_in.bias.zero_()
@@ -85,9 +85,15 @@ def _fit_encoder(encoder: Encoder, clips: Clips) -> list[tuple[Clips, Clips]]:
             break
         else:
             x = block(x)
-    quant = encoder.at("quant.0").conv
+    quant = _conv_at(encoder, "quant.0")
     quant.weight.copy_(torch.eye(quant.weight.shape[0]))
     return kept
+
+
+def _conv_at(coder: Coder, address: str) -> Conv:
+    block = coder.at(address)
+    assert isinstance(block, ConvBlock)
+    return block.conv
 
 
 def _fit_downsample(block: Downsample, x: Clips, path: int, *, signed: bool) -> tuple[int, Clips]:
@@ -148,10 +154,10 @@ def _fit_norm(head: Head, x: Clips) -> None:
 
 def _fit_decoder(decoder: Decoder, latents: Clips, features: list[tuple[Clips, Clips]], clips: Clips) -> None:
     """Layer after layer: the ridge solution for the encoder's features at that resolution."""
-    quant = decoder.at("post_quant.0").conv
+    quant = _conv_at(decoder, "post_quant.0")
     quant.weight.copy_(torch.eye(quant.weight.shape[0]))
     targets = list(reversed(features))
-    conv_in = decoder.at("conv_in.0").conv
+    conv_in = _conv_at(decoder, "conv_in.0")
     _solve(conv_in, _patches(latents, 3), targets[0][1])
     conv_in.bias[-1] = BODY_CONSTANT
     x, path, level = conv_in(latents), targets[0][1].shape[1], 0

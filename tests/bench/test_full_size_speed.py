@@ -1,6 +1,7 @@
 """Full-size Wan 2.1, random weights: the paper's layout against the original, timed in alternation.
 
-Prints a table; `FLASHVAED_BENCH_SIDE` and `FLASHVAED_BENCH_FRAMES` change the size, `FLASHVAED_BENCH_ROUNDS` the rounds.
+Prints a table. `FLASHVAED_BENCH_SIDE` and `FLASHVAED_BENCH_FRAMES` change the size, `FLASHVAED_BENCH_ROUNDS`
+the number of rounds.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def test_paper_layout_against_the_original() -> None:
         "flash (384/24/12)": lambda: flash(packed),
     }
     try:
-        from diffusers import AutoencoderKLWan
+        from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
     except ImportError:
         pass
     else:
@@ -81,6 +82,7 @@ def test_paper_layout_against_the_original() -> None:
         Column("parameters", ",d"),
         Column("speed-up (range)"),
     )
-    title = f"Wan 2.1 full size, random weights, {FRAMES} frames of {SIDE} x {SIDE}, float32, {torch.get_num_threads()} threads"
+    size = f"{FRAMES} frames of {SIDE} x {SIDE}, float32, {torch.get_num_threads()} threads"
+    title = f"Wan 2.1 full size, random weights, {size}"
     Console(width=120).print(to_rich(TableData(title, columns, tuple(rows))))
     assert flash.parameter_count < original.parameter_count / 10
