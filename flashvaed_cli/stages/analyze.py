@@ -53,18 +53,7 @@ def run_analyze(recipe: AnalyzeRecipe, *, progress: Progress, force: bool, comma
     device = choose_device(recipe.device)
     inputs = load_inputs(location, original=None, device=device, needs_encoder=False)
     decoder = inputs.checkpoint.require_decoder()
-    clips = plan_calibration(
-        inputs.original,
-        data=recipe.data,
-        latent_scale=recipe.latent_scale,
-        num_clips=recipe.num_calibration_clips,
-        num_frames=recipe.num_frames,
-        max_side=recipe.max_side,
-        crop_size=recipe.crop_size,
-        seed=recipe.seed,
-        device=device,
-        progress=progress,
-    )
+    clips = plan_calibration(inputs.original, recipe, recipe.num_calibration_clips, device, progress)
     statistics = collect_statistics(decoder, clips, num_clips=len(clips), progress=progress)
     groups = _group_records(decoder, statistics, progress)
     stages = _stage_records(decoder, groups, recipe, device, progress)

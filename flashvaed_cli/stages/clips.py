@@ -17,7 +17,7 @@ from flashvaed_cli.media.clips import ClipRequest, load_clip, plan_clips
 from flashvaed_cli.media.padding import pad_clip
 from flashvaed_cli.media.sources import find_clips, is_latent_file, load_latents
 from flashvaed_cli.progress import Progress
-from flashvaed_cli.recipe.models import LatentScale
+from flashvaed_cli.recipe.models import CalibratedRecipe, DistillRecipe, LatentScale
 from flashvaed_cli.zoo.builtin import DEMO_CLIP
 
 
@@ -68,14 +68,8 @@ def encode_clip(vae: Checkpoint, clip: Float[Tensor, "3 T H W"], device: torch.d
 
 def plan_calibration(
     vae: Checkpoint,
-    *,
-    data: Sequence[str],
-    latent_scale: LatentScale,
+    recipe: CalibratedRecipe | DistillRecipe,
     num_clips: int,
-    num_frames: int,
-    max_side: int | None,
-    crop_size: int | None,
-    seed: int,
     device: torch.device,
     progress: Progress,
 ) -> CalibrationClips:
@@ -85,7 +79,7 @@ def plan_calibration(
         MediaError: nothing found, or nothing readable.
         ArtifactError: videos are given, but there is no encoder.
     """
-    paths = find_data(data)
+    paths = find_data(recipe.data)
     latent_files = [path for path in paths if is_latent_file(path)][:num_clips]
     videos = [path for path in paths if not is_latent_file(path)]
     requests: list[ClipRequest] = []
@@ -94,13 +88,13 @@ def plan_calibration(
         requests, broken = plan_clips(
             videos,
             num_clips=num_clips - len(latent_files),
-            num_frames=num_frames,
-            max_side=max_side,
-            crop_size=None if crop_size is None else (crop_size, crop_size),
-            seed=seed,
+            num_frames=recipe.num_frames,
+            max_side=recipe.max_side,
+            crop_size=None if recipe.crop_size is None else (recipe.crop_size, recipe.crop_size),
+            seed=recipe.seed,
         )
         for path, reason in broken.items():
             progress.warn(f"skipped {path}: {reason}")
     if not requests and not latent_files:
         raise MediaError("no clip to calibrate on: give --data videos, folders or latent files")
-    return CalibrationClips(vae, tuple(requests), tuple(latent_files), latent_scale, device)
+    return CalibrationClips(vae, tuple(requests), tuple(latent_files), recipe.latent_scale, device)

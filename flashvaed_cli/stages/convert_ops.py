@@ -43,18 +43,7 @@ def run_convert_ops(recipe: ConvertOpsRecipe, *, progress: Progress, force: bool
     student = transfer_weights(decoder, spec, {})
     errors = []
     if recipe.reconstruct == "full":
-        clips = plan_calibration(
-            inputs.original,
-            data=recipe.data,
-            latent_scale=recipe.latent_scale,
-            num_clips=recipe.num_calibration_clips,
-            num_frames=recipe.num_frames,
-            max_side=recipe.max_side,
-            crop_size=recipe.crop_size,
-            seed=recipe.seed,
-            device=device,
-            progress=progress,
-        )
+        clips = plan_calibration(inputs.original, recipe, recipe.num_calibration_clips, device, progress)
         settings = fit_settings(recipe, num_separable_iterations=recipe.num_separable_iterations)
         reference, kept = _reference(inputs, progress)
         errors = reconstruct(decoder, student, reference, kept, clips, settings, progress)

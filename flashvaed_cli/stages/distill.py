@@ -151,18 +151,7 @@ class LatentPool:
 
 
 def _encode_pool(recipe: DistillRecipe, inputs: Inputs, progress: Progress) -> LatentPool:
-    clips = plan_calibration(
-        inputs.original,
-        data=recipe.data,
-        latent_scale=recipe.latent_scale,
-        num_clips=recipe.num_clips,
-        num_frames=recipe.num_frames,
-        max_side=recipe.max_side,
-        crop_size=recipe.crop_size,
-        seed=recipe.seed,
-        device=inputs.device,
-        progress=progress,
-    )
+    clips = plan_calibration(inputs.original, recipe, recipe.num_clips, inputs.device, progress)
     by_shape: dict[tuple[int, ...], list[Tensor]] = {}
     with progress.task("encoding clips", len(clips)) as task:
         for latents in clips:

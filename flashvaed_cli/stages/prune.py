@@ -39,18 +39,7 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
     device = choose_device(recipe.device)
     inputs = load_inputs(location, original=recipe.original, device=device, needs_encoder=False)
     decoder = inputs.checkpoint.require_decoder()
-    clips = plan_calibration(
-        inputs.original,
-        data=recipe.data,
-        latent_scale=recipe.latent_scale,
-        num_clips=recipe.num_calibration_clips,
-        num_frames=recipe.num_frames,
-        max_side=recipe.max_side,
-        crop_size=recipe.crop_size,
-        seed=recipe.seed,
-        device=device,
-        progress=progress,
-    )
+    clips = plan_calibration(inputs.original, recipe, recipe.num_calibration_clips, device, progress)
     covariances, parents = _covariances(recipe, inputs.checkpoint, clips, progress)
     ratios = recipe.ratios(get_family(inputs.checkpoint.family).shallow_stages)
     kept, selections = select_channels(
