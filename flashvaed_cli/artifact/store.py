@@ -53,7 +53,7 @@ def refuse_overwrite(path: Path, *, force: bool) -> None:
     if path.is_dir():
         raise ArtifactError(f"{path} is a folder; give the name of a file.")
     if blocked := next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None):
-        raise ArtifactError(f"{path} cannot be written: {blocked} is a file, not a folder.")
+        raise ArtifactError(f"cannot write {path}: {blocked} is a file, not a folder.")
     if not force and path.exists() and not is_artifact(path):
         raise ArtifactError(
             f"{path} exists and was not written by flashvaed. Choose another name, or replace it with --force."

@@ -113,7 +113,7 @@ def choose_phases(recipe: DistillRecipe, inputs: Inputs, progress: Progress) -> 
     swapped = swapped_stages(inputs.checkpoint.require_decoder().spec, inputs.original.require_decoder().spec)
     misfits = {}
     if not set(swapped) - set(family.shallow_stages):
-        misfits[1] = "no deep stage has another operator than the original's"
+        misfits[1] = "no deep stage has another operator than the original's (run convert-ops first)"
     if inputs.checkpoint.kept_channels:
         misfits[2] = "the decoder is pruned already, and phase 2 prepares for pruning"
     if recipe.phase != "all" and (reason := misfits.get(schedule[0].phase)):

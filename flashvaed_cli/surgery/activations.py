@@ -54,7 +54,10 @@ class ActivationPairs:
             self._save(index, reference_block(reference), student_block(student))
 
     def _save(self, index: int, reference: Clip, student: Clip) -> None:
-        save_file({"reference": reference.contiguous(), "student": student.contiguous()}, self._path(index))
+        path = self._path(index)
+        fresh = path.with_suffix(".new")  # the tensors of the old file may still be mapped
+        save_file({"reference": reference.contiguous(), "student": student.contiguous()}, fresh)
+        fresh.replace(path)
 
     def _path(self, index: int) -> Path:
         return Path(self._folder.name) / f"{index}.safetensors"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,7 +121,15 @@ def test_signals_save_and_stop_and_the_run_goes_on_from_there(
     )
 
 
-def test_the_second_signal_acts_at_once_and_other_threads_see_none() -> None:
+@pytest.fixture
+def usual_interrupt() -> Iterator[None]:
+    """SIGINT as in a foreground process: a shell starts background jobs with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_second_signal_acts_at_once_and_other_threads_see_none(usual_interrupt: None) -> None:
     with stop_wish() as wish:
         os.kill(os.getpid(), signal.SIGINT)
         assert wish.signal_number == signal.SIGINT
