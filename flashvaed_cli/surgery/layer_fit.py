@@ -117,17 +117,17 @@ class GainFit:
 
     def __init__(self, norm: ChannelRMSNorm) -> None:
         self.norm = norm
-        self.prior = norm.gamma.clone()
+        self.prior = norm.gamma.detach().cpu().clone()
         width = self.prior.shape[0]
-        self.cross = torch.zeros(width, dtype=torch.float64, device=self.prior.device)
+        self.cross = torch.zeros(width, dtype=torch.float64)  # on the CPU: MPS has no float64
         self.energy = torch.zeros_like(self.cross)
-        self.unit = ChannelRMSNorm(width).to(self.prior.device).requires_grad_(False)
+        self.unit = ChannelRMSNorm(width).to(norm.gamma.device).requires_grad_(False)
 
     def update(self, x: Float[Tensor, "B C T H W"], target: Float[Tensor, "B C T H W"]) -> None:
         """Add one clip: the norm's input in the new decoder, the original norm's output on the kept channels."""
         normalised = self.unit(x)
-        self.cross += (normalised * target).sum((0, 2, 3, 4)).double()
-        self.energy += normalised.square().sum((0, 2, 3, 4)).double()
+        self.cross += (normalised * target).sum((0, 2, 3, 4)).cpu().double()
+        self.energy += normalised.square().sum((0, 2, 3, 4)).cpu().double()
 
     def solve_(self) -> None:
         """Write gamma; channels without energy keep theirs."""
