@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -21,6 +22,10 @@ EPILOG = (
 )
 
 
+# What a disk or a folder refuses; every other OSError is a bug.
+_STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
 class _Program(TyperGroup):
     """Remembers what was typed, and turns a mistake that the user can mend into one message."""
 
@@ -38,6 +43,14 @@ class _Program(TyperGroup):
 
             print_error(str(error))
             raise typer.Exit(error.exit_code) from error
+        except OSError as error:
+            if error.errno not in _STORAGE_FAULTS:
+                raise
+            from flashvaed_cli.cli.console import print_error
+
+            place = f"{error.filename}: " if error.filename else ""
+            print_error(f"{place}{error.strerror}. Free the space, or choose another place with --output.")
+            raise typer.Exit(FlashVaedError.exit_code) from error
 
 
 app = typer.Typer(

@@ -32,7 +32,7 @@ Batches = Callable[[int], Tensor]
 Perceptual = Callable[[Tensor, Tensor], Tensor]
 """Perceptual distance of two sets of images `[N, 3, H, W]` in about [-1, 1]; its mean is taken."""
 
-_SMALLEST_FIRST_LOSS = 0.1  # a student that starts as its teacher may get worse before it gets better
+_SMALLEST_FIRST_LOSS = 1.0  # a student that starts as its teacher may get worse before it gets better
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class CommandRecipe(_Frozen):
     command: ClassVar[str]
     default_inputs: ClassVar[tuple[str, ...]]
 
-    seed: WholeNumber = Field(default=0, description="Seed of everything random.")
+    seed: WholeNumber = Field(default=0, le=2**31 - 1, description="Seed of everything random.")
     device: Device = Field(default="auto", description="Where to compute; auto takes CUDA, then MPS, then the CPU.")
     dtype: DType = Field(default="float32", description="Number format of weights and activations.")
 
@@ -92,7 +92,7 @@ class CalibratedRecipe(_ClipFields):
     """What commands have that collect statistics on clips."""
 
     num_calibration_clips: Count = Field(default=8, description="Clips to collect statistics on.")
-    num_frames: Count = Field(default=17, description="Frames per calibration clip.")
+    num_frames: Count = Field(default=17, description="Frames per calibration clip, rounded down to 1 + 4 n.")
     crop_size: OptionalCount = Field(
         default=128, description="Side in pixels of the square cut from each clip; 0 takes all."
     )

@@ -43,6 +43,8 @@ class CalibrationClips:
     requests: tuple[ClipRequest, ...]
     latent_files: tuple[Path, ...]
     latent_scale: LatentScale
+    num_frames: int
+    crop_size: int | None
     device: torch.device
 
     def __len__(self) -> int:
@@ -53,7 +55,15 @@ class CalibrationClips:
         for request in self.requests:
             yield encode_clip(self.vae, load_clip(request), self.device)
         for path in self.latent_files:
-            yield raw_latents(path, self.latent_scale, self.vae).to(self.device)
+            yield self._cut(raw_latents(path, self.latent_scale, self.vae)).to(self.device)
+
+    def _cut(self, latents: Float[Tensor, "B C T Hz Wz"]) -> Float[Tensor, "B C t hz wz"]:
+        """The first frames, and the middle of each, as large as a clip cut from a video would be."""
+        spec = self.vae.require_decoder().spec
+        num_frames = 1 + (self.num_frames - 1) // spec.temporal_factor
+        side = max(latents.shape[-2:]) if self.crop_size is None else max(self.crop_size // spec.spatial_factor, 1)
+        top, left = (max((size - side) // 2, 0) for size in latents.shape[-2:])
+        return latents[:, :, :num_frames, top : top + side, left : left + side]
 
 
 @torch.no_grad()
@@ -73,7 +83,7 @@ def plan_calibration(
     device: torch.device,
     progress: Progress,
 ) -> CalibrationClips:
-    """Choose the clips. Broken videos are named and left out; latent files are taken whole.
+    """Choose the clips. Broken videos are named and left out; latent files are cut to the same size.
 
     Raises:
         MediaError: nothing found, or nothing readable.
@@ -97,4 +107,12 @@ def plan_calibration(
             progress.warn(f"skipped {path}: {reason}")
     if not requests and not latent_files:
         raise MediaError("no clip to calibrate on: give --data videos, folders or latent files")
-    return CalibrationClips(vae, tuple(requests), tuple(latent_files), recipe.latent_scale, device)
+    return CalibrationClips(
+        vae,
+        tuple(requests),
+        tuple(latent_files),
+        latent_scale=recipe.latent_scale,
+        num_frames=recipe.num_frames,
+        crop_size=recipe.crop_size,
+        device=device,
+    )

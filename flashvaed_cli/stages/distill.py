@@ -151,7 +151,9 @@ class LatentPool:
 
 
 def _encode_pool(recipe: DistillRecipe, inputs: Inputs, progress: Progress) -> LatentPool:
-    clips = plan_calibration(inputs.original, recipe, recipe.num_clips, inputs.device, progress)
+    drawn = recipe.batch_size * sum(phase.num_steps for phase in recipe.schedule())
+    num_clips = min(recipe.num_clips, max(drawn, _NUM_STATISTICS_CLIPS))
+    clips = plan_calibration(inputs.original, recipe, num_clips, inputs.device, progress)
     by_shape: dict[tuple[int, ...], list[Tensor]] = {}
     with progress.task("encoding clips", len(clips)) as task:
         for latents in clips:
@@ -205,7 +207,7 @@ def _settings(recipe: DistillRecipe, phase: PhaseRecipe) -> TrainSettings:
         num_steps=phase.num_steps,
         learning_rate=phase.learning_rate,
         weight_decay=recipe.weight_decay,
-        num_warmup_steps=min(20, phase.num_steps // 10),
+        num_warmup_steps=min(20, -(-phase.num_steps // 4)),
         schedule="cosine",
         gradient_clip_norm=recipe.gradient_clip_norm,
         compute_dtype="bfloat16" if recipe.dtype == "bfloat16" else "float32",
