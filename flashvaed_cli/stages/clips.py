@@ -37,7 +37,7 @@ def raw_latents(path: Path, scale: LatentScale, vae: Checkpoint) -> Float[Tensor
 
 @dataclass(frozen=True)
 class CalibrationClips:
-    """A plan of clips; every pass over it loads and encodes them anew, one at a time."""
+    """A plan of clips; every pass over it loads and encodes them anew, one at a time. Damaged ones are skipped."""
 
     vae: Checkpoint
     requests: tuple[ClipRequest, ...]
@@ -46,6 +46,7 @@ class CalibrationClips:
     num_frames: int
     crop_size: int | None
     device: torch.device
+    progress: Progress
 
     def __len__(self) -> int:
         return len(self.requests) + len(self.latent_files)
@@ -53,7 +54,12 @@ class CalibrationClips:
     def __iter__(self) -> Iterator[Float[Tensor, "B C T Hz Wz"]]:
         """Raw latents, one clip at a time."""
         for request in self.requests:
-            yield encode_clip(self.vae, load_clip(request), self.device)
+            try:
+                clip = load_clip(request)
+            except MediaError as error:  # damaged behind the frames that the plan looked at
+                self.progress.warn(f"skipped {request.path}: {error}")
+                continue
+            yield encode_clip(self.vae, clip, self.device)
         for path in self.latent_files:
             yield self._cut(raw_latents(path, self.latent_scale, self.vae)).to(self.device)
 
@@ -115,4 +121,5 @@ def plan_calibration(
         num_frames=recipe.num_frames,
         crop_size=recipe.crop_size,
         device=device,
+        progress=progress,
     )
