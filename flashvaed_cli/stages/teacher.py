@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from flashvaed_cli.artifact.checkpoint import save_checkpoint
 from flashvaed_cli.artifact.header import ArtifactHeader
+from flashvaed_cli.atomic import atomic_path
 from flashvaed_cli.decoders.coder import Decoder, Encoder
 from flashvaed_cli.decoders.streaming import decode, encode
 from flashvaed_cli.decoders.wan import wan_decoder_spec, wan_encoder_spec
@@ -119,9 +120,8 @@ def load_sources(paths: Sequence[Path], cache: Path) -> list[Source]:
     for seed in PROCEDURAL_SEEDS:
         frames = torch.stack(list(render_frames(24, 256, 256, seed)))
         sources.append(_source(f"procedural {seed}", ((frames + 1) * 127.5).round().clamp(0, 255).byte()))
-    temporary = cache.with_suffix(".partial")
-    torch.save([(s.name, list(s.levels)) for s in sources], temporary)
-    temporary.replace(cache)
+    with atomic_path(cache) as sibling:
+        torch.save([(s.name, list(s.levels)) for s in sources], sibling)
     return sources
 
 
@@ -190,9 +190,8 @@ def save_weights(path: Path, encoder: Encoder, decoder: Decoder) -> None:
     """fp16 safetensors, names prefixed `encoder.` and `decoder.`, replaced atomically."""
     tensors = {f"encoder.{k}": v.half().contiguous() for k, v in encoder.state_dict().items()}
     tensors |= {f"decoder.{k}": v.half().contiguous() for k, v in decoder.state_dict().items()}
-    temporary = path.with_name(f".{path.name}.partial")
-    save_file(tensors, temporary)
-    temporary.replace(path)
+    with atomic_path(path) as sibling:
+        save_file(tensors, sibling)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
