@@ -9,25 +9,15 @@ Reference: arXiv 2602.19161, section 3.1.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.groups import tensor_widths
-from flashvaed_cli.numerics.covariance import CovarianceAccumulator
+from flashvaed_cli.numerics.covariance import CovarianceAccumulator, TensorStatistics
 from flashvaed_cli.progress import Progress
-
-
-@dataclass(frozen=True)
-class TensorStatistics:
-    """Second-order statistics of one tensor's channels over all calibration positions."""
-
-    covariance: Float64[Tensor, "C C"]
-    mean: Float64[Tensor, " C"]
-    count: int
 
 
 @torch.no_grad()

@@ -51,6 +51,7 @@ def analyze(
     latency_frames: Annotated[int | None, flag(AnalyzeRecipe, "latency_frames")] = None,
     latency_side: Annotated[int | None, flag(AnalyzeRecipe, "latency_side")] = None,
     num_latency_rounds: Annotated[int | None, flag(AnalyzeRecipe, "num_latency_rounds")] = None,
+    width_latency_s: Annotated[int | None, flag(AnalyzeRecipe, "width_latency_s")] = None,
     plots: Annotated[bool | None, switch(AnalyzeRecipe, "plots")] = None,
     recipe: RecipeOption = None,
     step: StepOption = None,

@@ -104,7 +104,10 @@ JsonOption = Annotated[
 ]
 
 DATA_SETTINGS = {"metavar": "PATH"}
-RATIO_SETTINGS = {"metavar": "R|STAGE=R"}
+RATIO_SETTINGS = {"metavar": "R|STAGE=R|GROUP=R"}
+
+NO_RATIOS: dict[str, object] = {"keep_ratio": None, "stage_keep_ratios": {}, "group_keep_ratios": {}}
+"""Puts a target that was given as a flag in place of the recipe's ratios."""
 
 
 def parse_by_stage(
@@ -135,13 +138,20 @@ def parse_by_stage(
 
 
 def ratio_overrides(texts: Sequence[str] | None) -> dict[str, object]:
-    """`--ratio 0.25 --ratio up3=0.125` as recipe fields. A common ratio alone empties the recipe's ratios by stage."""
-    common, by_stage = parse_by_stage("--ratio", texts, float)
+    """`--ratio 0.25 --ratio up3=0.125 --ratio up3.stream=0.5` as recipe fields; a name with a dot is a channel group.
+
+    A common ratio alone empties the recipe's ratios by stage and by group.
+    """
+    common, by_name = parse_by_stage("--ratio", texts, float)
+    by_group = {name: ratio for name, ratio in by_name.items() if "." in name}
+    by_stage = {name: ratio for name, ratio in by_name.items() if name not in by_group}
     overrides: dict[str, object] = {}
     if common is not None:
         overrides["keep_ratio"] = common
     if common is not None or by_stage:
         overrides["stage_keep_ratios"] = by_stage
+    if common is not None or by_group:
+        overrides["group_keep_ratios"] = by_group
     return overrides
 
 

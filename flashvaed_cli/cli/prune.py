@@ -8,6 +8,7 @@ import typer
 
 from flashvaed_cli.cli.options import (
     DATA_SETTINGS,
+    NO_RATIOS,
     RATIO_SETTINGS,
     DeviceOption,
     DTypeOption,
@@ -31,6 +32,10 @@ flashvaed prune --ratio 0.25
 
 flashvaed prune Wan2.1_VAE.pth --ratio up2=0.125 --ratio up3=0.125 --round-to 8 --data clips/
 
+flashvaed prune --ratio 0.5 --ratio up3.stream=0.25 --rule next-layer
+
+flashvaed prune --target-speedup 1.5
+
 flashvaed prune --recipe paper"""
 
 
@@ -47,6 +52,10 @@ def prune(
     original: Annotated[str | None, flag(PruneRecipe, "original")] = None,
     rule: Annotated[SelectionRule | None, flag(PruneRecipe, "rule")] = None,
     round_to: Annotated[int | None, flag(PruneRecipe, "round_to")] = None,
+    target_speedup: Annotated[float | None, flag(PruneRecipe, "target_speedup")] = None,
+    target_gflops: Annotated[float | None, flag(PruneRecipe, "target_gflops")] = None,
+    latency_frames: Annotated[int | None, flag(PruneRecipe, "latency_frames")] = None,
+    latency_side: Annotated[int | None, flag(PruneRecipe, "latency_side")] = None,
     reconstruct: Annotated[ReconstructMode | None, flag(PruneRecipe, "reconstruct")] = None,
     dampening_frac: Annotated[float | None, flag(PruneRecipe, "dampening_frac")] = None,
     data: Annotated[list[str] | None, flag(PruneRecipe, "data", "--data", "-d", **DATA_SETTINGS)] = None,
@@ -69,7 +78,8 @@ def prune(
 
     Reads a decoder, its analysis and clips; writes pruned.safetensors. A ratio is the fraction KEPT.
     """
-    settings = resolve_settings(context, PruneRecipe, ratio_overrides(ratio))
+    has_target = target_speedup is not None or target_gflops is not None
+    settings = resolve_settings(context, PruneRecipe, {**(NO_RATIOS if has_target else {}), **ratio_overrides(ratio)})
     from flashvaed_cli.stages.prune import run_prune
 
     run_stage(context, run_prune, settings)

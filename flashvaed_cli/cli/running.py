@@ -27,6 +27,7 @@ PARSED_FLAGS = {
     "input": "INPUT",
     "keep_ratio": "--ratio",
     "stage_keep_ratios": "--ratio",
+    "group_keep_ratios": "--ratio",
     "operators": "--operator",
     "loss_weights": "--loss-weight",
 }

@@ -9,9 +9,20 @@ Reference: arXiv 2602.19161, section 3.1; the residual stream of a stage is one 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
-from flashvaed_cli.decoders.spec import BlockSpec, CoderSpec, ResBlockSpec, block_out_width
+from flashvaed_cli.decoders.spec import (
+    AttentionSpec,
+    BlockSpec,
+    CoderSpec,
+    DownsampleSpec,
+    HeadSpec,
+    ResBlockSpec,
+    UpsampleSpec,
+    block_out_width,
+)
 
 Kept = dict[str, tuple[int, ...]]
 """Tensor address to the channels that are left, as indices of the reference's channels; absent: all."""
@@ -57,6 +68,78 @@ def _stream_owner(stage: str, block: BlockSpec, next_address: str, following: Bl
         return f"{stage}.stream"
     changes_width = isinstance(following, ResBlockSpec) and following.shortcut is not None
     return f"{next_stage}.entry" if changes_width else f"{next_stage}.stream"
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """Something that reads a tensor of a group.
+
+    `layer` is its address, `norm` that of the norm (with SiLU, or before attention without) in front of it; None:
+    it reads the tensor as it is. Without a layer it is an identity shortcut, which carries all channels on into
+    another group.
+    """
+
+    layer: str | None
+    norm: str | None
+
+
+def producers(spec: CoderSpec, group: ChannelGroup) -> list[str]:
+    """Addresses of the layers whose outputs, added up where there are several, are the tensors of a group."""
+    blocks = dict(spec.blocks())
+    found: list[str] = []
+    for tensor in group.tensors:
+        inside_a_block = tensor not in blocks
+        found += [tensor] if inside_a_block else [f"{tensor}.{name}" for name in _writers(blocks[tensor])]
+    return found
+
+
+def consumers(spec: CoderSpec, group: ChannelGroup) -> list[Consumer]:
+    """All that reads the tensors of a group, in forward order.
+
+    Where an identity carries a tensor on within its group, the consumers of the next tensor stand for it. A
+    temporal upsampler gives the channels that it takes, so what comes behind it (`spatial`) reads them too.
+    """
+    blocks = list(spec.blocks())
+    if group.tensors[0] not in dict(blocks):
+        insides = [tensor.rpartition(".")[0] for tensor in group.tensors]
+        return [Consumer(f"{address}.conv2", f"{address}.norm2") for address in insides]
+    found: list[Consumer] = []
+    for (tensor, _), (address, block) in pairwise(blocks):
+        if tensor in group.tensors:
+            found += _readers(address, block, leaves_group=address not in group.tensors)
+    return found
+
+
+def _writers(block: BlockSpec) -> tuple[str, ...]:
+    """Names of the layers whose sum leaves a block; an identity adds none."""
+    if isinstance(block, ResBlockSpec):
+        return ("conv2",) if block.shortcut is None else ("conv2", "shortcut")
+    if isinstance(block, AttentionSpec):
+        return ("proj",)
+    if isinstance(block, DownsampleSpec):
+        return ("spatial",) if block.temporal is None else ("temporal",)
+    return ("spatial",) if isinstance(block, UpsampleSpec) else ("conv",)
+
+
+def _readers(address: str, block: BlockSpec, *, leaves_group: bool) -> Iterator[Consumer]:
+    """What reads the tensor that enters a block."""
+    if isinstance(block, ResBlockSpec):
+        yield Consumer(f"{address}.conv1", f"{address}.norm1")
+        if block.shortcut is not None:
+            yield Consumer(f"{address}.shortcut", None)
+    elif isinstance(block, AttentionSpec):
+        yield Consumer(f"{address}.qkv", f"{address}.norm")
+    elif isinstance(block, UpsampleSpec):
+        if block.temporal is not None:
+            yield Consumer(f"{address}.temporal", None)
+        yield Consumer(f"{address}.spatial", None)
+    elif isinstance(block, DownsampleSpec):
+        yield Consumer(f"{address}.spatial", None)
+    else:
+        yield Consumer(f"{address}.conv", f"{address}.norm" if isinstance(block, HeadSpec) else None)
+    has_identity = isinstance(block, AttentionSpec) or (isinstance(block, ResBlockSpec) and block.shortcut is None)
+    if has_identity and leaves_group:
+        yield Consumer(None, None)
 
 
 def tensor_widths(spec: CoderSpec) -> dict[str, int]:

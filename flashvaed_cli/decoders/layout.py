@@ -5,23 +5,21 @@ from __future__ import annotations
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from flashvaed_cli.decoders.coder import Coder
-
-CoderT = TypeVar("CoderT", bound=Coder)
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-def use_channels_last(coder: CoderT) -> CoderT:
-    """Lay the kernels of a decoder out channels-last, in place. Same frames up to rounding.
+def use_channels_last(model: ModuleT) -> ModuleT:
+    """Lay the kernels of a decoder, or of a part of one, out channels-last, in place. Same frames up to rounding.
 
     Feed it latents from `channels_last`: every operator keeps the layout of its input.
     """
-    for parameter in coder.parameters():
+    for parameter in model.parameters():
         if parameter.ndim in _FORMATS:
             parameter.data = parameter.data.contiguous(memory_format=_FORMATS[parameter.ndim])
-    return coder
+    return model
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
@@ -16,6 +18,15 @@ from flashvaed_cli.numerics.accumulation import (
     require_finite,
     rows_per_block,
 )
+
+
+@dataclass(frozen=True)
+class TensorStatistics:
+    """Second-order statistics of one tensor's channels over all calibration positions."""
+
+    covariance: Float64[Tensor, "C C"]
+    mean: Float64[Tensor, " C"]
+    count: int
 
 
 class CovarianceAccumulator:

@@ -19,6 +19,9 @@ from flashvaed_cli.numerics.accumulation import (
     rows_per_block,
 )
 
+# A feature whose centred energy is below this share of the largest does not vary: what is left is rounding.
+_DEAD_SHARE = 1e-12
+
 
 class NormalEquations:
     """Sums of XᵀX, XᵀY and diag(YᵀY) for the fit Y ≈ X Wᵀ + b; memory O(K² + K O) whatever the data.
@@ -195,14 +198,13 @@ class NormalEquations:
 class RidgeSolution:
     """A solved layer, float64 on the device of the sums.
 
-    `relative_error` is ||XWᵀ + b - Y||² / ||Y - mean Y||² on the rows accumulated; `ridge` the λ used.
+    `relative_error` is ||XWᵀ + b - Y||² / ||Y - mean Y||² on the rows accumulated.
     With `num_rows` below `num_unknowns` (K + 1 per output) only the ridge makes the solution unique.
     """
 
     weight: Float64[Tensor, "O K"]
     bias: Float64[Tensor, " O"]
     relative_error: float
-    ridge: float
     num_rows: int
     num_unknowns: int
 
@@ -212,8 +214,10 @@ def solve_ridge(
 ) -> RidgeSolution:
     """Solve one layer by ridge least squares; the bias is not damped.
 
-    Minimises ||XWᵀ + b - Y||² + λ||W - W0||², λ = dampening_frac * mean(diag(gram)), the gram centred,
-    W0 = `prior_weight` or zero. Holds the gram and one copy of it, no third.
+    Minimises ||XWᵀ + b - Y||² + λ Σ_k d_k ||w_k - w0_k||², λ = dampening_frac, the gram centred, d its diagonal
+    and w0 = `prior_weight` or zero: every feature is damped in units of its own variance, so that the solution does
+    not depend on how features are scaled. A feature that does not vary (d below 1e-12 of the largest) is damped
+    as the largest are, and so keeps its prior. Holds the gram and one copy of it, no third.
 
     Args:
         equations: the accumulated sums; still usable afterwards.
@@ -228,20 +232,29 @@ def solve_ridge(
         raise ValueError(f"dampening_frac must be at least 0, not {dampening_frac}")
     gram, right = equations.gram, equations.cross
     with plain_arithmetic(gram.device):
-        ridge = dampening_frac * float(gram.diagonal().mean())
+        energy = gram.diagonal()
+        largest = float(energy.max())
+        if not largest > 0:
+            raise CalibrationError(
+                f"{equations.label}: no unique solution: none of its inputs varies over {equations.num_rows} "
+                "positions; check the weights before it, or calibrate on other clips"
+            )
+        energy = torch.where(energy > _DEAD_SHARE * largest, energy, largest)
+        scale = energy.rsqrt()  # [K]
         if prior_weight is not None:
             prior = prior_weight.detach().to(device=gram.device, dtype=torch.float64)
-            right = right.add(prior.T, alpha=ridge)
-        damped = gram.clone()
-        damped.diagonal().add_(ridge)
-        weight = solve_positive_(damped, right, equations, dampening_frac).T.contiguous()  # [O, K]
+            right = torch.addcmul(right, energy[:, None], prior.T, value=dampening_frac)
+        damped = gram * scale
+        damped *= scale[:, None]  # unit diagonal, but for features that do not vary
+        damped.diagonal().add_(dampening_frac)
+        scaled = solve_positive_(damped, right * scale[:, None], equations, dampening_frac)
+        weight = (scaled * scale[:, None]).T.contiguous()  # [O, K]
         del damped
         bias = equations.target_mean - weight @ equations.feature_mean
     return RidgeSolution(
         weight=weight,
         bias=bias,
         relative_error=relative_error(equations, weight, bias),
-        ridge=ridge,
         num_rows=equations.num_rows,
         num_unknowns=equations.num_features + 1,
     )

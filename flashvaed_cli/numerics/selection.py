@@ -1,8 +1,14 @@
-"""Which channels to keep: greedy R², its baselines, and the least-squares map back to all channels."""
+"""Which channels to keep: greedy R² and the rules that it is compared with, one function each.
+
+A rule orders the channels of one group by importance, from what is known about them (`ChannelEvidence`). For every
+rule growing counts give nested sets, scores that are equal up to rounding go to the lowest index, and channels that
+do not vary over the calibration clips (dead or constant ones) come behind all that do, by index; to `greedy-energy`
+only dead ones are such.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,14 +17,31 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from flashvaed_cli.errors import CalibrationError
+from flashvaed_cli.numerics.independence import NEGLIGIBLE_SHARE, ResidualCovariance, nuclear_norm_drops
 
-# A channel whose residual variance is below this share of its own variance counts as explained:
-# what is left is rounding, and the gain ||S[:,j]||² / S[j,j] would divide noise by noise.
-_EXPLAINED_SHARE = 1e-10
+_TIE_SHARE = 1e-12
 
 
 @dataclass(frozen=True)
-class GreedySelection:
+class ChannelEvidence:
+    """What is known about the channels of one group; a rule that misses what it needs says so.
+
+    Attributes:
+        covariance: centred, over all calibration positions.
+        second_moment: the same about zero, in the same units: covariance + mean meanᵀ.
+        producer_l1: sum of the absolute weights of the filters that produce each channel.
+        consumer_metric: M such that tr(M E) is the squared error of what the consumers compute, E the covariance of
+            the error of their input.
+    """
+
+    covariance: Float64[Tensor, "C C"]
+    second_moment: Float64[Tensor, "C C"] | None = None
+    producer_l1: Float64[Tensor, " C"] | None = None
+    consumer_metric: Float64[Tensor, "C C"] | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
     """Channels in the order in which they were picked, and R² of all channels after each pick."""
 
     kept: list[int]
@@ -26,189 +49,199 @@ class GreedySelection:
 
 
 class SelectionRule(Protocol):
-    """The call that every entry of `SELECTION_RULES` answers to."""
+    """The call that every entry of `SELECTION_RULES` answers to.
 
-    def __call__(self, covariance: Float64[Tensor, "C C"], num_kept: int, *, seed: int = 0) -> GreedySelection: ...
+    Raises CalibrationError when `num_kept` is not in 1 to C, the evidence is not finite or lacks what the rule
+    needs, or no channel varies.
+    """
 
-
-class _Residual:
-    """The covariance of what the picked channels leave unexplained, kept up to date by rank-one downdates."""
-
-    def __init__(self, covariance: Float64[Tensor, "C C"]) -> None:
-        _require_covariance(covariance)
-        self.matrix = covariance.detach().to(torch.float64, copy=True)
-        self.total = float(self.matrix.trace())
-        variance = self.matrix.diagonal()
-        self.alive = variance > _EXPLAINED_SHARE * variance.max()
-        self.floor = (_EXPLAINED_SHARE * variance).clamp(min=torch.finfo(torch.float64).tiny)
-
-    @property
-    def r2(self) -> float:
-        left = float(self.matrix.diagonal().clamp(min=0.0).sum()) / self.total
-        return min(max(1.0 - left, 0.0), 1.0)
-
-    def gains(self) -> Float64[Tensor, " C"]:
-        """Drop of the residual trace by each pick: ||S[:,j]||² / S[j,j]; zero where only rounding is left."""
-        variance = self.matrix.diagonal()
-        informative = self.alive & (variance > self.floor)
-        gains = self.matrix.square().sum(dim=0) / torch.where(informative, variance, 1.0)
-        return torch.where(informative, gains, 0.0)
-
-    def pick(self, channel: int) -> None:
-        """Project `channel` out of all others: S <- S - S[:,j] S[:,j]ᵀ / S[j,j]."""
-        variance = float(self.matrix[channel, channel])
-        if bool(self.alive[channel]) and variance > float(self.floor[channel]):
-            column = self.matrix[:, channel].clone()
-            self.matrix.addr_(column, column, alpha=-1.0 / variance)
-        self.matrix[channel, :] = 0.0
-        self.matrix[:, channel] = 0.0
+    def __call__(self, evidence: ChannelEvidence, num_kept: int, *, seed: int = 0) -> Selection: ...
 
 
-def select_greedy_r2(covariance: Float64[Tensor, "C C"], num_kept: int, *, seed: int = 0) -> GreedySelection:
+def select_greedy_r2(evidence: ChannelEvidence, num_kept: int, *, seed: int = 0) -> Selection:
     """Keep the channels that together explain most of the variance of all, one after another.
 
-    Each pick is the channel with the largest gain in R² = 1 - ||Y - Ŷ||² / ||Y - mean Y||², Ŷ the
-    least-squares prediction from the kept channels; exact, O(C²) per pick. Ties go to the lowest
-    index. Once everything is explained, dependent channels follow by index, and dead channels
-    (variance below 1e-10 of the largest) come last of all.
+    Each pick is the channel with the largest gain in R² = 1 - ||Y - Ŷ||² / ||Y - mean Y||², Ŷ the least-squares
+    prediction from the kept channels; exact, O(C²) per pick. Once everything is explained, dependent channels
+    follow by index.
 
-    Args:
-        covariance: centred, over all calibration positions.
-        num_kept: how many to keep, 1 to C.
-        seed: unused; the rule is deterministic.
-    Raises:
-        CalibrationError: `num_kept` is out of range, the covariance is not finite, or no channel varies.
     Reference:
         arXiv 2602.19161, section 3.1. Departure: exact gains from the covariance instead of a fit per candidate.
     """
     del seed
-    residual = _Residual(covariance)
-    _require_num_kept(covariance, num_kept)
-    available = torch.ones_like(residual.alive)
-    kept, r2 = [], []
-    for _ in range(num_kept):
-        # Gains are >= 0: the offset puts dead channels behind all live ones, and picked ones out of reach.
-        score = torch.where(residual.alive, residual.gains(), -1.0)
-        channel = _first_argmax(torch.where(available, score, -2.0))
-        residual.pick(channel)
-        available[channel] = False
-        kept.append(channel)
-        r2.append(max(residual.r2, r2[-1] if r2 else 0.0))
-    return GreedySelection(kept, r2)
+    _require_num_kept(evidence, num_kept)
+    residual = ResidualCovariance(evidence.covariance)
+    return _pick_greedily(residual, num_kept, residual.gains)
 
 
-def select_random(covariance: Float64[Tensor, "C C"], num_kept: int, *, seed: int = 0) -> GreedySelection:
-    """A uniformly random set, the paper's baseline; the same seed gives nested sets for growing `num_kept`."""
-    _require_num_kept(covariance, num_kept)
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(covariance.shape[0], generator=generator)[:num_kept]
-    return _in_order(covariance, order.tolist())
+def select_greedy_energy(evidence: ChannelEvidence, num_kept: int, *, seed: int = 0) -> Selection:
+    """Greedy R² about zero instead of about the mean: a channel counts for its mean too.
 
+    A norm divides by the root mean square of all channels, so a channel that is large and nearly constant steadies
+    every other; without it they would be normalised by one another. Centred R² cannot see that.
 
-def select_variance(covariance: Float64[Tensor, "C C"], num_kept: int, *, seed: int = 0) -> GreedySelection:
-    """The channels with the largest variance, each judged by itself; ties go to the lowest index."""
+    Reference:
+        arXiv 2602.19161, section 3.1. Departure: second moments in place of covariances, no constant in the fit.
+    """
     del seed
-    _require_num_kept(covariance, num_kept)
-    order = torch.sort(covariance.diagonal(), descending=True, stable=True).indices[:num_kept]
-    return _in_order(covariance, order.tolist())
+    _require_num_kept(evidence, num_kept)
+    second_moment = _require(
+        evidence.second_moment, "greedy-energy", "the means of the channels beside their covariance"
+    )
+    energy, variance = ResidualCovariance(second_moment), ResidualCovariance(evidence.covariance)
+    order = _pick_greedily(energy, num_kept, energy.gains).kept
+    r2: list[float] = []
+    for channel in order:
+        variance.pick(channel)
+        r2.append(max(variance.r2, r2[-1] if r2 else 0.0))
+    return Selection(order, r2)
+
+
+def select_next_layer(evidence: ChannelEvidence, num_kept: int, *, seed: int = 0) -> Selection:
+    """Keep the channels from which the consumers' outputs can be computed best, one after another.
+
+    Each pick is the channel with the largest drop of tr(M S), M the consumer metric and S the residual covariance:
+    S[j,:] M S[:,j] / S[j,j]. With M = I this is greedy R².
+
+    Reference:
+        ThiNet, arXiv 1707.06342. Departure: closed form from second moments; the kept channels are mapped by least
+        squares; what the metric makes of norms and taps is said where it is built.
+    """
+    del seed
+    _require_num_kept(evidence, num_kept)
+    metric = _require(evidence.consumer_metric, "next-layer", "the weights of the layers that read the channels")
+    residual = ResidualCovariance(evidence.covariance, metric)
+    if not bool((residual.gains() > 0).any()):
+        raise CalibrationError("the rule next-layer cannot choose: no layer that reads these channels depends on them")
+    return _pick_greedily(residual, num_kept, residual.gains)
+
+
+def select_pivoted_qr(evidence: ChannelEvidence, num_kept: int, *, seed: int = 0) -> Selection:
+    """Keep the channel with the largest residual variance, one after another: QR with column pivoting.
+
+    Reference:
+        LinDeps, arXiv 2507.21573. Departure: centred features, by downdates of the covariance instead of a QR of
+        the features, and the count is given instead of a threshold.
+    """
+    del seed
+    _require_num_kept(evidence, num_kept)
+    residual = ResidualCovariance(evidence.covariance)
+    return _pick_greedily(residual, num_kept, residual.variances)
+
+
+def select_chip(evidence: ChannelEvidence, num_kept: int, *, seed: int = 0) -> Selection:
+    """Keep the channels whose removal would lower the nuclear norm of the feature matrix most, each by itself.
+
+    Reference:
+        CHIP, arXiv 2110.13981. Departure: one feature matrix over all positions of all clips, instead of the mean
+        over those of single images.
+    """
+    del seed
+    _require_num_kept(evidence, num_kept)
+    second_moment = _require(evidence.second_moment, "chip", "the means of the channels beside their covariance")
+    # The root of an eigenvalue that is rounding is 1e-8 of the largest, which must not break ties.
+    return _pick_ranked(evidence, nuclear_norm_drops(second_moment), num_kept, tie_share=1e-7)
+
+
+def select_l1(evidence: ChannelEvidence, num_kept: int, *, seed: int = 0) -> Selection:
+    """Keep the channels whose filters have the largest sum of absolute weights, each by itself.
+
+    Reference:
+        arXiv 1608.08710 (Pruning Filters for Efficient ConvNets). Departure: where several layers write to a
+        channel, their sums are added.
+    """
+    del seed
+    _require_num_kept(evidence, num_kept)
+    weight_sums = _require(evidence.producer_l1, "l1", "the weights of the layers that produce the channels")
+    return _pick_ranked(evidence, weight_sums, num_kept)
+
+
+def select_variance(evidence: ChannelEvidence, num_kept: int, *, seed: int = 0) -> Selection:
+    """Keep the channels with the largest variance, each judged by itself."""
+    del seed
+    _require_num_kept(evidence, num_kept)
+    return _pick_ranked(evidence, evidence.covariance.diagonal(), num_kept)
+
+
+def select_random(evidence: ChannelEvidence, num_kept: int, *, seed: int = 0) -> Selection:
+    """Keep a uniformly random set of the channels that vary, the paper's baseline."""
+    _require_num_kept(evidence, num_kept)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(evidence.covariance.shape[0], generator=generator)
+    return _pick_ranked(evidence, order.argsort().neg().double().to(evidence.covariance.device), num_kept)
 
 
 SELECTION_RULES: dict[str, SelectionRule] = {
     "greedy-r2": select_greedy_r2,
-    "random": select_random,
+    "greedy-energy": select_greedy_energy,
+    "next-layer": select_next_layer,
+    "pivoted-qr": select_pivoted_qr,
+    "chip": select_chip,
+    "l1": select_l1,
     "variance": select_variance,
+    "random": select_random,
 }
 
 
-def r2_of_set(covariance: Float64[Tensor, "C C"], kept: Sequence[int]) -> float:
-    """Share of the variance of all channels that least squares from `kept` explains.
+def unvarying_channels(evidence: ChannelEvidence) -> tuple[list[int], list[int]]:
+    """The dead channels (no variance, no mean) and the constant ones (no variance, but a mean).
 
-    Raises:
-        CalibrationError: the covariance is not finite, or no channel varies.
+    No variance is one of at most 1e-10 of the largest; no mean is a square below the same figure. Without second
+    moments all count as dead.
     """
-    residual = _Residual(covariance)
-    for channel in kept:
+    variance = evidence.covariance.diagonal()
+    floor = NEGLIGIBLE_SHARE * variance.max()
+    still = variance <= floor
+    power = torch.zeros_like(variance) if evidence.second_moment is None else evidence.second_moment.diagonal()
+    dead, constant = still & (power <= floor), still & (power > floor)
+    return dead.nonzero().flatten().tolist(), constant.nonzero().flatten().tolist()
+
+
+def _pick_greedily(
+    residual: ResidualCovariance,
+    num_kept: int,
+    score: Callable[[], Float64[Tensor, " C"]],
+    tie_share: float = _TIE_SHARE,
+) -> Selection:
+    """Pick the best by a score of what the picks so far leave, again and again."""
+    available = torch.ones_like(residual.alive)
+    kept, r2 = [], []
+    for _ in range(num_kept):
+        channel = _first_best(score(), residual.alive, available, tie_share)
         residual.pick(channel)
-    return residual.r2
-
-
-def reconstruction_map(
-    covariance: Float64[Tensor, "C C"], mean: Float64[Tensor, " C"], kept: Sequence[int]
-) -> tuple[Float64[Tensor, "C k"], Float64[Tensor, " C"]]:
-    """Least-squares map from the kept channels to all: Y ≈ W X + b.
-
-    A kept channel maps to itself exactly. Where kept channels depend on one another, the map of
-    least norm (in units of each channel's deviation) is taken; a dead kept channel helps no other.
-
-    Returns:
-        W and b, float64.
-    Raises:
-        CalibrationError: the covariance is not finite, or no channel varies.
-    """
-    _require_covariance(covariance)
-    covariance = covariance.detach().double()
-    index = torch.as_tensor(list(kept), device=covariance.device)
-    if len(set(kept)) != len(kept):
-        raise ValueError(f"a channel is kept twice: {list(kept)}")
-    variance = covariance.diagonal()
-    alive = variance[index] > _EXPLAINED_SHARE * variance.max()
-    scale = torch.where(alive, variance[index], 1.0).rsqrt() * alive  # [k]
-    correlation = covariance[index][:, index] * scale[:, None] * scale[None, :]  # [k, k]
-    inverse = torch.linalg.pinv(correlation, rtol=_EXPLAINED_SHARE, hermitian=True)
-    weight = (covariance[:, index] * scale) @ inverse * scale  # [C, k]
-    weight[index] = torch.eye(len(kept), dtype=torch.float64, device=covariance.device)
-    bias = mean.double() - weight @ mean.double()[index]  # [C]
-    bias[index] = 0.0
-    return weight, bias
-
-
-def effective_rank(covariance: Float64[Tensor, "C C"], fraction: float = 0.99) -> int:
-    """Number of principal components that hold `fraction` of the variance; 0 when nothing varies."""
-    if not 0.0 < fraction <= 1.0:
-        raise ValueError(f"fraction must be in (0, 1], not {fraction}")
-    _require_finite_square(covariance)
-    spectrum = torch.linalg.eigvalsh(covariance.detach().double()).flip(0).clamp(min=0.0)
-    if not bool(spectrum[0] > 0):
-        return 0
-    held = torch.cumsum(spectrum, dim=0)
-    # The last sums differ from the total by rounding only, which must not count as a component.
-    rounding = 1.0 - len(spectrum) * torch.finfo(torch.float64).eps
-    return min(int((held < fraction * rounding * held[-1]).sum()) + 1, len(spectrum))
-
-
-def _in_order(covariance: Float64[Tensor, "C C"], order: list[int]) -> GreedySelection:
-    residual = _Residual(covariance)
-    r2: list[float] = []
-    for channel in order:
-        residual.pick(channel)
+        available[channel] = False
+        kept.append(channel)
         r2.append(max(residual.r2, r2[-1] if r2 else 0.0))
-    return GreedySelection(order, r2)
+    return Selection(kept, r2)
 
 
-def _first_argmax(score: Float64[Tensor, " C"]) -> int:
-    """Lowest index of the maximum; scores equal up to rounding are a tie, on every machine the same."""
-    best = float(score.max())
-    return int((score >= best - 1e-12 * abs(best)).nonzero()[0, 0])
+def _pick_ranked(
+    evidence: ChannelEvidence, score: Float64[Tensor, " C"], num_kept: int, tie_share: float = _TIE_SHARE
+) -> Selection:
+    """Pick the best by a score that each channel has by itself."""
+    return _pick_greedily(ResidualCovariance(evidence.covariance), num_kept, lambda: score, tie_share)
 
 
-def _require_num_kept(covariance: Float64[Tensor, "C C"], num_kept: int) -> None:
-    if not 1 <= num_kept <= covariance.shape[0]:
+def _first_best(score: Float64[Tensor, " C"], alive: Tensor, available: Tensor, tie_share: float) -> int:
+    """Lowest index of the best available channel, on every machine the same; the dead come last."""
+    living = alive & available
+    if not bool(living.any()):
+        return int(available.nonzero()[0, 0])
+    best = score[living].max()
+    return int((living & (score >= best - tie_share * best.abs())).nonzero()[0, 0])
+
+
+def _require_num_kept(evidence: ChannelEvidence, num_kept: int) -> None:
+    width = evidence.covariance.shape[0]
+    if not 1 <= num_kept <= width:
         raise CalibrationError(
-            f"cannot keep {num_kept} of {covariance.shape[0]} channels: choose a ratio that keeps at least one and "
-            "at most all"
+            f"cannot keep {num_kept} of {width} channels: choose a ratio that keeps at least one and at most all"
         )
 
 
-def _require_finite_square(covariance: Float64[Tensor, "C C"]) -> None:
-    if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
-        raise ValueError(f"a covariance is square, not {tuple(covariance.shape)}")
-    if not bool(torch.isfinite(covariance).all()):
-        raise CalibrationError("the covariance holds NaN or infinite values: calibrate again on valid clips")
-
-
-def _require_covariance(covariance: Float64[Tensor, "C C"]) -> None:
-    _require_finite_square(covariance)
-    if not bool(covariance.diagonal().max() > 0):
-        raise CalibrationError(
-            "no channel varies over the calibration clips: check the weights, or calibrate on other clips"
-        )
+def _require(evidence: Tensor | None, rule: str, what: str) -> Tensor:
+    if evidence is None:
+        raise CalibrationError(f"the rule {rule} needs {what}, which was not given; choose another rule")
+    if not bool(torch.isfinite(evidence).all()):
+        raise CalibrationError(f"the rule {rule} needs {what}, and they hold NaN or infinite values")
+    return evidence

@@ -22,8 +22,8 @@ DEFAULT_KEEP_RATIO = 0.25
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 DType = Literal["float32", "bfloat16", "float16"]
-SelectionRule = Literal["greedy-r2", "random", "variance"]
-ReconstructMode = Literal["none", "full"]
+SelectionRule = Literal["greedy-r2", "greedy-energy", "next-layer", "pivoted-qr", "chip", "l1", "variance", "random"]
+ReconstructMode = Literal["none", "channel", "full"]
 OperatorProfile = Literal["paper"]
 StageOperator = Literal["causal3d", "dwsep3d", "frame2d"]
 PhaseChoice = Literal["1", "2", "3", "all"]
@@ -106,7 +106,8 @@ class ReconstructingRecipe(CalibratedRecipe):
     )
     reconstruct: ReconstructMode = Field(
         default="full",
-        description="full solves the weights of changed layers by least squares; none keeps cut weights.",
+        description="full solves whole kernels by least squares, channel only the map from the channels that are left "
+        "to those that a layer read before, none keeps cut weights.",
     )
     dampening_frac: Positive = Field(default=1e-4, description="Ridge term, as a fraction of the gram's mean diagonal.")
 
@@ -119,19 +120,40 @@ class _RatioFields(CommandRecipe):
     stage_keep_ratios: dict[Name, KeepRatio] = Field(
         default={}, description="Fraction of channels kept by stage name; without keep_ratio, other stages stay whole."
     )
-    rule: SelectionRule = Field(default="greedy-r2", description="How the kept channels are chosen.")
+    group_keep_ratios: dict[Name, KeepRatio] = Field(
+        default={},
+        description="Fraction of channels kept by channel group (up3.stream, up3.0.inner), in place of its stage's.",
+    )
+    rule: SelectionRule = Field(
+        default="greedy-r2",
+        description="How the kept channels are chosen: greedy-r2 explains most of the variance of all, greedy-energy "
+        "most of their energy (means count too), next-layer most of what the next layers compute; pivoted-qr takes "
+        "the largest residual variance, chip the largest drop of the nuclear norm, l1 the largest weights, variance "
+        "the largest variance, random any.",
+    )
+
+    @model_validator(mode="after")
+    def _ratios_name_what_they_should(self) -> _RatioFields:
+        # A group's name is its stage's, a dot and more.
+        groups = [name for name in self.stage_keep_ratios if "." in name]
+        stages = [name for name in self.group_keep_ratios if "." not in name]
+        if groups:
+            raise ValueError(f"stage_keep_ratios: {', '.join(groups)} is a channel group: give it in group_keep_ratios")
+        if stages:
+            raise ValueError(f"group_keep_ratios: {', '.join(stages)} is a stage: give it in stage_keep_ratios")
+        return self
 
     def ratios(self, shallow_stages: Sequence[str]) -> dict[str, float]:
-        """Fraction kept by stage name; stages that are not in it stay whole.
+        """Fraction kept by the name of a stage or a channel group; what is not in it stays whole.
 
         Args:
             shallow_stages: the family's stages that `keep_ratio` speaks of.
         """
         keep_ratio = self.keep_ratio
-        if keep_ratio is None and not self.stage_keep_ratios:
+        if keep_ratio is None and not self.stage_keep_ratios and not self.group_keep_ratios:
             keep_ratio = DEFAULT_KEEP_RATIO
         common = {} if keep_ratio is None else dict.fromkeys(shallow_stages, keep_ratio)
-        return {**common, **self.stage_keep_ratios}
+        return {**common, **self.stage_keep_ratios, **self.group_keep_ratios}
 
 
 class AnalyzeRecipe(CalibratedRecipe):
@@ -148,6 +170,11 @@ class AnalyzeRecipe(CalibratedRecipe):
         default=128, description="Height and width in pixels of the clip whose decoding is timed."
     )
     num_latency_rounds: Count = Field(default=3, description="Timed rounds, after one to warm up; the median counts.")
+    width_latency_s: OptionalCount = Field(
+        default=60,
+        description="About how many seconds to spend on the latency of narrower widths, which prune --target-speedup "
+        "needs; slow decoders take one round, however long; 0 leaves it out.",
+    )
     plots: Switch = Field(default=False, description="Also draw R2 curves, spectra and latency shares as PNG files.")
     output: Name = Field(default=ANALYSIS_FILE, description="Analysis artifact to write.")
 
@@ -166,7 +193,42 @@ class PruneRecipe(ReconstructingRecipe, _RatioFields):
         description=f"Analysis of that decoder. Without it, {ANALYSIS_FILE} if that fits, else made on the fly.",
     )
     round_to: Count = Field(default=1, description="Round kept channel counts up to a multiple of this.")
+    target_speedup: Annotated[float, Field(gt=1, strict=True)] | None = Field(
+        default=None,
+        description="In place of ratios: prune the family's shallow stages until decoding is predicted to be so many "
+        "times as fast as that of the input, on this device, by the latency model of the analysis.",
+    )
+    target_gflops: Positive | None = Field(
+        default=None,
+        description="In place of ratios: prune the family's shallow stages until decoding the timed clip takes so many "
+        "GFLOP.",
+    )
+    latency_frames: Count | None = Field(
+        default=None, description="Frames of the clip that a target speaks of; those of the analysis, or else 9."
+    )
+    latency_side: Count | None = Field(
+        default=None, description="Height and width of the clip that a target speaks of; the analysis', or else 128."
+    )
     output: Name = Field(default=PRUNED_FILE, description="Decoder artifact to write.")
+
+    @model_validator(mode="after")
+    def _one_way_to_choose_widths(self) -> PruneRecipe:
+        given = {
+            "keep_ratio": self.keep_ratio is not None,
+            "stage_keep_ratios": bool(self.stage_keep_ratios),
+            "group_keep_ratios": bool(self.group_keep_ratios),
+            "target_speedup": self.target_speedup is not None,
+            "target_gflops": self.target_gflops is not None,
+        }
+        chosen = [name for name, is_given in given.items() if is_given]
+        if len(chosen) > 1 and chosen[-1].startswith("target"):
+            raise ValueError(f"{', '.join(chosen)}: a target chooses the ratios itself; give one target, or ratios")
+        return self
+
+    @property
+    def has_target(self) -> bool:
+        """Whether widths come from a budget instead of ratios."""
+        return self.target_speedup is not None or self.target_gflops is not None
 
 
 class ConvertOpsRecipe(ReconstructingRecipe):

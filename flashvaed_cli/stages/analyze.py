@@ -3,8 +3,10 @@
 The analysis artifact holds tensors `covariance.TENSOR` and `mean.TENSOR` (float64; TENSOR is an address of
 `decoders.groups`) and, in its header under `measured`:
     stages: one record per stage (parameters, gflop, latency_ms by operator, activation_mib, effective_rank, width).
-    groups: one record per channel group (stage, width, effective_rank, greedy order, r2 after each pick, spectrum).
+    groups: one record per channel group (stage, width, effective_rank, greedy order, r2 after each pick, spectrum,
+        indices of the dead and the constant channels).
     clips: number of clips, positions per tensor, and the size of the timed run.
+    width_latency: decoding time as a function of the widths that pruning leaves; see `stages.latency_model`.
 """
 
 from __future__ import annotations
@@ -21,21 +23,24 @@ from torch import Tensor
 from flashvaed_cli.artifact.checkpoint import Checkpoint, derived_header
 from flashvaed_cli.artifact.store import refuse_overwrite, write_artifact
 from flashvaed_cli.calibrate.latency import measure_latency
-from flashvaed_cli.calibrate.statistics import TensorStatistics, collect_statistics
+from flashvaed_cli.calibrate.statistics import collect_statistics
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.cost import stage_costs
 from flashvaed_cli.decoders.groups import channel_groups
 from flashvaed_cli.metrics.module_times import profile_modules
 from flashvaed_cli.metrics.speed import synchronizer
-from flashvaed_cli.numerics.selection import effective_rank, select_greedy_r2
+from flashvaed_cli.numerics.covariance import TensorStatistics
+from flashvaed_cli.numerics.independence import effective_rank
+from flashvaed_cli.numerics.selection import select_greedy_r2, unvarying_channels
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.models import AnalyzeRecipe
 from flashvaed_cli.report.curves import plot_latency, plot_r2_curves, plot_spectra
 from flashvaed_cli.report.tables import Column, TableData
 from flashvaed_cli.stages.clips import plan_calibration
+from flashvaed_cli.stages.latency_model import TimedClip, latency_model_record
 from flashvaed_cli.stages.loading import DTYPES, choose_device, choose_input, load_inputs
 from flashvaed_cli.stages.result import StageOutcome
-from flashvaed_cli.surgery.selection import group_covariance
+from flashvaed_cli.surgery.evidence import pooled_evidence
 
 SHOWN_RATIOS = (0.125, 0.25, 0.5)
 
@@ -69,31 +74,46 @@ def run_analyze(recipe: AnalyzeRecipe, *, progress: Progress, force: bool, comma
             "dtype": recipe.dtype,
         },
     }
+    if recipe.width_latency_s is not None:
+        measured["width_latency"] = latency_model_record(
+            decoder,
+            timed_clip(recipe, device),
+            budget_s=float(recipe.width_latency_s),
+            seed=recipe.seed,
+            progress=progress,
+        )
     output = _write(recipe, inputs.checkpoint, statistics, measured, force, command_line)
     plots = draw_plots(measured, output) if recipe.plots else []
     return StageOutcome((output, *plots), (_stage_table(stages, recipe), _group_table(groups)), measured)
 
 
+def timed_clip(recipe: AnalyzeRecipe, device: torch.device) -> TimedClip:
+    """The clip whose decoding is timed."""
+    return TimedClip(recipe.latency_frames, recipe.latency_side, device, recipe.dtype)
+
+
 def _group_records(
     decoder: Decoder, statistics: Mapping[str, TensorStatistics], progress: Progress
 ) -> list[dict[str, Any]]:
-    covariances = {address: one.covariance for address, one in statistics.items()}
     records = []
     groups = channel_groups(decoder.spec)
     with progress.task("greedy R2", len(groups)) as task:
         for group in groups:
-            covariance = group_covariance(group, covariances)
-            order = select_greedy_r2(covariance, group.width)
+            evidence = pooled_evidence(group, statistics)
+            order = select_greedy_r2(evidence, group.width)
+            dead, constant = unvarying_channels(evidence)
             records.append(
                 {
                     "group": group.name,
                     "stage": group.stage,
                     "width": group.width,
                     "tensors": list(group.tensors),
-                    "effective_rank": effective_rank(covariance),
+                    "effective_rank": effective_rank(evidence.covariance),
                     "order": order.kept,
                     "r2": order.r2,
-                    "spectrum": _spectrum(covariance),
+                    "spectrum": _spectrum(evidence.covariance),
+                    "dead": dead,
+                    "constant": constant,
                 }
             )
             task.advance(group=group.name)
@@ -110,17 +130,11 @@ def _stage_records(
     decoder: Decoder, groups: list[dict[str, Any]], recipe: AnalyzeRecipe, device: torch.device, progress: Progress
 ) -> list[dict[str, Any]]:
     spec = decoder.spec
-    grid = (
-        1 + -(-(recipe.latency_frames - 1) // spec.temporal_factor),
-        -(-recipe.latency_side // spec.spatial_factor),
-        -(-recipe.latency_side // spec.spatial_factor),
-    )
+    clip = timed_clip(recipe, device)
     dtype = DTYPES[recipe.dtype]
-    generator = torch.Generator().manual_seed(recipe.seed)
-    latents = torch.randn(1, spec.latent_width, *grid, generator=generator).to(device, dtype)
     profile = partial(profile_modules, num_rounds=recipe.num_latency_rounds, synchronize=synchronizer(device))
     progress.log(f"latency: {recipe.latency_frames} frames of {recipe.latency_side} x {recipe.latency_side}")
-    latency = measure_latency(decoder.to(dtype), latents, profile)
+    latency = measure_latency(decoder.to(dtype), clip.latents(spec, recipe.seed), profile)
     decoder.float()
     streams = {record["stage"]: record for record in groups if record["group"].endswith(".stream")}
     return [
@@ -133,7 +147,7 @@ def _stage_records(
             "width": streams.get(cost.name, {}).get("width"),
             "effective_rank": streams.get(cost.name, {}).get("effective_rank"),
         }
-        for cost in stage_costs(spec, grid)
+        for cost in stage_costs(spec, clip.grid(spec))
     ]
 
 

@@ -9,15 +9,14 @@ from flashvaed_cli.artifact.store import refuse_overwrite
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.cost import total_gflop
 from flashvaed_cli.decoders.families import get_family
-from flashvaed_cli.decoders.groups import Kept, tensor_widths
 from flashvaed_cli.decoders.spec import DecoderSpec, Operator
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.models import ConvertOpsRecipe
 from flashvaed_cli.report.tables import Column, TableData
 from flashvaed_cli.stages.clips import plan_calibration
-from flashvaed_cli.stages.loading import DTYPES, Inputs, choose_device, choose_input, load_inputs
-from flashvaed_cli.stages.reconstruction import error_table, fit_settings, reconstruct
+from flashvaed_cli.stages.loading import DTYPES, choose_device, choose_input, load_inputs
+from flashvaed_cli.stages.reconstruction import choose_reference, error_table, fit_settings, reconstruct
 from flashvaed_cli.stages.result import StageOutcome
 from flashvaed_cli.surgery.respec import converted_spec
 from flashvaed_cli.surgery.transfer import transfer_weights
@@ -42,10 +41,10 @@ def run_convert_ops(recipe: ConvertOpsRecipe, *, progress: Progress, force: bool
         raise SpecError(f"{location}: every stage has the operator asked for already; nothing to convert")
     student = transfer_weights(decoder, spec, {})
     errors = []
-    if recipe.reconstruct == "full":
+    if recipe.reconstruct != "none":
         clips = plan_calibration(inputs.original, recipe, recipe.num_calibration_clips, device, progress)
         settings = fit_settings(recipe, num_separable_iterations=recipe.num_separable_iterations)
-        reference, kept = _reference(inputs, progress)
+        reference, kept = choose_reference(inputs, {}, progress)
         errors = reconstruct(decoder, student, reference, kept, clips, settings, progress)
     measured = {
         "operators": operators,
@@ -63,20 +62,6 @@ def run_convert_ops(recipe: ConvertOpsRecipe, *, progress: Progress, force: bool
     output = Path(recipe.output)
     save_checkpoint(output, header, decoder=student, dtype=DTYPES[recipe.dtype], force=force)
     return StageOutcome((output,), (_operator_table(decoder, student), *error_table(errors)), measured)
-
-
-def _reference(inputs: Inputs, progress: Progress) -> tuple[Decoder, Kept]:
-    """What to reconstruct: the original; a decoder pruned elsewhere does not say what it kept of that, so itself."""
-    decoder, original = inputs.checkpoint.require_decoder(), inputs.original.require_decoder()
-    kept = inputs.checkpoint.kept_channels
-    widths = tensor_widths(original.spec) | {tensor: len(channels) for tensor, channels in kept.items()}
-    if tensor_widths(decoder.spec) == widths:
-        return original, kept
-    progress.warn(
-        f"{inputs.checkpoint.location} is narrower than its original and does not say which channels were kept: "
-        "its own output is reconstructed, not the original's"
-    )
-    return decoder, {}
 
 
 def _gflop(spec: DecoderSpec) -> float:

@@ -31,7 +31,7 @@ from flashvaed_cli.distill.phases import (
 from flashvaed_cli.distill.settings import TrainSettings
 from flashvaed_cli.errors import DistillationError, MetricUnavailableError
 from flashvaed_cli.metrics.lpips_metric import load_lpips
-from flashvaed_cli.numerics.selection import reconstruction_map
+from flashvaed_cli.numerics.independence import reconstruction_map
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.models import DistillRecipe, PhaseRecipe
 from flashvaed_cli.report.curves import plot_losses
@@ -188,10 +188,8 @@ def _plan(
     sample = pool.first(_NUM_STATISTICS_CLIPS)
     if phase == 2:
         statistics = collect_statistics(student, sample, num_clips=len(sample), progress=progress)
-        covariances = {address: one.covariance for address, one in statistics.items()}
-        to_keep, _ = select_channels(
-            student.spec, covariances, recipe.ratios(family.shallow_stages), rule=recipe.rule, seed=recipe.seed
-        )
+        ratios = recipe.ratios(family.shallow_stages)
+        to_keep, _ = select_channels(student, statistics, ratios, rule=recipe.rule, seed=recipe.seed)
         return plan_phase_2(student.spec, teacher.spec, to_keep=to_keep)
     projections: dict[str, Projection] = {}
     if kept:

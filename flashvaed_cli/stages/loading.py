@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint, load_checkpoint, load_original
-from flashvaed_cli.errors import FlashVaedError
+from flashvaed_cli.errors import ArtifactError, FlashVaedError
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.models import CommandRecipe
 from flashvaed_cli.zoo.builtin import BUILTINS
@@ -54,13 +54,27 @@ def load_inputs(location: str, *, original: str | None, device: torch.device, ne
     """Load a checkpoint and its original, both moved to the device.
 
     Raises:
-        ArtifactError: not found, unreadable, or not the original of the checkpoint.
+        ArtifactError: not found, unreadable, not the original of the checkpoint, or weights that are not finite.
     """
     checkpoint = load_checkpoint(location, builtins=BUILTINS)
     checkpoint.require_decoder()
     parent = load_original(checkpoint, original, BUILTINS, needs_encoder=needs_encoder)
     for loaded in (checkpoint, parent):
+        _require_finite_weights(loaded)
         for coder in (loaded.decoder, loaded.encoder):
             if coder is not None:
                 coder.to(device)
     return Inputs(checkpoint, parent, device)
+
+
+def _require_finite_weights(checkpoint: Checkpoint) -> None:
+    coders = [coder for coder in (checkpoint.decoder, checkpoint.encoder) if coder is not None]
+    for coder in coders:
+        for name, parameter in coder.named_parameters():
+            low, high = torch.aminmax(parameter.detach())
+            if not bool(torch.isfinite(low) & torch.isfinite(high)):
+                layer = name.removeprefix("stages.")
+                raise ArtifactError(
+                    f"{checkpoint.location}: {layer} of the {coder.spec.role} holds NaN or infinite values; "
+                    "the file is damaged, or its number format too narrow: get or make it again"
+                )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-
-from torch import Tensor
+from typing import Any
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint, derived_header, save_checkpoint
 from flashvaed_cli.artifact.header import Lineage
@@ -14,20 +14,24 @@ from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.decoders.groups import compose_kept
 from flashvaed_cli.errors import ArtifactError, SpecError
+from flashvaed_cli.numerics.covariance import TensorStatistics
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.models import ANALYSIS_FILE, PruneRecipe
 from flashvaed_cli.report.tables import Column, TableData
+from flashvaed_cli.stages.budget import budget_table, judge_budget, plan_budget
 from flashvaed_cli.stages.clips import CalibrationClips, plan_calibration
 from flashvaed_cli.stages.loading import DTYPES, choose_device, choose_input, load_inputs
-from flashvaed_cli.stages.reconstruction import error_table, fit_settings, reconstruct
+from flashvaed_cli.stages.reconstruction import choose_reference, error_table, fit_settings, reconstruct
 from flashvaed_cli.stages.result import StageOutcome
 from flashvaed_cli.surgery.respec import narrowed_spec
 from flashvaed_cli.surgery.selection import GroupSelection, select_channels
 from flashvaed_cli.surgery.transfer import transfer_weights
 
+_NUM_SHOWN = 8
+
 
 def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_line: str) -> StageOutcome:
-    """Choose channels by the analysis, cut, reconstruct against the decoder that was pruned, write the artifact.
+    """Choose channels by the analysis, cut, reconstruct against the original, write the artifact.
 
     Raises:
         ArtifactError: input, original or analysis cannot be loaded or do not belong together.
@@ -40,23 +44,31 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
     inputs = load_inputs(location, original=recipe.original, device=device, needs_encoder=False)
     decoder = inputs.checkpoint.require_decoder()
     clips = plan_calibration(inputs.original, recipe, recipe.num_calibration_clips, device, progress)
-    covariances, parents = _covariances(recipe, inputs.checkpoint, clips, progress)
-    ratios = recipe.ratios(get_family(inputs.checkpoint.family).shallow_stages)
+    statistics, parents, latency_model = _statistics(recipe, inputs.checkpoint, clips, progress)
+    budget = None
+    ratios, round_to = recipe.ratios(get_family(inputs.checkpoint.family).shallow_stages), recipe.round_to
+    if recipe.has_target:
+        budget = plan_budget(recipe, decoder, statistics, latency_model, device, progress)
+        ratios, round_to = budget.plan.keep_ratios, 1  # exactly the widths of the plan
     kept, selections = select_channels(
-        decoder.spec, covariances, ratios, rule=recipe.rule, round_to=recipe.round_to, seed=recipe.seed
+        decoder, statistics, ratios, rule=recipe.rule, round_to=round_to, seed=recipe.seed
     )
     if not kept:
         raise SpecError(f"nothing to prune: the ratios {ratios} keep every channel")
+    _warn_of_unvarying(selections, progress)
     student = transfer_weights(decoder, narrowed_spec(decoder.spec, kept), kept)
     errors = []
-    if recipe.reconstruct == "full":
-        errors = reconstruct(decoder, student, decoder, kept, clips, fit_settings(recipe), progress)
+    if recipe.reconstruct != "none":
+        reference, left = choose_reference(inputs, kept, progress)
+        errors = reconstruct(decoder, student, reference, left, clips, fit_settings(recipe), progress)
     measured = {
         "selection": [vars(selection) for selection in selections],
         "layer_errors": [vars(error) for error in errors],
         "parameters_before": decoder.parameter_count,
         "parameters_after": student.parameter_count,
     }
+    if budget is not None:
+        measured["budget"] = judge_budget(recipe, budget, decoder, student, progress)
     header = derived_header(
         inputs.checkpoint,
         recipe=recipe.model_dump(mode="json"),
@@ -68,14 +80,19 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
     )
     output = Path(recipe.output)
     save_checkpoint(output, header, decoder=student, dtype=DTYPES[recipe.dtype], force=force)
-    tables = (_selection_table(selections, decoder, student), *error_table(errors))
-    return StageOutcome((output,), tables, measured)
+    tables = [_selection_table(selections, decoder, student), *error_table(errors)]
+    if budget is not None:
+        tables.append(budget_table(measured["budget"]))
+    return StageOutcome((output,), tuple(tables), measured)
 
 
-def _covariances(
+def _statistics(
     recipe: PruneRecipe, checkpoint: Checkpoint, clips: CalibrationClips, progress: Progress
-) -> tuple[dict[str, Tensor], tuple[Lineage, ...]]:
-    """From the analysis given, from `analysis.safetensors` here if it is of this decoder, else measured now."""
+) -> tuple[dict[str, TensorStatistics], tuple[Lineage, ...], Mapping[str, Any] | None]:
+    """From the analysis given, from `analysis.safetensors` here if it is of this decoder, else measured now.
+
+    Returns the statistics, the analysis as a parent, and its latency model.
+    """
     given = recipe.analysis
     default = Path(ANALYSIS_FILE)
     if given is None and default.exists():
@@ -84,8 +101,7 @@ def _covariances(
         given = str(default) if belongs else None
     if given is None:
         decoder = checkpoint.require_decoder()
-        statistics = collect_statistics(decoder, clips, num_clips=len(clips), progress=progress)
-        return {address: one.covariance for address, one in statistics.items()}, ()
+        return collect_statistics(decoder, clips, num_clips=len(clips), progress=progress), (), None
     header, tensors = read_artifact(given)
     if header.kind != "analysis":
         raise ArtifactError(f"{given} is a {header.kind}, not an analysis; make one with `flashvaed analyze`")
@@ -94,16 +110,31 @@ def _covariances(
             f"{given} is the analysis of {header.parents[0].location} (SHA-256 {header.parents[0].sha256[:12]}), not "
             f"of {checkpoint.location} ({checkpoint.sha256[:12]}); run `flashvaed analyze {checkpoint.location}`"
         )
-    covariances = {
-        name.removeprefix("covariance."): tensor for name, tensor in tensors.items() if name.startswith("covariance.")
+    positions = header.measured["clips"]["positions"]
+    statistics = {
+        address: TensorStatistics(tensors[f"covariance.{address}"], tensors[f"mean.{address}"], count)
+        for address, count in positions.items()
     }
-    return covariances, (Lineage(role="analysis", location=given, sha256=sha256_of(given)),)
+    parents = (Lineage(role="analysis", location=given, sha256=sha256_of(given)),)
+    return statistics, parents, header.measured.get("width_latency")
 
 
 def _analyzed_sha256(path: Path) -> str | None:
     """Hash of the decoder that an analysis was made of; None for anything else."""
     header = read_header(path)
     return header.parents[0].sha256 if header.kind == "analysis" and header.parents else None
+
+
+def _warn_of_unvarying(selections: list[GroupSelection], progress: Progress) -> None:
+    """Name the dead and the constant channels of every group that has some."""
+    found = []
+    for selection in selections:
+        for kind, channels in (("dead", selection.dead), ("constant", selection.constant)):
+            if channels:
+                shown = ", ".join(map(str, channels[:_NUM_SHOWN])) + (", ..." if len(channels) > _NUM_SHOWN else "")
+                found.append(f"{selection.group}: {len(channels)} {kind} ({shown})")
+    if found:
+        progress.warn("channels that do not vary over the calibration clips are kept last. " + "; ".join(found))
 
 
 def _selection_table(selections: list[GroupSelection], before: Decoder, after: Decoder) -> TableData:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.groups import Kept
+from flashvaed_cli.decoders.groups import Kept, compose_kept, tensor_widths
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.models import ReconstructingRecipe
 from flashvaed_cli.report.tables import Column, TableData
 from flashvaed_cli.stages.clips import CalibrationClips
+from flashvaed_cli.stages.loading import Inputs
 from flashvaed_cli.surgery.layer_fit import FitSettings, LayerError
 from flashvaed_cli.surgery.reconstruct import first_changed_block, reconstruct_decoder
 
@@ -15,8 +16,31 @@ from flashvaed_cli.surgery.reconstruct import first_changed_block, reconstruct_d
 def fit_settings(recipe: ReconstructingRecipe, *, num_separable_iterations: int = 3) -> FitSettings:
     """The recipe's settings of the solves."""
     return FitSettings(
-        dampening_frac=recipe.dampening_frac, num_separable_iterations=num_separable_iterations, seed=recipe.seed
+        mode="channel" if recipe.reconstruct == "channel" else "full",
+        dampening_frac=recipe.dampening_frac,
+        num_separable_iterations=num_separable_iterations,
+        seed=recipe.seed,
     )
+
+
+def choose_reference(inputs: Inputs, kept: Kept, progress: Progress) -> tuple[Decoder, Kept]:
+    """What to solve against, and the channels of it that are left: the original.
+
+    A decoder pruned elsewhere does not say what it kept of the original: then it is its own reference.
+
+    Args:
+        kept: channels of the input decoder that this step leaves.
+    """
+    decoder, original = inputs.checkpoint.require_decoder(), inputs.original.require_decoder()
+    before = inputs.checkpoint.kept_channels
+    widths = tensor_widths(original.spec) | {tensor: len(channels) for tensor, channels in before.items()}
+    if tensor_widths(decoder.spec) == widths:
+        return original, compose_kept(before, kept)
+    progress.warn(
+        f"{inputs.checkpoint.location} is narrower than its original and does not say which channels were kept: "
+        "its own output is reconstructed, not the original's"
+    )
+    return decoder, kept
 
 
 def reconstruct(
@@ -36,9 +60,12 @@ def reconstruct(
     starved = [error.address for error in errors if error.num_rows < 2 * error.num_unknowns]
     if starved:
         progress.warn(
-            f"few calibration positions for the unknowns of {', '.join(starved)}: give more or larger clips "
-            "(--num-calibration-clips, --crop-size)"
+            f"few calibration positions for the unknowns of {', '.join(starved)}: what they leave open keeps its "
+            "old weights. Give more or larger clips (--num-calibration-clips, --crop-size), or --reconstruct channel"
         )
+    unsolved = [error.address for error in errors if error.num_unknowns == 0]
+    if unsolved:
+        progress.warn(f"too large to be solved, left as they were: {', '.join(unsolved)}")
     return errors
 
 

@@ -1,31 +1,31 @@
-"""What the reference and the new decoder feed a block, clip by clip, kept on disk.
+"""What the two decoders feed the next block, clip by clip, kept on disk.
 
-Memory then does not grow with the number of clips; the folder goes away with the store.
+Memory then does not grow with the number of clips; the folder goes away with the store. It lies where
+`TMPDIR` says (on a machine whose /tmp is held in memory, point it to a disk).
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-Clip = Float[Tensor, "_B _C _T _H _W"]
+Stored = Shaped[Tensor, "..."]
 
 
-class ActivationPairs:
-    """Pairs of tensors (reference's, new decoder's), one per clip. A context manager."""
+class ActivationStore:
+    """Named tensors of every clip, loaded one clip at a time. A context manager."""
 
     def __init__(self, device: str) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="flashvaed-")
         self._device = device
-        self._num_clips = 0
 
-    def __enter__(self) -> ActivationPairs:
+    def __enter__(self) -> ActivationStore:
         return self
 
     def __exit__(
@@ -33,31 +33,25 @@ class ActivationPairs:
     ) -> None:
         self._folder.cleanup()
 
-    def __len__(self) -> int:
-        return self._num_clips
-
-    def fill(self, clips: Iterable[tuple[Clip, Clip]]) -> None:
-        """Store the first pairs."""
-        for reference, student in clips:
-            self._save(self._num_clips, reference, student)
-            self._num_clips += 1
-
-    def __iter__(self) -> Iterator[tuple[Clip, Clip]]:
-        """Every pair, loaded one at a time."""
-        for index in range(self._num_clips):
-            pair = load_file(self._path(index), device=self._device)
-            yield pair["reference"], pair["student"]
-
-    def advance(self, reference_block: nn.Module, student_block: nn.Module) -> None:
-        """Replace every pair by what the two blocks make of it."""
-        for index, (reference, student) in enumerate(self):
-            self._save(index, reference_block(reference), student_block(student))
-
-    def _save(self, index: int, reference: Clip, student: Clip) -> None:
-        path = self._path(index)
+    def save(self, clip: int, name: str, tensors: Mapping[str, Stored]) -> None:
+        """Keep tensors of a clip under a name; what was there before is replaced."""
+        path = self._path(clip, name)
         fresh = path.with_suffix(".new")  # the tensors of the old file may still be mapped
-        save_file({"reference": reference.contiguous(), "student": student.contiguous()}, fresh)
+        apart = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        save_file(apart, fresh)
         fresh.replace(path)
 
-    def _path(self, index: int) -> Path:
-        return Path(self._folder.name) / f"{index}.safetensors"
+    def load(self, clip: int, name: str) -> dict[str, Stored]:
+        """The tensors kept under a name, on the device; empty ones included."""
+        return load_file(self._path(clip, name), device=self._device)
+
+    def save_input(self, clip: int, decoder: str, x: Float[Tensor, "_B _C _T _H _W"]) -> None:
+        """Keep what `decoder` feeds its next block."""
+        self.save(clip, decoder, {"x": x.permute(0, 2, 3, 4, 1)})  # [B, T, H, W, C]
+
+    def load_input(self, clip: int, decoder: str) -> Float[Tensor, "_B _C _T _H _W"]:
+        """What `decoder` feeds its next block, channels-last: rows are then gathered without a copy of the clip."""
+        return self.load(clip, decoder)["x"].permute(0, 4, 1, 2, 3)
+
+    def _path(self, clip: int, name: str) -> Path:
+        return Path(self._folder.name) / f"{clip}.{name}.safetensors"

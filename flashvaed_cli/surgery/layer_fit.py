@@ -8,25 +8,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
 
 from flashvaed_cli.decoders.operators import ChannelRMSNorm, Conv, SeparableConv3d
 from flashvaed_cli.decoders.spec import ConvSpec
 from flashvaed_cli.numerics.least_squares import NormalEquations, relative_error, solve_ridge
 from flashvaed_cli.numerics.norms import fit_gain
 from flashvaed_cli.numerics.separable import fit_separable
-from flashvaed_cli.surgery.patches import gather_patches, gather_rows, rows_per_clip, sample_positions
+from flashvaed_cli.surgery.rows import dense_rows_per_clip, gather_patches, gather_rows, separable_rows_per_clip
 
 _BLOCK_ELEMENTS = 1 << 26
+
+Input = Float[Tensor, "_B _C _T _H _W"]
+Positions = Int64[Tensor, " N"]
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How layers are solved. `dampening_frac`: ridge over the mean diagonal of the gram."""
+    """How layers are solved.
 
+    `mode`: `full` solves whole kernels; `channel` only the map from the channels that are left to all that a
+    layer read before, which its old kernel absorbs. `dampening_frac`: ridge over the mean diagonal of the gram.
+    """
+
+    mode: Literal["channel", "full"] = "full"
     dampening_frac: float = 1e-4
     num_separable_iterations: int = 3
     seed: int = 0
@@ -43,33 +52,58 @@ class LayerError:
     num_unknowns: int
 
 
-def dense_taps(spec: ConvSpec) -> int:
+@runtime_checkable
+class LayerFit(Protocol):
+    """What the walk asks of a fit: rows of one clip after another, then the solution."""
+
+    address: str
+
+    def update(self, inputs: Sequence[Input], target: Float[Tensor, "N O"], positions: Positions) -> None:
+        """Add one clip: what each layer reads in the new decoder, and what their sum should be at `positions`."""
+        ...
+
+    def solve_(self) -> LayerError:
+        """Solve and write the weights into the layers."""
+        ...
+
+
+def num_taps(spec: ConvSpec) -> int:
     """Number of kernel taps per channel."""
     return spec.kernel[0] * spec.kernel[1] * spec.kernel[2]
 
 
-class LayerFit:
-    """Fit of one layer, or of several whose outputs are added (a block's second convolution and its shortcut).
+def rows_for(layers: Sequence[Conv], num_clips: int) -> int:
+    """How many positions of a clip the fit of these layers uses."""
+    spec = layers[0].spec
+    if isinstance(layers[0], SeparableConv3d):
+        return separable_rows_per_clip(spec.in_width, num_taps(spec), spec.out_width, num_clips)
+    return dense_rows_per_clip(sum(layer.spec.in_width * num_taps(layer.spec) for layer in layers), num_clips)
 
-    A depthwise-separable layer is fitted alone. The bias goes to the first layer.
+
+class DenseFit:
+    """Fit of one dense layer, or of several whose outputs are added (a block's second convolution and its shortcut).
+
+    The sums are those of the normal equations: memory does not grow with the rows. Weights are damped towards the
+    present ones, so directions that the clips leave open (dead channels, too few positions) keep those. The bias
+    goes to the first layer.
     """
 
-    def __init__(self, layers: Sequence[Conv], *, num_clips: int, settings: FitSettings) -> None:
+    def __init__(self, layers: Sequence[Conv], *, settings: FitSettings) -> None:
         self.layers = list(layers)
         self.settings = settings
         self.address = " + ".join(layer.address for layer in layers)
-        self.sizes = [layer.spec.in_width * dense_taps(layer.spec) for layer in layers]
-        self.max_rows = rows_per_clip(sum(self.sizes), num_clips)
-        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.sizes = [layer.spec.in_width * num_taps(layer.spec) for layer in layers]
         self.equations = NormalEquations(sum(self.sizes), layers[0].spec.out_width, label=self.address)
 
-    def update(self, inputs: Sequence[Float[Tensor, "B _C T H W"]], target: Float[Tensor, "B O T H W"]) -> None:
-        """Add one clip: what each layer reads in the new decoder, and what their sum should be."""
-        b, _, t, h, w = target.shape
-        positions = sample_positions((b, t, h, w), self.max_rows, self.generator)
-        for part in positions.split(max(_BLOCK_ELEMENTS // sum(self.sizes), 1)):
-            patches = [gather_patches(x, layer.spec.kernel, part) for x, layer in zip(inputs, self.layers, strict=True)]
-            self.equations.update(torch.cat(patches, dim=1), gather_rows(target, part))
+    def update(self, inputs: Sequence[Input], target: Float[Tensor, "N O"], positions: Positions) -> None:
+        """Add one clip: what each layer reads in the new decoder, and what their sum should be at `positions`."""
+        rows = max(_BLOCK_ELEMENTS // sum(self.sizes), 1)
+        for part, goal in zip(positions.split(rows), target.split(rows), strict=True):
+            patches = [
+                gather_patches(x, layer.spec.kernel, part).flatten(1)
+                for x, layer in zip(inputs, self.layers, strict=True)
+            ]
+            self.equations.update(torch.cat(patches, dim=1), goal)
 
     def solve_(self) -> LayerError:
         """Solve and write the weights into the layers.
@@ -77,39 +111,117 @@ class LayerFit:
         Raises:
             CalibrationError: too few positions, NaN, or a gram that is not positive definite.
         """
-        before = relative_error(self.equations, self._dense_weight(), self._bias())
-        if isinstance(self.layers[0], SeparableConv3d):
-            after = self._solve_separable(self.layers[0])
-        else:
-            solution = solve_ridge(self.equations, dampening_frac=self.settings.dampening_frac)
-            after = solution.relative_error
-            for layer, weight in zip(self.layers, solution.weight.split(self.sizes, dim=1), strict=True):
-                layer.weight.copy_(weight.reshape(layer.weight.shape))
-                layer.bias.zero_()
-            self.layers[0].bias.copy_(solution.bias)
-        return LayerError(self.address, before, after, self.equations.num_rows, self.equations.num_features + 1)
+        weight = torch.cat([layer.weight.flatten(1) for layer in self.layers], dim=1)  # [O, K]
+        bias = torch.stack([layer.bias for layer in self.layers]).sum(0)  # [O]
+        before = relative_error(self.equations, weight, bias)
+        solution = solve_ridge(self.equations, dampening_frac=self.settings.dampening_frac, prior_weight=weight)
+        for layer, part in zip(self.layers, solution.weight.split(self.sizes, dim=1), strict=True):
+            layer.weight.copy_(part.reshape(layer.weight.shape))
+            layer.bias.zero_()
+        self.layers[0].bias.copy_(solution.bias)
+        rows, unknowns = self.equations.num_rows, self.equations.num_features + 1
+        return LayerError(self.address, before, solution.relative_error, rows, unknowns)
 
-    def _solve_separable(self, layer: SeparableConv3d) -> float:
+
+class SeparableFit:
+    """Fit of one depthwise-separable layer; the sampled patches are held, a bounded number of them."""
+
+    def __init__(
+        self, layer: SeparableConv3d, *, dense_weight: Float[Tensor, "O C kt kh kw"] | None, settings: FitSettings
+    ) -> None:
+        self.layer = layer
+        self.dense_weight = dense_weight
+        self.settings = settings
+        self.address = layer.address
+        self.patches: list[Float[Tensor, "n C taps"]] = []
+        self.targets: list[Float[Tensor, "n O"]] = []
+
+    def update(self, inputs: Sequence[Input], target: Float[Tensor, "N O"], positions: Positions) -> None:
+        """Add one clip: what the layer reads in the new decoder, and what it should give at `positions`."""
+        self.patches.append(gather_patches(inputs[0], self.layer.spec.kernel, positions))
+        self.targets.append(target)
+
+    def solve_(self) -> LayerError:
+        """Solve by alternation and write the weights into the layer.
+
+        Raises:
+            CalibrationError: too few positions or NaN.
+        """
+        layer, targets = self.layer, torch.cat(self.targets)
+        num_rows = len(targets)
+        patches = targets.new_empty(layer.spec.in_width, num_rows, num_taps(layer.spec))  # [C, N, taps]
+        start = 0
+        for part in self.patches:
+            patches[:, start : start + len(part)] = part.transpose(0, 1)
+            start += len(part)
+        self.patches.clear()
         fit = fit_separable(
-            self.equations,
+            patches,
+            targets,
             layer.depthwise[:, 0],
             layer.weight,
+            bias0=layer.bias,
+            dense_weight=self.dense_weight,
             num_iterations=self.settings.num_separable_iterations,
             dampening_frac=self.settings.dampening_frac,
+            label=layer.address,
         )
         layer.depthwise.copy_(fit.depthwise[:, None])
         layer.weight.copy_(fit.pointwise)
         layer.bias.copy_(fit.bias)
-        return fit.relative_error
+        unknowns = layer.spec.in_width + 1
+        return LayerError(self.address, fit.start_error, fit.relative_error, num_rows, unknowns)
 
-    def _dense_weight(self) -> Float[Tensor, "O K"]:
-        first = self.layers[0]
-        if isinstance(first, SeparableConv3d):
-            return (first.weight[:, :, None] * first.depthwise.flatten(1)[None]).flatten(1)
-        return torch.cat([layer.weight.flatten(1) for layer in self.layers], dim=1)
 
-    def _bias(self) -> Float[Tensor, " O"]:
-        return torch.stack([layer.bias for layer in self.layers]).sum(0)
+class MeasuredOnly:
+    """Keeps a layer's weights and only measures its error: for unchanged dense layers too large to solve."""
+
+    def __init__(self, layer: Conv) -> None:
+        self.layer = layer
+        self.address = layer.address
+        self.error, self.num_rows = 0.0, 0
+        self.sums = torch.zeros(2, layer.spec.out_width, dtype=torch.float64)  # of the targets, and of their squares
+
+    def update(self, inputs: Sequence[Input], target: Float[Tensor, "N O"], positions: Positions) -> None:
+        """Add one clip: what the layer reads in the new decoder, and what it should give at `positions`."""
+        given = gather_rows(self.layer(inputs[0]), positions)
+        self.error += float((given - target).double().square().sum())
+        self.sums += torch.stack([target.double().sum(0), target.double().square().sum(0)]).cpu()
+        self.num_rows += len(target)
+
+    def solve_(self) -> LayerError:
+        """The error of the weights as they are, twice; no unknowns."""
+        variance = float((self.sums[1] - self.sums[0].square() / max(self.num_rows, 1)).sum())
+        share = self.error / variance if variance > 0 else float("inf")
+        return LayerError(self.address, share, share, self.num_rows, 0)
+
+
+class LinearFit:
+    """Fit of a linear layer of an attention block, on rows."""
+
+    def __init__(self, linear: nn.Linear, address: str, *, settings: FitSettings) -> None:
+        self.linear = linear
+        self.settings = settings
+        self.equations = NormalEquations(linear.in_features, linear.out_features, label=address)
+
+    def update(self, rows: Float[Tensor, "N C"], target: Float[Tensor, "N O"]) -> None:
+        """Add one clip: what the layer reads in the new decoder, and what it should give."""
+        self.equations.update(rows, target)
+
+    def solve_(self) -> LayerError:
+        """Solve and write the weights.
+
+        Raises:
+            CalibrationError: too few positions, NaN, or a gram that is not positive definite.
+        """
+        before = relative_error(self.equations, self.linear.weight, self.linear.bias)
+        solution = solve_ridge(
+            self.equations, dampening_frac=self.settings.dampening_frac, prior_weight=self.linear.weight
+        )
+        self.linear.weight.copy_(solution.weight)
+        self.linear.bias.copy_(solution.bias)
+        rows, unknowns = self.equations.num_rows, self.equations.num_features + 1
+        return LayerError(self.equations.label, before, solution.relative_error, rows, unknowns)
 
 
 class GainFit:
@@ -123,11 +235,11 @@ class GainFit:
         self.energy = torch.zeros_like(self.cross)
         self.unit = ChannelRMSNorm(width).to(norm.gamma.device).requires_grad_(False)
 
-    def update(self, x: Float[Tensor, "B C T H W"], target: Float[Tensor, "B C T H W"]) -> None:
+    def update(self, x: Float[Tensor, "N C"], target: Float[Tensor, "N C"]) -> None:
         """Add one clip: the norm's input in the new decoder, the original norm's output on the kept channels."""
         normalised = self.unit(x)
-        self.cross += (normalised * target).sum((0, 2, 3, 4)).cpu().double()
-        self.energy += normalised.square().sum((0, 2, 3, 4)).cpu().double()
+        self.cross += (normalised * target).double().sum(0).cpu()
+        self.energy += normalised.double().square().sum(0).cpu()
 
     def solve_(self) -> None:
         """Write gamma; channels without energy keep theirs."""

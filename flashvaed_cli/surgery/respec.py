@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from flashvaed_cli.decoders.groups import Kept, tensor_widths
+from flashvaed_cli.decoders.groups import Kept, channel_groups, tensor_widths
 from flashvaed_cli.decoders.spec import (
     AttentionSpec,
     BlockSpec,
@@ -52,6 +52,24 @@ def narrowed_spec(spec: DecoderSpec, kept: Kept) -> DecoderSpec:
         if before or inner or after:
             changed[address] = _narrowed_block(block, _count(before), _count(inner), _count(after))
     return spec.with_blocks(changed)
+
+
+def spec_of_widths(spec: DecoderSpec, widths: Mapping[str, int]) -> DecoderSpec:
+    """The spec with channel groups narrowed to widths; what pruning to these widths gives, whichever channels stay.
+
+    Args:
+        widths: by the name of a group; groups that are absent or at their full width stay as they are.
+    Raises:
+        SpecError: a group is unknown, or cannot have that width.
+    """
+    groups = {group.name: group for group in channel_groups(spec)}
+    if unknown := [name for name in widths if name not in groups]:
+        raise SpecError(f"no channel group '{unknown[0]}' in this decoder; it has {', '.join(groups)}")
+    kept: Kept = {}
+    for name, width in widths.items():
+        if width != groups[name].width:
+            kept.update(dict.fromkeys(groups[name].tensors, tuple(range(width))))
+    return narrowed_spec(spec, kept)
 
 
 def _count(kept: tuple[int, ...] | None) -> int | None:

@@ -1,56 +1,47 @@
-"""Which channels of each group stay: a rule from `numerics.selection`, applied to the groups of some stages.
+"""Which channels of each group stay: a rule from `numerics.selection`, applied to the groups that have a ratio.
 
-Reference: arXiv 2602.19161, section 3.1. Departure: the tensors of a group are weighted equally by scaling
-each covariance to trace one, and one set is chosen for all of them.
+Channels that do not vary over the calibration clips are kept last (but for `greedy-energy`, which keeps constant
+ones that are large, since they steady the norms) and are named in the report.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from jaxtyping import Float64
-from torch import Tensor
-
+from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.groups import ChannelGroup, Kept, channel_groups
-from flashvaed_cli.decoders.spec import CoderSpec
-from flashvaed_cli.errors import CalibrationError, SpecError
-from flashvaed_cli.numerics.selection import SELECTION_RULES, r2_of_set
+from flashvaed_cli.errors import SpecError
+from flashvaed_cli.numerics.covariance import TensorStatistics
+from flashvaed_cli.numerics.independence import r2_of_set
+from flashvaed_cli.numerics.selection import SELECTION_RULES, unvarying_channels
+from flashvaed_cli.surgery.evidence import channel_evidence
 
 
 @dataclass(frozen=True)
 class GroupSelection:
-    """What was chosen for one group; `r2` is that of the kept set on the group's pooled covariance."""
+    """What was chosen for one group.
+
+    `r2` is that of the kept set on the group's pooled covariance; `dead` channels have neither variance nor mean,
+    `constant` ones only a mean.
+    """
 
     group: str
     width: int
     kept: tuple[int, ...]
     r2: float
+    dead: tuple[int, ...] = ()
+    constant: tuple[int, ...] = ()
 
+    @property
+    def num_dead(self) -> int:
+        """Number of dead channels."""
+        return len(self.dead)
 
-def group_covariance(
-    group: ChannelGroup, covariances: Mapping[str, Float64[Tensor, "_C _C"]]
-) -> Float64[Tensor, "C C"]:
-    """Sum of the tensors' covariances, each scaled to trace one.
-
-    Raises:
-        CalibrationError: a tensor has no covariance of the group's width, or does not vary.
-    """
-    pooled = None
-    for tensor in group.tensors:
-        covariance = covariances.get(tensor)
-        if covariance is None or covariance.shape[0] != group.width:
-            found = "none" if covariance is None else f"{covariance.shape[0]} channels"
-            raise CalibrationError(
-                f"{tensor}: the analysis holds {found}, the decoder has {group.width} channels; "
-                "run `flashvaed analyze` on this very decoder"
-            )
-        trace = float(covariance.trace())
-        if not trace > 0:
-            raise CalibrationError(f"{tensor}: no channel varies over the calibration clips; use other clips")
-        pooled = covariance / trace if pooled is None else pooled + covariance / trace
-    assert pooled is not None
-    return pooled
+    @property
+    def num_constant(self) -> int:
+        """Number of constant channels."""
+        return len(self.constant)
 
 
 def num_kept_channels(width: int, keep_ratio: float, round_to: int) -> int:
@@ -68,40 +59,50 @@ def num_kept_channels(width: int, keep_ratio: float, round_to: int) -> int:
 
 
 def select_channels(
-    spec: CoderSpec,
-    covariances: Mapping[str, Float64[Tensor, "_C _C"]],
+    decoder: Decoder,
+    statistics: Mapping[str, TensorStatistics],
     keep_ratios: Mapping[str, float],
     *,
     rule: str,
     round_to: int = 1,
     seed: int = 0,
 ) -> tuple[Kept, list[GroupSelection]]:
-    """Choose the kept channels of every group of the stages named in `keep_ratios`.
+    """Choose the kept channels of every group that has a ratio.
 
-    A stage's entry (behind a resampler that changes the width) belongs to it.
-
+    Args:
+        statistics: by tensor address, of this very decoder.
+        keep_ratios: fraction kept by the name of a stage (`up3`, all its groups) or of a group (`up3.stream`), which
+            wins over its stage. A stage's entry (behind a resampler that changes the width) belongs to it.
+        rule: a key of `SELECTION_RULES`.
     Returns:
         Kept channels by tensor address, ascending, and one line of report per group.
     Raises:
-        SpecError: a stage has no channel group, or its ratio keeps no channel.
-        CalibrationError: the covariances do not fit the spec, or hold NaN.
+        SpecError: a name is no stage that has groups and no group, or a ratio keeps no channel.
+        CalibrationError: the statistics do not fit the decoder, or hold NaN.
     """
-    groups = channel_groups(spec)
-    known = sorted({group.stage for group in groups})
-    for stage in keep_ratios:
-        if stage not in known:
-            raise SpecError(f"no stage '{stage}' to prune; this decoder has {', '.join(known)}")
+    groups = channel_groups(decoder.spec)
+    _require_known(keep_ratios, groups)
     kept: Kept = {}
     report = []
     for index, group in enumerate(groups):
-        ratio = keep_ratios.get(group.stage)
+        ratio = keep_ratios.get(group.name, keep_ratios.get(group.stage))
         if ratio is None:
             continue
         num_kept = num_kept_channels(group.width, ratio, round_to)
         if num_kept == group.width:
             continue
-        covariance = group_covariance(group, covariances)
-        chosen = tuple(sorted(SELECTION_RULES[rule](covariance, num_kept, seed=seed + index).kept))
+        evidence = channel_evidence(decoder, group, statistics)
+        chosen = tuple(sorted(SELECTION_RULES[rule](evidence, num_kept, seed=seed + index).kept))
         kept.update(dict.fromkeys(group.tensors, chosen))
-        report.append(GroupSelection(group.name, group.width, chosen, r2_of_set(covariance, chosen)))
+        dead, constant = unvarying_channels(evidence)
+        r2 = r2_of_set(evidence.covariance, chosen)
+        report.append(GroupSelection(group.name, group.width, chosen, r2, tuple(dead), tuple(constant)))
     return kept, report
+
+
+def _require_known(names: Mapping[str, float], groups: Sequence[ChannelGroup]) -> None:
+    stages, group_names = sorted({group.stage for group in groups}), [group.name for group in groups]
+    for name in names:
+        kind, known = ("channel group", group_names) if "." in name else ("stage", stages)
+        if name not in known:
+            raise SpecError(f"no {kind} '{name}' to prune; this decoder has {', '.join(known)}")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from flashvaed_cli.artifact.store import read_artifact, write_artifact
 from tests.commands import CALIBRATION, JUDGING, TRAINING, invoke, strict_json, succeed
 from tests.toy import write_toy_clip, write_toy_vae
 
@@ -29,6 +30,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file({"decoder.mid.block_1.conv1.conv.weight": torch.zeros(8, 8, 3, 3, 3)}, folder / "hunyuan.safetensors")
     save_file({"some.weight": torch.zeros(3)}, folder / "unknown.safetensors")
     save_file({"latents": torch.randn(4, 2, 4, 5)}, folder / "narrow.safetensors")
+    header, broken = read_artifact(folder / "vae.safetensors")
+    broken["decoder.stages.up2.0.conv1.weight"][0] = float("nan")
+    write_artifact(folder / "broken_vae.safetensors", broken, header)
     whole = (folder / "vae.safetensors").read_bytes()
     (folder / "truncated.safetensors").write_bytes(whole[: len(whole) // 2])
     (folder / "text.safetensors").write_text("not tensors", encoding="utf-8")
@@ -61,6 +65,11 @@ MISTAKES = {
     "ratio that keeps nothing": (f"{PRUNE} --ratio up3=0.1", ["ratio 0.1 keeps none of 4 channels", "at least 0.25"]),
     "ratio that keeps all": ("prune vae.safetensors --ratio 1 --data clip.mp4", ["nothing to prune"]),
     "unknown stage": (f"{PRUNE} --ratio upp3=0.5", ["no stage 'upp3'", "up0, up1, up2, up3"]),
+    "unknown group": (f"{PRUNE} --ratio up3.strem=0.5", ["no channel group 'up3.strem'", "up3.stream, up3.0.inner"]),
+    "weights that are not finite": (
+        "prune broken_vae.safetensors --data clip.mp4",
+        ["broken_vae.safetensors: up2.0.conv1.weight of the decoder holds NaN"],
+    ),
     "unknown key in recipe": (
         "prune --recipe typo.yaml", ["2 mistakes", "keep_ration", "did you mean keep_ratio", "round_to"]
     ),
@@ -179,3 +188,17 @@ def test_training_in_bfloat16_takes_a_pruned_decoder(folder: Path, tmp_path: Pat
     output = tmp_path / "flash.safetensors"
     printed = succeed(f"{DISTILL} cut.safetensors --phase 3 --dtype bfloat16 -o '{output}'", cwd=folder)
     assert printed["phases"][0]["num_steps"] == 1 and output.is_file()
+
+
+def test_channels_that_do_not_vary_are_named(folder: Path, tmp_path: Path) -> None:
+    header, tensors = read_artifact(folder / "vae.safetensors")
+    tensors["decoder.stages.up2.1.conv1.weight"][[1, 4]] = 0.0
+    tensors["decoder.stages.up2.1.conv1.bias"][[1, 4]] = torch.tensor([0.0, 2.0])
+    write_artifact(tmp_path / "still.safetensors", tensors, header)
+    (tmp_path / "clip.mp4").write_bytes((folder / "clip.mp4").read_bytes())
+    words = f"prune still.safetensors --ratio up2.1.inner=0.75 --rule l1 --data clip.mp4 {CALIBRATION}"
+    printed = succeed(f"{words} --reconstruct none", cwd=tmp_path)
+    assert "do not vary" in printed["stderr"]
+    assert "up2.1.inner: 1 dead (1); up2.1.inner: 1 constant (4)" in printed["stderr"]
+    (selection,) = printed["selection"]
+    assert (selection["kept"], selection["dead"], selection["constant"]) == ([0, 2, 3, 5, 6, 7], [1], [4])

@@ -24,6 +24,7 @@ STAGE_MODULES = {"analyze", "prune", "convert_ops", "distill", "evaluate", "expo
 FLAG_OF_FIELD = {
     "keep_ratio": "ratio",
     "stage_keep_ratios": "ratio",
+    "group_keep_ratios": "ratio",
     "operators": "operator",
     "loss_weights": "loss_weight",
 }
@@ -136,6 +137,20 @@ def test_flags_reach_the_stage(runner: CliRunner, stage: FakeStage) -> None:
     assert stage.calls[0]["command_line"] == "flashvaed " + words
 
 
+def test_a_ratio_with_a_dot_is_of_a_channel_group(runner: CliRunner, stage: FakeStage, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("prune: {group_keep_ratios: {up2.stream: 0.5, up3.stream: 0.5}}")
+    runner.invoke(app, ["prune", "--ratio", "up3=0.5", "--ratio", "up3.0.inner=0.25"])
+    runner.invoke(app, ["distill", "--ratio", "up3.stream=0.25"])
+    runner.invoke(app, ["prune", "--recipe", str(path), "--ratio", "up3.stream=0.25"])
+    runner.invoke(app, ["prune", "--recipe", str(path), "--ratio", "0.25"])
+    both, single, merged, common = (call["recipe"].ratios(("up2", "up3")) for call in stage.calls)
+    assert both == {"up3": 0.5, "up3.0.inner": 0.25}
+    assert single == {"up3.stream": 0.25}
+    assert merged == {"up2.stream": 0.5, "up3.stream": 0.25}
+    assert common == {"up2": 0.25, "up3": 0.25}
+
+
 def test_keyed_flags_reach_the_stage(runner: CliRunner, stage: FakeStage) -> None:
     runner.invoke(app, ["convert-ops", "--operator", "up2=frame2d"])
     runner.invoke(app, ["distill", "--loss-weight", "sharpness=0.5", "--phase", "3"])
@@ -176,6 +191,7 @@ def test_json_is_one_object_on_stdout(runner: CliRunner, stage: FakeStage) -> No
     [
         (["prune", "--ratio", "1.5"], "--ratio = 1.5: must be less than or equal to 1"),
         (["prune", "--ratio", "up3=2"], "--ratio.up3 = 2.0"),
+        (["prune", "--ratio", "up3.stream=2"], "--ratio.up3.stream = 2.0"),
         (["prune", "--ratio", "big"], "'big' is not a value"),
         (["prune", "--ratio", "0.5", "--ratio", "0.25"], "given twice"),
         (["prune", "--recipe", "nowhere"], "no such file"),

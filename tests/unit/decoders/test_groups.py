@@ -7,8 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from flashvaed_cli.decoders.groups import ChannelGroup, channel_groups, compose_kept, tensor_widths
-from flashvaed_cli.decoders.spec import ResBlockSpec
+from flashvaed_cli.decoders.groups import (
+    ChannelGroup,
+    channel_groups,
+    compose_kept,
+    consumers,
+    producers,
+    tensor_widths,
+)
+from flashvaed_cli.decoders.spec import CoderSpec, ResBlockSpec
+from flashvaed_cli.decoders.wan import wan_encoder_spec
 from tests.toy import DECODER_SPECS, original_spec, toy_decoder, toy_latents
 
 
@@ -69,3 +77,51 @@ def test_compose_kept_is_indexing_twice(data: st.DataObject) -> None:
     once = [channels[i] for i in first]
     assert composed == {"a": tuple(once[i] for i in second)}
     assert compose_kept({}, composed) == compose_kept(composed, {}) == composed
+
+
+def consumers_of(name: str, spec: CoderSpec) -> list[tuple[str | None, str | None]]:
+    group = next(group for group in channel_groups(spec) if group.name == name)
+    return [(one.layer, one.norm) for one in consumers(spec, group)]
+
+
+def test_producers_and_consumers_of_wan() -> None:
+    spec = original_spec()
+    groups = {group.name: group for group in channel_groups(spec)}
+    assert producers(spec, groups["mid.stream"]) == ["conv_in.0.conv", "mid.0.conv2", "mid.1.proj", "mid.2.conv2"]
+    assert producers(spec, groups["up1.entry"]) == ["up0.3.spatial"]
+    assert producers(spec, groups["up1.stream"]) == ["up1.0.conv2", "up1.0.shortcut", "up1.1.conv2", "up1.2.conv2"]
+    assert producers(spec, groups["up3.0.inner"]) == ["up3.0.conv1"]
+    assert consumers_of("mid.stream", spec) == [
+        ("mid.0.conv1", "mid.0.norm1"), ("mid.1.qkv", "mid.1.norm"), ("mid.2.conv1", "mid.2.norm1"),
+        ("up0.0.conv1", "up0.0.norm1"), (None, None),
+    ]  # fmt: skip
+    assert consumers_of("up1.entry", spec) == [("up1.0.conv1", "up1.0.norm1"), ("up1.0.shortcut", None)]
+    assert consumers_of("up2.stream", spec)[-1] == ("up2.3.spatial", None)
+    assert consumers_of("up3.stream", spec)[-1] == ("head.0.conv", "head.0.norm")
+    assert consumers_of("up3.0.inner", spec) == [("up3.0.conv2", "up3.0.norm2")]
+    encoder = wan_encoder_spec(4, 4)
+    assert consumers_of("down0.stream", encoder)[-1] == ("down0.2.spatial", None)
+    groups = {group.name: group for group in channel_groups(encoder)}
+    assert {"down1.2.temporal", "down0.2.spatial"} <= {a for g in groups.values() for a in producers(encoder, g)}
+
+
+@pytest.mark.parametrize("name", DECODER_SPECS)
+def test_every_group_has_producers_and_consumers_of_its_width(name: str) -> None:
+    decoder = toy_decoder(DECODER_SPECS[name])
+    read: list[str] = []
+    for group in channel_groups(decoder.spec):
+        written = producers(decoder.spec, group)
+        assert written and len(set(written)) == len(written)
+        for address in written:
+            assert len(decoder.at(address).get_parameter("weight")) == group.width
+        found = consumers(decoder.spec, group)
+        assert found
+        for one in found:
+            if one.layer is not None:
+                assert decoder.at(one.layer).get_parameter("weight").shape[1] == group.width
+                read.append(one.layer)
+            if one.norm is not None:
+                assert decoder.at(one.norm).get_parameter("gamma").shape == (group.width,)
+    # Every layer reads one group; only what reads the latent reads none.
+    layers = [address for address, _ in decoder.spec.layers()] + ["mid.1.qkv"]
+    assert sorted(read) == sorted(set(layers) - {"post_quant.0.conv", "conv_in.0.conv"})

@@ -28,12 +28,13 @@ def _equations(x: Tensor, y: Tensor, *, parts: int = 3, exact: bool = True) -> N
     return equations
 
 
-def _stacked_ridge(x: Tensor, y: Tensor, ridge: float, prior: Tensor) -> tuple[Tensor, Tensor]:
-    """The same minimum by plain least squares: √λ rows below the data, an undamped column of ones."""
+def _stacked_ridge(x: Tensor, y: Tensor, ridge: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+    """The same minimum by plain least squares: a row √λ_k per feature below the data, an undamped column of ones."""
     features = x.shape[1]
     rows = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], dim=1)
-    damping = torch.eye(features, features + 1, dtype=x.dtype) * ridge**0.5
-    right = torch.cat([y, prior.T * ridge**0.5])
+    root = ridge.sqrt()[:, None]
+    damping = torch.eye(features, features + 1, dtype=x.dtype) * root
+    right = torch.cat([y, prior.T * root])
     solution = torch.linalg.lstsq(torch.cat([rows, damping]), right, driver="gelsd").solution
     return solution[:-1].T, solution[-1]
 
@@ -57,9 +58,8 @@ def test_ridge_equals_stacked_least_squares(
     equations = _equations(x, y)
     prior = torch.full((num_outputs, num_features), 0.7, dtype=torch.float64)
     solution = solve_ridge(equations, dampening_frac=dampening_frac, prior_weight=prior if has_prior else None)
-    centred = x - x.mean(dim=0)
-    assert solution.ridge == pytest.approx(dampening_frac * float(centred.square().sum()) / num_features, rel=1e-9)
-    weight, bias = _stacked_ridge(x, y, solution.ridge, prior if has_prior else torch.zeros_like(prior))
+    ridge = dampening_frac * (x - x.mean(dim=0)).square().sum(dim=0)
+    weight, bias = _stacked_ridge(x, y, ridge, prior if has_prior else torch.zeros_like(prior))
     # Normal equations square the condition number; the damping bounds it by about 1e6.
     torch.testing.assert_close(solution.weight, weight, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(solution.bias, bias, rtol=1e-6, atol=1e-5)
@@ -133,6 +133,24 @@ def test_the_sums_survive_a_solve() -> None:
     first = solve_ridge(equations, dampening_frac=1e-4)
     assert torch.equal(equations.gram, gram)
     assert torch.equal(solve_ridge(equations, dampening_frac=1e-4).weight, first.weight)
+
+
+def test_the_solution_does_not_depend_on_the_features_scale() -> None:
+    x, y = _problem(60, 5, 2)
+    scale = torch.tensor([1e-2, 1.0, 30.0, 1e2, 0.1], dtype=torch.float64)
+    plain = solve_ridge(_equations(x, y), dampening_frac=1e-2)
+    scaled = solve_ridge(_equations(x * scale, y), dampening_frac=1e-2)
+    torch.testing.assert_close(scaled.weight * scale, plain.weight, rtol=1e-9, atol=1e-9)
+
+
+def test_a_feature_that_does_not_vary_keeps_its_prior() -> None:
+    x, y = _problem(60, 4, 2)
+    x[:, 2] = 5.0
+    prior = torch.full((2, 4), 0.7, dtype=torch.float64)
+    solution = solve_ridge(_equations(x, y), dampening_frac=1e-4, prior_weight=prior)
+    torch.testing.assert_close(solution.weight[:, 2], prior[:, 2])
+    others = solve_ridge(_equations(x[:, [0, 1, 3]], y), dampening_frac=1e-4, prior_weight=prior[:, :3])
+    torch.testing.assert_close(solution.weight[:, [0, 1, 3]], others.weight)
 
 
 def test_too_few_positions_say_how_many() -> None:

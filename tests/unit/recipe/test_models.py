@@ -82,10 +82,27 @@ def test_recipes_are_frozen() -> None:
         ({"keep_ratio": 0.5}, {"up2": 0.5, "up3": 0.5}),
         ({"stage_keep_ratios": {"up3": 0.125}}, {"up3": 0.125}),
         ({"keep_ratio": 0.5, "stage_keep_ratios": {"up3": 0.125, "up1": 1.0}}, {"up2": 0.5, "up3": 0.125, "up1": 1.0}),
+        ({"group_keep_ratios": {"up3.stream": 0.5}}, {"up3.stream": 0.5}),
+        (
+            {"keep_ratio": 0.5, "group_keep_ratios": {"up3.0.inner": 0.25}},
+            {"up2": 0.5, "up3": 0.5, "up3.0.inner": 0.25},
+        ),
     ],
 )
 def test_ratios_by_stage(settings: dict[str, object], expected: dict[str, float]) -> None:
     assert PruneRecipe.model_validate(settings).ratios(("up2", "up3")) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stage_keep_ratios": {"up3.stream": 0.5}}, r"up3\.stream is a channel group: give it in group_keep_ratios"),
+        ({"group_keep_ratios": {"up3": 0.5}}, "up3 is a stage: give it in stage_keep_ratios"),
+    ],
+)
+def test_stages_and_groups_are_not_mixed_up(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        PruneRecipe.model_validate(settings)
 
 
 def test_schedule_takes_the_chosen_phase_and_the_common_values() -> None:

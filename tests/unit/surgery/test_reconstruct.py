@@ -17,6 +17,7 @@ from flashvaed_cli.decoders.spec import ConvSpec, DecoderSpec, HeadSpec, StageSp
 from flashvaed_cli.decoders.wan import wan_decoder_spec
 from flashvaed_cli.errors import CalibrationError
 from flashvaed_cli.progress import SilentProgress
+from flashvaed_cli.surgery import block_solvers
 from flashvaed_cli.surgery.layer_fit import FitSettings, LayerError
 from flashvaed_cli.surgery.reconstruct import first_changed_block, reconstruct_decoder
 from flashvaed_cli.surgery.respec import converted_spec, narrowed_spec
@@ -67,8 +68,7 @@ def squared_error(student: Decoder, reference: Decoder, latents: Tensor = HELD_O
 
 def greedily_kept(reference: Decoder, keep_ratios: dict[str, float]) -> Kept:
     statistics = collect_statistics(reference, CLIPS, num_clips=None, progress=SilentProgress())
-    covariances = {tensor: one.covariance for tensor, one in statistics.items()}
-    kept, _ = select_channels(reference.spec, covariances, keep_ratios, rule="greedy-r2")
+    kept, _ = select_channels(reference, statistics, keep_ratios, rule="greedy-r2")
     return kept
 
 
@@ -97,12 +97,11 @@ def short_spec() -> DecoderSpec:
 
 
 def test_every_kind_of_block_is_solved_back() -> None:
-    """All layers of the original forgotten but the attention: enough data gives them back."""
+    """All layers of the original forgotten: enough data gives them back."""
     reference = toy_decoder(short_spec())
     student = transfer_weights(reference, reference.spec, {})
     for name, parameter in student.named_parameters():
-        if ".1.qkv" not in name and ".1.proj" not in name:
-            parameter.copy_(torch.ones_like(parameter) if name.endswith("gamma") else 0.1 * torch.randn_like(parameter))
+        parameter.copy_(torch.ones_like(parameter) if name.endswith("gamma") else 0.1 * torch.randn_like(parameter))
     clips = [toy_latents(4, 6, 6, seed=seed) for seed in range(4)]
     errors = reconstruct(reference, student, {}, "post_quant.0", clips=clips)
     addresses = [error.address for error in errors]
@@ -282,3 +281,63 @@ def test_an_unreadable_clip_leaves_no_folder(temporary_folder: Path) -> None:
 @pytest.mark.parametrize(("name", "first"), [("original", None), ("converted", "mid.0"), ("pruned", "up1.3")])
 def test_first_changed_block(name: str, first: str | None) -> None:
     assert first_changed_block(Decoder(original_spec()), Decoder(DECODER_SPECS[name])) == first
+
+
+CHANNEL = FitSettings(mode="channel", dampening_frac=1e-9)
+
+
+def test_channel_mode_keeps_an_unchanged_decoder() -> None:
+    reference = toy_decoder()
+    student = transfer_weights(reference, reference.spec, {})
+    errors = reconstruct(reference, student, {}, "up1.3", settings=CHANNEL)
+    assert all(error.after < 1e-5 for error in errors)
+    assert squared_error(student, reference) < 1e-6
+
+
+def test_channel_mode_makes_up_for_copies_exactly() -> None:
+    """What is cut is a linear map of what is left, at every layer's input: the kernels absorb it."""
+    reference = toy_decoder()
+    duplicate_channels_(reference, "up2", "up1.3")
+    kept = greedily_kept(reference, {"up2": 0.5})
+    student = transfer_weights(reference, narrowed_spec(reference.spec, kept), kept)
+    cut = squared_error(student, reference)
+    # Copies of a kept channel have no variance of their own: the ridge has to tell them apart.
+    errors = reconstruct(reference, student, kept, "up1.3", settings=FitSettings(mode="channel", dampening_frac=1e-7))
+    assert "up2.0.shortcut" in [error.address for error in errors]
+    assert cut > 0.1
+    assert squared_error(student, reference) < 1e-5
+
+
+@pytest.mark.parametrize("operator", ["frame2d", "dwsep3d"])
+def test_channel_mode_beats_the_cut_with_few_positions(operator: str) -> None:
+    """Two frames' worth of data: too little for whole kernels, enough for the maps."""
+    reference = toy_decoder()
+    kept = greedily_kept(reference, {"up2": 0.5, "up3": 0.75})
+    spec = converted_spec(narrowed_spec(reference.spec, kept), {"up2": operator})  # type: ignore[dict-item]
+    student = transfer_weights(reference, spec, kept)
+    cut = squared_error(student, reference)
+    few = [toy_latents(2, 2, 2, seed=7)]
+    errors = reconstruct(
+        reference, student, kept, "up1.3", clips=few, settings=FitSettings(mode="channel", dampening_frac=1e-4)
+    )
+    assert all(error.num_unknowns <= 17 for error in errors)
+    assert squared_error(student, reference) < cut
+
+
+def test_unchanged_layers_that_are_too_large_keep_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_solvers, "MAX_UNCHANGED_FEATURES", 150)
+    reference = toy_decoder()
+    student = transfer_weights(reference, converted_spec(reference.spec, {"up2": "frame2d"}), {})
+    before = student.get_parameter("stages.up3.0.conv1.weight").clone()  # 4 * 27 = 108 inputs: solved
+    kept_before = student.get_parameter("stages.up2.3.spatial.weight").clone()  # 8 * 9 = 72 inputs: solved
+    errors = {error.address: error for error in reconstruct(reference, student, {}, "up2.0")}
+    assert all(error.num_unknowns > 0 for error in errors.values())
+    assert not torch.equal(student.get_parameter("stages.up3.0.conv1.weight"), before)
+    assert not torch.equal(student.get_parameter("stages.up2.3.spatial.weight"), kept_before)
+    monkeypatch.setattr(block_solvers, "MAX_UNCHANGED_FEATURES", 100)
+    student = transfer_weights(reference, converted_spec(reference.spec, {"up2": "frame2d"}), {})
+    errors = {error.address: error for error in reconstruct(reference, student, {}, "up2.0")}
+    assert torch.equal(student.get_parameter("stages.up3.0.conv1.weight"), before)
+    left = errors["up3.0.conv1"]
+    assert left.num_unknowns == 0 and left.before == left.after and 0.0 < left.after < 1.0
+    assert errors["up2.0.conv1"].num_unknowns > 0  # changed: solved, however large

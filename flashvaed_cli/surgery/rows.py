@@ -1,4 +1,4 @@
-"""Rows of the least-squares problem of one layer: the input patches behind sampled output positions."""
+"""Rows of a least-squares problem: values, and the input patches behind them, at sampled positions of a clip."""
 
 from __future__ import annotations
 
@@ -10,17 +10,30 @@ from torch.nn import functional as F
 from flashvaed_cli.decoders.spec import Kernel
 
 _GRAM_MULTIPLY_ADDS = 5e9
-_FEWEST_ROWS_PER_UNKNOWN, _MOST_ROWS_PER_UNKNOWN = 8, 1024
+_FEWEST_ROWS_PER_UNKNOWN, _MOST_ROWS_PER_UNKNOWN = 8, 128
+_HELD_ELEMENTS = 1 << 27
+_EQUATIONS_PER_UNKNOWN = 128
 
 
-def rows_per_clip(num_features: int, num_clips: int) -> int:
-    """How many positions of a clip to use.
+def dense_rows_per_clip(num_features: int, num_clips: int) -> int:
+    """How many positions of a clip to use for a dense layer, whose rows are summed up.
 
-    What 5e9 multiply-adds for the gram buy, but in all at least 8 and at most 1024 per unknown.
+    What 5e9 multiply-adds for the gram buy, but in all at least 8 and at most 128 per unknown.
     """
     affordable = int(_GRAM_MULTIPLY_ADDS / num_features**2)
     fewest, most = (-(-n * (num_features + 1) // num_clips) for n in (_FEWEST_ROWS_PER_UNKNOWN, _MOST_ROWS_PER_UNKNOWN))
     return min(max(affordable, fewest), most)
+
+
+def separable_rows_per_clip(num_channels: int, num_taps: int, num_outputs: int, num_clips: int) -> int:
+    """How many positions of a clip to use for a depthwise-separable layer, whose rows are held in memory.
+
+    128 equations per unknown in all, but at most 2^27 held values (512 MiB), and at least 8 rows per channel.
+    """
+    wanted = _EQUATIONS_PER_UNKNOWN * num_channels * (num_taps + num_outputs) // num_outputs
+    held = _HELD_ELEMENTS // (num_channels * num_taps)
+    rows = max(min(wanted, held), _FEWEST_ROWS_PER_UNKNOWN * (num_channels + 1))
+    return -(-rows // num_clips)
 
 
 def sample_positions(
@@ -35,10 +48,10 @@ def sample_positions(
 
 def gather_patches(
     x: Float[Tensor, "B C T H W"], kernel: Kernel, positions: Int64[Tensor, " N"]
-) -> Float[Tensor, "N K"]:
-    """The values that a causal, space-padded kernel reads at each position; column c * taps + tap.
+) -> Float[Tensor, "N C taps"]:
+    """The values that a causal, space-padded kernel reads at each position.
 
-    The order is that of a flattened weight `[O, C, kt, kh, kw]`.
+    Flattened, `[N, C * taps]`, the order is that of a flattened weight `[O, C, kt, kh, kw]`.
     """
     kt, kh, kw = kernel
     _, c, t, h, w = x.shape
@@ -51,7 +64,7 @@ def gather_patches(
     frame, sample = rest % t, rest // t
     corner = ((sample * tp + frame) * hp + row) * wp + col  # [N]
     taps = [rows[corner + (dt * hp + dy) * wp + dx] for dt in range(kt) for dy in range(kh) for dx in range(kw)]
-    return torch.stack(taps, dim=2).flatten(1)  # [N, C, taps] -> [N, K]
+    return torch.stack(taps, dim=2)  # [N, C, taps]
 
 
 def gather_rows(y: Float[Tensor, "B O T H W"], positions: Int64[Tensor, " N"]) -> Float[Tensor, "N O"]:

@@ -1,0 +1,243 @@
+"""The latency model of pruning: narrowed decoders with random weights, every block timed in its place.
+
+Only the blocks that pruning reaches run narrowed (the tail of the decoder), on the activations that the decoder
+itself hands them, channels-last as the product runs. Neighbouring stages trade the roles of stream and inside, so that
+one sweep over two ratios covers each residual block's grid of stream by inside and each upsampler's grid of the
+streams before and behind it. The whole decoder takes turns with the narrowed tails, and what counts are ratios.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from flashvaed_cli.decoders.blocks import build_block
+from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.groups import ChannelGroup, channel_groups
+from flashvaed_cli.decoders.latency_model import (
+    Axis,
+    BlockLatency,
+    WidthLatency,
+    block_axes,
+    coordinate,
+    width_ladder,
+)
+from flashvaed_cli.decoders.layout import channels_last, use_channels_last
+from flashvaed_cli.decoders.spec import DecoderSpec, ResBlockSpec
+from flashvaed_cli.progress import Progress, Task
+
+Narrow = Callable[[DecoderSpec, Mapping[str, int]], DecoderSpec]
+"""The spec with the given widths by channel group; see `surgery.respec.spec_of_widths`."""
+
+_NUM_BETWEEN = 6
+_CLOCK_MS = 1e-6
+"""Below the resolution of any clock; times must stay positive."""
+
+
+@runtime_checkable
+class RoundProfiler(Protocol):
+    """Median milliseconds of named modules within one call; see `metrics.module_times.profile_modules`."""
+
+    def __call__(
+        self, model: nn.Module, call: Callable[[], object], names: list[str], *, num_warmup: int, num_rounds: int
+    ) -> dict[str, float]: ...
+
+
+@dataclass
+class _Run:
+    """One model to time at one set of widths; `names` are its modules by block address."""
+
+    widths: dict[str, int]
+    model: nn.Module
+    call: Callable[[], object]
+    names: dict[str, str]
+    samples: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def time(self, profile: RoundProfiler, *, num_warmup: int, unit_ms: float | None = None) -> float:
+        """Add one sample, in units of `unit_ms` or of its own sum; returns its sum in milliseconds."""
+        found = profile(self.model, self.call, list(self.names.values()), num_warmup=num_warmup, num_rounds=1)
+        sum_ms = max(sum(found.values()), _CLOCK_MS)
+        for address, name in self.names.items():
+            self.samples[address].append(found[name] / (unit_ms or sum_ms))
+        return sum_ms
+
+    def latency(self) -> dict[str, float]:
+        """Medians by block, scaled to add up to the median of the sum.
+
+        On a busy machine a short block is often left alone and a long one never, so medians of short ones are low.
+        """
+        medians = {address: statistics.median(times) for address, times in self.samples.items()}
+        total = statistics.median(sum(times) for times in zip(*self.samples.values(), strict=True))
+        scale = total / (sum(medians.values()) or 1.0)
+        return {address: scale * median for address, median in medians.items()}
+
+
+@torch.no_grad()
+def measure_width_latency(
+    decoder: Decoder,
+    latents: Float[Tensor, "1 C T Hz Wz"],
+    stages: Sequence[str],
+    *,
+    narrow: Narrow,
+    profile: RoundProfiler,
+    num_rounds: int,
+    budget_s: float,
+    progress: Progress,
+) -> WidthLatency:
+    """Time a decoder over a grid of widths of the channel groups of some stages.
+
+    The grid has all widths of `width_ladder`, or every second one where that would not fit in the time; each of its
+    points is timed once at least, however long that takes.
+
+    Args:
+        decoder: left as it is.
+        latents: on the decoder's device, in the number format to measure.
+        stages: stages whose widths vary, as pruning would change them.
+        narrow: makes the specs to time.
+        profile: measures named modules.
+        num_rounds: most rounds over the grid; the median counts.
+        budget_s: seconds after which no further round begins.
+    Raises:
+        ValueError: the stages have no channel group.
+    """
+    groups = [group for group in channel_groups(decoder.spec) if group.stage in stages]
+    if not groups:
+        raise ValueError(f"no channel group in {', '.join(stages)}")
+    axes = block_axes(decoder.spec, groups)
+    started = time.monotonic()
+    whole, entering = _whole_run(decoder, channels_last(latents), groups, next(iter(axes)))
+    whole_ms = [whole.time(profile, num_warmup=1)]
+    tail_s = whole_ms[0] / 1e3 * sum(share for address, (share,) in whole.samples.items() if address in axes)
+    left_s = budget_s - (time.monotonic() - started)
+    ladders = {group.name: width_ladder(group.width) for group in groups}
+    grid = _grid(decoder.spec, groups, ladders)
+    if (num_rounds + 1) * _grid_seconds(grid, groups, tail_s) > left_s:
+        ladders = {name: _every_second(ladder) for name, ladder in ladders.items()}
+        grid = _grid(decoder.spec, groups, ladders)
+    num_warmup = int(2 * _grid_seconds(grid, groups, tail_s) <= left_s)
+    progress.log(f"latency model: {len(grid)} sets of widths of {', '.join(dict.fromkeys(g.stage for g in groups))}")
+    tails = [_tail_run(narrow(decoder.spec, widths), widths, list(axes), entering) for widths in grid]
+    with progress.task("latency model", num_rounds * len(tails)) as task:
+        for round_index in range(num_rounds):
+            if round_index > 0 and time.monotonic() - started > budget_s:
+                break
+            whole_ms += _time_round(whole, tails, profile, num_warmup=0 if round_index else num_warmup, task=task)
+    unit_ms = statistics.median(whole_ms)
+    times = [
+        (run.widths, {a: max(unit_ms * t, _CLOCK_MS) for a, t in run.latency().items()}) for run in (whole, *tails)
+    ]
+    fixed_ms = sum(ms for address, ms in times[0][1].items() if address not in axes)
+    return WidthLatency(fixed_ms, tuple(_table(address, its, times) for address, its in axes.items()), ladders)
+
+
+def _time_round(
+    whole: _Run, tails: Sequence[_Run], profile: RoundProfiler, *, num_warmup: int, task: Task
+) -> list[float]:
+    """One sample of every tail in units of the whole decoder's time, which is taken anew before every few.
+
+    A busy machine is so for seconds to minutes, and slows down alike what runs close together. Returns the whole
+    decoder's times in milliseconds.
+    """
+    whole_ms: list[float] = []
+    for index, run in enumerate(tails):
+        if index % _NUM_BETWEEN == 0:
+            whole_ms.append(whole.time(profile, num_warmup=0))
+        run.time(profile, num_warmup=num_warmup, unit_ms=whole_ms[-1])
+        task.advance()
+    return whole_ms
+
+
+def _grid(
+    spec: DecoderSpec, groups: Sequence[ChannelGroup], ladders: Mapping[str, Sequence[int]]
+) -> list[dict[str, int]]:
+    """All sets of widths to time but the full one."""
+    odd = _odd_stages(spec, groups)
+    length = max(len(ladder) for ladder in ladders.values())
+    found: list[dict[str, int]] = []
+    for i, j in itertools.product(range(length), repeat=2):
+        widths = {}
+        for group in groups:
+            ladder = ladders[group.name]
+            is_swapped = (group.stage in odd) != group.name.endswith(".inner")
+            widths[group.name] = ladder[min(j if is_swapped else i, len(ladder) - 1)]
+        if widths not in found:
+            found.append(widths)
+    return found[1:]
+
+
+def _odd_stages(spec: DecoderSpec, groups: Sequence[ChannelGroup]) -> set[str]:
+    """Stages in which stream and inside trade roles: those behind a block, other than a residual one, that joins
+    the streams of two stages, if that before has not."""
+    stage_of = {tensor: group.stage for group in groups for tensor in group.tensors}
+    odd: set[str] = set()
+    for (source, _), (address, block) in itertools.pairwise(spec.blocks()):
+        before, after = stage_of.get(source), stage_of.get(address)
+        if before is None or after is None or before == after:
+            continue
+        if (before in odd) == isinstance(block, ResBlockSpec):
+            odd.add(after)
+    return odd
+
+
+def _every_second(ladder: Sequence[int]) -> tuple[int, ...]:
+    return tuple(width for i, width in enumerate(ladder) if i % 2 == 0 or i == len(ladder) - 1)
+
+
+def _grid_seconds(grid: Sequence[Mapping[str, int]], groups: Sequence[ChannelGroup], tail_s: float) -> float:
+    """Rough time of one round: narrowing saves at most two thirds, small decoders are far from their arithmetic."""
+    shares = []
+    for widths in grid:
+        ratios = {group.name: widths[group.name] / group.width for group in groups}
+        inner = [ratio for name, ratio in ratios.items() if name.endswith(".inner")]
+        stream = [ratio for name, ratio in ratios.items() if not name.endswith(".inner")]
+        shares.append(0.33 + 0.67 * (statistics.fmean(inner) if inner else 1.0) * statistics.fmean(stream or [1.0]))
+    return tail_s * sum(shares)
+
+
+def _whole_run(
+    decoder: Decoder, latents: Float[Tensor, "1 C T Hz Wz"], groups: Sequence[ChannelGroup], first: str
+) -> tuple[_Run, Tensor]:
+    """The decoder itself, and the activations that enter the block `first`."""
+    model = use_channels_last(deepcopy(decoder).to(latents.dtype))
+    entering = latents
+    for address, block in model.blocks():
+        if address == first:
+            break
+        entering = block(entering)
+    names = {address: f"stages.{address}" for address, _ in model.blocks()}
+    return _Run({group.name: group.width for group in groups}, model, lambda: model(latents), names), entering
+
+
+def _tail_run(spec: DecoderSpec, widths: dict[str, int], addresses: Sequence[str], entering: Tensor) -> _Run:
+    """All blocks of a narrowed spec from the first that pruning reaches on, with random weights."""
+    blocks = dict(spec.blocks())
+    every = list(blocks)
+    behind = every[every.index(addresses[0]) :]
+    tail = nn.Sequential(*(build_block(blocks[address], address) for address in behind))
+    use_channels_last(tail.to(entering.device, entering.dtype).eval().requires_grad_(False))
+    names = {address: str(i) for i, address in enumerate(behind) if address in addresses}
+    return _Run(widths, tail, lambda: tail(entering), names)
+
+
+def _table(
+    address: str, axes: tuple[Axis, ...], times: Sequence[tuple[Mapping[str, int], Mapping[str, float]]]
+) -> BlockLatency:
+    """The times of one block: where several runs share its coordinates, their median."""
+    samples: dict[tuple[float, ...], list[float]] = defaultdict(list)
+    for group_widths, latency_ms in times:
+        samples[tuple(coordinate(axis, group_widths) for axis in axes)].append(latency_ms[address])
+    widths = tuple(tuple(sorted({point[i] for point in samples})) for i in range(len(axes)))
+    points = list(itertools.product(*widths))
+    if missing := [point for point in points if point not in samples]:
+        raise ValueError(f"{address}: {len(missing)} of {len(points)} grid points were not timed: {missing[:3]}")
+    return BlockLatency(address, axes, widths, tuple(statistics.median(samples[point]) for point in points))

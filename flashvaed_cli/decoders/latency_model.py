@@ -1,0 +1,162 @@
+"""Decoding time as a function of the widths that pruning leaves: measured points, and what lies between them.
+
+A block's time depends on one or two *axes*, each a tuple of channel groups: a residual block's on its stream (two
+groups, where its entry is one of its own) and on its inside, an upsampler's on the streams before and behind it,
+the head's on the stream before it. The coordinate on an axis is the width of its group, the geometric mean of the
+widths where it has two. Blocks that no group reaches take a fixed time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flashvaed_cli.decoders.groups import ChannelGroup
+from flashvaed_cli.decoders.spec import CoderSpec, ResBlockSpec
+
+Axis = tuple[str, ...]
+"""Names of the channel groups that share a coordinate."""
+
+LOWEST_RATIO = 0.125
+"""The narrowest that is measured and searched, as a fraction of the full width (the paper's)."""
+
+
+def width_ladder(width: int) -> tuple[int, ...]:
+    """The widths worth trying, widest first: `width` itself, then of 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, ...
+
+    Powers of two and three times those: above 8 multiples of 4 and above 16 of 8, which vector units and blocked
+    layouts like. None is below an eighth of `width`.
+    """
+    lowest = max(math.ceil(width * LOWEST_RATIO), 1)
+    rungs = {scale << power for scale in (1, 3) for power in range(width.bit_length())}
+    return (width, *sorted((rung for rung in rungs if lowest <= rung < width), reverse=True))
+
+
+def rounded_ladder(ladder: Sequence[int], round_to: int) -> tuple[int, ...]:
+    """A ladder with every width but the first, the full one, rounded up to a multiple of `round_to`."""
+    full = ladder[0]
+    rounded = {math.ceil(width / round_to) * round_to for width in ladder[1:]}
+    return (full, *sorted((width for width in rounded if width < full), reverse=True))
+
+
+def block_axes(spec: CoderSpec, groups: Sequence[ChannelGroup]) -> dict[str, tuple[Axis, ...]]:
+    """The axes of every block that one of `groups` reaches, by its address, in forward order."""
+    owner = {tensor: group.name for group in groups for tensor in group.tensors}
+    found: dict[str, tuple[Axis, ...]] = {}
+    source = ""
+    for address, block in spec.blocks():
+        before, inner, after = owner.get(source), owner.get(f"{address}.conv1"), owner.get(address)
+        stream = tuple(dict.fromkeys(name for name in (before, after) if name))
+        if isinstance(block, ResBlockSpec):
+            axes = (stream, (inner,) if inner else ())
+        else:
+            axes = tuple((name,) for name in stream)
+        if reached := tuple(axis for axis in axes if axis):
+            found[address] = reached
+        source = address
+    return found
+
+
+def coordinate(axis: Axis, widths: Mapping[str, int]) -> float:
+    """Where widths lie on an axis."""
+    return math.prod(widths[name] for name in axis) ** (1 / len(axis))
+
+
+@dataclass(frozen=True)
+class BlockLatency:
+    """Milliseconds of one block on a grid of widths.
+
+    Attributes:
+        widths: the coordinates on each axis, ascending.
+        latency_ms: one value per grid point, the last axis fastest.
+    """
+
+    address: str
+    axes: tuple[Axis, ...]
+    widths: tuple[tuple[float, ...], ...]
+    latency_ms: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse values that are no grid."""
+        if math.prod(len(values) for values in self.widths) != len(self.latency_ms):
+            raise ValueError(f"{self.address}: {len(self.latency_ms)} values do not fill the grid {self.widths}")
+
+    def __call__(self, widths: Mapping[str, int]) -> float:
+        """Milliseconds at the given widths of its groups: exact on the grid, and between its points linear in the
+        logarithms of width and time, so that powers of the width are met exactly.
+
+        Raises:
+            ValueError: a width outside the grid.
+        """
+        sides = [self._sides(axis, values, widths) for axis, values in zip(self.axes, self.widths, strict=True)]
+        total = 0.0
+        for corner in itertools.product(*sides):
+            index = 0
+            for (position, _), values in zip(corner, self.widths, strict=True):
+                index = index * len(values) + position
+            total += math.prod(share for _, share in corner) * math.log(self.latency_ms[index])
+        return math.exp(total)
+
+    def _sides(self, axis: Axis, values: Sequence[float], widths: Mapping[str, int]) -> list[tuple[int, float]]:
+        """The grid points on both sides of a coordinate, with their shares."""
+        at = coordinate(axis, widths)
+        if not values[0] * (1 - 1e-9) <= at <= values[-1] * (1 + 1e-9):
+            raise ValueError(f"{self.address}: {at:g} of {'+'.join(axis)} is outside what was measured, {values}")
+        low = min(max(bisect_right(values, at) - 1, 0), len(values) - 1)
+        high = min(low + 1, len(values) - 1)
+        if high == low:
+            return [(low, 1.0)]
+        share = min(max(math.log(at / values[low]) / math.log(values[high] / values[low]), 0.0), 1.0)
+        return [(low, 1 - share), (high, share)] if share else [(low, 1.0)]
+
+
+@dataclass(frozen=True)
+class WidthLatency:
+    """The latency model of a decoder.
+
+    Attributes:
+        fixed_ms: time of all blocks that no group reaches.
+        blocks: a table for each block that one does.
+        ladders: the widths at which each group was measured, widest first. What a program does with a layer can
+            change abruptly with its width, so only these are sure.
+    """
+
+    fixed_ms: float
+    blocks: tuple[BlockLatency, ...]
+    ladders: Mapping[str, tuple[int, ...]]
+
+    def __call__(self, widths: Mapping[str, int]) -> float:
+        """Milliseconds of decoding at the given widths of all its groups."""
+        return self.fixed_ms + sum(block(widths) for block in self.blocks)
+
+    def as_record(self) -> dict[str, Any]:
+        """For JSON."""
+        blocks = [
+            {
+                "block": block.address,
+                "axes": [list(axis) for axis in block.axes],
+                "widths": [list(values) for values in block.widths],
+                "latency_ms": list(block.latency_ms),
+            }
+            for block in self.blocks
+        ]
+        ladders = {name: list(widths) for name, widths in self.ladders.items()}
+        return {"fixed_ms": self.fixed_ms, "blocks": blocks, "ladders": ladders}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> WidthLatency:
+        """What `as_record` gave."""
+        blocks = tuple(
+            BlockLatency(
+                block["block"],
+                tuple(tuple(axis) for axis in block["axes"]),
+                tuple(tuple(values) for values in block["widths"]),
+                tuple(block["latency_ms"]),
+            )
+            for block in record["blocks"]
+        )
+        return cls(record["fixed_ms"], blocks, {name: tuple(widths) for name, widths in record["ladders"].items()})

@@ -1,0 +1,150 @@
+"""`prune --target-speedup` and `--target-gflops`: widths from a budget, and what came of the prediction.
+
+The record `measured.budget` of the pruned decoder:
+    target_speedup, target_gflops: what was asked for.
+    num_frames, side, device, num_threads, dtype, layout: what the times are of.
+    predicted, measured: speedup, latency_before_ms, latency_after_ms; measured also speedup_min and speedup_max over
+        the rounds. Without a latency model (`--target-gflops`) nothing is predicted about time.
+    gflop_before, gflop_after: arithmetic of decoding that clip.
+    groups: per channel group its width, the width kept, and the predicted error 1 - R2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.cost import total_gflop
+from flashvaed_cli.decoders.families import get_family
+from flashvaed_cli.decoders.groups import channel_groups
+from flashvaed_cli.decoders.latency_model import WidthLatency, rounded_ladder, width_ladder
+from flashvaed_cli.decoders.layout import channels_last, use_channels_last
+from flashvaed_cli.metrics.speed import speed_ratio, synchronizer, time_alternating
+from flashvaed_cli.numerics.covariance import TensorStatistics
+from flashvaed_cli.progress import Progress
+from flashvaed_cli.recipe.models import AnalyzeRecipe, PruneRecipe
+from flashvaed_cli.report.tables import Column, TableData
+from flashvaed_cli.stages.latency_model import TimedClip, latency_model_record, stored_model
+from flashvaed_cli.stages.loading import DTYPES
+from flashvaed_cli.surgery.budget import WidthPlan, gflop_cost, group_curves, plan_gflops, plan_speedup
+
+_NUM_SPEED_ROUNDS = 7
+_DEFAULTS = AnalyzeRecipe()
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The plan that was found, and the clip whose decoding it speaks of."""
+
+    plan: WidthPlan
+    clip: TimedClip
+
+
+def plan_budget(
+    recipe: PruneRecipe,
+    decoder: Decoder,
+    statistics: Mapping[str, TensorStatistics],
+    stored: Mapping[str, Any] | None,
+    device: torch.device,
+    progress: Progress,
+) -> Budget:
+    """Choose a width for every channel group of the family's shallow stages by the recipe's target.
+
+    Args:
+        stored: the latency model of the analysis, if it has one.
+    Raises:
+        SpecError: the target is out of reach, or asks for nothing.
+    """
+    size = stored or {"num_frames": _DEFAULTS.latency_frames, "side": _DEFAULTS.latency_side}
+    num_frames, side = recipe.latency_frames or size["num_frames"], recipe.latency_side or size["side"]
+    clip = TimedClip(num_frames, side, device, recipe.dtype)
+    stages = get_family(decoder.spec.family).shallow_stages
+    curves = group_curves(decoder, statistics, stages, rule=recipe.rule, seed=recipe.seed)
+    if recipe.target_gflops is not None:
+        groups = [group for group in channel_groups(decoder.spec) if group.stage in stages]
+        ladders = {group.name: rounded_ladder(width_ladder(group.width), recipe.round_to) for group in groups}
+        cost = gflop_cost(decoder.spec, clip.grid(decoder.spec))
+        return Budget(plan_gflops(curves, cost, ladders, recipe.target_gflops), clip)
+    assert recipe.target_speedup is not None
+    model = _latency_model(recipe, decoder, stored, clip, progress)
+    ladders = {name: rounded_ladder(ladder, recipe.round_to) for name, ladder in model.ladders.items()}
+    return Budget(plan_speedup(curves, model, ladders, recipe.target_speedup), clip)
+
+
+def _latency_model(
+    recipe: PruneRecipe, decoder: Decoder, stored: Mapping[str, Any] | None, clip: TimedClip, progress: Progress
+) -> WidthLatency:
+    model, reason = stored_model(stored, clip)
+    if model is not None:
+        return model
+    progress.log(f"{reason}: measuring it now")
+    budget_s = float(_DEFAULTS.width_latency_s or 0)
+    record = latency_model_record(decoder, clip, budget_s=budget_s, seed=recipe.seed, progress=progress)
+    return WidthLatency.from_record(record)
+
+
+@torch.no_grad()
+def judge_budget(
+    recipe: PruneRecipe, budget: Budget, decoder: Decoder, student: Decoder, progress: Progress
+) -> dict[str, Any]:
+    """Time decoder and student in alternation, channels-last; returns the record described above."""
+    clip, plan = budget.clip, budget.plan
+    latents = channels_last(clip.latents(decoder.spec, recipe.seed))
+    before, after = (use_channels_last(deepcopy(one).to(DTYPES[clip.dtype])) for one in (decoder, student))
+    times = time_alternating(
+        {"before": lambda: before(latents), "after": lambda: after(latents)},
+        num_rounds=_NUM_SPEED_ROUNDS,
+        synchronize=synchronizer(clip.device),
+        progress=progress,
+    )
+    ratio = speed_ratio(times["before"], times["after"])
+    predicted = None
+    if recipe.target_speedup is not None:
+        predicted = {
+            "speedup": plan.speedup,
+            "latency_before_ms": plan.full_cost,
+            "latency_after_ms": plan.cost,
+        }
+    return {
+        "target_speedup": recipe.target_speedup,
+        "target_gflops": recipe.target_gflops,
+        **clip.conditions(),
+        "predicted": predicted,
+        "measured": {
+            "speedup": ratio.median,
+            "speedup_min": ratio.min,
+            "speedup_max": ratio.max,
+            "latency_before_ms": 1e3 * times["before"].median,
+            "latency_after_ms": 1e3 * times["after"].median,
+        },
+        "gflop_before": total_gflop(decoder.spec, clip.grid(decoder.spec)),
+        "gflop_after": total_gflop(student.spec, clip.grid(decoder.spec)),
+        "groups": [
+            {"group": name, "width": full, "num_kept": plan.widths[name], "predicted_error": plan.errors[name]}
+            for name, full in plan.full_widths.items()
+        ],
+    }
+
+
+def budget_table(record: Mapping[str, Any]) -> TableData:
+    """Predicted against measured."""
+    predicted, measured = record["predicted"] or {}, record["measured"]
+    rows: list[tuple[str | float | None, ...]] = [
+        (label, predicted.get(key), measured[key])
+        for label, key in (
+            ("speed-up", "speedup"),
+            ("ms before", "latency_before_ms"),
+            ("ms after", "latency_after_ms"),
+        )
+    ]
+    gflop = (record["gflop_before"], record["gflop_after"])
+    rows.append(("GFLOP before / after", " / ".join(f"{value:.4g}" for value in gflop), None))
+    asked = "speed-up {target_speedup:g}" if record["target_speedup"] else "{target_gflops:g} GFLOP"
+    title = f"Budget: {asked.format(**record)}, {record['num_frames']} frames of {record['side']} x {record['side']}"
+    columns = (Column("", align="left"), Column("predicted", ".3g"), Column("measured", ".3g"))
+    return TableData(title, columns, tuple(rows))

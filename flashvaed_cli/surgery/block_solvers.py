@@ -1,0 +1,302 @@
+"""How each kind of block is solved: which of its layers, in which order, from which rows.
+
+Every solver reads what the new decoder feeds the block and the recorded rows of the original, fits one layer
+after another and writes the weights, so that a layer sees what those before it have become.
+
+Reference: METHOD, "closed-form reconstruction".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flashvaed_cli.decoders.blocks import Attention, Head, ResBlock, Upsample
+from flashvaed_cli.decoders.operators import ChannelRMSNorm, Conv, SeparableConv3d, batch_as_frames, frames_as_batch
+from flashvaed_cli.surgery.activations import ActivationStore
+from flashvaed_cli.surgery.channel_fit import ChannelFit, dense_kernel
+from flashvaed_cli.surgery.layer_fit import (
+    DenseFit,
+    FitSettings,
+    GainFit,
+    LayerError,
+    LayerFit,
+    LinearFit,
+    MeasuredOnly,
+    SeparableFit,
+    num_taps,
+    rows_for,
+)
+from flashvaed_cli.surgery.recording import BLOCK, RecordedRows
+from flashvaed_cli.surgery.rows import dense_rows_per_clip, gather_rows
+from flashvaed_cli.surgery.transfer import Channels, doubled, pick
+
+Clip = Float[Tensor, "_B _C _T _H _W"]
+
+MAX_UNCHANGED_FEATURES = 8192
+"""Unchanged dense layers with more inputs per output than this keep their weights: the gram alone takes 512 MiB."""
+
+STUDENT, ROWS = "student", "rows"
+"""Names in the store: what the new decoder feeds the block, and the recorded rows of the original."""
+
+
+@dataclass(frozen=True)
+class BlockPair:
+    """A block of the original and its successor, with the channels that are left before, inside and behind it."""
+
+    reference: nn.Module
+    student: nn.Module
+    before: Channels
+    inner: Channels
+    after: Channels
+    settings: FitSettings
+    store: ActivationStore
+    num_clips: int
+
+    def clips(self) -> Iterator[tuple[Clip, RecordedRows]]:
+        """Of every clip, what the new decoder feeds the block, and what the original's block gave."""
+        for clip in range(self.num_clips):
+            yield (
+                self.store.load_input(clip, STUDENT),
+                RecordedRows.from_tensors(self.store.load(clip, ROWS)),
+            )
+
+    def fit_of(self, name: str, before: Channels, after: Channels) -> LayerFit:
+        """The fit of one convolution of the block, by the settings' mode and the layer's operator."""
+        layer, source = getattr(self.student, name), getattr(self.reference, name)
+        if self.settings.mode == "channel":
+            return self._channel_fit(layer, source, before, after)
+        if isinstance(layer, SeparableConv3d):
+            dense = None
+            if not isinstance(source, SeparableConv3d):
+                dense = pick(pick(dense_kernel(source), after, 0), before, 1)
+            return SeparableFit(layer, dense_weight=dense, settings=self.settings)
+        if layer.spec == source.spec and layer.spec.in_width * num_taps(layer.spec) > MAX_UNCHANGED_FEATURES:
+            return MeasuredOnly(layer)
+        return DenseFit([layer], settings=self.settings)
+
+    def _channel_fit(self, layer: Conv, source: Conv | None, before: Channels, after: Channels) -> LayerFit:
+        if source is None:  # an identity that has become a 1x1
+            width = self.reference.conv1.spec.in_width  # type: ignore[union-attr]
+            eye = torch.eye(width, device=layer.weight.device)
+            kernel, bias = eye[:, :, None, None, None], eye.new_zeros(width)
+        else:
+            kernel, bias = dense_kernel(source), source.bias
+        return ChannelFit(layer, kernel, bias, before=before, after=after, settings=self.settings)
+
+    def targets(self, rows: RecordedRows, name: str, after: Channels) -> Tensor:
+        """What the fit of a layer aims at: the original's outputs, or in channel mode its inputs."""
+        return rows.inputs[name] if self.settings.mode == "channel" else pick(rows.outputs[name], after, 1)
+
+
+def rows_by_layer(pair: BlockPair) -> dict[str, int]:
+    """Positions of a clip by layer: what the neediest fit wants; a temporal upsampler has a grid of its own."""
+    layers = {name: layer for name, layer in pair.student.named_children() if isinstance(layer, Conv)}
+    main = [layer for name, layer in layers.items() if name not in ("temporal", "shortcut")]
+    groups = [[layer] for layer in main]
+    if _is_joint(pair):
+        groups.append([layers["conv2"], layers["shortcut"]])
+    wanted = [rows_for(group, pair.num_clips) for group in groups]
+    if isinstance(pair.student, Attention):
+        wanted = [dense_rows_per_clip(pair.student.qkv.in_features, pair.num_clips)]
+    counts = dict.fromkeys([*layers, BLOCK], max(wanted))
+    if "temporal" in layers:
+        counts["temporal"] = rows_for([layers["temporal"]], pair.num_clips)
+    return counts
+
+
+def _solve_gain(norm: ChannelRMSNorm, pair: BlockPair, rows: Callable[[Clip, RecordedRows], tuple]) -> None:
+    """Fit gamma; `rows` gives a clip's rows of the new norm's input, and the original norm's output on the kept."""
+    fit = GainFit(norm)
+    for y, recorded in pair.clips():
+        fit.update(*rows(y, recorded))
+    fit.solve_()
+
+
+def _solve_layer(
+    fit: LayerFit,
+    pair: BlockPair,
+    name: str,
+    read: Callable[[Clip], list[Clip]],
+    target: Callable[[Clip, RecordedRows], Tensor],
+) -> LayerError:
+    """Fit a layer: `read` is what it reads in the new decoder, `target` what it should give at the rows of `name`."""
+    for y, recorded in pair.clips():
+        if name in recorded.positions:
+            fit.update(read(y), target(y, recorded), recorded.positions[name])
+    return fit.solve_()
+
+
+def _is_joint(pair: BlockPair) -> bool:
+    """Whether a block's second convolution and its shortcut are solved as one."""
+    block = pair.student
+    return (
+        isinstance(block, ResBlock)
+        and block.shortcut is not None
+        and not isinstance(block.conv2, SeparableConv3d)
+        and pair.settings.mode == "full"
+    )
+
+
+def _solve_resblock(pair: BlockPair, address: str) -> list[LayerError]:
+    old, new = pair.reference, pair.student
+    assert isinstance(old, ResBlock) and isinstance(new, ResBlock)
+
+    def at_block(y: Clip, rows: RecordedRows) -> Tensor:
+        return gather_rows(y, rows.positions[BLOCK])
+
+    def inner(y: Clip) -> Clip:
+        return new.conv1(F.silu(new.norm1(y)))
+
+    def hidden(y: Clip) -> Clip:
+        return F.silu(new.norm2(inner(y)))
+
+    _solve_gain(
+        new.norm1, pair, lambda y, rows: (at_block(y, rows), pick(old.norm1(rows.inputs[BLOCK]), pair.before, 1))
+    )
+    errors = [
+        _solve_layer(
+            pair.fit_of("conv1", pair.before, pair.inner),
+            pair,
+            "conv1",
+            lambda y: [F.silu(new.norm1(y))],
+            lambda _, rows: pair.targets(rows, "conv1", pair.inner),
+        )
+    ]
+    _solve_gain(
+        new.norm2,
+        pair,
+        lambda y, rows: (
+            gather_rows(inner(y), rows.positions[BLOCK]),
+            pick(old.norm2(rows.outputs["conv1"]), pair.inner, 1),
+        ),
+    )
+    if pair.settings.mode == "channel":
+        second = pair.fit_of("conv2", pair.inner, pair.after)
+        errors.append(_solve_layer(second, pair, "conv2", lambda y: [hidden(y)], lambda _, rows: rows.inputs["conv2"]))
+        if new.shortcut is not None:
+            across = pair.fit_of("shortcut", pair.before, pair.after)
+            errors.append(_solve_layer(across, pair, BLOCK, lambda y: [y], lambda _, rows: rows.inputs[BLOCK]))
+        return errors
+    if _is_joint(pair):
+        assert new.shortcut is not None
+        joint = DenseFit([new.conv2, new.shortcut], settings=pair.settings)
+        errors.append(
+            _solve_layer(
+                joint, pair, BLOCK, lambda y: [hidden(y), y], lambda _, rows: pick(rows.outputs[BLOCK], pair.after, 1)
+            )
+        )
+        return errors
+
+    def beside_shortcut(y: Clip, rows: RecordedRows) -> Tensor:
+        across = y if new.shortcut is None else new.shortcut(y)
+        return pick(rows.outputs[BLOCK], pair.after, 1) - at_block(across, rows)
+
+    second = pair.fit_of("conv2", pair.inner, pair.after)
+    errors.append(_solve_layer(second, pair, BLOCK, lambda y: [hidden(y)], beside_shortcut))
+    return errors
+
+
+def _solve_attention(pair: BlockPair, address: str) -> list[LayerError]:
+    old, new = pair.reference, pair.student
+    assert isinstance(old, Attention) and isinstance(new, Attention)
+
+    def normed(y: Clip, rows: RecordedRows) -> Tensor:
+        return new.norm(gather_rows(y, rows.positions[BLOCK]))
+
+    _solve_gain(
+        new.norm,
+        pair,
+        lambda y, rows: (
+            gather_rows(y, rows.positions[BLOCK]),
+            pick(old.norm(rows.inputs[BLOCK]), pair.before, 1),
+        ),
+    )
+    if pair.settings.mode == "channel":
+        return []
+    qkv = LinearFit(new.qkv, f"{address}.qkv", settings=pair.settings)
+    for y, rows in pair.clips():
+        qkv.update(normed(y, rows), old.qkv(old.norm(rows.inputs[BLOCK])))
+    errors = [qkv.solve_()]
+    proj = LinearFit(new.proj, f"{address}.proj", settings=pair.settings)
+    for y, rows in pair.clips():
+        at = rows.positions[BLOCK]
+        target = pick(rows.outputs[BLOCK], pair.after, 1) - gather_rows(y, at)
+        proj.update(_mixed(new, y)[at.to(y.device)], target)
+    return [*errors, proj.solve_()]
+
+
+def _mixed(block: Attention, y: Clip) -> Float[Tensor, "P I"]:
+    """What the output projection reads: one row per position `[B, T, H, W]`."""
+    seen: list[Tensor] = []
+    handle = block.proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        block(y)
+    finally:
+        handle.remove()
+    return seen[0].flatten(0, 1)  # [BT, HW, I] -> [P, I]
+
+
+def _solve_upsample(pair: BlockPair, address: str) -> list[LayerError]:
+    old, new = pair.reference, pair.student
+    assert isinstance(old, Upsample) and isinstance(new, Upsample)
+    errors = []
+    if new.temporal is not None and any("temporal" in rows.positions for _, rows in pair.clips()):
+        assert old.temporal is not None
+        both_halves = doubled(pair.before, old.temporal)
+        errors.append(
+            _solve_layer(
+                pair.fit_of("temporal", pair.before, both_halves),
+                pair,
+                "temporal",
+                lambda y: [y[:, :, 1:]],
+                lambda _, rows: pair.targets(rows, "temporal", both_halves),
+            )
+        )
+
+    def enlarged(y: Clip) -> list[Clip]:
+        y = y if new.temporal is None else new.double_frames(y)
+        return [batch_as_frames(F.interpolate(frames_as_batch(y), scale_factor=2, mode="nearest"), y.shape[0])]
+
+    spatial = pair.fit_of("spatial", pair.before, pair.after)
+    target = lambda _, rows: pair.targets(rows, "spatial", pair.after)  # noqa: E731
+    errors.append(_solve_layer(spatial, pair, "spatial", enlarged, target))
+    return errors
+
+
+def _solve_head(pair: BlockPair, address: str) -> list[LayerError]:
+    old, new = pair.reference, pair.student
+    assert isinstance(old, Head) and isinstance(new, Head)
+    _solve_gain(
+        new.norm,
+        pair,
+        lambda y, rows: (
+            gather_rows(y, rows.positions[BLOCK]),
+            pick(old.norm(rows.inputs[BLOCK]), pair.before, 1),
+        ),
+    )
+    fit = pair.fit_of("conv", pair.before, None)
+    return [
+        _solve_layer(
+            fit, pair, "conv", lambda y: [F.silu(new.norm(y))], lambda _, rows: pair.targets(rows, "conv", None)
+        )
+    ]
+
+
+def _solve_conv(pair: BlockPair, address: str) -> list[LayerError]:
+    fit = pair.fit_of("conv", pair.before, pair.after)
+    return [_solve_layer(fit, pair, "conv", lambda y: [y], lambda _, rows: pair.targets(rows, "conv", pair.after))]
+
+
+BLOCK_SOLVERS: dict[str, Callable[[BlockPair, str], list[LayerError]]] = {
+    "resblock": _solve_resblock,
+    "attention": _solve_attention,
+    "upsample": _solve_upsample,
+    "head": _solve_head,
+    "conv": _solve_conv,
+}

@@ -1,0 +1,90 @@
+"""The lighter reconstruction: a kernel absorbs the map from the channels that are left to all that it read.
+
+Of each layer only a 1x1 map over its inputs is solved, C x k unknowns instead of whole kernels, so that
+few clips suffice; the kernel itself stays the original's.
+
+Reference: arXiv 2507.21573 folds the combination of dependent filters into the next kernel; arXiv 2602.19161,
+section 3.1, puts the same map into the 1x1 shortcuts. Departure: solved layer after layer, on what the new
+decoder really feeds the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flashvaed_cli.decoders.operators import Conv, SeparableConv3d
+from flashvaed_cli.numerics.least_squares import NormalEquations, relative_error, solve_ridge
+from flashvaed_cli.numerics.separable import frame_from_causal, separable_from_dense
+from flashvaed_cli.surgery.layer_fit import FitSettings, Input, LayerError, Positions
+from flashvaed_cli.surgery.rows import gather_rows
+from flashvaed_cli.surgery.transfer import Channels, pick
+
+
+class ChannelFit:
+    """Fit of the map from what a layer reads in the new decoder to all channels that it read in the original.
+
+    Args:
+        layer: the new decoder's.
+        dense_weight: the original's kernel, over all its channels.
+        before: channels of the input that are left.
+        after: channels of the output that are left.
+    """
+
+    def __init__(
+        self,
+        layer: Conv,
+        dense_weight: Float[Tensor, "O C kt kh kw"],
+        bias: Float[Tensor, " O"],
+        *,
+        before: Channels,
+        after: Channels,
+        settings: FitSettings,
+    ) -> None:
+        self.layer, self.dense_weight, self.bias = layer, dense_weight, bias
+        self.before, self.after, self.settings = before, after, settings
+        self.address = layer.address
+        self.equations = NormalEquations(layer.spec.in_width, dense_weight.shape[1], label=layer.address)
+
+    def update(self, inputs: Sequence[Input], target: Float[Tensor, "N C"], positions: Positions) -> None:
+        """Add one clip: what the layer reads in the new decoder, and what it reads in the original."""
+        self.equations.update(gather_rows(inputs[0], positions), target)
+
+    def solve_(self) -> LayerError:
+        """Solve the map, fold it into the kernel, convert that to the layer's operator without data.
+
+        The errors are those of the inputs: with missing channels at zero, and with the map.
+
+        Raises:
+            CalibrationError: too few positions, NaN, or a gram that is not positive definite.
+        """
+        identity = torch.eye(self.dense_weight.shape[1], device=self.dense_weight.device)
+        before = relative_error(self.equations, pick(identity, self.before, 1), identity.new_zeros(len(identity)))
+        solution = solve_ridge(self.equations, dampening_frac=self.settings.dampening_frac)
+        kernel, bias = pick(self.dense_weight, self.after, 0).double(), pick(self.bias, self.after, 0).double()
+        folded = torch.einsum("octhw,ck->okthw", kernel, solution.weight.to(kernel))
+        self._write(folded, bias + kernel.sum((2, 3, 4)) @ solution.bias.to(kernel))
+        rows, unknowns = self.equations.num_rows, self.equations.num_features + 1
+        return LayerError(self.address, before, solution.relative_error, rows, unknowns)
+
+    def _write(self, kernel: Float[Tensor, "o k kt kh kw"], bias: Float[Tensor, " o"]) -> None:
+        layer = self.layer
+        if isinstance(layer, SeparableConv3d):
+            depthwise, pointwise = separable_from_dense(kernel)
+            layer.depthwise.copy_(depthwise[:, None])
+            layer.weight.copy_(pointwise)
+        else:
+            if layer.spec.kernel[0] < kernel.shape[2]:
+                kernel = frame_from_causal(kernel)[:, :, None]
+            layer.weight.copy_(kernel.reshape(layer.weight.shape))
+        layer.bias.copy_(bias)
+
+
+def dense_kernel(layer: Conv) -> Float[Tensor, "O C kt kh kw"]:
+    """The kernel of any operator as a dense one."""
+    if isinstance(layer, SeparableConv3d):
+        return layer.weight[:, :, None, None, None] * layer.depthwise[None, :, 0]
+    return layer.weight.reshape(layer.spec.out_width, layer.spec.in_width, *layer.spec.kernel)

@@ -1,0 +1,88 @@
+"""What a block of the original reads and gives at sampled positions: the targets of the least squares.
+
+The original runs once per block and clip; only rows at sampled positions are kept of its inner layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from flashvaed_cli.decoders.operators import Conv
+from flashvaed_cli.surgery.rows import gather_rows, sample_positions
+
+BLOCK = "block"
+"""The name under which a block's own input and output are recorded."""
+
+
+@dataclass(frozen=True)
+class RecordedRows:
+    """Rows of one clip. Names are those of the block's layers, and `BLOCK`.
+
+    `positions` of a layer index its output `[B, T, H, W]`; so do those of its input, where that has the same grid.
+    """
+
+    inputs: dict[str, Float[Tensor, "_N _C"]]
+    outputs: dict[str, Float[Tensor, "_N _O"]]
+    positions: dict[str, Int64[Tensor, " _N"]]
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """As one dictionary, to be stored."""
+        named = {"inputs": self.inputs, "outputs": self.outputs, "positions": self.positions}
+        return {f"{kind}.{name}": rows.clone() for kind, group in named.items() for name, rows in group.items()}
+
+    @staticmethod
+    def from_tensors(tensors: Mapping[str, Tensor]) -> RecordedRows:
+        """Undo `to_tensors`."""
+        parts: dict[str, dict[str, Tensor]] = {"inputs": {}, "outputs": {}, "positions": {}}
+        for key, tensor in tensors.items():
+            kind, name = key.split(".", 1)
+            parts[kind][name] = tensor
+        return RecordedRows(**parts)
+
+
+def record_block(
+    block: nn.Module, x: Float[Tensor, "_B _C _T _H _W"], num_rows: Mapping[str, int], generator: torch.Generator
+) -> tuple[Float[Tensor, "_B _O _F _Ho _Wo"], RecordedRows]:
+    """Run a block of the original on a clip and record its convolutions.
+
+    Layers of the same grid share their positions.
+
+    Args:
+        num_rows: by layer name, and for `BLOCK`; others are not recorded.
+        generator: draws the positions.
+    Returns:
+        The block's output, and the rows.
+    """
+    rows = RecordedRows({}, {}, {})
+    known: dict[tuple[int, ...], Tensor] = {}
+
+    def record(name: str, given: Tensor, output: Tensor) -> None:
+        if name not in num_rows or output.shape[2] == 0:
+            return
+        b, _, t, h, w = output.shape
+        if (b, t, h, w) not in known:
+            known[b, t, h, w] = sample_positions((b, t, h, w), num_rows[name], generator)
+        at = known[b, t, h, w]
+        rows.positions[name] = at
+        rows.outputs[name] = gather_rows(output, at)
+        if given.shape[2:] == output.shape[2:]:
+            rows.inputs[name] = gather_rows(given, at)
+
+    layers = {name: layer for name, layer in block.named_children() if isinstance(layer, Conv)}
+    handles = [_hook(layer, name, record) for name, layer in layers.items()]
+    try:
+        output = block(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    record(BLOCK, x, output)
+    return output, rows
+
+
+def _hook(layer: Conv, name: str, record) -> torch.utils.hooks.RemovableHandle:
+    return layer.register_forward_hook(lambda _module, inputs, output: record(name, inputs[0], output))
