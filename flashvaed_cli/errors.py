@@ -24,6 +24,10 @@ class SpecError(FlashVaedError):
     """A decoder specification contradicts itself, or a name matches no layer."""
 
 
+class DecodeError(FlashVaedError):
+    """A clip cannot be decoded as asked: no plan fits the memory, or nothing here can compile."""
+
+
 class MediaError(FlashVaedError):
     """A video or latent file cannot be found, read or written."""
 

@@ -24,13 +24,20 @@ from flashvaed_cli.cli.running import resolve_settings, run_stage
 from flashvaed_cli.recipe import EvalRecipe
 from flashvaed_cli.recipe.models import LatentScale
 
+SPEED_PANEL = {"rich_help_panel": "Speed"}
 EPILOG = """Examples:
 
 flashvaed eval
 
 flashvaed eval flash.safetensors --data holiday.mp4 --max-side 480 --output report-holiday
 
-flashvaed eval --lpips on --no-video --json"""
+flashvaed eval --lpips on --no-video --json
+
+flashvaed eval --speed --frames 9,81 --sizes 256x256,480p --dtype bfloat16
+
+flashvaed eval flash.safetensors --speed --sizes 1080p --frames 17 --max-memory 4GB --compile
+
+flashvaed eval --speed --autotune --sizes 480p"""
 
 
 def register(app: typer.Typer) -> None:
@@ -51,6 +58,13 @@ def evaluate(
     max_side: Annotated[int | None, flag(EvalRecipe, "max_side")] = None,
     chunk: Annotated[int | None, flag(EvalRecipe, "chunk")] = None,
     num_speed_rounds: Annotated[int | None, flag(EvalRecipe, "num_speed_rounds")] = None,
+    speed: Annotated[bool | None, switch(EvalRecipe, "speed", **SPEED_PANEL)] = None,
+    sizes: Annotated[str | None, flag(EvalRecipe, "sizes", metavar="SIZE,...", **SPEED_PANEL)] = None,
+    frames: Annotated[str | None, flag(EvalRecipe, "frames", metavar="N,...", **SPEED_PANEL)] = None,
+    compile: Annotated[bool | None, switch(EvalRecipe, "compile", **SPEED_PANEL)] = None,
+    tile: Annotated[int | None, flag(EvalRecipe, "tile", **SPEED_PANEL)] = None,
+    max_memory: Annotated[str | None, flag(EvalRecipe, "max_memory", metavar="AMOUNT", **SPEED_PANEL)] = None,
+    autotune: Annotated[bool | None, switch(EvalRecipe, "autotune", **SPEED_PANEL)] = None,
     video: Annotated[bool | None, switch(EvalRecipe, "video")] = None,
     allow_download: Annotated[bool | None, switch(EvalRecipe, "allow_download")] = None,
     lpips: Annotated[Literal["auto", "on", "off"] | None, flag(EvalRecipe, "lpips")] = None,
@@ -66,8 +80,14 @@ def evaluate(
     """Compare a decoder with its original on clips: quality, sharpness, speed, size.
 
     Reads a decoder and clips; writes a folder with report.json, report.md and a side-by-side video.
+    With --speed: reads a decoder, times it against its original, writes speed.json and speed.md.
     """
     settings = resolve_settings(context, EvalRecipe)
+    if settings.speed:
+        from flashvaed_cli.stages.speed import run_speed
+
+        run_stage(context, run_speed, settings)
+        return
     from flashvaed_cli.stages.evaluate import run_evaluate
 
     run_stage(context, run_evaluate, settings)

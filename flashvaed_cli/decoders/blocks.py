@@ -17,6 +17,7 @@ from flashvaed_cli.decoders.operators import (
     batch_as_frames,
     build_conv,
     frames_as_batch,
+    norm_silu,
 )
 from flashvaed_cli.decoders.spec import (
     AttentionSpec,
@@ -55,9 +56,9 @@ class ResBlock(nn.Module):
         self.shortcut = None if spec.shortcut is None else build_conv(spec.shortcut, f"{address}.shortcut")
 
     def forward(self, x: Clip, past: Past = None, future: Future = None) -> MappedClip:
-        h = self.conv1(F.silu(self.norm1(x)), past, future)
-        h = self.conv2(F.silu(self.norm2(h)), past, future)
-        return h + (x if self.shortcut is None else self.shortcut(x, past, future))
+        h = self.conv1(norm_silu(self.norm1, x), past, future)
+        h = self.conv2(norm_silu(self.norm2, h), past, future)
+        return _add(h, x if self.shortcut is None else self.shortcut(x, past, future))
 
 
 class Attention(nn.Module):
@@ -92,6 +93,8 @@ class Upsample(nn.Module):
     def forward(self, x: Clip, past: Past = None, future: Future = None) -> MappedClip:
         if self.temporal is not None:
             x = self.double_frames(x, past, future)
+        if self.spatial.spec.enlarges:
+            return self.spatial(x, past, future)
         frames = F.interpolate(frames_as_batch(x), scale_factor=2, mode="nearest")
         return self.spatial(batch_as_frames(frames, x.shape[0]), past, future)
 
@@ -111,7 +114,10 @@ class Upsample(nn.Module):
     @staticmethod
     def _interleave(x: Clip) -> MappedClip:
         """`[B, 2C, T, H, W]` to `[B, C, 2T, H, W]`: the two halves of the channels become alternating frames."""
-        return torch.stack(x.chunk(2, dim=1), dim=3).flatten(2, 3)
+        if x.stride(1) != 1 or torch.compiler.is_compiling():
+            return torch.stack(x.chunk(2, dim=1), dim=3).flatten(2, 3)
+        pairs = x.permute(0, 2, 3, 4, 1).unflatten(4, (2, -1))  # [B, T, H, W, 2, C]
+        return pairs.permute(0, 1, 4, 2, 3, 5).flatten(1, 2).permute(0, 4, 1, 2, 3)  # stays channels-last
 
 
 class Downsample(nn.Module):
@@ -149,7 +155,14 @@ class Head(nn.Module):
         self.conv = build_conv(spec.conv, f"{address}.conv")
 
     def forward(self, x: Clip, past: Past = None, future: Future = None) -> MappedClip:
-        return self.conv(F.silu(self.norm(x)), past, future)
+        return self.conv(norm_silu(self.norm, x), past, future)
+
+
+def _add(new: Clip, residual: Clip) -> Clip:
+    """The sum, in place of `new` where no gradient needs it: nothing else holds a convolution's output."""
+    if torch.is_grad_enabled() or new.dtype != residual.dtype:
+        return new + residual
+    return new.add_(residual)
 
 
 BLOCKS: dict[str, type[nn.Module]] = {

@@ -5,6 +5,7 @@ One multiply-add counts as two operations. Norms, activations and interpolation 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from flashvaed_cli.decoders.spec import (
@@ -13,6 +14,7 @@ from flashvaed_cli.decoders.spec import (
     CoderSpec,
     ConvSpec,
     DownsampleSpec,
+    Operator,
     ResBlockSpec,
     UpsampleSpec,
     block_in_width,
@@ -62,7 +64,8 @@ def stage_costs(spec: CoderSpec, grid: Grid) -> list[StageCost]:
         for index, block in enumerate(stage.blocks):
             after = _block_grid(block, grid)
             layers += _block_cost(f"{stage.name}.{index}", block, grid, after)
-            entering = after if isinstance(block, UpsampleSpec) else grid  # the enlarged frames are materialised
+            enlarged = isinstance(block, UpsampleSpec) and not block.spatial.enlarges  # materialised then
+            entering = after if enlarged else grid
             peak = max(peak, _size(entering) * block_in_width(block) + _size(after) * _widest_output(block))
             grid = after
         costs.append(StageCost(stage.name, tuple(layers), peak))
@@ -114,8 +117,44 @@ def _layer_grid(name: str, block: BlockSpec, before: Grid, after: Grid) -> Grid:
 
 
 def _layer_cost(address: str, layer: ConvSpec, grid: Grid) -> LayerCost:
-    multiplies = layer.parameter_count - layer.out_width
-    return LayerCost(address, layer.operator, 2 * multiplies * _size(grid), layer.parameter_count)
+    multiplies = _MULTIPLIES.get(layer.operator, _plain_multiplies)(layer, grid)
+    return LayerCost(address, layer.operator, 2 * multiplies, layer.parameter_count)
+
+
+def _plain_multiplies(layer: ConvSpec, grid: Grid) -> int:
+    return (layer.parameter_count - layer.out_width) * _size(grid)
+
+
+def _num_taps(layer: ConvSpec, num_frames: int) -> int:
+    """Temporal taps over all frames of a video, without those that would reach before its first frame."""
+    return sum(max(num_frames - delay, 0) for delay in range(layer.kernel[0]))
+
+
+def _tapwise_multiplies(layer: ConvSpec, grid: Grid) -> int:
+    _, kh, kw = layer.kernel
+    return layer.in_width * layer.out_width * kh * kw * _num_taps(layer, grid[0]) * grid[1] * grid[2]
+
+
+def _winograd_multiplies(layer: ConvSpec, grid: Grid) -> int:
+    """36 products per 4x4 tile, and the transforms of kernel, input and output as the matrix products they are."""
+    t, h, w = grid
+    tiles = -(-h // 4) * -(-w // 4)
+    channels = layer.in_width * layer.out_width
+    transforms = 36 * 36 * layer.in_width * t * tiles + 16 * 36 * layer.out_width * t * tiles
+    return 36 * channels * _num_taps(layer, t) * tiles + transforms + 36 * 9 * layer.kernel[0] * channels
+
+
+def _subpixel_multiplies(layer: ConvSpec, grid: Grid) -> int:
+    """Four taps for every enlarged pixel (the margin of one small pixel is not counted)."""
+    return layer.in_width * layer.out_width * 4 * _size(grid)
+
+
+_MULTIPLIES: dict[Operator, Callable[[ConvSpec, Grid], int]] = {
+    "tapwise3d": _tapwise_multiplies,
+    "winograd3d": _winograd_multiplies,
+    "subpixel2d": _subpixel_multiplies,
+}
+"""Multiplications of the operators that do not spend one per weight and position (a whole video, float32)."""
 
 
 def _attention_cost(address: str, block: AttentionSpec, grid: Grid) -> LayerCost:

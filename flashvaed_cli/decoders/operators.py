@@ -11,59 +11,28 @@ Reference: Wan 2.1 VAE; arXiv 2602.19161, section 3.2 (depthwise-separable and 2
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flashvaed_cli.decoders.convolution import (
+    Conv,
+    Future,
+    Past,
+    batch_as_frames,
+    extend_with_past,
+    frames_as_batch,
+)
+from flashvaed_cli.decoders.exact_operators import StackedConv3d, SubpixelConv2d, TapwiseConv3d
 from flashvaed_cli.decoders.spec import ConvSpec
+from flashvaed_cli.decoders.winograd import WinogradConv3d
 
-Past = Mapping[str, Tensor] | None
-Future = MutableMapping[str, Tensor] | None
+__all__ = ["Conv", "Future", "Past", "batch_as_frames", "extend_with_past", "frames_as_batch"]
 
 NORM_EPS = 1e-12
-
-
-def frames_as_batch(x: Float[Tensor, "B C T H W"]) -> Float[Tensor, "BT C H W"]:
-    """View the frames as a batch of images (no copy when `x` is channels_last_3d)."""
-    b, c, t, h, w = x.shape
-    return x.permute(0, 2, 1, 3, 4).reshape(b * t, c, h, w)
-
-
-def batch_as_frames(x: Float[Tensor, "BT C H W"], batch: int) -> Float[Tensor, "B C T H W"]:
-    """Undo `frames_as_batch`."""
-    bt, c, h, w = x.shape
-    return x.reshape(batch, bt // batch, c, h, w).permute(0, 2, 1, 3, 4)
-
-
-def extend_with_past(
-    x: Float[Tensor, "B C T H W"], num_past: int, address: str, past: Past, future: Future
-) -> Float[Tensor, "B C Tp H W"]:
-    """Put the `num_past` frames before `x` in front of it (zeros before the first) and remember its last ones."""
-    if num_past == 0:
-        return x
-    window = F.pad(x, (0, 0, 0, 0, num_past, 0)) if past is None else torch.cat([past[address], x], dim=2)
-    if future is not None:
-        future[address] = window[:, :, -num_past:].clone()  # a view would keep the whole chunk alive
-    return window
-
-
-class Conv(nn.Module):
-    """Weight and bias of one layer; `address` is its name in the spec and in the state."""
-
-    def __init__(self, spec: ConvSpec, address: str, weight_shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.spec = spec
-        self.address = address
-        self.weight = nn.Parameter(torch.empty(weight_shape))
-        self.bias = nn.Parameter(torch.zeros(spec.out_width))
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-
-    def extra_repr(self) -> str:
-        s = self.spec
-        return f"{s.in_width} -> {s.out_width}, kernel={s.kernel}"
 
 
 class CausalConv3d(Conv):
@@ -94,7 +63,7 @@ class SeparableConv3d(Conv):
         kt, kh, kw = self.spec.kernel
         window = extend_with_past(x, kt - 1, self.address, past, future)
         mixed = F.conv3d(window, self.depthwise, padding=(0, kh // 2, kw // 2), groups=self.spec.in_width)
-        return F.conv3d(mixed, self.weight[:, :, None, None, None], self.bias)
+        return pointwise_conv(mixed, self.weight, self.bias)
 
 
 class FrameConv2d(Conv):
@@ -120,7 +89,14 @@ class Pointwise(Conv):
     def forward(
         self, x: Float[Tensor, "B C T H W"], past: Past = None, future: Future = None
     ) -> Float[Tensor, "B O T H W"]:
-        return F.conv3d(x, self.weight[:, :, None, None, None], self.bias)
+        return pointwise_conv(x, self.weight, self.bias)
+
+
+def pointwise_conv(
+    x: Float[Tensor, "B C T H W"], weight: Float[Tensor, "O C"], bias: Float[Tensor, " O"]
+) -> Float[Tensor, "B O T H W"]:
+    """1x1x1 as a 2D convolution of frames on top of each other: a view in every layout, and faster than conv3d."""
+    return F.conv2d(x.flatten(2, 3), weight[:, :, None, None], bias).unflatten(2, x.shape[2:4])
 
 
 OPERATORS: dict[str, Callable[[ConvSpec, str], Conv]] = {
@@ -128,6 +104,10 @@ OPERATORS: dict[str, Callable[[ConvSpec, str], Conv]] = {
     "dwsep3d": SeparableConv3d,
     "frame2d": FrameConv2d,
     "pointwise": Pointwise,
+    "tapwise3d": TapwiseConv3d,
+    "stacked3d": StackedConv3d,
+    "winograd3d": WinogradConv3d,
+    "subpixel2d": SubpixelConv2d,
 }
 
 
@@ -149,5 +129,27 @@ class ChannelRMSNorm(nn.Module):
     def forward(self, x: Float[Tensor, "B C *P"]) -> Float[Tensor, "B C *P"]:
         gain = self.gamma * self.gamma.shape[0] ** 0.5
         gain = gain.view(-1, *([1] * (x.ndim - 2)))
-        exact = x if x.dtype == torch.float64 else x.float()
-        return F.normalize(exact, dim=1, eps=NORM_EPS).to(x.dtype) * gain
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            exact = x if x.dtype == torch.float64 else x.float()
+            return F.normalize(exact, dim=1, eps=NORM_EPS).to(x.dtype) * gain
+        if x.dtype in (torch.float32, torch.float64):
+            return (x * _inverse_norm(x)).mul_(gain.to(x.dtype))
+        y = torch.empty_like(x)
+        for part, result in zip(x.split(1, dim=2), y.split(1, dim=2), strict=True):  # a float32 copy of one frame
+            exact = part.float()
+            result.copy_(exact.mul_(_inverse_norm(exact)).mul_(gain.float()))
+        return y
+
+
+def norm_silu(norm: ChannelRMSNorm, x: Float[Tensor, "B C *P"]) -> Float[Tensor, "B C *P"]:
+    """SiLU of the norm; the norm's output is overwritten where no gradient needs it."""
+    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
+
+
+def _inverse_norm(x: Float[Tensor, "B C *P"]) -> Float[Tensor, "B 1 *P"]:
+    """1 / max(|x|, eps) over the channels, by the sum that is fast in the layout of `x`."""
+    if x.stride(1) == 1:
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    else:
+        norm = (x * x).sum(1, keepdim=True).sqrt_()
+    return norm.clamp_min_(NORM_EPS).reciprocal_()

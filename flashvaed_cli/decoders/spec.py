@@ -14,8 +14,28 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Operator = Literal["causal3d", "dwsep3d", "frame2d", "pointwise"]
+Operator = Literal[
+    "causal3d",
+    "dwsep3d",
+    "frame2d",
+    "pointwise",
+    "tapwise3d",
+    "stacked3d",
+    "winograd3d",
+    "subpixel2d",
+]
 Kernel = tuple[int, int, int]
+
+PLAIN_OPERATORS: dict[Operator, Operator] = {
+    "tapwise3d": "causal3d",
+    "stacked3d": "causal3d",
+    "winograd3d": "causal3d",
+    "subpixel2d": "frame2d",
+}
+"""Exact twin to the plain operator whose parameters and outputs it has."""
+
+
+_ONLY_3X3: frozenset[Operator] = frozenset({"winograd3d", "subpixel2d"})
 
 
 class _Frozen(BaseModel):
@@ -30,6 +50,12 @@ class ConvSpec(_Frozen):
         dwsep3d: depthwise causal `(kt, kh, kw)`, then pointwise.
         frame2d: dense `(1, kh, kw)` on every frame by itself.
         pointwise: `(1, 1, 1)`.
+    Exact twins (the same parameters and, up to rounding, the same outputs as the operator in brackets):
+        tapwise3d [causal3d]: a sum over temporal taps of 2D convolutions; no window, no products with zeros.
+        stacked3d [causal3d]: one 2D convolution to `kt` times as many channels, added up over time: few outputs.
+        winograd3d [causal3d]: `(kt, 3, 3)` by minimal filtering, a quarter of the products; half precision: tapwise3d.
+        subpixel2d [frame2d]: an upsampler's `spatial` (3x3) only: the nearest upsampling before it is folded into
+            four 2x2 kernels on the small frames.
     """
 
     operator: Operator
@@ -41,9 +67,21 @@ class ConvSpec(_Frozen):
     def _kernel_fits_operator(self) -> ConvSpec:
         if self.operator == "pointwise" and self.kernel != (1, 1, 1):
             raise ValueError(f"a pointwise layer has kernel (1, 1, 1), not {self.kernel}")
-        if self.operator == "frame2d" and self.kernel[0] != 1:
-            raise ValueError(f"a frame2d layer has one temporal tap, not kernel {self.kernel}")
+        if self.plain_operator == "frame2d" and self.kernel[0] != 1:
+            raise ValueError(f"a {self.operator} layer has one temporal tap, not kernel {self.kernel}")
+        if self.operator in _ONLY_3X3 and self.kernel[1:] != (3, 3):
+            raise ValueError(f"a {self.operator} layer has 3x3 taps in space, not kernel {self.kernel}")
         return self
+
+    @property
+    def plain_operator(self) -> Operator:
+        """The operator itself, or the one that it is an exact twin of."""
+        return PLAIN_OPERATORS.get(self.operator, self.operator)
+
+    @property
+    def enlarges(self) -> bool:
+        """Whether the layer doubles the size of the frames, as only an upsampler's `spatial` may."""
+        return self.operator == "subpixel2d"
 
     @property
     def parameter_count(self) -> int:
@@ -178,6 +216,14 @@ class CoderSpec(_Frozen):
             if previous is not None and previous[1] != block_in_width(block):
                 raise ValueError(f"{previous[0]} gives {previous[1]} channels, {address} takes {block_in_width(block)}")
             previous = (address, block_out_width(block))
+        return self
+
+    @model_validator(mode="after")
+    def _only_upsamplers_enlarge(self) -> CoderSpec:
+        for address, block in self.blocks():
+            for name, layer in block_layers(block).items():
+                if layer.enlarges and not (isinstance(block, UpsampleSpec) and name == "spatial"):
+                    raise ValueError(f"{address}.{name} cannot be {layer.operator}: only an upsampler's spatial layer")
         return self
 
     def blocks(self) -> Iterator[tuple[str, BlockSpec]]:

@@ -2,6 +2,8 @@
 
 The state between chunks is an explicit value: a dictionary from layer address to the last frames which
 that layer has seen. Its size depends on the frame size only, never on the length of the video.
+
+This is the plain contract. `runtime.py` builds on it for speed and little memory: tiles, dtype, compilation.
 """
 
 from __future__ import annotations
@@ -13,9 +15,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flashvaed_cli.decoders.coder import Decoder, Encoder
+from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.errors import SpecError
 
 State = dict[str, Tensor]
+
+
+def check_latents(spec: DecoderSpec, latents: Tensor) -> None:
+    """Refuse latents that are not `[B, C, T, H, W]` with the decoder's channels.
+
+    Raises:
+        SpecError: they are not.
+    """
+    if latents.ndim != 5 or latents.shape[1] != spec.latent_width or 0 in latents.shape:
+        raise SpecError(f"the decoder takes latents [B, {spec.latent_width}, T, H, W], got {list(latents.shape)}")
 
 
 def decode_step(
@@ -36,10 +49,7 @@ def iter_decode(
     Raises:
         SpecError: the latents do not have the decoder's channels, or `chunk` is below 1.
     """
-    if latents.ndim != 5 or latents.shape[1] != decoder.spec.latent_width:
-        raise SpecError(
-            f"the decoder takes latents [B, {decoder.spec.latent_width}, T, H, W], got {list(latents.shape)}"
-        )
+    check_latents(decoder.spec, latents)
     if chunk is not None and chunk < 1:
         raise SpecError(f"a chunk holds at least 1 latent frame, not {chunk}")
     num_latents = latents.shape[2]

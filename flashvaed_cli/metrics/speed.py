@@ -69,7 +69,7 @@ class SpeedRatio:
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """Peak memory of one call. `num_bytes` is None where it cannot be measured; `meaning` says what it is."""
+    """Growth of memory during one call. `num_bytes` is None where it cannot be measured; `meaning` says what it is."""
 
     num_bytes: int | None
     meaning: str
@@ -143,20 +143,22 @@ def synchronizer(device: torch.device | str) -> Callable[[], object] | None:
 
 
 def peak_memory_bytes(call: Callable[[], object], device: torch.device | str) -> PeakMemory:
-    """Run `call` once and measure its peak memory.
+    """Run `call` once and measure how far memory grows above what is held just before it.
 
-    CUDA: the allocator's peak, weights and inputs included, fragmentation and the context left out.
-    CPU (Linux): growth of the resident set above its size just before the call. Pages that the process
-    holds free already and uses again are not seen, so it is a lower bound; it is near the truth when
-    the activations are large against what earlier calls left behind. Elsewhere: not measured.
+    Weights and inputs that are there already do not count, so candidates in one process do not charge each other.
+    CUDA: the allocator's peak; fragmentation and the context are left out.
+    CPU (Linux): growth of the resident set. Free pages are given back first; those that the process still
+    holds and uses again are not seen, so it is a lower bound, near the truth when the activations are large.
+    A process per candidate would see those too, but also what the libraries set up once. Elsewhere: not measured.
     """
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         call()
         torch.cuda.synchronize(device)
-        return PeakMemory(torch.cuda.max_memory_allocated(device), "peak of the CUDA allocator, weights included")
+        return PeakMemory(torch.cuda.max_memory_allocated(device) - before, "growth of the CUDA allocator's peak")
     if device.type == "cpu":
         return _peak_resident_growth(call)
     call()
@@ -164,7 +166,7 @@ def peak_memory_bytes(call: Callable[[], object], device: torch.device | str) ->
 
 
 def _peak_resident_growth(call: Callable[[], object]) -> PeakMemory:
-    gc.collect()
+    gc.collect(1)  # a full collection takes longer than many a decoder
     _return_free_pages()
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present size

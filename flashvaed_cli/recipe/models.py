@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from flashvaed_cli.recipe.quantities import NAMED_SIZES, parse_memory, parse_size
 
 BUILTIN_VAE = "builtin:tiny-wan"
 
@@ -43,6 +45,29 @@ def _int_as_text(value: object) -> object:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _split_at_commas(value: object) -> object:
+    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+
+def _counts_from_text(value: object) -> object:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return (value,)
+    parts = _split_at_commas(value)
+    if not isinstance(value, str) or not isinstance(parts, tuple):
+        return parts
+    return tuple(int(part) if part.isdecimal() else part for part in parts)
+
+
+def _checked_size(text: str) -> str:
+    parse_size(text)
+    return text
+
+
+def _checked_memory(text: str) -> str:
+    parse_memory(text)
+    return text
+
+
 # Strict numbers: YAML's `yes` and `"8"` are mistakes here, not 1 and 8.
 Count = Annotated[int, Field(gt=0, strict=True)]
 OptionalCount = Annotated[Annotated[int, Field(gt=0, strict=True)] | None, BeforeValidator(_zero_as_none)]
@@ -53,6 +78,11 @@ NonNegative = Annotated[float, Field(ge=0, strict=True)]
 KeepRatio = Annotated[float, Field(gt=0, le=1, strict=True)]
 Name = Annotated[str, Field(min_length=1)]
 Names = Annotated[tuple[Name, ...], BeforeValidator(_one_as_tuple)]
+Sizes = Annotated[
+    tuple[Annotated[str, AfterValidator(_checked_size)], ...], BeforeValidator(_split_at_commas), Field(min_length=1)
+]
+Counts = Annotated[tuple[Count, ...], BeforeValidator(_counts_from_text), Field(min_length=1)]
+Memory = Annotated[str, AfterValidator(_checked_memory)]
 
 
 class _Frozen(BaseModel):
@@ -332,6 +362,9 @@ class DistillRecipe(_ClipFields, _RatioFields):
         return tuple(phase.model_copy(update=given) for phase in self.phases if self.phase in ("all", str(phase.phase)))
 
 
+_SPEED_ONLY = ("sizes", "frames", "compile", "tile", "max_memory", "autotune")
+
+
 class EvalRecipe(_ClipFields):
     """Settings of `flashvaed eval`."""
 
@@ -353,14 +386,46 @@ class EvalRecipe(_ClipFields):
         default=None, description="Latent frames decoded at a time; bounds memory, changes no frame."
     )
     num_speed_rounds: Count = Field(
-        default=5, description="Timed rounds of both decoders in alternation, after a warm-up."
+        default=5, description="Timed rounds of all decoders in alternation, after a warm-up."
+    )
+    speed: Switch = Field(
+        default=False,
+        description="Only time the decoders, on random latents, against the original eager and tuned; no clips.",
+    )
+    sizes: Sizes = Field(
+        default=("256x256",),
+        description=f"With --speed: frame sizes, by commas; {', '.join(NAMED_SIZES)} or WIDTHxHEIGHT.",
+    )
+    frames: Counts = Field(
+        default=(9,), description="With --speed: frames per clip, by commas; rounded up to 1 + 4 n, whole latents."
+    )
+    compile: Switch = Field(default=False, description="With --speed: compile the tuned decoders with torch.compile.")
+    tile: OptionalCount = Field(
+        default=None, description="With --speed: side of the tiles in latents; bounds memory, changes no frame."
+    )
+    max_memory: Memory | None = Field(
+        default=None, description="With --speed: choose chunk and tile so that decoding stays below, such as 4GB."
+    )
+    autotune: Switch = Field(
+        default=False,
+        description="With --speed: try layouts, operators, chunks (and --compile) first; remembered per machine.",
     )
     video: Switch = Field(default=True, description="Write a side-by-side MP4 (a PNG for single frames).")
     lpips: Literal["auto", "on", "off"] = Field(
         default="auto", description="auto reports LPIPS when the backbone's weights are there; on fails without them."
     )
     allow_download: Switch = Field(default=False, description="Fetch the LPIPS backbone's weights if they are absent.")
-    output: Name = Field(default="report", description="Folder to write report.json, report.md and pictures to.")
+    output: Name = Field(
+        default="report", description="Folder to write report.json, report.md and pictures (speed.json, speed.md) to."
+    )
+
+    @model_validator(mode="after")
+    def _speed_settings_need_speed(self) -> EvalRecipe:
+        given = [name for name in _SPEED_ONLY if getattr(self, name) != type(self).model_fields[name].default]
+        if given and not self.speed:
+            flags = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise ValueError(f"{flags}: only with --speed, which times decoders and judges no clip")
+        return self
 
 
 class ExportRecipe(CommandRecipe):

@@ -5,7 +5,7 @@ Videos are read, encoded, decoded by both and compared chunk by chunk, so memory
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.cost import total_gflop
 from flashvaed_cli.decoders.layout import channels_last, use_channels_last
 from flashvaed_cli.decoders.streaming import State, decode, decode_step, encode_step
-from flashvaed_cli.errors import ArtifactError, MetricUnavailableError
+from flashvaed_cli.errors import MetricUnavailableError
 from flashvaed_cli.media.clips import usable_files
 from flashvaed_cli.media.sources import is_latent_file
 from flashvaed_cli.media.video import count_frames, iter_frames, probe_video
@@ -40,7 +40,9 @@ from flashvaed_cli.report.evaluation import (
     summary_table,
 )
 from flashvaed_cli.report.pictures import save_strip, select_frames, side_by_side
+from flashvaed_cli.report.speed import SPEED_JSON
 from flashvaed_cli.stages.clips import find_data, raw_latents
+from flashvaed_cli.stages.compared import derived_decoders, distinct_names
 from flashvaed_cli.stages.folders import refuse_foreign_folder
 from flashvaed_cli.stages.loading import DTYPES, Inputs, choose_device, choose_input, load_inputs
 from flashvaed_cli.stages.result import StageOutcome
@@ -64,7 +66,7 @@ def run_evaluate(recipe: EvalRecipe, *, progress: Progress, force: bool, command
         FlashVaedError: the output folder holds files of something else.
     """
     output = Path(recipe.output)
-    refuse_foreign_folder(output, "report.json", force=force)
+    refuse_foreign_folder(output, "report.json", SPEED_JSON, force=force)
     location = choose_input(recipe.input, EvalRecipe, progress)
     device = choose_device(recipe.device)
     inputs = load_inputs(location, original=recipe.original, device=device, needs_encoder=False)
@@ -77,7 +79,7 @@ def run_evaluate(recipe: EvalRecipe, *, progress: Progress, force: bool, command
         notes.append(f"skipped {path.name}: {reason}")
     comparisons = [
         _compare_clip(path, name, decoders, inputs, recipe, lpips, output, progress)
-        for path, name in zip(files, _distinct_names(files), strict=True)
+        for path, name in zip(files, distinct_names(files), strict=True)
     ]
     figures = [_figures(name, decoder, comparisons) for name, decoder in decoders.items()]
     figures = _timed(figures, decoders, comparisons[0].latents, recipe, device, progress)
@@ -119,33 +121,9 @@ def _decoders(inputs: Inputs, recipe: EvalRecipe) -> dict[str, Decoder]:
         ArtifactError: a decoder to compare with cannot be loaded, or is of another original.
     """
     dtype = DTYPES[recipe.dtype]
-    derived = [inputs.checkpoint]
-    for location in recipe.compare:
-        other = load_inputs(location, original=recipe.original, device=inputs.device, needs_encoder=False)
-        if other.original.sha256 != inputs.original.sha256:
-            raise ArtifactError(
-                f"{location} comes from {other.original.location}, {inputs.checkpoint.location} from "
-                f"{inputs.original.location}: only decoders of one original can be compared"
-            )
-        derived.append(other.checkpoint)
-    decoders = {ORIGINAL: inputs.original.require_decoder().to(dtype)}
-    derived = [one for one in derived if one.sha256 != inputs.original.sha256]
-    names = _distinct_names([Path(one.location) for one in derived], taken=(VIDEO, ORIGINAL, ORIGINAL_TUNED))
-    for name, one in zip(names, derived, strict=True):
-        decoders[name] = use_channels_last(one.require_decoder().to(dtype))
-    return decoders
-
-
-def _distinct_names(files: Sequence[Path], taken: Sequence[str] = ()) -> list[str]:
-    """File stems, numbered where one is taken already."""
-    names: list[str] = []
-    for path in files:
-        name, number = path.stem, 1
-        while name in (*taken, *names):
-            number += 1
-            name = f"{path.stem}-{number}"
-        names.append(name)
-    return names
+    derived = derived_decoders(inputs, recipe, taken=(VIDEO, ORIGINAL, ORIGINAL_TUNED))
+    tuned = {name: use_channels_last(decoder.to(dtype)) for name, decoder in derived.items()}
+    return {ORIGINAL: inputs.original.require_decoder().to(dtype), **tuned}
 
 
 @dataclass(frozen=True)

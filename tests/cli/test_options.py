@@ -20,7 +20,7 @@ from flashvaed_cli.cli.options import parse_by_stage
 from flashvaed_cli.errors import CalibrationError, RecipeError
 from flashvaed_cli.recipe import COMMAND_RECIPES
 
-STAGE_MODULES = {"analyze", "prune", "convert_ops", "distill", "evaluate", "export"}
+STAGE_MODULES = {"analyze", "prune", "convert_ops", "distill", "evaluate", "speed", "export"}
 FLAG_OF_FIELD = {
     "keep_ratio": "ratio",
     "stage_keep_ratios": "ratio",
@@ -163,6 +163,18 @@ def test_keyed_flags_reach_the_stage(runner: CliRunner, stage: FakeStage) -> Non
     assert export.targets == ("onnx",)
 
 
+def test_speed_has_a_stage_of_its_own(runner: CliRunner, stage: FakeStage, monkeypatch: pytest.MonkeyPatch) -> None:
+    timing = FakeStage()
+    monkeypatch.setattr(sys.modules["flashvaed_cli.stages.speed"], "run_speed", timing)
+    words = "eval --speed --sizes 480p,32x40 --frames 9,81 --compile --tile 8 --max-memory 4GB --autotune --chunk 2"
+    result = runner.invoke(app, words.split())
+    assert result.exit_code == 0, result.output
+    assert stage.calls == []
+    recipe = timing.calls[0]["recipe"]
+    assert (recipe.sizes, recipe.frames, recipe.max_memory) == (("480p", "32x40"), (9, 81), "4GB")
+    assert (recipe.compile, recipe.tile, recipe.autotune, recipe.chunk) == (True, 8, True, 2)
+
+
 def test_a_common_ratio_replaces_the_recipes_ratios_by_stage(
     runner: CliRunner, stage: FakeStage, tmp_path: Path
 ) -> None:
@@ -201,6 +213,10 @@ def test_json_is_one_object_on_stdout(runner: CliRunner, stage: FakeStage) -> No
         (["convert-ops", "--operator", "up2=fft"], "--operator.up2 = 'fft'"),
         (["eval", "--recipe", "fast"], "has no section for eval"),
         (["prune", ""], "INPUT = ''"),
+        (["eval", "--speed", "--sizes", "8k"], "--sizes.0 = '8k': must be 480p, 720p, 1080p or WIDTHxHEIGHT"),
+        (["eval", "--speed", "--frames", "9,x"], "--frames.1 = 'x'"),
+        (["eval", "--speed", "--max-memory", "lots"], "--max-memory = 'lots': must be an amount of memory"),
+        (["eval", "--tile", "8"], "--tile: only with --speed"),
     ],
 )
 def test_mistakes_exit_2_with_one_message(

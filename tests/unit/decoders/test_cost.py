@@ -4,9 +4,20 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from flashvaed_cli.decoders import winograd
 from flashvaed_cli.decoders.coder import Coder
 from flashvaed_cli.decoders.cost import stage_costs, total_gflop
-from flashvaed_cli.decoders.spec import AttentionSpec
+from flashvaed_cli.decoders.spec import (
+    AttentionSpec,
+    BlockSpec,
+    CoderSpec,
+    ConvBlockSpec,
+    ConvSpec,
+    Kernel,
+    Operator,
+    StageSpec,
+    UpsampleSpec,
+)
 from tests.toy import DECODER_SPECS, original_spec, toy_decoder, toy_encoder
 
 CODERS: dict[str, Coder] = {name: toy_decoder(spec) for name, spec in DECODER_SPECS.items()}
@@ -27,9 +38,14 @@ def test_parameters_are_those_of_the_module(name: str) -> None:
         assert cost.parameters == sum(p.numel() for p in coder.stages[cost.name].parameters())
 
 
+def batched_flop(_added: torch.Size, left: torch.Size, right: torch.Size, **_shapes: torch.Size) -> int:
+    return 2 * left.numel() * right[2]
+
+
 def counted_flop(coder: Coder, grid: tuple[int, int, int]) -> dict[str, int]:
     width = next(coder.spec.layers())[1].in_width
-    with FlopCounterMode(display=False) as counter:
+    in_place = {torch.ops.aten.baddbmm_: batched_flop}  # which torch does not count by itself
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         coder(torch.zeros(1, width, *grid))
     return {str(operator): flop for operator, flop in counter.get_flop_counts()["Global"].items()}
 
@@ -42,6 +58,44 @@ def test_convolutions_cost_what_torch_counts(name: str, num_frames: int) -> None
     costs = stage_costs(CODERS[name].spec, grid)
     expected = sum(layer.flop for cost in costs for layer in cost.layers if layer.operator != "attention")
     assert counted_flop(CODERS[name], grid)["aten.convolution"] == expected  # integers: no tolerance
+
+
+@pytest.mark.parametrize("num_frames", [1, 2, 3, 5])
+@pytest.mark.parametrize(
+    ("operator", "kernel"),
+    [
+        ("tapwise3d", (3, 3, 3)),
+        ("tapwise3d", (3, 1, 1)),
+        ("stacked3d", (3, 3, 3)),
+        ("winograd3d", (3, 3, 3)),
+        ("winograd3d", (1, 3, 3)),
+    ],
+)
+def test_twins_cost_what_torch_counts(
+    operator: Operator, kernel: Kernel, num_frames: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(winograd, "MIN_TILES", 0)
+    spec = one_layer(ConvBlockSpec(conv=ConvSpec(operator=operator, in_width=4, out_width=6, kernel=kernel)))
+    grid = (num_frames, 6, 9)
+    [layer] = stage_costs(spec, grid)[0].layers
+    counted = counted_flop(Coder(spec), grid)
+    assert layer.flop == sum(counted.values())
+
+
+def test_subpixel_costs_four_ninths_and_enlarges_nothing() -> None:
+    plain = ConvSpec(operator="frame2d", in_width=4, out_width=2, kernel=(1, 3, 3))
+    exact = plain.model_copy(update={"operator": "subpixel2d"})
+    before, after = (stage_costs(one_layer(UpsampleSpec(spatial=layer)), (3, 8, 9))[0] for layer in (plain, exact))
+    assert after.flop * 9 == before.flop * 4
+    assert before.peak_activation_elements == 3 * 16 * 18 * (4 + 2)
+    assert after.peak_activation_elements == 3 * 8 * 9 * 4 + 3 * 16 * 18 * 2
+    counted = counted_flop(Coder(one_layer(UpsampleSpec(spatial=exact))), (3, 8, 9))["aten.convolution"]
+    assert counted == after.flop // (8 * 9) * (9 * 10)  # a margin of one small pixel
+
+
+def one_layer(block: BlockSpec) -> CoderSpec:
+    stages = (StageSpec(name="only", blocks=(block,)),)
+    return CoderSpec(family="test", role="decoder", stages=stages, temporal_factor=1, spatial_factor=1)
 
 
 def test_attention_costs_its_products() -> None:

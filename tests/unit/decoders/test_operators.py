@@ -21,6 +21,7 @@ from flashvaed_cli.decoders.operators import (
     batch_as_frames,
     build_conv,
     frames_as_batch,
+    norm_silu,
 )
 from flashvaed_cli.decoders.spec import ConvSpec, DownsampleSpec, Kernel, Operator, UpsampleSpec
 
@@ -29,6 +30,10 @@ KERNELS: dict[Operator, Kernel] = {
     "dwsep3d": (3, 3, 3),
     "frame2d": (1, 3, 3),
     "pointwise": (1, 1, 1),
+    "tapwise3d": (3, 3, 3),
+    "stacked3d": (3, 3, 3),
+    "winograd3d": (3, 3, 3),
+    "subpixel2d": (1, 3, 3),
 }
 ROUNDING = 1e-12
 
@@ -132,6 +137,20 @@ def test_norm_of_half_precision_does_not_overflow() -> None:
     y = norm(x)
     assert y.dtype == torch.float16
     torch.testing.assert_close(y, torch.ones_like(y))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+def test_norm_is_the_same_without_gradients(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    norm, x = ChannelRMSNorm(6).to(dtype), torch.randn(2, 6, 3, 4, 5).to(dtype).contiguous(memory_format=memory_format)
+    norm.gamma.data.uniform_(0.5, 1.5)
+    x[:, :, 0, 0] = 0.0
+    before, expected = x.clone(), F.silu(norm(x))
+    with torch.no_grad():
+        found = norm_silu(norm, x)
+    bound = 4 * torch.finfo(dtype).eps  # roundings of a value of up to 4
+    torch.testing.assert_close(found, expected.detach(), rtol=0, atol=4 * bound)
+    assert found.dtype == dtype and torch.equal(x, before)
 
 
 def temporal_spec(in_width: int, out_width: int) -> ConvSpec:

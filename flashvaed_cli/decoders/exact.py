@@ -1,0 +1,124 @@
+"""The same network with its fastest exact operators, and back.
+
+Which twin a layer gets was measured on a CPU (one core with AVX-512, torch 2.15, channels-last, 5 or 9 frames
+of 16 to 256 pixels; milliseconds of the plain operator / the twin, float32 and bfloat16):
+
+    layer                          twin          float32      bfloat16
+    causal3d 3x3x3, 384 to 384     winograd3d    359 / 165    tapwise3d: 43 / 36
+    causal3d 3x3x3, 96 to 96       winograd3d    165 / 81     tapwise3d: 80 / 73
+    causal3d 3x3x3, 24 to 24       winograd3d     84 / 10     tapwise3d:  7 / 7
+    causal3d 3x3x3, 16 to 384      tapwise3d     4.7 / 3.5    2.0 / 2.1
+    causal3d 3x1x1, 384 to 768     tapwise3d      93 / 57      33 / 27
+    causal3d 3x3x3, 96 to 3        stacked3d     153 / 40      86 / 27
+    causal3d 3x3x3, 12 to 3        stacked3d     178 / 6      7.6 / 3.9
+    upsampler's frame2d, 192 to 96 subpixel2d    109 / 54      55 / 30
+    upsampler's frame2d, 24 to 12  subpixel2d     11 / 5.5    6.2 / 3.1
+
+winograd3d falls back to the sum over taps for half precision and for few tiles. No twin of dwsep3d, pointwise
+and a residual block's frame2d was faster than these are. For CUDA nothing was measured: only the upsamplers
+change there, which spares products and memory on any device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.spec import (
+    BlockSpec,
+    ConvSpec,
+    DecoderSpec,
+    Operator,
+    UpsampleSpec,
+    block_layers,
+)
+
+WINOGRAD_WIDTH = 24
+"""From this many channels on either side the products outweigh the transforms (16: 5.3 ms against 4.8)."""
+
+STACKED_WIDTH = 4
+"""Up to this many outputs `stacked3d` reads less than it writes more."""
+
+Choice = Callable[[BlockSpec, str, ConvSpec], Operator]
+"""Block, name of the layer in it, plain layer: the operator it gets."""
+
+
+def exact_spec(spec: DecoderSpec, *, device_type: str = "cpu") -> DecoderSpec:
+    """The spec with each layer's fastest exact operator on a kind of device; any spec may be given, twins too."""
+    choose = _fastest_on_cpu if device_type == "cpu" else _fastest_elsewhere
+    return _with_operators(spec, choose)
+
+
+def plain_spec(spec: DecoderSpec) -> DecoderSpec:
+    """The spec with every exact twin replaced by its plain operator: for surgery, distillation and export."""
+    return _with_operators(spec, _plain)
+
+
+def exact_decoder(decoder: Decoder, *, device_type: str | None = None) -> Decoder:
+    """The same decoder with exact operators; it shares the weights, in place, with the one given.
+
+    Args:
+        device_type: `cpu` or `cuda`; None: that of the weights.
+    """
+    device_type = device_type or next(decoder.parameters()).device.type
+    return with_spec(decoder, exact_spec(decoder.spec, device_type=device_type))
+
+
+def plain_decoder(decoder: Decoder) -> Decoder:
+    """The same decoder with plain operators; it shares the weights, in place, with the one given."""
+    return with_spec(decoder, plain_spec(decoder.spec))
+
+
+def with_spec(decoder: Decoder, spec: DecoderSpec) -> Decoder:
+    """A decoder of another spec over the same parameters: the specs differ in exact twins only."""
+    assert plain_spec(spec) == plain_spec(decoder.spec), "not the same network"
+    with torch.device("meta"):
+        changed = Decoder(spec)
+    for name, module in changed.named_modules():
+        original = decoder.get_submodule(name)
+        for key in module._parameters:
+            module.register_parameter(key, original.get_parameter(key))
+    return changed.train(decoder.training)
+
+
+def exact_changes(before: DecoderSpec, after: DecoderSpec) -> list[tuple[str, Operator, Operator]]:
+    """Layers whose operator differs, in forward order: address, operator before, operator after."""
+    operators: dict[str, Operator] = {address: layer.operator for address, layer in after.layers()}
+    return [
+        (address, layer.operator, operators[address])
+        for address, layer in before.layers()
+        if operators[address] != layer.operator
+    ]
+
+
+def _with_operators(spec: DecoderSpec, choose: Choice) -> DecoderSpec:
+    changed: dict[str, BlockSpec] = {}
+    for address, block in spec.blocks():
+        layers: dict[str, ConvSpec] = {}
+        for name, layer in block_layers(block).items():
+            plain = layer.model_copy(update={"operator": layer.plain_operator})
+            layers[name] = plain.model_copy(update={"operator": choose(block, name, plain)})
+        changed[address] = block.model_copy(update=layers)
+    return spec.with_blocks(changed)
+
+
+def _plain(_block: BlockSpec, _name: str, layer: ConvSpec) -> Operator:
+    return layer.operator
+
+
+def _fastest_on_cpu(block: BlockSpec, name: str, layer: ConvSpec) -> Operator:
+    if layer.operator != "causal3d" or layer.kernel[0] == 1:
+        return _fastest_elsewhere(block, name, layer)
+    if layer.out_width <= STACKED_WIDTH and layer.in_width >= 2 * layer.out_width:
+        return "stacked3d"
+    if layer.kernel[1:] == (3, 3) and min(layer.in_width, layer.out_width) >= WINOGRAD_WIDTH:
+        return "winograd3d"
+    return "tapwise3d"
+
+
+def _fastest_elsewhere(block: BlockSpec, name: str, layer: ConvSpec) -> Operator:
+    # Not measured on CUDA: GPU libraries have tuned 3D kernels, so only the upsamplers change.
+    folds = isinstance(block, UpsampleSpec) and name == "spatial" and layer.kernel == (1, 3, 3)
+    return "subpixel2d" if folds and layer.operator == "frame2d" else layer.operator

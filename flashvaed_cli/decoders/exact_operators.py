@@ -1,0 +1,130 @@
+"""Exact twins: the same function of the same parameters as a plain operator, computed another way.
+
+A twin's `weight` and `bias` have the plain operator's names and shapes, so a decoder goes from one to the
+other by its spec alone, and both write the same state. `decoders.exact` says which twin is taken where.
+The frames are equal up to rounding: only the order of the sums changes, and for half precision the number
+of times that a sum is rounded.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from flashvaed_cli.decoders.convolution import Conv, Future, Past, extend_with_past, frames_as_batch, remember
+from flashvaed_cli.decoders.spec import ConvSpec
+
+HALF_PRECISION = (torch.bfloat16, torch.float16)
+
+
+class TapwiseConv3d(Conv):
+    """causal3d as a sum over temporal taps of convolutions of single frames. Weight `[O, C, kt, kh, kw]`.
+
+    No window of past and present frames is built, no frame of zeros is multiplied, and torch's CPU
+    backend always finds its fast 2D kernel (its conv3d falls to a slow float32 one for small inputs).
+    Half precision with a past has neither zeros nor a slow kernel: there the plain form is faster, and taken.
+    """
+
+    def __init__(self, spec: ConvSpec, address: str) -> None:
+        super().__init__(spec, address, (spec.out_width, spec.in_width, *spec.kernel))
+
+    def forward(
+        self, x: Float[Tensor, "B C T H W"], past: Past = None, future: Future = None
+    ) -> Float[Tensor, "B O T H W"]:
+        kt, kh, kw = self.spec.kernel
+        if past is not None and x.dtype in HALF_PRECISION:
+            window = extend_with_past(x, kt - 1, self.address, past, future)
+            return F.conv3d(window, self.weight, self.bias, padding=(0, kh // 2, kw // 2))
+        num_frames = x.shape[2]
+        y = self._tap(kt - 1, x, self.bias)
+        for delay in range(1, kt):
+            if num_frames > delay:
+                y[:, delay:] += self._tap(kt - 1 - delay, x[:, :, : num_frames - delay])
+            if past is not None:
+                reach = min(delay, num_frames)
+                before = past[self.address][:, :, kt - 1 - delay : kt - 1 - delay + reach]
+                y[:, :reach] += self._tap(kt - 1 - delay, before)
+        remember(x, kt - 1, self.address, past, future)
+        return y.permute(0, 2, 1, 3, 4)
+
+    def _tap(
+        self, tap: int, x: Float[Tensor, "B C t H W"], bias: Float[Tensor, " O"] | None = None
+    ) -> Float[Tensor, "B t O H W"]:
+        _, kh, kw = self.spec.kernel
+        y = F.conv2d(frames_as_batch(x), self.weight[:, :, tap], bias, padding=(kh // 2, kw // 2))
+        return y.unflatten(0, (x.shape[0], x.shape[2]))
+
+
+class StackedConv3d(Conv):
+    """causal3d with few outputs: its temporal taps are further outputs of one 2D convolution, added up later.
+
+    Weight `[O, C, kt, kh, kw]`. The input, which is many times wider than the output, is read once.
+    Half-precision products are added up in float32.
+    """
+
+    def __init__(self, spec: ConvSpec, address: str) -> None:
+        super().__init__(spec, address, (spec.out_width, spec.in_width, *spec.kernel))
+
+    def forward(
+        self, x: Float[Tensor, "B C T H W"], past: Past = None, future: Future = None
+    ) -> Float[Tensor, "B O T H W"]:
+        kt = self.spec.kernel[0]
+        num_frames = x.shape[2]
+        taps = self._taps(x, kt)
+        y = taps[:, :, kt - 1] + self.bias.to(taps.dtype)[:, None, None]  # [B, T, O, H, W]
+        for delay in range(1, kt):
+            if num_frames > delay:
+                y[:, delay:] += taps[:, : num_frames - delay, kt - 1 - delay]
+        if past is not None:
+            taps = self._taps(past[self.address], kt - 1)
+            for delay in range(1, kt):
+                reach = min(delay, num_frames)
+                first = kt - 1 - delay
+                y[:, :reach] += taps[:, first : first + reach, first]
+        remember(x, kt - 1, self.address, past, future)
+        return y.to(x.dtype).permute(0, 2, 1, 3, 4)
+
+    def _taps(self, x: Float[Tensor, "B C T H W"], num_taps: int) -> Float[Tensor, "B T K O H W"]:
+        """What each of the first `num_taps` temporal taps makes of each frame."""
+        _, kh, kw = self.spec.kernel
+        weight = self.weight[:, :, :num_taps].permute(2, 0, 1, 3, 4).flatten(0, 1)  # [K O, C, kh, kw]
+        y = F.conv2d(frames_as_batch(x), weight, padding=(kh // 2, kw // 2))
+        wide = y if y.dtype == torch.float64 else y.float()
+        return wide.unflatten(0, (x.shape[0], x.shape[2])).unflatten(2, (num_taps, self.spec.out_width))
+
+
+class SubpixelConv2d(Conv):
+    """An upsampler's `spatial`: nearest x2 and a 3x3 kernel as four 2x2 kernels on the small frames.
+
+    Of the 3x3 taps around an output pixel, those on the same source pixel fall together: four products
+    instead of nine, and no enlarged tensor. Weight `[O, C, 3, 3]`, folded in float32 on every call, so that
+    it may change in place. Maps `[B, C, T, H, W]` to `[B, O, T, 2 H, 2 W]`. Keeps no state.
+    """
+
+    def __init__(self, spec: ConvSpec, address: str) -> None:
+        super().__init__(spec, address, (spec.out_width, spec.in_width, *spec.kernel[1:]))
+
+    def forward(
+        self, x: Float[Tensor, "B C T H W"], past: Past = None, future: Future = None
+    ) -> Float[Tensor, "B O T Hu Wu"]:
+        b, _, t, h, w = x.shape
+        weight = fold_phases(self.weight)
+        phases = F.conv2d(frames_as_batch(x), weight.flatten(0, 2), self.bias.repeat(4), padding=1)
+        phases = phases.unflatten(1, (2, 2, self.spec.out_width)).permute(0, 1, 2, 4, 5, 3)  # [BT, 2, 2, H+1, W+1, O]
+        y = phases.new_empty(b * t, h, 2, w, 2, self.spec.out_width)
+        for i in range(2):
+            for j in range(2):
+                y[:, :, i, :, j] = phases[:, i, j, i : i + h, j : j + w]
+        return y.reshape(b, t, 2 * h, 2 * w, self.spec.out_width).permute(0, 4, 1, 2, 3)
+
+
+def fold_phases(weight: Float[Tensor, "O C 3 3"]) -> Float[Tensor, "2 2 O C 2 2"]:
+    """The 2x2 kernel of each output pixel of a 2x2 cell (row, column), summed in float32 at least."""
+    exact = weight if weight.dtype == torch.float64 else weight.float()
+    top, middle, bottom = exact.unbind(2)
+    rows = torch.stack([torch.stack([top, middle + bottom], 2), torch.stack([top + middle, bottom], 2)])
+    left, centre, right = rows.unbind(-1)  # each [2, O, C, 2]
+    cells = torch.stack([torch.stack([left, centre + right], -1), torch.stack([left + centre, right], -1)], 1)
+    return cells.to(weight.dtype)

@@ -1,0 +1,270 @@
+"""Peak memory of a decoder, predicted from its spec alone.
+
+Added up is what lives at the worst moment of a step: the weights, what every causal layer remembers (in all
+tiles), the frames of this step and of the one before, and the tensors of the worst block. The last follow the
+blocks' code with the plain operators; operators that need fewer temporaries stay below the prediction.
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Literal
+
+from flashvaed_cli.decoders.cost import Grid, stage_costs
+from flashvaed_cli.decoders.spec import (
+    AttentionSpec,
+    BlockSpec,
+    ConvSpec,
+    DecoderSpec,
+    HeadSpec,
+    ResBlockSpec,
+    UpsampleSpec,
+    block_in_width,
+    block_layers,
+    block_out_width,
+)
+from flashvaed_cli.decoders.tiling import TileLayout, split_addresses, tile_layout
+
+DType = Literal["float16", "bfloat16", "float32", "float64"]
+ITEM_BYTES: dict[DType, int] = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+FIXED_BYTES = 16 * 2**20  # scratch memory of the kernels, whatever the size
+UNROLLED_BELOW = 20480  # channels x frames x rows of a float32 input up to which torch unrolls 3D patches
+GAP_SHARE = 0.03  # rounding and gaps of the allocator, as a share of the tensors
+
+
+@dataclass(frozen=True)
+class MemoryFormat:
+    """What the prediction must know of a run: element type and layout."""
+
+    dtype: DType = "float32"
+    channels_last: bool = True
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of an element."""
+        return ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Passage:
+    """One block in one step: the frames, rows and columns that enter, and the frames that leave."""
+
+    address: str
+    block: BlockSpec
+    frames: int
+    rows: int
+    columns: int
+    frames_after: int
+
+    @property
+    def area(self) -> int:
+        """Rows times columns."""
+        return self.rows * self.columns
+
+    def after(self) -> Passage:
+        """The same with the sizes that leave."""
+        scale = 2 if isinstance(self.block, UpsampleSpec) else 1
+        return replace(self, frames=self.frames_after, rows=scale * self.rows, columns=scale * self.columns)
+
+
+def passages(spec: DecoderSpec, grid: Grid, *, streams: bool) -> list[Passage]:
+    """Every block with the sizes of one step over `grid` latents; `streams`: a later step, else the first."""
+    frames, rows, columns = grid
+    found = []
+    for address, block in spec.blocks():
+        doubles = isinstance(block, UpsampleSpec) and block.temporal is not None
+        frames_after = (2 * frames - (0 if streams else 1)) if doubles else frames
+        found.append(Passage(address, block, frames, rows, columns, frames_after))
+        after = found[-1].after()
+        frames, rows, columns = after.frames, after.rows, after.columns
+    return found
+
+
+def predict_peak_bytes(
+    spec: DecoderSpec,
+    grid: Grid,
+    *,
+    chunk: int | None = None,
+    tile: int | None = None,
+    split: str | None = None,
+    dtype: DType = "float32",
+    channels_last: bool = True,
+    batch: int = 1,
+) -> int:
+    """Peak memory of decoding in bytes: an upper bound that is meant to be near the truth.
+
+    Measured on the CPU only. On CUDA the context and cuDNN's workspaces come on top.
+
+    Args:
+        grid: latent frames, height and width of the whole clip.
+        chunk: latent frames per step; None: all at once.
+        tile: side of a tile in latents; None: whole frames.
+        split: first block that runs in tiles; None: the one with the lowest prediction. Unused without `tile`.
+        batch: clips that are decoded together.
+    Raises:
+        SpecError: `tile` or `split` does not fit.
+    """
+    layouts: list[TileLayout | None] = [None]
+    if tile is not None:
+        splits = split_addresses(spec) if split is None else (split,)
+        layouts = [tile_layout(spec, grid[1], grid[2], tile=tile, split=name) for name in splits]
+    model = MemoryModel(spec, grid, MemoryFormat(dtype, channels_last), batch)
+    return min(model.predict(chunk or grid[0], layout) for layout in layouts)
+
+
+class MemoryModel:
+    """Predictions for one clip; what does not depend on the plan is worked out once."""
+
+    def __init__(self, spec: DecoderSpec, grid: Grid, form: MemoryFormat, batch: int = 1) -> None:
+        self._spec, self._grid, self._form, self._batch = spec, grid, form, batch
+        self._weights = sum(stage.parameters for stage in stage_costs(spec, (1, 1, 1)))
+        self._known: dict[tuple[int, bool], list[Passage]] = {}
+
+    def predict(self, chunk: int, layout: TileLayout | None) -> int:
+        """Peak in bytes with `chunk` latent frames per step, tiled as `layout` says (None: whole frames)."""
+        num_latents, height, width = self._grid
+        chunk = min(chunk, num_latents)
+        streams = chunk < num_latents
+        layout = None if layout is None or layout.num_tiles == 1 else layout
+        worst = max(self._worst_block(num_frames, layout, later=later) for num_frames, later in self._steps(chunk))
+        state = self._state_elements(layout) if streams else 0
+        frames = self._spec.temporal_factor * chunk - (0 if streams else self._spec.temporal_factor - 1)
+        pixels = 3 * frames * height * width * self._spec.spatial_factor**2
+        given_out = pixels * (2 if streams else int(layout is not None))  # all at once are the head's output
+        tensors = self._form.item_bytes * (self._weights + self._batch * (state + given_out)) + self._batch * worst
+        return ceil(tensors * (1 + GAP_SHARE)) + FIXED_BYTES
+
+    def _steps(self, chunk: int) -> list[tuple[int, bool]]:
+        """Latent frames of the first step, which takes what is left over, and of the later ones."""
+        num_latents = self._grid[0]
+        first = (num_latents - 1) % chunk + 1
+        return [(first, False), (chunk, True)] if chunk < num_latents else [(first, False)]
+
+    def _worst_block(self, num_latents: int, layout: TileLayout | None, *, later: bool) -> int:
+        whole = self._passages(num_latents, later=later)
+        if layout is None:
+            return max(_block_bytes(passage, self._form) for passage in whole)
+        index = next(i for i, passage in enumerate(whole) if passage.address == layout.split)
+        entering = _elements(whole[index]) * self._form.item_bytes
+        tiled = entering + max(_block_bytes(passage, self._form) for passage in _at_window(whole[index:], layout))
+        return max([tiled, *(_block_bytes(passage, self._form) for passage in whole[:index])])
+
+    def _state_elements(self, layout: TileLayout | None) -> int:
+        whole = self._passages(1, later=True)
+        if layout is None:
+            return _state_elements(whole)
+        index = next(i for i, passage in enumerate(whole) if passage.address == layout.split)
+        tiled = _state_elements(_at_window(whole[index:], layout))
+        return _state_elements(whole[:index]) + layout.num_tiles * tiled
+
+    def _passages(self, num_latents: int, *, later: bool) -> list[Passage]:
+        if (num_latents, later) not in self._known:
+            self._known[num_latents, later] = passages(self._spec, (num_latents, *self._grid[1:]), streams=later)
+        return self._known[num_latents, later]
+
+
+def _at_window(rest: list[Passage], layout: TileLayout) -> list[Passage]:
+    """The passages on one window instead of the frame."""
+    rows, columns = layout.window
+    tiled = []
+    for passage in rest:
+        tiled.append(replace(passage, rows=rows, columns=columns))
+        after = tiled[-1].after()
+        rows, columns = after.rows, after.columns
+    return tiled
+
+
+def _elements(passage: Passage) -> int:
+    return passage.frames * passage.area * block_in_width(passage.block)
+
+
+def _state_elements(run: Iterable[Passage]) -> int:
+    total = 0
+    for passage in run:
+        for name, layer in block_layers(passage.block).items():
+            area = passage.area if name == "temporal" else passage.after().area
+            total += (layer.kernel[0] - 1) * layer.in_width * area
+    return total
+
+
+def _block_bytes(passage: Passage, form: MemoryFormat) -> int:
+    """Bytes of the worst moment of a block, its input and output included."""
+    block, item = passage.block, form.item_bytes
+    entering, positions = _elements(passage) * item, passage.frames * passage.area
+    if isinstance(block, AttentionSpec):
+        # the normed frames once more as rows; q, k, v; the mixed values; what is projected and added
+        return entering + item * positions * (2 * block.width + 5 * block.inner_width)
+    if isinstance(block, UpsampleSpec):
+        return entering + _upsample_bytes(passage, block, form)
+    if isinstance(block, ResBlockSpec):
+        return entering + _resblock_bytes(block, passage, form)
+    if isinstance(block, HeadSpec):
+        return entering + _normed_conv_bytes(block.conv, passage, form)
+    return entering + sum(_conv_bytes(layer, passage, form) for layer in block_layers(block).values())
+
+
+def _resblock_bytes(block: ResBlockSpec, passage: Passage, form: MemoryFormat) -> int:
+    positions = passage.frames * passage.area * form.item_bytes
+    around = 0 if block.shortcut is None else _conv_bytes(block.shortcut, passage, form)
+    return max(
+        _normed_conv_bytes(block.conv1, passage, form),
+        positions * block.conv2.in_width + _normed_conv_bytes(block.conv2, passage, form),
+        positions * block_out_width(block) + around,
+    )
+
+
+def _upsample_bytes(passage: Passage, block: UpsampleSpec, form: MemoryFormat) -> int:
+    item, after = form.item_bytes, passage.after()
+    temporal, doubled = 0, 0
+    if block.temporal is not None:
+        out = passage.frames * passage.area * block.temporal.out_width * item
+        doubled = after.frames * passage.area * block.spatial.in_width * item
+        # interleaved, then joined to the first frame
+        temporal = max(_conv_bytes(block.temporal, passage, form), out + doubled, 2 * doubled)
+    enlarged = 0 if block.spatial.enlarges else after.frames * after.area * block.spatial.in_width * item
+    if after.frames == 2 * passage.frames - 1 and form.channels_last:
+        enlarged += (
+            enlarged or doubled
+        )  # the first frame and the rest join to a contiguous tensor, which is laid out again
+    return max(temporal, doubled + enlarged + _conv_bytes(block.spatial, after, form))
+
+
+def _normed_conv_bytes(layer: ConvSpec, passage: Passage, form: MemoryFormat) -> int:
+    """Norm with SiLU in place (half precision: a frame at a time in float32), then the layer."""
+    frame = passage.area * layer.in_width
+    return passage.frames * frame * form.item_bytes + max(_conv_bytes(layer, passage, form), 8 * frame)
+
+
+def _conv_bytes(layer: ConvSpec, passage: Passage, form: MemoryFormat) -> int:
+    """What a layer needs beside its input: the input with its past, temporaries, output."""
+    item, past = form.item_bytes, layer.kernel[0] - 1
+    positions, width = passage.frames * passage.area, layer.in_width
+    leaving, entering = positions * layer.out_width * item, positions * width * item
+    window = entering + past * passage.area * width * item if past else 0
+    reordered = 0 if form.channels_last else max(window, entering)
+    if layer.operator == "dwsep3d":
+        return max(window + entering + reordered, entering + leaving + window)
+    if layer.operator == "causal3d":
+        return window + leaving + max(reordered, _unrolled_bytes(layer, passage, form))
+    if layer.operator == "stacked3d":
+        return 2 * layer.kernel[0] * positions * layer.out_width * 4 + reordered
+    if layer.plain_operator == "causal3d" or layer.enlarges:
+        return 2 * leaving + reordered  # a tap and the sum; the phases and the frames that they make up
+    return leaving + reordered
+
+
+def _unrolled_bytes(layer: ConvSpec, passage: Passage, form: MemoryFormat) -> int:
+    """Patches of torch's fallback on the CPU, for full precision only: float64, few elements, kernels of 1x1 in space.
+
+    Reference: `use_mkldnn` in torch's aten/src/ATen/native/Convolution.cpp.
+    """
+    kt, kh, kw = layer.kernel
+    window = (passage.frames + kt - 1) * layer.in_width
+    small = window * passage.rows <= UNROLLED_BELOW
+    if form.item_bytes < 4 or not (small or kh == kw == 1 or form.dtype == "float64"):
+        return 0
+    patches = kt * kh * kw * layer.in_width * passage.frames * passage.area
+    return (patches + window * passage.area) * form.item_bytes

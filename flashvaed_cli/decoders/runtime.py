@@ -1,0 +1,273 @@
+"""Decoding set up once, then used for any number of clips: dtype, layout, chunks, tiles, compilation.
+
+A step is a function of latents and state: the runtime holds weights and settings, a run holds its state, so
+runs may be interleaved. Frames come out while later ones are still to be decoded.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+import shutil
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.layout import channels_last, use_channels_last
+from flashvaed_cli.decoders.memory import ITEM_BYTES, DType
+from flashvaed_cli.decoders.planning import DecodePlan, choose_plan
+from flashvaed_cli.decoders.streaming import State, check_latents
+from flashvaed_cli.decoders.tiling import TileLayout, Window, tile_layout
+from flashvaed_cli.errors import DecodeError
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """How to decode; every choice gives the same frames up to the rounding of `dtype`.
+
+    Attributes:
+        chunk: latent frames per step; None: all at once, or what `max_memory_bytes` allows.
+        tile: side of a tile in latents; None: whole frames, or what `max_memory_bytes` asks for.
+        dtype: weights, activations and frames; None: as the decoder is. Norms keep float32 statistics.
+        memory_format: layout of weights and activations.
+        compile: run `torch.compile`d steps. Every shape of step compiles once, at its first use (minutes for
+            a full-size decoder): at most two per clip size, four with tiles.
+        max_memory_bytes: limit of the predicted peak, weights included. Settles what `chunk` and `tile` leave open.
+        compile_backend: `inductor` generates code; others are for debugging.
+    """
+
+    chunk: int | None = None
+    tile: int | None = None
+    dtype: torch.dtype | None = None
+    memory_format: Literal["contiguous", "channels-last"] = "channels-last"
+    compile: bool = False
+    max_memory_bytes: int | None = None
+    compile_backend: str = "inductor"
+
+
+class DecodeRuntime:
+    """A decoder with its settings. The decoder that is passed in is not changed."""
+
+    def __init__(self, decoder: Decoder, settings: DecodeSettings) -> None:
+        """Cast and lay out the weights once.
+
+        Raises:
+            DecodeError: `compile` is set and this machine has no compiler for it.
+        """
+        parameter = next(decoder.parameters())
+        self.spec, self.settings = decoder.spec, settings
+        self.device, self.dtype = parameter.device, settings.dtype or parameter.dtype
+        if settings.compile and settings.compile_backend == "inductor":
+            _check_compiler(self.device)
+        self._decoder = _prepared(decoder, settings)
+        self._sections: dict[tuple[str | None, str | None], _Section] = {}
+
+    def plan(self, latents: Float[Tensor, "B C T Hz Wz"]) -> DecodePlan:
+        """Chunk and tiles for these latents, with the predicted peak memory.
+
+        Raises:
+            DecodeError: nothing fits `max_memory_bytes`.
+            SpecError: the latents, `chunk` or `tile` do not fit the decoder.
+        """
+        check_latents(self.spec, latents)
+        settings = self.settings
+        batch, _, num_latents, height, width = latents.shape
+        return choose_plan(
+            self.spec,
+            (num_latents, height, width),
+            max_memory_bytes=settings.max_memory_bytes,
+            dtype=_dtype_name(self.dtype),
+            chunk=settings.chunk,
+            tile=settings.tile,
+            channels_last=settings.memory_format == "channels-last",
+            batch=batch,
+        )
+
+    def iter_decode(self, latents: Float[Tensor, "B C T Hz Wz"]) -> Iterator[Float[Tensor, "B 3 F H W"]]:
+        """Yield the frames of raw latents step by step, in the runtime's dtype, clamped to [-1, 1].
+
+        What does not fill a chunk comes first, so that all later steps have one shape. The latents may lie on
+        another device than the decoder, where the frames will be.
+
+        Raises:
+            DecodeError, SpecError: as `plan` does, before the first frame.
+        """
+        plan = self.plan(latents)
+        layout = None
+        if plan.tile is not None and plan.split is not None:
+            layout = tile_layout(self.spec, *latents.shape[3:], tile=plan.tile, split=plan.split)
+        run = _Run(self, layout)
+        starts = chunk_starts(latents.shape[2], plan.chunk)
+        for start, stop in pairwise([*starts, latents.shape[2]]):
+            part = latents[:, :, start:stop].to(device=self.device, dtype=self.dtype)
+            yield run.step(part, first=start == 0, last=stop == latents.shape[2])
+
+    def decode(self, latents: Float[Tensor, "B C T Hz Wz"]) -> Float[Tensor, "B 3 F H W"]:
+        """All frames of raw latents; `iter_decode` put together without a second copy of the video."""
+        check_latents(self.spec, latents)
+        num_frames = 1 + self.spec.temporal_factor * (latents.shape[2] - 1)
+        video: Tensor | None = None
+        done = 0
+        for frames in self.iter_decode(latents):
+            if frames.shape[2] == num_frames:
+                return frames
+            if video is None:
+                batch, width, _, *size = frames.shape
+                video = frames.new_empty(batch, width, num_frames, *size)
+            video[:, :, done : done + frames.shape[2]] = frames
+            done += frames.shape[2]
+        return cast(Tensor, video)
+
+    def section(self, start: str | None, stop: str | None) -> _Section:
+        """The blocks from the address `start` up to but not at `stop`; built at first use."""
+        if (start, stop) not in self._sections:
+            addresses, blocks = zip(*self._decoder.blocks(), strict=True)
+            first = 0 if start is None else addresses.index(start)
+            last = None if stop is None else addresses.index(stop)
+            self._sections[start, stop] = _Section(blocks[first:last], self.settings)
+        return self._sections[start, stop]
+
+
+def chunk_starts(num_latents: int, chunk: int) -> range | list[int]:
+    """First latent frame of every step: the rest first, then steps of `chunk`."""
+    rest = (num_latents - 1) % chunk + 1
+    return [0, *range(rest, num_latents, chunk)]
+
+
+class _Run:
+    """One clip on its way: the states of the decoder's sections, a tile's each for itself."""
+
+    def __init__(self, runtime: DecodeRuntime, layout: TileLayout | None) -> None:
+        self._layout = layout if layout is not None and layout.num_tiles > 1 else None
+        split = None if self._layout is None else self._layout.split
+        self._before = runtime.section(None, split)
+        self._before_state: State = {}
+        self._compiles = runtime.settings.compile
+        if self._layout is not None:
+            self._tiled = runtime.section(split, None)
+            self._tile_states: list[State] = [{} for _ in range(self._layout.num_tiles)]
+
+    @torch.no_grad()
+    def step(self, latents: Tensor, *, first: bool, last: bool) -> Tensor:
+        """The next frames, clamped."""
+        # A compiled step always gives its state, unless there is one step only: no third graph for the last.
+        keep = not last or (self._compiles and not first)
+        x = self._before(latents, self._before_state, first=first, keep=keep)
+        return (x if self._layout is None else self._in_tiles(x, first=first, keep=keep)).clamp_(-1.0, 1.0)
+
+    def _in_tiles(self, x: Tensor, *, first: bool, keep: bool) -> Tensor:
+        layout = cast(TileLayout, self._layout)
+        frames: Tensor | None = None
+        windows = [(row, column) for row in layout.rows for column in layout.columns]
+        for state, (row, column) in zip(self._tile_states, windows, strict=True):
+            window = x[:, :, :, row.start : row.stop, column.start : column.stop]
+            tile = self._tiled(window, state, first=first, keep=keep)
+            if frames is None:
+                size = (axis[-1].keep_stop * layout.enlargement for axis in (layout.rows, layout.columns))
+                frames = tile.new_empty(*tile.shape[:3], *size)
+            (to_row, from_row), (to_column, from_column) = (_kept(w, layout.enlargement) for w in (row, column))
+            frames[:, :, :, to_row, to_column] = tile[:, :, :, from_row, from_column]
+        return cast(Tensor, frames)
+
+
+def _kept(window: Window, enlargement: int) -> tuple[slice, slice]:
+    """Where the kept pixels of a window lie in the frame, and where in the window."""
+    start, stop, offset = (side * enlargement for side in (window.keep_start, window.keep_stop, window.start))
+    return slice(start, stop), slice(start - offset, stop - offset)
+
+
+class _Section:
+    """A run of blocks, eager or compiled, whose state is handed over in place."""
+
+    def __init__(self, blocks: Sequence[nn.Module], settings: DecodeSettings) -> None:
+        self._blocks = blocks
+        self._settings = settings
+        self._compiled: dict[tuple, Callable[..., tuple[Tensor, State | None]]] = {}
+
+    def __call__(self, x: Tensor, state: State, *, first: bool, keep: bool) -> Tensor:
+        """Run a step. `state` is read unless `first`, and then holds what the next step needs, if `keep`."""
+        is_last = self._settings.memory_format == "channels-last"
+        x = channels_last(x) if is_last else x.contiguous()
+        past = None if first else state
+        if not self._settings.compile:
+            # One dictionary for both: a layer's old frames are freed as soon as it has read them.
+            return _run(self._blocks, x, past, state if keep else None)
+        form = torch.channels_last_3d if is_last else torch.contiguous_format
+        x = _with_strides_of(x, form)
+        key = (x.shape, first, keep)
+        if key not in self._compiled:
+            self._compiled[key] = _compile_step(self._blocks, self._settings.compile_backend, keep=keep)
+        y, future = self._compiled[key](x, past)
+        if future is not None:
+            state.update({address: _with_strides_of(frames, form) for address, frames in future.items()})
+        return y
+
+
+def _with_strides_of(x: Tensor, form: torch.memory_format) -> Tensor:
+    """In a format to the last stride, also of sides of one: a graph is for one set of strides."""
+    settled = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=form)
+    return x if x.stride() == settled.stride() else settled.copy_(x)
+
+
+def _run(blocks: Sequence[nn.Module], x: Tensor, past: State | None, future: State | None) -> Tensor:
+    for block in blocks:
+        x = block(x, past, future)
+    return x
+
+
+def _compile_step(
+    blocks: Sequence[nn.Module], backend: str, *, keep: bool
+) -> Callable[..., tuple[Tensor, State | None]]:
+    """A static graph from input and state to output and state."""
+
+    def step(x: Tensor, past: State | None) -> tuple[Tensor, State | None]:
+        future: State | None = {} if keep else None
+        for block in blocks:
+            x = block(x, past, future)
+        return x, future
+
+    # dynamo counts the graphs of a code object and gives up at a limit: every shape gets its own.
+    own = types.FunctionType(step.__code__.replace(), step.__globals__, "step", None, step.__closure__)
+    return torch.compile(own, backend=backend, dynamic=False, fullgraph=True)
+
+
+def _prepared(decoder: Decoder, settings: DecodeSettings) -> Decoder:
+    """A copy for inference, cast and laid out."""
+    prepared = copy.deepcopy(decoder).eval().requires_grad_(False)
+    if settings.dtype is not None:
+        prepared = prepared.to(settings.dtype)
+    return use_channels_last(prepared) if settings.memory_format == "channels-last" else prepared
+
+
+def _dtype_name(dtype: torch.dtype) -> DType:
+    name = str(dtype).removeprefix("torch.")
+    if name not in ITEM_BYTES:
+        raise DecodeError(f"a decoder cannot run in {name}: use one of {', '.join(ITEM_BYTES)}")
+    return cast(DType, name)
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Say what is missing before `inductor` fails in its own words.
+
+    Raises:
+        DecodeError: no C++ compiler (CPU), or no Triton or C compiler (CUDA).
+    """
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            raise DecodeError("compiling for CUDA needs the package triton: install it, or decode without compile")
+        compilers = [os.environ.get("CC"), "gcc", "clang", "cc"]
+    else:
+        compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++"]
+    if not any(shutil.which(name) for name in compilers if name):
+        raise DecodeError(
+            f"compiling for {device.type} needs a C++ compiler, and none of {', '.join(c for c in compilers if c)} "
+            "is on the PATH: install one (or set CXX), or decode without compile"
+        )

@@ -1,0 +1,144 @@
+"""Spatial tiling without seams: the last blocks of a decoder run on overlapping windows, with the whole's frames.
+
+Attention sees a whole frame, so everything up to the last attention runs on whole frames, at the latents'
+size, where that is cheap. From the *split* on, a block at a time reaches only so far: the sum of the kernels'
+radii that are still to come, each in units of the split's grid, is the *halo*. A window is its part of the
+frame plus the halo; what the halo's zero padding has spoilt is cut away. At the frame's own border there is no
+halo, since there the zero padding is the decoder's. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil
+
+from flashvaed_cli.decoders.spec import (
+    AttentionSpec,
+    BlockSpec,
+    ConvSpec,
+    DecoderSpec,
+    DownsampleSpec,
+    ResBlockSpec,
+    UpsampleSpec,
+    block_layers,
+)
+from flashvaed_cli.errors import SpecError
+
+
+@dataclass(frozen=True)
+class Window:
+    """One axis of a window: rows `start:stop` are read, of which `keep_start:keep_stop` are kept."""
+
+    start: int
+    stop: int
+    keep_start: int
+    keep_stop: int
+
+
+@dataclass(frozen=True)
+class TileLayout:
+    """The windows of a frame: the decoder runs whole up to the block at `split`, then row by column.
+
+    Windows are in units of the split's input; `enlargement` is pixels per unit.
+    """
+
+    split: str
+    halo: int
+    enlargement: int
+    rows: tuple[Window, ...]
+    columns: tuple[Window, ...]
+
+    @property
+    def num_tiles(self) -> int:
+        """Number of windows."""
+        return len(self.rows) * len(self.columns)
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """Height and width that every window has."""
+        return self.rows[0].stop - self.rows[0].start, self.columns[0].stop - self.columns[0].start
+
+
+def split_addresses(spec: DecoderSpec) -> tuple[str, ...]:
+    """Blocks at which tiling may begin: behind the last attention, where a stage begins or a frame grows."""
+    blocks = list(spec.blocks())
+    attentions = [index for index, (_, block) in enumerate(blocks) if isinstance(block, AttentionSpec)]
+    behind = blocks[attentions[-1] + 1 :] if attentions else blocks
+    return tuple(address for address, block in behind if address.endswith(".0") or isinstance(block, UpsampleSpec)) or (
+        blocks[-1][0],
+    )
+
+
+def scale_at(spec: DecoderSpec, split: str) -> int:
+    """Side of the split's input per latent."""
+    scale = 1
+    for address, block in spec.blocks():
+        if address == split:
+            return scale
+        scale *= 2 if isinstance(block, UpsampleSpec) else 1
+    raise SpecError(f"no block {split!r} to begin tiles at; there are {', '.join(split_addresses(spec))}")
+
+
+def halo_at(spec: DecoderSpec, split: str) -> int:
+    """How far the frames reach into the split's input, in its units, rounded up.
+
+    Raises:
+        SpecError: no such block, or one that sees whole frames comes at or after it.
+    """
+    scale_at(spec, split)
+    blocks = list(spec.blocks())
+    index = next(i for i, (address, _) in enumerate(blocks) if address == split)
+    reach, scale = Fraction(0), 1
+    for address, block in blocks[index:]:
+        if isinstance(block, AttentionSpec | DownsampleSpec):
+            raise SpecError(f"tiles cannot begin at {split}: {address} ({block.kind}) after it needs whole frames")
+        if isinstance(block, UpsampleSpec):
+            reach += 0 if block.temporal is None else Fraction(_radius(block.temporal), scale)
+            scale *= 2
+            reach += Fraction(_radius(block.spatial), scale)
+        else:
+            reach += Fraction(_block_radius(block), scale)
+    return ceil(reach)
+
+
+def _radius(layer: ConvSpec) -> int:
+    return max(layer.kernel[1], layer.kernel[2]) // 2
+
+
+def _block_radius(block: BlockSpec) -> int:
+    if isinstance(block, ResBlockSpec):
+        around = 0 if block.shortcut is None else _radius(block.shortcut)
+        return max(_radius(block.conv1) + _radius(block.conv2), around)
+    return sum(_radius(layer) for layer in block_layers(block).values())
+
+
+def windows_along(length: int, core: int, halo: int) -> tuple[Window, ...]:
+    """Cover an axis with windows of one size: `ceil(length / core)`, or fewer where the halo covers as much.
+
+    All have the same size, so that a compiled decoder meets one shape only. The outer windows have a halo on
+    one side and keep more; a window is never larger than `core + 2 halo`.
+    """
+    count = ceil(length / core)
+    size = ceil((length + 2 * halo * (count - 1)) / count)
+    if count == 1 or size >= length:
+        return (Window(0, length, 0, length),)
+    starts = sorted({index * (length - size) // (count - 1) for index in range(count)})
+    seams = [0, *(start + halo for start in starts[1:]), length]
+    return tuple(Window(start, start + size, seams[i], seams[i + 1]) for i, start in enumerate(starts))
+
+
+def tile_layout(spec: DecoderSpec, height: int, width: int, *, tile: int, split: str) -> TileLayout:
+    """Cut frames of `height` x `width` latents into tiles of about `tile` x `tile` latents.
+
+    Args:
+        tile: side that a tile adds to the frame, in latents; the frame is cut evenly into as many as that takes.
+        split: address of the first block that runs tile by tile.
+    Raises:
+        SpecError: `tile` is below 1, or tiles cannot begin at `split`.
+    """
+    if tile < 1:
+        raise SpecError(f"a tile is at least 1 latent wide, not {tile}")
+    halo, scale = halo_at(spec, split), scale_at(spec, split)
+    rows, columns = (windows_along(side * scale, tile * scale, halo) for side in (height, width))
+    return TileLayout(split, halo, spec.spatial_factor // scale, rows, columns)

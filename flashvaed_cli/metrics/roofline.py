@@ -1,0 +1,132 @@
+"""What the machine can do at best: how fast it multiplies matrices, how fast it moves memory.
+
+A decoder can be no faster than its operations at the one rate and its bytes at the other.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from flashvaed_cli.decoders.spec import (
+    AttentionSpec,
+    BlockSpec,
+    DecoderSpec,
+    ResBlockSpec,
+    UpsampleSpec,
+    block_in_width,
+    block_out_width,
+)
+from flashvaed_cli.metrics.speed import synchronizer
+
+_CPU_COPY_BYTES = 128 * 2**20  # well beyond the caches
+_DEVICE_COPY_BYTES = 2**30
+_SHORTEST_CALL_S = 0.01
+_SMALLEST_LAST_SIDE, _LARGEST_SIDE = 512, 8192
+
+
+@dataclass(frozen=True)
+class MachineRates:
+    """Measured, not looked up.
+
+    Attributes:
+        matmul_gflop_per_s: product of two large square matrices in the dtype that is asked about.
+        copy_gbyte_per_s: bytes read plus bytes written while a large tensor is copied.
+    """
+
+    matmul_gflop_per_s: float
+    copy_gbyte_per_s: float
+
+    def best(self, other: MachineRates) -> MachineRates:
+        """The higher of each rate: other work on the machine can only lower them."""
+        return MachineRates(
+            max(self.matmul_gflop_per_s, other.matmul_gflop_per_s), max(self.copy_gbyte_per_s, other.copy_gbyte_per_s)
+        )
+
+
+def measure_rates(device: torch.device | str, dtype: torch.dtype, *, budget_s: float = 0.35) -> MachineRates:
+    """Measure both rates, about `budget_s` seconds each; on the CPU with the threads that torch uses now."""
+    device = torch.device(device)
+    return MachineRates(_matmul_rate(device, dtype, budget_s), _copy_rate(device, budget_s))
+
+
+@torch.no_grad()
+def _matmul_rate(device: torch.device, dtype: torch.dtype, budget_s: float) -> float:
+    """The side grows until a product takes long enough to be timed; the best rate of all counts."""
+    deadline = time.perf_counter() + budget_s
+    best, side = 0.0, 256
+    while True:
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        elapsed = _fastest(lambda a=a, b=b, out=out: torch.matmul(a, b, out=out), device, deadline)
+        best = max(best, 2 * side**3 / elapsed / 1e9)
+        is_long_enough = elapsed > _SHORTEST_CALL_S and side >= _SMALLEST_LAST_SIDE
+        if is_long_enough or side == _LARGEST_SIDE or time.perf_counter() > deadline:
+            return best
+        side *= 2
+
+
+@torch.no_grad()
+def _copy_rate(device: torch.device, budget_s: float) -> float:
+    num_bytes = _CPU_COPY_BYTES if device.type == "cpu" else _DEVICE_COPY_BYTES
+    source = torch.ones(num_bytes // 4, device=device)
+    target = torch.zeros_like(source)
+    elapsed = _fastest(lambda: target.copy_(source), device, time.perf_counter() + budget_s)
+    return 2 * num_bytes / elapsed / 1e9
+
+
+def _fastest(call: Callable[[], object], device: torch.device, deadline: float, *, max_calls: int = 8) -> float:
+    """Seconds of the fastest call, after one to warm up; at least one is timed."""
+    synchronize = synchronizer(device) or (lambda: None)
+    call()
+    fastest = float("inf")
+    for _ in range(max_calls):
+        synchronize()
+        start = time.perf_counter()
+        call()
+        synchronize()
+        fastest = min(fastest, time.perf_counter() - start)
+        if time.perf_counter() > deadline:
+            break
+    return fastest
+
+
+def traffic_elements(spec: DecoderSpec, grid: tuple[int, int, int]) -> int:
+    """Elements that a decoder reads and writes at least, were everything between two layers fused.
+
+    Every convolution reads its input and writes its output once, a shortcut is read once; norms, activations,
+    additions, enlarged frames, windows over the past and the weights count nothing. So a real decoder moves more.
+
+    Args:
+        grid: latent frames, height, width; batch 1.
+    """
+    total = 0
+    for _, block in spec.blocks():
+        total += _block_traffic(block, grid)
+        grid = _grid_behind(block, grid)
+    return total
+
+
+def _grid_behind(block: BlockSpec, grid: tuple[int, int, int]) -> tuple[int, int, int]:
+    if not isinstance(block, UpsampleSpec):
+        return grid
+    return (grid[0] if block.temporal is None else 1 + 2 * (grid[0] - 1), 2 * grid[1], 2 * grid[2])
+
+
+def _block_traffic(block: BlockSpec, grid: tuple[int, int, int]) -> int:
+    positions = grid[0] * grid[1] * grid[2]
+    if isinstance(block, AttentionSpec):
+        return positions * (3 * block.width + 8 * block.inner_width)  # qkv, their mix and both projections; residual
+    if isinstance(block, UpsampleSpec):
+        frames, height, width = _grid_behind(block, grid)
+        temporal = 0 if block.temporal is None else block.temporal.in_width + block.temporal.out_width
+        spatial = frames * (grid[1] * grid[2] * block.spatial.in_width + height * width * block.spatial.out_width)
+        return (grid[0] - 1) * grid[1] * grid[2] * temporal + spatial
+    if isinstance(block, ResBlockSpec):
+        layers = (block.conv1, block.conv2)
+        shortcut = block_in_width(block)  # read once more; its output is added where conv2 writes
+        return positions * (sum(layer.in_width + layer.out_width for layer in layers) + shortcut)
+    return positions * (block_in_width(block) + block_out_width(block))

@@ -1,0 +1,38 @@
+"""Sizes and amounts as people write them: `480p`, `832x480`, `4GB`."""
+
+from __future__ import annotations
+
+import re
+
+NAMED_SIZES = {"480p": (480, 832), "720p": (720, 1280), "1080p": (1080, 1920)}
+"""Height and width in pixels by name."""
+
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Height and width of `480p` or `WIDTHxHEIGHT`.
+
+    Raises:
+        ValueError: neither.
+    """
+    if text in NAMED_SIZES:
+        return NAMED_SIZES[text]
+    match = re.fullmatch(r"([1-9]\d{0,4})[x×]([1-9]\d{0,4})", text)
+    if match is None:
+        raise ValueError(f"must be {', '.join(NAMED_SIZES)} or WIDTHxHEIGHT, such as 832x480")
+    return int(match[2]), int(match[1])
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of `4GB`, `512MiB` or `1000000`.
+
+    Raises:
+        ValueError: no positive amount.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    unit = None if match is None else _UNITS.get(match[2])
+    num_bytes = 0 if match is None or unit is None else int(float(match[1]) * unit)
+    if num_bytes < 1:
+        raise ValueError("must be an amount of memory, such as 4GB or 512MiB")
+    return num_bytes

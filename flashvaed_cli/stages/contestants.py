@@ -1,0 +1,82 @@
+"""The decoders of a speed table, each as it would be run: diffusers' own, ours plain, the exact twins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from flashvaed_cli.artifact.layouts import to_foreign
+from flashvaed_cli.artifact.wan_keys import WAN_DIFFUSERS
+from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.exact import exact_decoder
+from flashvaed_cli.decoders.families import get_family
+from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
+from flashvaed_cli.export.uniform_layout import fits_uniform_layout
+from flashvaed_cli.metrics.autotune import Choice
+from flashvaed_cli.stages.memory_fit import Limits
+
+Latents = Float[Tensor, "1 C T Hz Wz"]
+Call = Callable[[], object]
+
+PLAIN_EAGER = Choice("contiguous", exact=False)
+
+
+def own_call(decoder: Decoder, latents: Latents, choice: Choice, limits: Limits) -> Call:
+    """Our decoder, prepared the chosen way.
+
+    Args:
+        decoder: with plain operators.
+        latents: raw, in the dtype and on the device of the run.
+        limits: from `fit_to_memory`; they hold the chunk.
+    Raises:
+        DecodeError: it is to be compiled, and this machine has no compiler.
+    """
+    chosen = exact_decoder(decoder, device_type=latents.device.type) if choice.exact else decoder
+    settings = DecodeSettings(
+        chunk=limits.chunk,
+        tile=limits.tile,
+        dtype=latents.dtype,
+        memory_format=choice.memory_format,
+        compile=choice.compile,
+        max_memory_bytes=limits.max_memory_bytes,
+    )
+    runtime = DecodeRuntime(chosen, settings)
+    return lambda: runtime.decode(latents)
+
+
+def diffusers_fault(decoder: Decoder) -> str | None:
+    """Why diffusers cannot run a decoder; None if it can."""
+    fit = fits_uniform_layout(decoder.spec, get_family(decoder.spec.family).decoder_spec)
+    if fit.base_width is None:
+        return f"diffusers has no decoder like it ({fit.deviation})"
+    try:
+        from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan  # noqa: F401
+    except ImportError:
+        return "diffusers is not installed (pip install 'flashvaed[diffusers]')"
+    return None
+
+
+def diffusers_call(decoder: Decoder, latents: Latents) -> Call:
+    """diffusers' `AutoencoderKLWan` with the decoder's weights, as it comes: eager, one latent frame at a time.
+
+    Args:
+        decoder: one with `diffusers_fault` None.
+        latents: raw, in the dtype and on the device of the run.
+    """
+    vae = _diffusers_vae(decoder)
+    nn.Module.to(vae, device=latents.device, dtype=latents.dtype)  # theirs warns about modules that it has not
+    return lambda: vae.decode(latents, return_dict=False)[0]  # type: ignore[operator]
+
+
+def _diffusers_vae(decoder: Decoder) -> nn.Module:
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+
+    fit = fits_uniform_layout(decoder.spec, get_family(decoder.spec.family).decoder_spec)
+    assert fit.base_width is not None
+    vae = AutoencoderKLWan(base_dim=fit.base_width, z_dim=decoder.spec.latent_width).eval().requires_grad_(False)
+    weights = to_foreign(decoder.state_dict(), decoder.spec, WAN_DIFFUSERS)
+    absent, superfluous = vae.load_state_dict(weights, strict=False)
+    assert not superfluous and not any(name.startswith(("decoder.", "post_quant")) for name in absent)
+    return vae

@@ -1,0 +1,89 @@
+"""Whether a decoder fits into memory as asked; and how it does otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from jaxtyping import Float
+from torch import Tensor
+
+from flashvaed_cli.decoders.planning import DecodePlan, choose_plan
+from flashvaed_cli.decoders.spec import DecoderSpec
+from flashvaed_cli.errors import DecodeError
+from flashvaed_cli.metrics.free_memory import free_bytes
+
+_USABLE_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is fixed of how a decoder runs: chunk and tile in latents, memory in bytes; None leaves it open."""
+
+    chunk: int | None = None
+    tile: int | None = None
+    max_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The limits to run with, what to add to their description, and why it cannot run at all."""
+
+    limits: Limits
+    remark: str = ""
+    refusal: str | None = None
+
+
+def fit_to_memory(
+    spec: DecoderSpec, latents: Float[Tensor, "B C T Hz Wz"], limits: Limits, *, channels_last: bool = True
+) -> Fit:
+    """Leave the limits as they are where that fits; else bound the memory, so that the runtime picks chunk and tile.
+
+    Without a bound of the user's, the bound is what is free now.
+
+    Args:
+        channels_last: the layout that the decoder runs in.
+    """
+    bound, free = limits.max_memory_bytes, free_bytes(latents.device)
+    if bound is None:
+        needed = _plan(spec, latents, limits, channels_last).predicted_bytes + _output_bytes(spec, latents, limits)
+        if free is None or needed <= _USABLE_SHARE * free:
+            return Fit(limits)
+        bound = max(1, int(_USABLE_SHARE * free) - _output_bytes(spec, latents, Limits(chunk=1)))
+    bounded = replace(limits, max_memory_bytes=bound)
+    try:
+        plan = _plan(spec, latents, bounded, channels_last)
+    except DecodeError as error:
+        return Fit(limits, refusal=str(error))
+    chunk = "" if limits.chunk is not None else f", chunk {plan.chunk}"
+    tile = "" if plan.tile is None else f", tiles of {plan.tile} latents"
+    return Fit(bounded, f"{chunk}{tile} (within {bound / 1e9:.3g} GB)")
+
+
+def refusal_at_chunk_one(spec: DecoderSpec, latents: Float[Tensor, "B C T Hz Wz"]) -> str | None:
+    """Why a decoder does not fit that takes one latent frame at a time and knows no tiles; None if it does."""
+    free, limits = free_bytes(latents.device), Limits(chunk=1)
+    needed = _plan(spec, latents, limits, channels_last=False).predicted_bytes + _output_bytes(spec, latents, limits)
+    if free is None or needed <= free:
+        return None
+    return f"needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+
+
+def _plan(spec: DecoderSpec, latents: Float[Tensor, "B C T Hz Wz"], limits: Limits, channels_last: bool) -> DecodePlan:
+    return choose_plan(
+        spec,
+        (latents.shape[2], latents.shape[3], latents.shape[4]),
+        max_memory_bytes=limits.max_memory_bytes,
+        dtype=str(latents.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        chunk=limits.chunk,
+        tile=limits.tile,
+        channels_last=channels_last,
+    )
+
+
+def _output_bytes(spec: DecoderSpec, latents: Float[Tensor, "B C T Hz Wz"], limits: Limits) -> int:
+    """The frames of the whole clip, which the prediction leaves out where they come in parts."""
+    if limits.chunk is None and limits.tile is None:
+        return 0
+    t, h, w = latents.shape[2:]
+    num_frames = 1 + spec.temporal_factor * (t - 1)
+    return 3 * num_frames * h * w * spec.spatial_factor**2 * latents.element_size()

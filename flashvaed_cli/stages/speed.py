@@ -1,0 +1,85 @@
+"""`flashvaed eval --speed`: the original and derived decoders on the same random latents, timed in alternation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
+from flashvaed_cli.metrics.autotune import device_name
+from flashvaed_cli.progress import Progress
+from flashvaed_cli.recipe.models import EvalRecipe
+from flashvaed_cli.recipe.quantities import parse_memory, parse_size
+from flashvaed_cli.report.speed import SPEED_JSON, SpeedReport, all_notes, save_speed, speed_document, speed_tables
+from flashvaed_cli.stages.compared import derived_decoders
+from flashvaed_cli.stages.folders import refuse_foreign_folder
+from flashvaed_cli.stages.loading import DTYPES, choose_device, choose_input, load_inputs
+from flashvaed_cli.stages.result import StageOutcome
+from flashvaed_cli.stages.speed_table import RESERVED_NAMES, ClipSize, SpeedSettings, time_decoders
+
+
+def run_speed(recipe: EvalRecipe, *, progress: Progress, force: bool, command_line: str) -> StageOutcome:
+    """Time the decoders at every size and length of the recipe; write speed.json and speed.md.
+
+    Raises:
+        ArtifactError: decoder or original cannot be loaded.
+        DecodeError: to be compiled, and this machine has no compiler.
+        FlashVaedError: the output folder holds files of something else.
+    """
+    output = Path(recipe.output)
+    refuse_foreign_folder(output, SPEED_JSON, "report.json", force=force)
+    location = choose_input(recipe.input, EvalRecipe, progress)
+    device = choose_device(recipe.device)
+    inputs = load_inputs(location, original=recipe.original, device=device, needs_encoder=False)
+    original, derived = inputs.original.require_decoder(), derived_decoders(inputs, recipe, taken=RESERVED_NAMES)
+    if recipe.compile:
+        DecodeRuntime(original, DecodeSettings(compile=True))  # says at once where no compiler is at hand
+    tables, notes = [], []
+    for height, width in map(parse_size, recipe.sizes):
+        for num_frames in recipe.frames:
+            size = _whole(ClipSize(num_frames, height, width), original, progress)
+            table, remarks = time_decoders(original, derived, size, _settings(recipe), device, progress=progress)
+            tables.append(table)
+            notes += remarks
+    settings = {
+        "command": command_line,
+        "decoder": inputs.checkpoint.location,
+        "original": inputs.original.location,
+        "device": describe_device(device),
+        "torch": torch.__version__,
+        "dtype": recipe.dtype,
+        "rounds": recipe.num_speed_rounds,
+    }
+    report = SpeedReport(tuple(tables), settings, tuple(dict.fromkeys(notes)))
+    written = save_speed(report, output)
+    figures = {"speed": str(written["json"]), "tables": speed_document(report)["tables"]}
+    return StageOutcome((written["markdown"], written["json"]), speed_tables(report), figures, all_notes(report))
+
+
+def describe_device(device: torch.device) -> str:
+    """Name, and on the CPU the number of threads."""
+    name = device_name(device)
+    return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else name
+
+
+def _whole(asked: ClipSize, original: Decoder, progress: Progress) -> ClipSize:
+    size = asked.rounded(original.spec)
+    if size != asked:
+        progress.warn(f"{asked} are timed as {size}: what whole latents decode to")
+    progress.log(f"timing {size}")
+    return size
+
+
+def _settings(recipe: EvalRecipe) -> SpeedSettings:
+    return SpeedSettings(
+        dtype=DTYPES[recipe.dtype],
+        num_rounds=recipe.num_speed_rounds,
+        chunk=recipe.chunk,
+        tile=recipe.tile,
+        max_memory_bytes=None if recipe.max_memory is None else parse_memory(recipe.max_memory),
+        compile=recipe.compile,
+        autotune=recipe.autotune,
+        seed=recipe.seed,
+    )

@@ -1,0 +1,76 @@
+"""`--autotune`: the fastest way to run one decoder at one size, tried once per machine and remembered."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.metrics.autotune import (
+    Choice,
+    Tuning,
+    autotune,
+    cache_file,
+    cache_key,
+    remember_choice,
+    remembered_choice,
+)
+from flashvaed_cli.progress import Progress
+from flashvaed_cli.stages.contestants import Call, Latents, own_call
+from flashvaed_cli.stages.memory_fit import Limits, fit_to_memory
+
+
+def tuned_choice(
+    name: str, decoder: Decoder, latents: Latents, limits: Limits, *, with_compile: bool, progress: Progress
+) -> tuple[Choice, str]:
+    """The remembered choice, or else the fastest of those tried now, which is remembered.
+
+    Args:
+        name: of the decoder, as shown.
+        decoder: with plain operators.
+        limits: what the user fixed; part of what a choice is remembered under.
+        with_compile: try compiling too.
+    Returns:
+        The choice and a note on where it comes from.
+    """
+    path = cache_file()
+    grid = (latents.shape[2], latents.shape[3], latents.shape[4])
+    key = cache_key(decoder.spec, grid, latents.dtype, latents.device, **vars(limits), compiler=with_compile)
+    choice = remembered_choice(path, key)
+    if choice is not None:
+        return choice, f"{name}: {choice} (remembered in {path})"
+
+    def prepare(candidate: Choice) -> Call:
+        layout = candidate.memory_format == "channels-last"
+        fit = fit_to_memory(decoder.spec, latents, replace(limits, chunk=candidate.chunk), channels_last=layout)
+        if fit.refusal is not None:
+            raise MemoryError(fit.refusal)
+        return own_call(decoder, latents, candidate, fit.limits)
+
+    progress.log(f"autotune: {name}")
+    try:
+        tuning = autotune(
+            prepare,
+            latents.device,
+            num_latents=latents.shape[2],
+            fixed_chunk=limits.chunk,
+            with_compile=with_compile,
+            progress=progress,
+        )
+    except MemoryError:
+        return Choice(chunk=limits.chunk), f"{name}: no way of running it that was tried fits into memory"
+    return tuning.choice, f"{name}: {_told(tuning)}. {_kept(path, key, tuning.choice)}"
+
+
+def _told(tuning: Tuning) -> str:
+    slowest = max(seconds for _, seconds in tuning.tried)
+    fastest = min(seconds for _, seconds in tuning.tried)
+    return f"{tuning.choice} is the fastest of {len(tuning.tried)} ways tried ({fastest:.3g} to {slowest:.3g} s)"
+
+
+def _kept(path: Path, key: str, choice: Choice) -> str:
+    try:
+        remember_choice(path, key, choice)
+    except OSError as error:
+        return f"It could not be remembered in {path}: {error.strerror}"
+    return f"Remembered in {path}"

@@ -1,0 +1,61 @@
+"""Decoders to measure, with random weights: what a layer costs does not depend on them."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from rich.console import Console
+
+from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.groups import channel_groups
+from flashvaed_cli.decoders.spec import DecoderSpec
+from flashvaed_cli.decoders.wan import WAN21, wan_decoder_spec
+from flashvaed_cli.progress import SilentProgress
+from flashvaed_cli.report.speed import SpeedReport, SpeedTable, all_notes, speed_tables
+from flashvaed_cli.report.tables import to_rich
+from flashvaed_cli.stages.speed import describe_device
+from flashvaed_cli.stages.speed_table import ClipSize, SpeedSettings, time_decoders
+from flashvaed_cli.surgery.respec import converted_spec, narrowed_spec
+
+
+def setting(name: str, default: int) -> int:
+    """`FLASHVAED_BENCH_NAME` of the environment."""
+    return int(os.environ.get(f"FLASHVAED_BENCH_{name}", default))
+
+
+def paper_layout(base_width: int, keep_ratio: float) -> DecoderSpec:
+    """What `convert-ops` and `prune --ratio` make of the original, without weights."""
+    spec = converted_spec(wan_decoder_spec(base_width), WAN21.paper_operators)
+    groups = [group for group in channel_groups(spec) if group.stage in WAN21.shallow_stages]
+    kept = {tensor: tuple(range(round(group.width * keep_ratio))) for group in groups for tensor in group.tensors}
+    return narrowed_spec(spec, kept)
+
+
+def random_decoder(spec: DecoderSpec, device: str) -> Decoder:
+    """A decoder with random weights."""
+    with torch.device(device):
+        return Decoder(spec).eval().requires_grad_(False)
+
+
+def print_speed(
+    base_width: int, flash: str, size: ClipSize, settings: SpeedSettings, *, label: str, device: str = "cpu"
+) -> SpeedTable:
+    """Time the original of a base width and its paper layout, and print both tables.
+
+    Args:
+        flash: what to call the paper's layout.
+        label: in the titles.
+    """
+    torch.manual_seed(0)
+    original = random_decoder(wan_decoder_spec(base_width), device)
+    derived = {flash: random_decoder(paper_layout(base_width, 0.125), device)}
+    place = torch.device(device)
+    table, notes = time_decoders(original, derived, size, settings, place, progress=SilentProgress(), label=label)
+    report = SpeedReport((table,), {}, (f"{describe_device(place)}, torch {torch.__version__}", *notes))
+    console = Console(width=120)
+    for view in speed_tables(report):
+        console.print(to_rich(view))
+    for note in all_notes(report):
+        console.print(note, markup=False, highlight=False)
+    return table

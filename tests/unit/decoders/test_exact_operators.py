@@ -1,0 +1,200 @@
+"""Every exact twin against its plain operator: frames, gradients and state, whole and in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from flashvaed_cli.decoders import winograd
+from flashvaed_cli.decoders.exact_operators import fold_phases
+from flashvaed_cli.decoders.operators import Conv, Future, Past, batch_as_frames, build_conv, frames_as_batch
+from flashvaed_cli.decoders.spec import PLAIN_OPERATORS, ConvSpec, Kernel, Operator
+
+TWINS: list[tuple[Operator, Kernel]] = [
+    ("tapwise3d", (3, 3, 3)),
+    ("tapwise3d", (3, 1, 1)),
+    ("tapwise3d", (2, 3, 1)),
+    ("tapwise3d", (1, 3, 3)),
+    ("stacked3d", (3, 3, 3)),
+    ("stacked3d", (2, 1, 3)),
+    ("winograd3d", (3, 3, 3)),
+    ("winograd3d", (1, 3, 3)),
+    ("subpixel2d", (1, 3, 3)),
+]
+DOUBLE = 1e-12  # float64: the order of the sums; Winograd's transforms cost one digit of the fifteen
+SINGLE = 5e-5  # float32, outputs of about 1: measured 1e-6 for sums in another order, 1e-5 for Winograd
+HALF = 0.03  # bfloat16 has 8 bits: two roundings of an output of up to 4
+twins = pytest.mark.parametrize(("operator", "kernel"), TWINS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small_clips_count() -> Iterator[None]:
+    """Winograd also where it does not pay."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(winograd, "MIN_TILES", 0)
+        yield
+
+
+def pair(operator: Operator, kernel: Kernel, in_width: int = 3, out_width: int = 5) -> tuple[Conv, Conv]:
+    """A plain layer and its twin over the same parameters, in float64."""
+    plain, twin = (
+        build_conv(ConvSpec(operator=name, in_width=in_width, out_width=out_width, kernel=kernel), "here").double()
+        for name in (PLAIN_OPERATORS[operator], operator)
+    )
+    assert isinstance(plain, Conv) and isinstance(twin, Conv)
+    plain.bias.data.normal_()
+    twin.load_state_dict(plain.state_dict())  # the same names and shapes
+    return plain, twin
+
+
+def run_plain(plain: Conv, twin: Conv, x: Tensor, past: Past = None, future: Future = None) -> Tensor:
+    """What the twin must give: the plain layer, on enlarged frames if the twin enlarges."""
+    if twin.spec.enlarges:
+        x = batch_as_frames(F.interpolate(frames_as_batch(x), scale_factor=2, mode="nearest"), x.shape[0])
+    return plain(x, past, future)
+
+
+def assert_same(found: Tensor, expected: Tensor, bound: float = DOUBLE) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=bound)
+
+
+@given(
+    twin=st.sampled_from(TWINS),
+    widths=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    shape=st.tuples(st.integers(1, 2), st.integers(1, 5), st.integers(1, 9), st.integers(1, 9)),
+    channels_last=st.booleans(),
+    later_chunk=st.booleans(),
+)
+def test_same_frames_and_state(
+    twin: tuple[Operator, Kernel],
+    widths: tuple[int, int],
+    shape: tuple[int, int, int, int],
+    channels_last: bool,
+    later_chunk: bool,
+) -> None:
+    plain, exact = pair(*twin, *widths)
+    b, t, h, w = shape
+    x = torch.randn(b, widths[0], t, h, w, dtype=torch.float64)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+    past: dict[str, Tensor] | None = None
+    if later_chunk:
+        past = {"here": torch.randn(b, widths[0], twin[1][0] - 1, h, w, dtype=torch.float64)}
+    expected_future: dict[str, Tensor] = {}
+    future: dict[str, Tensor] = {}
+    with torch.no_grad():
+        expected = run_plain(plain, exact, x, past, expected_future)
+        assert_same(exact(x, past, future), expected)
+    assert future.keys() == expected_future.keys()
+    assert all(torch.equal(future[key], expected_future[key]) for key in future)
+
+
+@given(twin=st.sampled_from(TWINS), chunks=st.lists(st.integers(1, 4), min_size=1, max_size=4))
+def test_chunks_give_the_frames_of_the_whole(twin: tuple[Operator, Kernel], chunks: list[int]) -> None:
+    _, exact = pair(*twin)
+    x = torch.randn(1, 3, sum(chunks), 5, 4, dtype=torch.float64)
+    found = []
+    past: Past = None
+    for part in x.split(chunks, dim=2):
+        future: dict[str, Tensor] = {}
+        found.append(exact(part, past, future))
+        past = future
+        for kept in future.values():
+            assert kept.untyped_storage().nbytes() == kept.numel() * kept.element_size()  # no view of the chunk
+    assert_same(torch.cat(found, dim=2), exact(x))
+
+
+@twins
+@pytest.mark.parametrize("later_chunk", [False, True])
+def test_same_gradients(operator: Operator, kernel: Kernel, later_chunk: bool) -> None:
+    plain, exact = pair(operator, kernel)
+    x = torch.randn(2, 3, 4, 6, 5, dtype=torch.float64, requires_grad=True)
+    past = {"here": torch.randn(2, 3, kernel[0] - 1, 6, 5, dtype=torch.float64)} if later_chunk else None
+    weights = torch.randn_like(run_plain(plain, exact, x, past))
+    (run_plain(plain, exact, x, past) * weights).sum().backward()
+    expected = [x.grad, plain.weight.grad, plain.bias.grad]
+    x.grad = None
+    (exact(x, past) * weights).sum().backward()
+    for found, wanted in zip([x.grad, exact.weight.grad, exact.bias.grad], expected, strict=True):
+        assert found is not None and wanted is not None
+        assert_same(found, wanted, 1e-10)  # sums over some hundred positions
+
+
+@twins
+def test_float32(operator: Operator, kernel: Kernel) -> None:
+    plain, exact = (layer.float().requires_grad_(False) for layer in pair(operator, kernel, 32, 24))
+    x = torch.randn(1, 32, 3, 12, 12)
+    assert_same(exact(x), run_plain(plain, exact, x), SINGLE)
+
+
+@twins
+def test_bfloat16(operator: Operator, kernel: Kernel) -> None:
+    plain, exact = pair(operator, kernel, 16, 8)
+    x = torch.randn(1, 16, 3, 8, 8, dtype=torch.bfloat16)
+    with torch.no_grad():
+        found = exact.bfloat16()(x)
+        rounded = plain.bfloat16().double()  # the same rounded weights, exact sums
+        expected = run_plain(rounded, exact, x.double())
+    assert found.dtype == torch.bfloat16
+    assert_same(found.double(), expected, HALF)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_strips_do_not_show(monkeypatch: pytest.MonkeyPatch, grad: bool) -> None:
+    plain, exact = pair("winograd3d", (3, 3, 3))
+    x = torch.randn(1, 3, 2, 27, 6, dtype=torch.float64)
+    monkeypatch.setattr(winograd, "STRIP_ELEMENTS", 1)
+    monkeypatch.setattr(winograd, "STRIP_POSITIONS", 9)  # of 4 per row of tiles: strips of 3, the last of 1
+    with torch.set_grad_enabled(grad):
+        assert_same(exact(x), plain(x))
+
+
+def test_few_tiles_are_summed_over_taps(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, exact = pair("winograd3d", (3, 3, 3))
+    x = torch.randn(1, 3, 2, 5, 8, dtype=torch.float64)  # 2 x 2 x 2 tiles
+    calls: list[int] = []
+    original = winograd.winograd_conv
+
+    def counted(*args: Any, **options: Any) -> Tensor:
+        calls.append(1)
+        return original(*args, **options)
+
+    monkeypatch.setattr(winograd, "winograd_conv", counted)
+    for least, expected in ((9, 0), (8, 1)):
+        monkeypatch.setattr(winograd, "MIN_TILES", least)
+        assert_same(exact(x), plain(x))
+        assert len(calls) == expected
+
+
+def test_a_changed_weight_counts_at_once() -> None:
+    for operator, kernel in TWINS:
+        plain, exact = pair(operator, kernel)
+        x = torch.randn(1, 3, 2, 4, 4, dtype=torch.float64)
+        with torch.no_grad():
+            exact(x)
+            exact.weight.mul_(2.0)
+            plain.weight.mul_(2.0)
+            assert_same(exact(x), run_plain(plain, exact, x))
+
+
+def test_phases_are_summed_in_float32() -> None:
+    weight = torch.zeros(1, 1, 3, 3, dtype=torch.bfloat16)
+    weight[0, 0, 1:, 1:] = torch.tensor([[1.0, 2**-9], [2**-9, 2**-8]])  # each sum of two is rounded off, all four not
+    assert float(fold_phases(weight)[0, 0, 0, 0, 1, 1]) == 1 + 2**-7
+
+
+@twins
+def test_traced_without_strips_or_breaks(operator: Operator, kernel: Kernel) -> None:
+    _, exact = pair(operator, kernel)
+    x = torch.randn(1, 3, 2, 9, 5, dtype=torch.float64)
+    past = {"here": torch.randn(1, 3, kernel[0] - 1, 9, 5, dtype=torch.float64)}
+    with torch.no_grad():
+        traced = torch.export.export(exact, (x, past), strict=False).module()
+        assert_same(traced(x, past), exact(x, past))

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import pytest
+
+from flashvaed_cli.errors import RecipeError
+from flashvaed_cli.recipe import EvalRecipe, resolve
+from flashvaed_cli.recipe.quantities import parse_memory, parse_size
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("480p", (480, 832)), ("1080p", (1080, 1920)), ("32x40", (40, 32)), ("40×32", (32, 40))]
+)
+def test_sizes(text: str, size: tuple[int, int]) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "480", "4k", "0x8", "8x", "x8", "-8x8", "8.5x8", "832 x 480"])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(ValueError, match="480p, 720p, 1080p or WIDTHxHEIGHT"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"), [("4GB", 4 * 10**9), ("1.5 gb", 15 * 10**8), ("512MiB", 2**29), ("1000", 1000)]
+)
+def test_amounts(text: str, num_bytes: int) -> None:
+    assert parse_memory(text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "0", "-4GB", "4GBs", "GB", "much", "0.1", "1e9"])
+def test_no_amounts(text: str) -> None:
+    with pytest.raises(ValueError, match="4GB or 512MiB"):
+        parse_memory(text)
+
+
+def test_texts_with_commas_lists_and_numbers_are_the_same() -> None:
+    texts = EvalRecipe.model_validate({"speed": True, "sizes": "480p, 32x40", "frames": "9,81"})
+    lists = EvalRecipe.model_validate({"speed": True, "sizes": ["480p", "32x40"], "frames": [9, 81]})
+    assert texts == lists
+    assert EvalRecipe.model_validate({"speed": True, "frames": 9}).frames == (9,)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sizes": "480p,"}, "WIDTHxHEIGHT"),
+        ({"sizes": []}, "at least 1"),
+        ({"frames": "9,0"}, "greater than 0"),
+        ({"frames": "9,,8"}, "integer"),
+        ({"frames": True}, "tuple"),
+        ({"max_memory": "some"}, "4GB"),
+    ],
+)
+def test_mistakes(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        resolve(EvalRecipe, None, {"speed": True, **settings})
+
+
+def test_what_speaks_of_speed_needs_speed() -> None:
+    with pytest.raises(RecipeError, match=r"--sizes, --max-memory: only with --speed"):
+        resolve(EvalRecipe, None, {"sizes": "480p", "max_memory": "4GB"})
+    assert resolve(EvalRecipe, None, {"compile": False}).speed is False  # asks for nothing
