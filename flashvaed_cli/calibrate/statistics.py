@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.exact import exact_decoder
 from flashvaed_cli.decoders.groups import tensor_widths
 from flashvaed_cli.numerics.covariance import CovarianceAccumulator, TensorStatistics
 from flashvaed_cli.progress import Progress
@@ -38,6 +39,7 @@ def collect_statistics(
         address: CovarianceAccumulator(width, label=f"activations of {address}")
         for address, width in tensor_widths(decoder.spec).items()
     }
+    decoder = exact_decoder(decoder)
     device = next(decoder.parameters()).device
     handles = [_watch(decoder.at(address), accumulator) for address, accumulator in accumulators.items()]
     try:

@@ -1,9 +1,10 @@
 """The latency model of pruning: narrowed decoders with random weights, every block timed in its place.
 
 Only the blocks that pruning reaches run narrowed (the tail of the decoder), on the activations that the decoder
-itself hands them, channels-last as the product runs. Neighbouring stages trade the roles of stream and inside, so that
-one sweep over two ratios covers each residual block's grid of stream by inside and each upsampler's grid of the
-streams before and behind it. The whole decoder takes turns with the narrowed tails, and what counts are ratios.
+itself hands them, with exact operators and channels-last, as the product runs. Neighbouring stages trade the roles of
+stream and inside, so that one sweep over two ratios covers each residual block's grid of stream by inside and each
+upsampler's grid of the streams before and behind it. The whole decoder takes turns with the narrowed tails, and what
+counts are ratios.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from flashvaed_cli.decoders.blocks import build_block
 from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.exact import exact_decoder, exact_spec
 from flashvaed_cli.decoders.groups import ChannelGroup, channel_groups
 from flashvaed_cli.decoders.latency_model import (
     Axis,
@@ -208,7 +210,7 @@ def _whole_run(
     decoder: Decoder, latents: Float[Tensor, "1 C T Hz Wz"], groups: Sequence[ChannelGroup], first: str
 ) -> tuple[_Run, Tensor]:
     """The decoder itself, and the activations that enter the block `first`."""
-    model = use_channels_last(deepcopy(decoder).to(latents.dtype))
+    model = use_channels_last(exact_decoder(deepcopy(decoder).to(latents.dtype)))
     entering = latents
     for address, block in model.blocks():
         if address == first:
@@ -220,7 +222,7 @@ def _whole_run(
 
 def _tail_run(spec: DecoderSpec, widths: dict[str, int], addresses: Sequence[str], entering: Tensor) -> _Run:
     """All blocks of a narrowed spec from the first that pruning reaches on, with random weights."""
-    blocks = dict(spec.blocks())
+    blocks = dict(exact_spec(spec, device_type=entering.device.type).blocks())
     every = list(blocks)
     behind = every[every.index(addresses[0]) :]
     tail = nn.Sequential(*(build_block(blocks[address], address) for address in behind))

@@ -30,7 +30,9 @@ flashvaed convert-ops
 
 flashvaed convert-ops pruned.safetensors --operator up2=frame2d --operator mid=causal3d
 
-flashvaed convert-ops Wan2.1_VAE.pth --data clips/ --output converted.safetensors"""
+flashvaed convert-ops Wan2.1_VAE.pth --data clips/ --output converted.safetensors
+
+flashvaed convert-ops Wan2.1_VAE.pth --profile exact --output exact.safetensors"""
 
 
 def register(app: typer.Typer) -> None:

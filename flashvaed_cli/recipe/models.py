@@ -26,7 +26,7 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 DType = Literal["float32", "bfloat16", "float16"]
 SelectionRule = Literal["greedy-r2", "greedy-energy", "next-layer", "pivoted-qr", "chip", "l1", "variance", "random"]
 ReconstructMode = Literal["none", "channel", "full"]
-OperatorProfile = Literal["paper"]
+OperatorProfile = Literal["paper", "exact"]
 StageOperator = Literal["causal3d", "dwsep3d", "frame2d"]
 PhaseChoice = Literal["1", "2", "3", "all"]
 ExportTarget = Literal["safetensors", "onnx"]
@@ -270,7 +270,11 @@ class ConvertOpsRecipe(ReconstructingRecipe):
     input: Name | None = Field(
         default=None, description="Decoder to convert: a file, folder, hf:// address or builtin:NAME."
     )
-    profile: OperatorProfile = Field(default="paper", description="Which operator each stage of the family gets.")
+    profile: OperatorProfile = Field(
+        default="paper",
+        description="paper: the paper's cheaper operator for each stage, weights solved anew. exact: for each layer "
+        "the fastest operator that gives the same frames, without data.",
+    )
     operators: dict[Name, StageOperator] = Field(
         default={}, description="Operator by stage name, in place of the profile's."
     )
@@ -278,6 +282,12 @@ class ConvertOpsRecipe(ReconstructingRecipe):
         default=3, description="Alternations between the depthwise and the pointwise solve of one layer."
     )
     output: Name = Field(default=CONVERTED_FILE, description="Decoder artifact to write.")
+
+    @model_validator(mode="after")
+    def _exact_is_a_profile_by_itself(self) -> ConvertOpsRecipe:
+        if self.profile == "exact" and self.operators:
+            raise ValueError("profile is exact, which gives every layer its operator: leave operators out")
+        return self
 
 
 class LossWeights(_Frozen):

@@ -20,6 +20,7 @@ import torch
 
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.cost import total_gflop
+from flashvaed_cli.decoders.exact import exact_decoder
 from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.decoders.groups import channel_groups
 from flashvaed_cli.decoders.latency_model import WidthLatency, rounded_ladder, width_ladder
@@ -92,10 +93,12 @@ def _latency_model(
 def judge_budget(
     recipe: PruneRecipe, budget: Budget, decoder: Decoder, student: Decoder, progress: Progress
 ) -> dict[str, Any]:
-    """Time decoder and student in alternation, channels-last; returns the record described above."""
+    """Time decoder and student in alternation, as the product runs them; returns the record described above."""
     clip, plan = budget.clip, budget.plan
     latents = channels_last(clip.latents(decoder.spec, recipe.seed))
-    before, after = (use_channels_last(deepcopy(one).to(DTYPES[clip.dtype])) for one in (decoder, student))
+    before, after = (
+        use_channels_last(exact_decoder(deepcopy(one).to(DTYPES[clip.dtype]))) for one in (decoder, student)
+    )
     times = time_alternating(
         {"before": lambda: before(latents), "after": lambda: after(latents)},
         num_rounds=_NUM_SPEED_ROUNDS,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -19,7 +18,9 @@ from torch import Tensor
 
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.cost import total_gflop
-from flashvaed_cli.decoders.layout import channels_last, use_channels_last
+from flashvaed_cli.decoders.exact import exact_decoder
+from flashvaed_cli.decoders.layout import use_channels_last
+from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.decoders.streaming import State, decode, decode_step, encode_step
 from flashvaed_cli.errors import MetricUnavailableError
 from flashvaed_cli.media.clips import usable_files
@@ -47,7 +48,7 @@ from flashvaed_cli.stages.folders import refuse_foreign_folder
 from flashvaed_cli.stages.loading import DTYPES, Inputs, choose_device, choose_input, load_inputs
 from flashvaed_cli.stages.result import StageOutcome
 
-VIDEO, ORIGINAL, ORIGINAL_TUNED = "video", "original", "original, channels-last"
+VIDEO, ORIGINAL, ORIGINAL_TUNED = "video", "original", "original, exact"
 _DEFAULT_CHUNK = 4
 _NUM_STRIP_COLUMNS = 4
 _SPEED_LATENT_FRAMES = 5
@@ -122,7 +123,7 @@ def _decoders(inputs: Inputs, recipe: EvalRecipe) -> dict[str, Decoder]:
     """
     dtype = DTYPES[recipe.dtype]
     derived = derived_decoders(inputs, recipe, taken=(VIDEO, ORIGINAL, ORIGINAL_TUNED))
-    tuned = {name: use_channels_last(decoder.to(dtype)) for name, decoder in derived.items()}
+    tuned = {name: use_channels_last(exact_decoder(decoder.to(dtype))) for name, decoder in derived.items()}
     return {ORIGINAL: inputs.original.require_decoder().to(dtype), **tuned}
 
 
@@ -314,17 +315,17 @@ def _timed(
     device: torch.device,
     progress: Progress,
 ) -> list[DecoderFigures]:
-    """Frames per second of every decoder, and of the original in the layout that the derived one runs in."""
+    """Frames per second of every decoder, and of the original with the exact operators that the derived ones run."""
     latents = latents.to(DTYPES[recipe.dtype])
-    packed = channels_last(latents)
+    settings = DecodeSettings(chunk=recipe.chunk)
     original, *derived = decoders
     candidates: dict[str, Callable[[], object]] = {
         original: lambda: decode(decoders[original], latents, chunk=recipe.chunk)
     }
     if derived:
-        tuned = use_channels_last(deepcopy(decoders[original]))
-        candidates[ORIGINAL_TUNED] = lambda: decode(tuned, packed, chunk=recipe.chunk)
-        candidates |= {name: partial(decode, decoders[name], packed, chunk=recipe.chunk) for name in derived}
+        runs = {ORIGINAL_TUNED: exact_decoder(decoders[original]), **{name: decoders[name] for name in derived}}
+        for name, decoder in runs.items():
+            candidates[name] = partial(DecodeRuntime(decoder, settings).decode, latents)
         figures = [figures[0], DecoderFigures(name=ORIGINAL_TUNED), *figures[1:]]
     speeds = time_alternating(
         candidates, num_rounds=recipe.num_speed_rounds, synchronize=synchronizer(device), progress=progress

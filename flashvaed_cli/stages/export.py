@@ -22,7 +22,7 @@ from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.models import ExportRecipe
 from flashvaed_cli.report.tables import Column, TableData, to_records
 from flashvaed_cli.stages.folders import refuse_foreign_folder
-from flashvaed_cli.stages.loading import DTYPES, choose_input
+from flashvaed_cli.stages.loading import DTYPES, choose_input, with_plain_operators
 from flashvaed_cli.stages.result import StageOutcome
 from flashvaed_cli.zoo.builtin import BUILTINS
 
@@ -41,7 +41,7 @@ def run_export(recipe: ExportRecipe, *, progress: Progress, force: bool, command
     output = Path(recipe.output)
     refuse_foreign_folder(output, MANIFEST, force=force)
     location = choose_input(recipe.input, ExportRecipe, progress)
-    checkpoint = load_checkpoint(location, builtins=BUILTINS)
+    checkpoint = with_plain_operators(load_checkpoint(location, builtins=BUILTINS))
     decoder = checkpoint.require_decoder()
     name = Path(location.replace(":", "-")).stem
     results: list[ExportResult] = []

@@ -34,7 +34,7 @@ from flashvaed_cli.progress import Progress
 from flashvaed_cli.stages.loading import DTYPES
 from flashvaed_cli.surgery.respec import spec_of_widths
 
-LAYOUT = "channels-last"
+LAYOUT = "channels-last, exact operators"
 _NUM_ROUNDS = 7
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint, load_checkpoint, load_original
+from flashvaed_cli.decoders.exact import plain_decoder
 from flashvaed_cli.errors import ArtifactError, FlashVaedError
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.models import CommandRecipe
@@ -51,20 +52,26 @@ class Inputs:
 
 
 def load_inputs(location: str, *, original: str | None, device: torch.device, needs_encoder: bool = True) -> Inputs:
-    """Load a checkpoint and its original, both moved to the device.
+    """Load a checkpoint and its original, both moved to the device, with plain operators.
+
+    Exact operators are a way to run a decoder: what is pruned, converted, trained or exported is the network.
 
     Raises:
         ArtifactError: not found, unreadable, not the original of the checkpoint, or weights that are not finite.
     """
-    checkpoint = load_checkpoint(location, builtins=BUILTINS)
-    checkpoint.require_decoder()
-    parent = load_original(checkpoint, original, BUILTINS, needs_encoder=needs_encoder)
+    checkpoint = with_plain_operators(load_checkpoint(location, builtins=BUILTINS))
+    parent = with_plain_operators(load_original(checkpoint, original, BUILTINS, needs_encoder=needs_encoder))
     for loaded in (checkpoint, parent):
         _require_finite_weights(loaded)
         for coder in (loaded.decoder, loaded.encoder):
             if coder is not None:
                 coder.to(device)
     return Inputs(checkpoint, parent, device)
+
+
+def with_plain_operators(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with its decoder's exact operators replaced by the plain ones that they stand for."""
+    return replace(checkpoint, decoder=plain_decoder(checkpoint.require_decoder()))
 
 
 def _require_finite_weights(checkpoint: Checkpoint) -> None:

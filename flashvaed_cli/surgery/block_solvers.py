@@ -82,7 +82,8 @@ class BlockPair:
 
     def _channel_fit(self, layer: Conv, source: Conv | None, before: Channels, after: Channels) -> LayerFit:
         if source is None:  # an identity that has become a 1x1
-            width = self.reference.conv1.spec.in_width  # type: ignore[union-attr]
+            assert isinstance(self.reference, ResBlock)
+            width = self.reference.conv1.spec.in_width
             eye = torch.eye(width, device=layer.weight.device)
             kernel, bias = eye[:, :, None, None, None], eye.new_zeros(width)
         else:

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.exact import exact_decoder
 from flashvaed_cli.decoders.groups import Kept
 from flashvaed_cli.decoders.layout import channels_last, use_channels_last
 from flashvaed_cli.errors import CalibrationError
@@ -71,6 +72,9 @@ def reconstruct_decoder(
     device = next(student.parameters()).device
     generator = torch.Generator().manual_seed(settings.seed)
     errors: list[LayerError] = []
+    student = exact_decoder(student)  # over the same weights
+    if settings.mode == "full":  # channel mode reads the inputs of every layer, which some exact operators never form
+        reference = exact_decoder(reference)
     use_channels_last(reference)
     use_channels_last(student)
     with ActivationStore(str(device)) as store:

@@ -83,11 +83,13 @@ def test_reconstruction_against_cut_weights(data: QualityData, statistics_of: Ma
         narrow, kept = cases[f"prune up2, up3 to {name}"]
         cases[f"the paper's operators and {name}"] = (converted_spec(narrow, PAPER), kept)
     rows: list[tuple[Cell, ...]] = []
+    gains: list[float] = []
     for name, (changed, kept) in cases.items():
         cut, full = solved(data, changed, kept, "full")
         _, channel = solved(data, changed, kept, "channel")
         before, light, after = data.psnr(cut), data.psnr(channel), data.psnr(full)
         rows.append((name, before, light, after, after - before))
+        gains.append(after - before)
         print(rows[-1], flush=True)
     columns = (
         Column("change", align="left"),
@@ -97,7 +99,7 @@ def test_reconstruction_against_cut_weights(data: QualityData, statistics_of: Ma
         Column("gain, dB", "+.2f"),
     )
     show(f"PSNR to the original's output, no training; {data.source}", columns, rows)
-    assert all(after > before for _, before, _, after, _ in rows)
+    assert gains and min(gains) > 0.0
 
 
 @pytest.mark.bench

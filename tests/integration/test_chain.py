@@ -178,7 +178,7 @@ def test_distillation_leaves_out_what_does_not_fit_and_trains_the_rest(chain: Ch
 def test_the_report_is_json_with_sensible_figures(chain: Chain) -> None:
     report = read_report(chain.folder / "report")
     assert [decoder["name"] for decoder in report["decoders"]] == [
-        "original", "original, channels-last", "flash", "pruned"
+        "original", "original, exact", "flash", "pruned"
     ]  # fmt: skip
     original, tuned, flash, pruned = report["decoders"]
     assert original["to_original"] is None and original["speedup"] is None

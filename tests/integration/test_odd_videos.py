@@ -217,6 +217,6 @@ def test_a_decoder_may_have_any_name(folder: Path, tmp_path: Path, name: str) ->
     words = f"eval '{decoder}' --original vae.safetensors --data good.mp4 -o '{tmp_path / 'r'}' --no-video {JUDGING}"
     succeed(words, cwd=folder)
     report = read_report(tmp_path / "r")
-    assert [one["name"] for one in report["decoders"]] == ["original", "original, channels-last", f"{name}-2"]
+    assert [one["name"] for one in report["decoders"]] == ["original", "original, exact", f"{name}-2"]
     assert report["decoders"][2]["num_parameters"] < report["decoders"][0]["num_parameters"]
     assert report["decoders"][2]["to_ground_truth"]["psnr_db"] < 60  # not the video compared with itself
