@@ -22,7 +22,7 @@ from flashvaed_cli.cli.options import (
 )
 from flashvaed_cli.cli.running import resolve_settings, run_stage
 from flashvaed_cli.recipe import ConvertOpsRecipe
-from flashvaed_cli.recipe.models import LatentScale, OperatorProfile, ReconstructMode
+from flashvaed_cli.recipe.fields import LatentScale, OperatorProfile, ReconstructMode
 
 EPILOG = """Examples:
 

@@ -25,7 +25,7 @@ from flashvaed_cli.cli.options import (
 )
 from flashvaed_cli.cli.running import resolve_settings, run_stage
 from flashvaed_cli.recipe import DistillRecipe, PhaseRecipe
-from flashvaed_cli.recipe.models import LatentScale, PhaseChoice, SelectionRule
+from flashvaed_cli.recipe.fields import LatentScale, PhaseChoice, SelectionRule
 
 EPILOG = """Examples:
 

@@ -22,7 +22,7 @@ from flashvaed_cli.cli.options import (
 )
 from flashvaed_cli.cli.running import resolve_settings, run_stage
 from flashvaed_cli.recipe import EvalRecipe
-from flashvaed_cli.recipe.models import LatentScale
+from flashvaed_cli.recipe.fields import LatentScale
 
 SPEED_PANEL = {"rich_help_panel": "Speed"}
 EPILOG = """Examples:

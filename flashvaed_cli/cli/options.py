@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from flashvaed_cli.errors import RecipeError
 from flashvaed_cli.recipe import AnalyzeRecipe, CommandRecipe, shipped_recipes
-from flashvaed_cli.recipe.models import Device, DType
+from flashvaed_cli.recipe.fields import Device, DType
 
 ValueT = TypeVar("ValueT")
 

@@ -24,7 +24,7 @@ from flashvaed_cli.cli.options import (
 )
 from flashvaed_cli.cli.running import resolve_settings, run_stage
 from flashvaed_cli.recipe import PruneRecipe
-from flashvaed_cli.recipe.models import LatentScale, ReconstructMode, SelectionRule
+from flashvaed_cli.recipe.fields import LatentScale, ReconstructMode, SelectionRule
 
 EPILOG = """Examples:
 

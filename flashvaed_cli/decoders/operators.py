@@ -95,8 +95,14 @@ class Pointwise(Conv):
 def pointwise_conv(
     x: Float[Tensor, "B C T H W"], weight: Float[Tensor, "O C"], bias: Float[Tensor, " O"]
 ) -> Float[Tensor, "B O T H W"]:
-    """1x1x1 as a 2D convolution of frames on top of each other: a view in every layout, and faster than conv3d."""
-    return F.conv2d(x.flatten(2, 3), weight[:, :, None, None], bias).unflatten(2, x.shape[2:4])
+    """1x1x1 as a 2D convolution: of frames as a batch if channels are innermost, else of frames on top of each other.
+
+    Both are views, and the output has the layout of the input: torch's 1x1 convolution of a single image has not.
+    """
+    kernel = weight[:, :, None, None]
+    if x.stride(1) == 1:
+        return batch_as_frames(F.conv2d(frames_as_batch(x), kernel, bias), x.shape[0])
+    return F.conv2d(x.flatten(2, 3), kernel, bias).unflatten(2, x.shape[2:4])
 
 
 OPERATORS: dict[str, Callable[[ConvSpec, str], Conv]] = {

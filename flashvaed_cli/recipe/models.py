@@ -9,80 +9,40 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from flashvaed_cli.recipe.quantities import NAMED_SIZES, parse_memory, parse_size
-
-BUILTIN_VAE = "builtin:tiny-wan"
-
-ANALYSIS_FILE = "analysis.safetensors"
-PRUNED_FILE = "pruned.safetensors"
-CONVERTED_FILE = "converted.safetensors"
-FLASH_FILE = "flash.safetensors"
-
-DEFAULT_KEEP_RATIO = 0.25
-
-Device = Literal["auto", "cpu", "cuda", "mps"]
-DType = Literal["float32", "bfloat16", "float16"]
-SelectionRule = Literal["greedy-r2", "greedy-energy", "next-layer", "pivoted-qr", "chip", "l1", "variance", "random"]
-ReconstructMode = Literal["none", "channel", "full"]
-OperatorProfile = Literal["paper", "exact"]
-StageOperator = Literal["causal3d", "dwsep3d", "frame2d"]
-PhaseChoice = Literal["1", "2", "3", "all"]
-ExportTarget = Literal["safetensors", "onnx"]
-LatentScale = Literal["normalized", "raw"]
-
-
-def _one_as_tuple(value: object) -> object:
-    return (value,) if isinstance(value, str) else value
-
-
-def _zero_as_none(value: object) -> object:
-    return None if value == 0 and not isinstance(value, bool) else value
-
-
-def _int_as_text(value: object) -> object:
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def _split_at_commas(value: object) -> object:
-    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
-
-
-def _counts_from_text(value: object) -> object:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return (value,)
-    parts = _split_at_commas(value)
-    if not isinstance(value, str) or not isinstance(parts, tuple):
-        return parts
-    return tuple(int(part) if part.isdecimal() else part for part in parts)
-
-
-def _checked_size(text: str) -> str:
-    parse_size(text)
-    return text
-
-
-def _checked_memory(text: str) -> str:
-    parse_memory(text)
-    return text
-
-
-# Strict numbers: YAML's `yes` and `"8"` are mistakes here, not 1 and 8.
-Count = Annotated[int, Field(gt=0, strict=True)]
-OptionalCount = Annotated[Annotated[int, Field(gt=0, strict=True)] | None, BeforeValidator(_zero_as_none)]
-WholeNumber = Annotated[int, Field(ge=0, strict=True)]
-Switch = Annotated[bool, Field(strict=True)]
-Positive = Annotated[float, Field(gt=0, strict=True)]
-NonNegative = Annotated[float, Field(ge=0, strict=True)]
-KeepRatio = Annotated[float, Field(gt=0, le=1, strict=True)]
-Name = Annotated[str, Field(min_length=1)]
-Names = Annotated[tuple[Name, ...], BeforeValidator(_one_as_tuple)]
-Sizes = Annotated[
-    tuple[Annotated[str, AfterValidator(_checked_size)], ...], BeforeValidator(_split_at_commas), Field(min_length=1)
-]
-Counts = Annotated[tuple[Count, ...], BeforeValidator(_counts_from_text), Field(min_length=1)]
-Memory = Annotated[str, AfterValidator(_checked_memory)]
+from flashvaed_cli.recipe.fields import (
+    ANALYSIS_FILE,
+    BUILTIN_VAE,
+    CONVERTED_FILE,
+    DEFAULT_KEEP_RATIO,
+    FLASH_FILE,
+    PRUNED_FILE,
+    Count,
+    Counts,
+    Device,
+    DType,
+    ExportTarget,
+    KeepRatio,
+    LatentScale,
+    Memory,
+    Name,
+    Names,
+    NonNegative,
+    OperatorProfile,
+    OptionalCount,
+    PhaseChoice,
+    Positive,
+    ReconstructMode,
+    SelectionRule,
+    Sizes,
+    StageOperator,
+    Switch,
+    WholeNumber,
+    int_as_text,
+    one_as_tuple,
+)
+from flashvaed_cli.recipe.quantities import NAMED_SIZES
 
 
 class _Frozen(BaseModel):
@@ -155,7 +115,7 @@ class _RatioFields(CommandRecipe):
         description="Fraction of channels kept by channel group (up3.stream, up3.0.inner), in place of its stage's.",
     )
     rule: SelectionRule = Field(
-        default="greedy-r2",
+        default="greedy-energy",
         description="How the kept channels are chosen: greedy-r2 explains most of the variance of all, greedy-energy "
         "most of their energy (means count too), next-layer most of what the next layers compute; pivoted-qr takes "
         "the largest residual variance, chip the largest drop of the nuclear norm, l1 the largest weights, variance "
@@ -201,7 +161,7 @@ class AnalyzeRecipe(CalibratedRecipe):
     )
     num_latency_rounds: Count = Field(default=3, description="Timed rounds, after one to warm up; the median counts.")
     width_latency_s: OptionalCount = Field(
-        default=60,
+        default=30,
         description="About how many seconds to spend on the latency of narrower widths, which prune --target-speedup "
         "needs; slow decoders take one round, however long; 0 leaves it out.",
     )
@@ -330,7 +290,7 @@ class DistillRecipe(_ClipFields, _RatioFields):
     phases: Annotated[tuple[PhaseRecipe, ...], Field(min_length=1)] = Field(
         default=(PhaseRecipe(phase=1), PhaseRecipe(phase=2), PhaseRecipe(phase=3)), description="The phases, in order."
     )
-    phase: Annotated[PhaseChoice, BeforeValidator(_int_as_text)] = Field(
+    phase: Annotated[PhaseChoice, BeforeValidator(int_as_text)] = Field(
         default="all",
         description="Train this phase only; all takes those that fit the decoder (2 needs an unpruned one).",
     )
@@ -447,7 +407,7 @@ class ExportRecipe(CommandRecipe):
     input: Name | None = Field(
         default=None, description="Decoder to export: a file, folder, hf:// address or builtin:NAME."
     )
-    targets: Annotated[tuple[ExportTarget, ...], BeforeValidator(_one_as_tuple), Field(min_length=1)] = Field(
+    targets: Annotated[tuple[ExportTarget, ...], BeforeValidator(one_as_tuple), Field(min_length=1)] = Field(
         default=("safetensors", "onnx"), description="Formats to write; repeatable."
     )
     opset: Annotated[int, Field(ge=18, strict=True)] = Field(default=18, description="ONNX operator set.")

@@ -17,7 +17,8 @@ from flashvaed_cli.media.clips import ClipRequest, load_clip, plan_clips
 from flashvaed_cli.media.padding import pad_clip
 from flashvaed_cli.media.sources import find_clips, is_latent_file, load_latents
 from flashvaed_cli.progress import Progress
-from flashvaed_cli.recipe.models import CalibratedRecipe, DistillRecipe, LatentScale
+from flashvaed_cli.recipe.fields import LatentScale
+from flashvaed_cli.recipe.models import CalibratedRecipe, DistillRecipe
 from flashvaed_cli.zoo.builtin import DEMO_CLIP
 
 

@@ -16,7 +16,8 @@ from flashvaed_cli.decoders.groups import compose_kept
 from flashvaed_cli.errors import ArtifactError, SpecError
 from flashvaed_cli.numerics.covariance import TensorStatistics
 from flashvaed_cli.progress import Progress
-from flashvaed_cli.recipe.models import ANALYSIS_FILE, PruneRecipe
+from flashvaed_cli.recipe.fields import ANALYSIS_FILE
+from flashvaed_cli.recipe.models import PruneRecipe
 from flashvaed_cli.report.tables import Column, TableData
 from flashvaed_cli.stages.budget import budget_table, judge_budget, plan_budget
 from flashvaed_cli.stages.clips import CalibrationClips, plan_calibration

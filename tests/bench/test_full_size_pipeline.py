@@ -38,6 +38,7 @@ def write_random_vae(path: Path) -> Path:
 def run(words: list[str], folder: Path) -> tuple[float, float]:
     """Run `flashvaed WORDS`; returns seconds and the peak of its resident set in GB."""
     environment = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])  # the clone, wherever the folder is
     start = time.perf_counter()
     child = subprocess.Popen([sys.executable, "-m", "flashvaed_cli", *words], cwd=folder, env=environment)
     _, status, usage = os.wait4(child.pid, 0)

@@ -25,7 +25,7 @@ from flashvaed_cli.numerics.selection import (
     select_variance,
     unvarying_channels,
 )
-from flashvaed_cli.recipe.models import SelectionRule
+from flashvaed_cli.recipe.fields import SelectionRule
 from tests.unit.numerics.dependent_data import brute_force_r2, covariance_of, dependent_rows
 
 

@@ -128,7 +128,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
 def test_flags_win_over_recipe_over_defaults(load: Load) -> None:
     recipe = load("prune: {round_to: 8, seed: 5}")
     resolved = resolve(PruneRecipe, recipe, {"seed": 7})
-    assert (resolved.round_to, resolved.seed, resolved.rule) == (8, 7, "greedy-r2")
+    assert (resolved.round_to, resolved.seed, resolved.rule) == (8, 7, "greedy-energy")
 
 
 def test_mappings_are_merged_and_an_empty_one_empties(load: Load) -> None:

@@ -1,0 +1,80 @@
+"""The kinds of values that recipes hold: choices by name, checked numbers, default places of files."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from flashvaed_cli.recipe.quantities import parse_memory
+
+BUILTIN_VAE = "builtin:tiny-wan"
+
+ANALYSIS_FILE = "analysis.safetensors"
+PRUNED_FILE = "pruned.safetensors"
+CONVERTED_FILE = "converted.safetensors"
+FLASH_FILE = "flash.safetensors"
+
+DEFAULT_KEEP_RATIO = 0.25
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+DType = Literal["float32", "bfloat16", "float16"]
+SelectionRule = Literal["greedy-r2", "greedy-energy", "next-layer", "pivoted-qr", "chip", "l1", "variance", "random"]
+ReconstructMode = Literal["none", "channel", "full"]
+OperatorProfile = Literal["paper", "exact"]
+StageOperator = Literal["causal3d", "dwsep3d", "frame2d"]
+PhaseChoice = Literal["1", "2", "3", "all"]
+ExportTarget = Literal["safetensors", "onnx"]
+LatentScale = Literal["normalized", "raw"]
+
+
+def one_as_tuple(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+def _zero_as_none(value: object) -> object:
+    return None if value == 0 and not isinstance(value, bool) else value
+
+
+def int_as_text(value: object) -> object:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _split_at_commas(value: object) -> object:
+    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+
+def _counts_from_text(value: object) -> object:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return (value,)
+    parts = _split_at_commas(value)
+    if not isinstance(value, str) or not isinstance(parts, tuple):
+        return parts
+    return tuple(int(part) if part.isdecimal() else part for part in parts)
+
+
+def _checked_size(text: str) -> str:
+    parse_size(text)
+    return text
+
+
+def _checked_memory(text: str) -> str:
+    parse_memory(text)
+    return text
+
+
+# Strict numbers: YAML's `yes` and `"8"` are mistakes here, not 1 and 8.
+Count = Annotated[int, Field(gt=0, strict=True)]
+OptionalCount = Annotated[Annotated[int, Field(gt=0, strict=True)] | None, BeforeValidator(_zero_as_none)]
+WholeNumber = Annotated[int, Field(ge=0, strict=True)]
+Switch = Annotated[bool, Field(strict=True)]
+Positive = Annotated[float, Field(gt=0, strict=True)]
+NonNegative = Annotated[float, Field(ge=0, strict=True)]
+KeepRatio = Annotated[float, Field(gt=0, le=1, strict=True)]
+Name = Annotated[str, Field(min_length=1)]
+Names = Annotated[tuple[Name, ...], BeforeValidator(one_as_tuple)]
+Sizes = Annotated[
+    tuple[Annotated[str, AfterValidator(_checked_size)], ...], BeforeValidator(_split_at_commas), Field(min_length=1)
+]
+Counts = Annotated[tuple[Count, ...], BeforeValidator(_counts_from_text), Field(min_length=1)]
+Memory = Annotated[str, AfterValidator(_checked_memory)]
