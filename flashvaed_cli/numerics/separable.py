@@ -307,7 +307,7 @@ def _require_rows(patches: Float[Tensor, "C N taps"], targets: Float[Tensor, "N 
     if num_rows < num_channels + 1:
         raise CalibrationError(
             f"{label}: {num_rows} positions for the {num_channels + 1} unknowns per output of a separable layer's "
-            "pointwise convolution. Use more or longer clips."
+            "pointwise convolution. Use more or larger clips (--num-calibration-clips, --crop-size, --num-frames)."
         )
     require_finite(patches, f"{label} (inputs)")
     require_finite(targets, f"{label} (targets)")

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from flashvaed_cli.recipe.quantities import parse_memory
+from flashvaed_cli.recipe.quantities import parse_memory, parse_size
 
 BUILTIN_VAE = "builtin:tiny-wan"
 

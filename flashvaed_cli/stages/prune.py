@@ -70,6 +70,12 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
     }
     if budget is not None:
         measured["budget"] = judge_budget(recipe, budget, decoder, student, progress)
+        reached = measured["budget"]["measured"]["speedup"]
+        if recipe.target_speedup is not None and reached < 0.85 * recipe.target_speedup:
+            progress.warn(
+                f"asked for a speed-up of {recipe.target_speedup:g}, measured {reached:.2f}: on a busy machine measure "
+                "again (flashvaed analyze), or ask for more"
+            )
     header = derived_header(
         inputs.checkpoint,
         recipe=recipe.model_dump(mode="json"),
