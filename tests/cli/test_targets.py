@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_analysis_holds_a_latency_model(folder: Path) -> None:
     record = read_header(folder / "analysis.safetensors").measured["width_latency"]
     assert (record["num_frames"], record["side"], record["device"], record["dtype"]) == (1, 32, "cpu", "float32")
-    assert (record["layout"], record["stages"]) == ("channels-last", ["up2", "up3"])
+    assert (record["layout"], record["stages"]) == ("channels-last, exact operators", ["up2", "up3"])
     model = WidthLatency.from_record(record)
     assert model({name: ladder[0] for name, ladder in model.ladders.items()}) > model.fixed_ms > 0
     assert "width_latency" not in read_header(folder / "bare.safetensors").measured
@@ -48,7 +48,7 @@ def test_a_speedup_target_is_predicted_and_measured(folder: Path) -> None:
     assert record["predicted"]["speedup"] >= 1.001
     measured = record["measured"]
     assert 0 < measured["speedup_min"] <= measured["speedup"] <= measured["speedup_max"]
-    assert (record["num_frames"], record["side"], record["layout"]) == (1, 32, "channels-last")
+    assert (record["num_frames"], record["side"], record["layout"]) == (1, 32, "channels-last, exact operators")
     kept = {one["group"]: len(one["kept"]) for one in header.measured["selection"]}
     assert kept
     assert kept == {one["group"]: one["num_kept"] for one in record["groups"] if one["num_kept"] < one["width"]}

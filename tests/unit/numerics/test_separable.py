@@ -261,7 +261,7 @@ def test_patches_are_centred_in_place_also_under_inference_mode() -> None:
         (600, "start", r"mid\.conv1 \(weights to start from\): NaN"),
         (600, "flat", r"mid\.conv1: no unique solution: none of its inputs varies"),
         (0, "", r"mid\.conv1: no positions"),
-        (4, "", r"mid\.conv1: 4 positions for the 5 unknowns .* more or longer clips"),
+        (4, "", r"mid\.conv1: 4 positions for the 5 unknowns .* more or larger clips"),
     ],
 )
 def test_data_that_cannot_support_a_fit_is_refused(num_rows: int, spoil: str, message: str) -> None:
