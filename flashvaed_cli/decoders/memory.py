@@ -226,9 +226,8 @@ def _upsample_bytes(passage: Passage, block: UpsampleSpec, form: MemoryFormat) -
         temporal = max(_conv_bytes(block.temporal, passage, form), out + doubled, 2 * doubled)
     enlarged = 0 if block.spatial.enlarges else after.frames * after.area * block.spatial.in_width * item
     if after.frames == 2 * passage.frames - 1 and form.channels_last:
-        enlarged += (
-            enlarged or doubled
-        )  # the first frame and the rest join to a contiguous tensor, which is laid out again
+        # the first frame and the rest join to a contiguous tensor, which is laid out again
+        enlarged += enlarged or doubled
     return max(temporal, doubled + enlarged + _conv_bytes(block.spatial, after, form))
 
 

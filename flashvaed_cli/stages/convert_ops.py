@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,19 +59,9 @@ def run_convert_ops(recipe: ConvertOpsRecipe, *, progress: Progress, force: bool
     measured = {
         "operators": operators,
         "layer_errors": [vars(error) for error in errors],
-        "gflop_9x256x256_before": _gflop(decoder.spec),
-        "gflop_9x256x256_after": _gflop(spec),
     }
-    header = derived_header(
-        inputs.checkpoint,
-        recipe=recipe.model_dump(mode="json"),
-        command_line=command_line,
-        seed=recipe.seed,
-        measured=measured,
-    )
-    output = Path(recipe.output)
-    save_checkpoint(output, header, decoder=student, dtype=DTYPES[recipe.dtype], force=force)
-    return StageOutcome((output,), (_operator_table(decoder, student), *error_table(errors)), measured)
+    tables = (_operator_table(decoder, student), *error_table(errors))
+    return _written(recipe, inputs, student, measured, tables, force=force, command_line=command_line)
 
 
 def _convert_exactly(recipe: ConvertOpsRecipe, inputs: Inputs, *, force: bool, command_line: str) -> StageOutcome:
@@ -90,7 +81,24 @@ def _convert_exactly(recipe: ConvertOpsRecipe, inputs: Inputs, *, force: bool, c
     measured = {
         "operators": {address: after for address, _, after in changes},
         "max_difference_of_range": difference,
-        "gflop_9x256x256_before": _gflop(decoder.spec),
+    }
+    tables = (_exact_table(changes, difference),)
+    return _written(recipe, inputs, converted, measured, tables, force=force, command_line=command_line)
+
+
+def _written(
+    recipe: ConvertOpsRecipe,
+    inputs: Inputs,
+    converted: Decoder,
+    measured: dict[str, Any],
+    tables: tuple[TableData, ...],
+    *,
+    force: bool,
+    command_line: str,
+) -> StageOutcome:
+    """Write the artifact, the cost before and after among what was measured."""
+    measured |= {
+        "gflop_9x256x256_before": _gflop(inputs.checkpoint.require_decoder().spec),
         "gflop_9x256x256_after": _gflop(converted.spec),
     }
     header = derived_header(
@@ -102,7 +110,7 @@ def _convert_exactly(recipe: ConvertOpsRecipe, inputs: Inputs, *, force: bool, c
     )
     output = Path(recipe.output)
     save_checkpoint(output, header, decoder=converted, dtype=DTYPES[recipe.dtype], force=force)
-    return StageOutcome((output,), (_exact_table(changes, difference),), measured)
+    return StageOutcome((output,), tables, measured)
 
 
 def _exact_table(changes: list[tuple[str, Operator, Operator]], difference: float) -> TableData:

@@ -119,6 +119,15 @@ def _solve_gain(norm: ChannelRMSNorm, pair: BlockPair, rows: Callable[[Clip, Rec
     fit.solve_()
 
 
+def _solve_entering_gain(old: ChannelRMSNorm, new: ChannelRMSNorm, pair: BlockPair) -> None:
+    """Fit the gamma of the norm that reads a block's input."""
+    _solve_gain(
+        new,
+        pair,
+        lambda y, rows: (gather_rows(y, rows.positions[BLOCK]), pick(old(rows.inputs[BLOCK]), pair.before, 1)),
+    )
+
+
 def _solve_layer(
     fit: LayerFit,
     pair: BlockPair,
@@ -157,9 +166,7 @@ def _solve_resblock(pair: BlockPair, address: str) -> list[LayerError]:
     def hidden(y: Clip) -> Clip:
         return F.silu(new.norm2(inner(y)))
 
-    _solve_gain(
-        new.norm1, pair, lambda y, rows: (at_block(y, rows), pick(old.norm1(rows.inputs[BLOCK]), pair.before, 1))
-    )
+    _solve_entering_gain(old.norm1, new.norm1, pair)
     errors = [
         _solve_layer(
             pair.fit_of("conv1", pair.before, pair.inner),
@@ -210,14 +217,7 @@ def _solve_attention(pair: BlockPair, address: str) -> list[LayerError]:
     def normed(y: Clip, rows: RecordedRows) -> Tensor:
         return new.norm(gather_rows(y, rows.positions[BLOCK]))
 
-    _solve_gain(
-        new.norm,
-        pair,
-        lambda y, rows: (
-            gather_rows(y, rows.positions[BLOCK]),
-            pick(old.norm(rows.inputs[BLOCK]), pair.before, 1),
-        ),
-    )
+    _solve_entering_gain(old.norm, new.norm, pair)
     if pair.settings.mode == "channel":
         return []
     qkv = LinearFit(new.qkv, f"{address}.qkv", settings=pair.settings)
@@ -273,14 +273,7 @@ def _solve_upsample(pair: BlockPair, address: str) -> list[LayerError]:
 def _solve_head(pair: BlockPair, address: str) -> list[LayerError]:
     old, new = pair.reference, pair.student
     assert isinstance(old, Head) and isinstance(new, Head)
-    _solve_gain(
-        new.norm,
-        pair,
-        lambda y, rows: (
-            gather_rows(y, rows.positions[BLOCK]),
-            pick(old.norm(rows.inputs[BLOCK]), pair.before, 1),
-        ),
-    )
+    _solve_entering_gain(old.norm, new.norm, pair)
     fit = pair.fit_of("conv", pair.before, None)
     return [
         _solve_layer(
