@@ -14,6 +14,7 @@ from flashvaed_cli.decoders.coder import Coder, Decoder, Encoder
 from flashvaed_cli.decoders.groups import Kept, channel_groups
 from flashvaed_cli.decoders.spec import CoderSpec, DecoderSpec
 from flashvaed_cli.decoders.wan import LATENT_MEAN, LATENT_STD, NAME, WAN21, wan_decoder_spec, wan_encoder_spec
+from flashvaed_cli.decoders.wan22 import WAN22, wan22_decoder_spec
 from flashvaed_cli.media.procedural import render_frames
 from flashvaed_cli.media.writer import write_video
 from flashvaed_cli.surgery.respec import converted_spec, narrowed_spec
@@ -57,6 +58,23 @@ DECODER_SPECS = {
     "converted": converted_spec(original_spec(), WAN21.paper_operators),
     "pruned": pruned_spec(),
     "flash": flash_spec(),
+}
+
+
+def wan22_spec() -> DecoderSpec:
+    """Wan 2.2 at base width 4 with 4 latent channels."""
+    return wan22_decoder_spec(BASE_WIDTH, LATENT_WIDTH)
+
+
+def wan22_pruned_spec() -> DecoderSpec:
+    """With three quarters of the channels of the shallow stages: two bypasses have a layer then."""
+    return narrowed_spec(wan22_spec(), kept_of(wan22_spec(), WAN22.shallow_stages))
+
+
+WAN22_SPECS = {
+    "original": wan22_spec(),
+    "pruned": wan22_pruned_spec(),
+    "flash": converted_spec(wan22_pruned_spec(), WAN22.paper_operators),
 }
 
 

@@ -15,13 +15,13 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from flashvaed_cli.artifact.diffusers_config import check_widths, latent_statistics
+from flashvaed_cli.artifact.diffusers_config import check_widths, configuration, latent_statistics
 from flashvaed_cli.artifact.foreign import read_foreign
 from flashvaed_cli.artifact.header import ArtifactHeader, Lineage
 from flashvaed_cli.artifact.hub import SCHEME, fetch_hub_file
 from flashvaed_cli.artifact.layouts import Layout, Role, fold_separable, slots, spec_from_shapes
 from flashvaed_cli.artifact.mismatch import Shape, compare_shapes
-from flashvaed_cli.artifact.recognition import ROLES, present_roles, recognise
+from flashvaed_cli.artifact.recognition import ROLES, present_roles, recognise, twins
 from flashvaed_cli.artifact.store import is_artifact, read_artifact, sha256_of, sha256_of_files, write_artifact
 from flashvaed_cli.decoders.coder import Coder, Decoder, Encoder
 from flashvaed_cli.decoders.families import get_family
@@ -30,6 +30,8 @@ from flashvaed_cli.errors import ArtifactError
 
 BUILTIN_SCHEME = "builtin:"
 ARTIFACT_LAYOUT = "flashvaed"
+FAMILY_KEY = "flashvaed.family"
+"""Where the metadata of what `export` writes in another layout names the family."""
 _LATENT_LAYERS: tuple[tuple[Role, str], ...] = (("decoder", "post_quant.0"), ("encoder", "quant.0"))
 
 
@@ -44,6 +46,7 @@ class Checkpoint:
         latent_mean: per latent channel, so that normalized = (raw - latent_mean) / latent_std.
         kept_channels: see `ArtifactHeader`; empty for foreign checkpoints.
         header: None for foreign checkpoints.
+        twins: other families that it may be of as well; empty where the user, a configuration or the names tell.
     """
 
     location: str
@@ -56,6 +59,7 @@ class Checkpoint:
     latent_std: tuple[float, ...]
     kept_channels: dict[str, tuple[int, ...]] = field(default_factory=dict)
     header: ArtifactHeader | None = None
+    twins: tuple[str, ...] = ()
 
     def require_decoder(self) -> Decoder:
         """The decoder. Raises ArtifactError if there is none."""
@@ -77,17 +81,24 @@ class Checkpoint:
         return Lineage(role=role, location=self.location, sha256=self.sha256)
 
 
-def load_checkpoint(location: str | Path, *, builtins: Mapping[str, Path]) -> Checkpoint:
+def load_checkpoint(location: str | Path, *, builtins: Mapping[str, Path], family: str | None = None) -> Checkpoint:
     """Load a checkpoint from any location; the width is read from the shapes.
 
     Args:
         builtins: what `builtin:NAME` stands for.
+        family: of the checkpoint, where its names leave that open; None: told from names and configuration.
     Raises:
-        ArtifactError: not found, not readable, of another model, or tensors that do not fit.
+        ArtifactError: not found, not readable, of another model or family, or tensors that do not fit.
+        SpecError: an unknown family.
     """
     location = str(location)
     path = locate(location, builtins)
-    return _load_artifact(location, path) if is_artifact(path) else _load_foreign(location, path)
+    if not is_artifact(path):
+        return _load_foreign(location, path, family)
+    checkpoint = _load_artifact(location, path)
+    if family is not None and checkpoint.family != get_family(family).name:
+        raise ArtifactError(f"{location}: of the family {checkpoint.family}, not {family}: leave --family out.")
+    return checkpoint
 
 
 def locate(location: str, builtins: Mapping[str, Path]) -> Path:
@@ -136,10 +147,12 @@ def _load_artifact(location: str, path: Path) -> Checkpoint:
     )
 
 
-def _load_foreign(location: str, path: Path) -> Checkpoint:
+def _load_foreign(location: str, path: Path, family: str | None) -> Checkpoint:
     weights = read_foreign(path)
-    layout = recognise(_shapes(weights.tensors), location)
-    coders = coders_from_foreign(weights.tensors, layout, location)
+    family = family or weights.metadata.get(FAMILY_KEY)
+    config_class = (weights.config or {}).get("_class_name")
+    layout = recognise(_shapes(weights.tensors), location, family=family, config_class=config_class)
+    coders = coders_from_foreign(weights.tensors, layout, location, configuration(weights))
     specs: dict[Role, CoderSpec] = {role: coder.spec for role, coder in coders.items()}
     if weights.whole_folder:
         check_widths(weights.config or {}, specs, location)
@@ -153,25 +166,37 @@ def _load_foreign(location: str, path: Path) -> Checkpoint:
         encoder=coders.get("encoder"),  # type: ignore[arg-type]
         latent_mean=mean,
         latent_std=std,
+        twins=() if family or config_class else twins(layout),
     )
 
 
 def coders_from_foreign(
-    tensors: Mapping[str, Tensor], layout: Layout, location: str = "checkpoint"
+    tensors: Mapping[str, Tensor],
+    layout: Layout,
+    location: str = "checkpoint",
+    config: Mapping[str, Any] | None = None,
 ) -> dict[Role, Coder]:
     """The decoder, the encoder or both that a state dict of another layout holds.
 
+    Args:
+        config: that of the checkpoint, for what the tensors do not tell.
     Raises:
         ArtifactError: names all tensors that are missing, superfluous or of another shape.
     """
-    tensors = fold_separable(tensors)
+    prepared = tensors if layout.prepare is None else layout.prepare(tensors, config or {})
+    tensors = fold_separable(prepared)
     shapes = _shapes(tensors)
     roles = present_roles(shapes, layout)
-    specs = {role: spec_from_shapes(shapes, layout, role, location) for role in roles}
+    specs = {role: spec_from_shapes(shapes, layout, role, location, config) for role in roles}
     places = {role: slots(spec, layout) for role, spec in specs.items()}
     expected = {slot.foreign: slot.shape for slots_of_role in places.values() for slot in slots_of_role}
     # Half a VAE keeps the other half's 1x1 layer beside the latent: released students do.
-    spare = {f"{layout.places[r][a]}.{end}" for r, a in _LATENT_LAYERS if r not in roles for end in ("weight", "bias")}
+    spare = {
+        f"{layout.places[role][address]}.{end}"
+        for role, address in _LATENT_LAYERS
+        if role not in roles and address in layout.places[role]
+        for end in ("weight", "bias")
+    }
     compare_shapes(expected, shapes, spare).raise_if_any(location, layout.name)
     coders: dict[Role, Coder] = {}
     for role in roles:
@@ -300,7 +325,7 @@ def load_original(
     """
     recorded = checkpoint.header.original if checkpoint.header is not None else None
     if override is not None:
-        original = load_checkpoint(override, builtins=builtins)
+        original = load_checkpoint(override, builtins=builtins, family=checkpoint.family)
     elif recorded is not None:
         original = _load_recorded(checkpoint, recorded, builtins)
     else:
@@ -327,7 +352,7 @@ def _load_recorded(checkpoint: Checkpoint, recorded: Lineage, builtins: Mapping[
         beside = Path(checkpoint.location).parent / location
         location = str(beside) if beside.exists() else location
     try:
-        return load_checkpoint(location, builtins=builtins)
+        return load_checkpoint(location, builtins=builtins, family=checkpoint.family)
     except ArtifactError as error:
         raise ArtifactError(
             f"the original of {checkpoint.location} (SHA-256 {recorded.sha256}) cannot be loaded: {error}\n"

@@ -6,11 +6,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from flashvaed_cli.artifact.foreign import CONFIG_NAME, ForeignWeights
 from flashvaed_cli.artifact.layouts import Role
+from flashvaed_cli.artifact.ltx_keys import MEAN_NAMES, STD_NAMES
 from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.decoders.family import Family
-from flashvaed_cli.decoders.spec import CoderSpec, block_in_width, block_out_width
+from flashvaed_cli.decoders.spec import CoderSpec, DecoderSpec, EncoderSpec, block_in_width, block_out_width
 from flashvaed_cli.errors import ArtifactError
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
@@ -21,8 +24,9 @@ def latent_statistics(
 ) -> Statistics:
     """Mean and standard deviation per latent channel.
 
-    From the diffusers configuration, else from `latents_mean` and `latents_std` in the metadata of the safetensors
-    file (JSON lists), else those of the family's release.
+    From the diffusers configuration, else from tensors of the file, else from `latents_mean` and `latents_std` in the
+    metadata of the safetensors file (JSON lists), else those of the family's release. A `scaling_factor` of the
+    configuration divides the deviations.
 
     Raises:
         ArtifactError: not one positive figure per latent channel.
@@ -32,22 +36,46 @@ def latent_statistics(
     config = weights.config or {}
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
         source, mean, std = CONFIG_NAME, config["latents_mean"], config["latents_std"]
+    elif (found := _tensor_statistics(weights.tensors)) is not None:
+        source, mean, std = "the file", *found
     elif "latents_mean" in weights.metadata and "latents_std" in weights.metadata:
         source = "its metadata"
         mean, std = (_parsed(weights.metadata[key], key, location) for key in ("latents_mean", "latents_std"))
-    if len(mean) != latent_width or len(std) != latent_width or min(std) <= 0:
+    if len(mean) != latent_width or len(std) != latent_width or min(std, default=0) <= 0:
         raise ArtifactError(
             f"{location}: latents_mean and latents_std of {source} have {len(mean)} and {len(std)} figures; expected "
             f"{latent_width} each, as the weights have latent channels, and positive deviations. "
             f"Put the right ones into a {CONFIG_NAME} beside the weights."
         )
-    return tuple(map(float, mean)), tuple(map(float, std))
+    scaling = float(config.get("scaling_factor") or 1.0)
+    return tuple(map(float, mean)), tuple(float(value) / scaling for value in std)
+
+
+def _tensor_statistics(tensors: Mapping[str, Tensor]) -> tuple[list[float], list[float]] | None:
+    """Mean and deviation where a family keeps them among the weights."""
+    mean = next((tensors[name] for name in MEAN_NAMES if name in tensors), None)
+    std = next((tensors[name] for name in STD_NAMES if name in tensors), None)
+    return None if mean is None or std is None else (mean.flatten().tolist(), std.flatten().tolist())
+
+
+def configuration(weights: ForeignWeights) -> dict[str, Any]:
+    """What is said of the weights beside them: the diffusers configuration, or the JSON that LTX's own files carry in
+    their metadata (key `config`, there under `vae`); `decode_timestep` of the metadata wins."""
+    config = dict(weights.config or {})
+    if not config and "config" in weights.metadata:
+        try:
+            found = json.loads(weights.metadata["config"])
+        except ValueError:
+            found = None  # a note of another program
+        if isinstance(found, dict):
+            config = dict(found.get("vae", found)) if isinstance(found.get("vae", found), dict) else {}
+    if "decode_timestep" in weights.metadata:
+        config["decode_timestep"] = float(weights.metadata["decode_timestep"])
+    return config
 
 
 def _latent_width(specs: Mapping[Role, CoderSpec]) -> int:
-    if "decoder" in specs:
-        return block_in_width(specs["decoder"].stages[0].blocks[0])
-    return block_out_width(specs["encoder"].stages[-1].blocks[-1]) // 2
+    return next(spec.latent_width for spec in specs.values() if isinstance(spec, DecoderSpec | EncoderSpec))
 
 
 def _parsed(text: str, key: str, location: str) -> list[float]:

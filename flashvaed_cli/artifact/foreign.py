@@ -114,7 +114,8 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ArtifactError(f"{path}: a Git LFS pointer, not the weights. Fetch them with 'git lfs pull'.")
     if head.startswith(b"GGUF"):
         raise ArtifactError(f"{path}: a GGUF file; this version reads safetensors and PyTorch files.")
-    if head.startswith((b"PK", b"\x80")):
+    is_index = head[8:9] == b"{"  # safetensors: a length, of whatever first byte, then JSON
+    if head.startswith((b"PK", b"\x80")) and not is_index:
         return _read_pickle(path), {}
     metadata = read_metadata(path)
     try:
@@ -170,5 +171,7 @@ def _weights_in(content: object, path: Path) -> dict[str, Tensor]:
 
 
 def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    if any(name.startswith("vae.per_channel_statistics.") for name in tensors):  # LTX's files hold the whole model
+        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("vae.")}
     prefix = common_prefix(tensors)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}

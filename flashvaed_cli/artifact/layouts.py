@@ -6,9 +6,9 @@ kernels are never configured; they are read from the shapes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ValidationError
 from torch import Tensor
@@ -18,6 +18,7 @@ from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.decoders.spec import (
     AttentionSpec,
     BlockSpec,
+    BypassSpec,
     CoderSpec,
     ConvBlockSpec,
     ConvSpec,
@@ -26,11 +27,18 @@ from flashvaed_cli.decoders.spec import (
     EncoderSpec,
     HeadSpec,
     Kernel,
+    NormSpec,
     Operator,
     ResBlockSpec,
+    ShuffleUpsampleSpec,
     StageSpec,
+    StridedDownsampleSpec,
+    UnshuffleDownsampleSpec,
     UpsampleSpec,
+    block_in_width,
+    block_out_width,
 )
+from flashvaed_cli.decoders.still import still_spec
 from flashvaed_cli.errors import ArtifactError
 
 Role = Literal["decoder", "encoder"]
@@ -40,7 +48,10 @@ _BLOCK_SPECS: dict[str, type] = {
     "conv": ConvBlockSpec,
     "resblock": ResBlockSpec,
     "upsample": UpsampleSpec,
+    "shuffle_upsample": ShuffleUpsampleSpec,
     "downsample": DownsampleSpec,
+    "strided_downsample": StridedDownsampleSpec,
+    "unshuffle_downsample": UnshuffleDownsampleSpec,
     "head": HeadSpec,
 }
 # The convolutions of each kind of block.
@@ -48,7 +59,10 @@ _CONVS: dict[str, tuple[str, ...]] = {
     "conv": ("conv",),
     "resblock": ("conv1", "conv2", "shortcut"),
     "upsample": ("temporal", "spatial"),
+    "shuffle_upsample": ("conv",),
     "downsample": ("spatial", "temporal"),
+    "strided_downsample": ("conv",),
+    "unshuffle_downsample": ("conv",),
     "head": ("conv",),
 }
 # Each norm with the layer that reads it.
@@ -60,14 +74,25 @@ class Layout:
     """One way of naming the tensors of a family.
 
     Attributes:
-        places: per role, block address to the foreign name of the block (two blocks may share one).
+        places: per role, block address to the foreign name of the block (two blocks may share one); that of a
+            stage's bypass is `STAGE.bypass`.
         layers: per kind of block, our layer name to the foreign name inside the block ("": the block itself).
+        config_class: `_class_name` of the configuration that comes with such weights; None if none does.
+        gain: what a norm's gain is called; its shift is its `bias`.
+        by_blocks: no name is common to all variants; the layout is told by where its blocks lie.
+        is_shifted: of a layout told by its blocks: the norms have shifts, or the tensors that these are made of.
+        prepare: makes tensors as found, with the configuration, into those that this layout names.
     """
 
     name: str
     family: str
     places: Mapping[Role, Mapping[str, str]]
     layers: Mapping[str, Mapping[str, str]]
+    config_class: str | None = None
+    gain: str = "gamma"
+    by_blocks: bool = False
+    is_shifted: bool = False
+    prepare: Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, Tensor]] | None = None
 
     def layer_place(self, role: Role, address: str, kind: str, layer: str) -> str:
         """The foreign name of a layer, less `.weight`."""
@@ -84,25 +109,33 @@ class Slot:
     shape: Shape
 
 
-def blueprint(layout: Layout, role: Role) -> DecoderSpec | EncoderSpec:
-    """The family's original at some small width: stages and kinds of blocks, which no variant changes."""
+def blueprint(layout: Layout, role: Role, config: Mapping[str, Any] | None = None) -> DecoderSpec | EncoderSpec:
+    """The family's original at some small width: stages and kinds of blocks, and what a configuration says of them."""
     family = get_family(layout.family)
     build = family.decoder_spec if role == "decoder" else family.encoder_spec
-    return build(8, family.latent_width)
+    return family.configured(build(8, family.latent_width), config or {})
 
 
 def spec_from_shapes(
-    shapes: Mapping[str, Shape], layout: Layout, role: Role, location: str = "checkpoint"
+    shapes: Mapping[str, Shape],
+    layout: Layout,
+    role: Role,
+    location: str = "checkpoint",
+    config: Mapping[str, Any] | None = None,
 ) -> DecoderSpec | EncoderSpec:
     """Read operator, widths and kernel of every layer from the shapes.
 
     A depthwise-separable layer without extent, (1, 1, 1), is read as the pointwise layer that it equals.
 
+    Args:
+        config: that of the checkpoint, for what shapes do not tell.
     Raises:
         ArtifactError: layers are missing, or their widths do not fit together.
     """
     reader = _ShapeReader(shapes)
-    plan = blueprint(layout, role)
+    plan = blueprint(layout, role, config)
+    if isinstance(plan, DecoderSpec) and _is_still(shapes, layout, plan):
+        plan = still_spec(plan)
     stages: list[StageSpec] = []
     clashes: list[str] = []
     for stage in plan.stages:
@@ -117,7 +150,11 @@ def spec_from_shapes(
                 continue
             if found is not None:
                 blocks.append(found)
-        stages.append(StageSpec(name=stage.name, blocks=tuple(blocks)))
+        try:
+            bypass = _read_bypass(reader, layout, role, stage, blocks)
+            stages.append(StageSpec(name=stage.name, blocks=tuple(blocks), bypass=bypass))
+        except ValidationError as error:
+            clashes.append(_reasons(error))
     reader.mismatch.raise_if_any(location, layout.name)
     try:
         if not clashes:
@@ -125,6 +162,20 @@ def spec_from_shapes(
     except ValidationError as error:
         clashes.append(_reasons(error))
     raise ArtifactError(f"{location}: the widths of its layers do not fit together: {'; '.join(clashes[:8])}.")
+
+
+def _is_still(shapes: Mapping[str, Shape], layout: Layout, plan: DecoderSpec) -> bool:
+    """Whether nothing of a decoder works in time: its temporal resamplers are absent and its entry has a 2D kernel."""
+    temporal = [address for address, _ in plan.layers() if address.endswith(".temporal")]
+    names = []
+    for address in (*temporal, "conv_in.0.conv"):
+        place, _, layer = address.rpartition(".")
+        if place not in layout.places["decoder"]:
+            return False
+        kind = "conv" if layer == "conv" else "upsample"
+        names.append(f"{layout.layer_place('decoder', place, kind, layer)}.weight")
+    *absent, entry = names
+    return bool(temporal) and not any(name in shapes for name in absent) and len(shapes.get(entry, ())) == 4
 
 
 def _reasons(error: ValidationError) -> str:
@@ -185,7 +236,46 @@ def _read_block(reader: _ShapeReader, layout: Layout, role: Role, address: str, 
             return None
         if layer == "temporal" and layers[layer] is not None and getattr(planned, layer) is None:
             reader.mismatch.unexpected.append(f"{places[layer]}.weight")
-    return _BLOCK_SPECS[planned.kind](**layers)
+    padded = {layer: conv and _with_planned_padding(conv, getattr(planned, layer)) for layer, conv in layers.items()}
+    return _BLOCK_SPECS[planned.kind](**{**_read_extras(reader, layout, planned, places), **padded})
+
+
+def _with_planned_padding(found: ConvSpec, planned: ConvSpec | None) -> ConvSpec:
+    if planned is None or found.operator == "pointwise":
+        return found
+    in_time = planned.time_padding if found.kernel[0] > 1 else "zeros"
+    return found.model_copy(update={"time_padding": in_time, "space_padding": planned.space_padding})
+
+
+def _read_extras(
+    reader: _ShapeReader, layout: Layout, planned: BlockSpec, places: Mapping[str, str]
+) -> dict[str, object]:
+    """What a block has beside its layers: as planned, and for norms and noise as the shapes show."""
+    extras: dict[str, object] = {}
+    if isinstance(planned, ShuffleUpsampleSpec | StridedDownsampleSpec | UnshuffleDownsampleSpec):
+        extras["factor"] = planned.factor
+    if isinstance(planned, ShuffleUpsampleSpec):
+        extras["residual"] = planned.residual
+    if isinstance(planned, ResBlockSpec | HeadSpec) and planned.norm.eps is not None:
+        place = places["norm1" if isinstance(planned, ResBlockSpec) else "norm"]
+        gain, shift = f"{place}.{layout.gain}" in reader.shapes, f"{place}.bias" in reader.shapes
+        extras["norm"] = NormSpec(eps=planned.norm.eps, gain=gain, shift=shift)
+    if isinstance(planned, ResBlockSpec) and "noise1" in places:
+        extras["shortcut_norm"] = f"{places['shortcut_norm']}.weight" in reader.shapes
+        extras["noise"] = places["noise1"] in reader.shapes
+    return extras
+
+
+def _read_bypass(
+    reader: _ShapeReader, layout: Layout, role: Role, planned: StageSpec, blocks: list[BlockSpec]
+) -> BypassSpec | None:
+    """The bypass of a stage, with a layer if the file has one; None too where the stage's own blocks are not whole."""
+    if planned.bypass is None or len(blocks) < len(planned.blocks):
+        return None
+    ends = block_in_width(blocks[0]), block_out_width(blocks[-1])
+    if f"{layout.places[role][f'{planned.name}.bypass']}.weight" in reader.shapes:
+        return planned.bypass.narrowed(*ends)
+    return BypassSpec(**{**dict(planned.bypass), "in_width": ends[0], "out_width": ends[1]})
 
 
 def _may_lack(layer: str, planned: BlockSpec, layers: Mapping[str, ConvSpec | None]) -> bool:
@@ -198,7 +288,15 @@ def _may_lack(layer: str, planned: BlockSpec, layers: Mapping[str, ConvSpec | No
 
 def slots(spec: CoderSpec, layout: Layout) -> list[Slot]:
     """Every parameter of a spec, in forward order, with its place in a layout."""
-    return [slot for address, block in spec.blocks() for slot in _block_slots(spec.role, address, block, layout)]
+    found: list[Slot] = []
+    ending = spec.bypassed()
+    for address, block in spec.blocks():
+        found += _block_slots(spec.role, address, block, layout)
+        stage = ending.get(address)
+        if stage is not None and stage.bypass is not None and stage.bypass.conv is not None:
+            place = layout.places[spec.role][f"{stage.name}.bypass"]
+            found += _conv_slots(f"bypasses.{stage.name}.conv", place, stage.bypass.conv, on_frames=False)
+    return found
 
 
 def _block_slots(role: Role, address: str, block: BlockSpec, layout: Layout) -> Iterator[Slot]:
@@ -212,10 +310,18 @@ def _block_slots(role: Role, address: str, block: BlockSpec, layout: Layout) -> 
             yield Slot(f"{ours}.{layer}.weight", f"{places[layer]}.weight", shape)
             yield Slot(f"{ours}.{layer}.bias", f"{places[layer]}.bias", shape[:1])
         return
-    for norm, layer in _NORMS.get(block.kind, {}).items():
+    normed = _NORMS[block.kind].items() if isinstance(block, ResBlockSpec | HeadSpec) else ()
+    for norm, layer in normed:
         conv: ConvSpec = getattr(block, layer)
         axes = (1, 1) if conv.operator == "frame2d" else (1, 1, 1)
-        yield Slot(f"{ours}.{norm}.gamma", f"{places[norm]}.gamma", (conv.in_width, *axes))
+        shape = (conv.in_width, *axes) if layout.gain == "gamma" else (conv.in_width,)
+        norm_spec = block.norm  # type: ignore[union-attr]
+        if norm_spec.gain:
+            yield Slot(f"{ours}.{norm}.gamma", f"{places[norm]}.{layout.gain}", shape)
+        if norm_spec.shift:
+            yield Slot(f"{ours}.{norm}.beta", f"{places[norm]}.bias", shape)
+    if isinstance(block, ResBlockSpec):
+        yield from _extra_slots(ours, block, places)
     # A block that works on frames holds its 1x1 layers as 2D convolutions too.
     on_frames = isinstance(block, UpsampleSpec | DownsampleSpec) or (
         isinstance(block, ResBlockSpec) and block.conv1.operator == "frame2d"
@@ -224,6 +330,17 @@ def _block_slots(role: Role, address: str, block: BlockSpec, layout: Layout) -> 
         conv = getattr(block, layer)
         if conv is not None:
             yield from _conv_slots(f"{ours}.{layer}", places[layer], conv, on_frames and layer != "temporal")
+
+
+def _extra_slots(ours: str, block: ResBlockSpec, places: Mapping[str, str]) -> Iterator[Slot]:
+    """The norm before a shortcut, and the scales of noise."""
+    if block.shortcut_norm:
+        place, width = places["shortcut_norm"], block.conv1.in_width
+        yield Slot(f"{ours}.shortcut_norm.gamma", f"{place}.weight", (width,))
+        yield Slot(f"{ours}.shortcut_norm.beta", f"{place}.bias", (width,))
+    if block.noise:
+        yield Slot(f"{ours}.noise1", places["noise1"], (block.conv1.out_width, 1, 1))
+        yield Slot(f"{ours}.noise2", places["noise2"], (block.conv2.out_width, 1, 1))
 
 
 def _conv_slots(ours: str, foreign: str, layer: ConvSpec, on_frames: bool) -> Iterator[Slot]:

@@ -1,14 +1,18 @@
-"""Where Wan 2.1's blocks live in foreign checkpoints, as data.
+"""Where the blocks of Wan 2.1 and Qwen-Image, the same network, live in foreign checkpoints, as data.
 
 `wan-original`: Wan's own `.pth`, ComfyUI's `.safetensors` and the released `Flash_VAED_Wan.pth`.
-`diffusers`: `AutoencoderKLWan` (and `AutoencoderKLQwenImage`, the same network).
+`diffusers`: `AutoencoderKLWan`. `qwen-original` (ComfyUI's file) and `qwen-diffusers` (`AutoencoderKLQwenImage`) have
+the same names.
 
 Reference: the key names of those files (facts only).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from flashvaed_cli.artifact.layouts import Layout
+from flashvaed_cli.decoders.qwen_image import NAME as QWEN_NAME
 from flashvaed_cli.decoders.wan import NAME
 
 _RESAMPLE = {"spatial": "resample.1", "temporal": "time_conv"}
@@ -69,6 +73,7 @@ WAN_ORIGINAL = Layout(
 WAN_DIFFUSERS = Layout(
     name="diffusers",
     family=NAME,
+    config_class="AutoencoderKLWan",
     places={"decoder": _diffusers_decoder_places(), "encoder": _diffusers_encoder_places()},
     layers={
         "conv": {"conv": ""},
@@ -86,4 +91,5 @@ WAN_DIFFUSERS = Layout(
     },
 )
 
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (WAN_ORIGINAL, WAN_DIFFUSERS)}
+QWEN_ORIGINAL = replace(WAN_ORIGINAL, name="qwen-original", family=QWEN_NAME)
+QWEN_DIFFUSERS = replace(WAN_DIFFUSERS, name="qwen-diffusers", family=QWEN_NAME, config_class="AutoencoderKLQwenImage")

@@ -29,6 +29,7 @@ def measure_latency(
         profile: measures named modules; the names of one call do not contain each other.
     """
     blocks = {f"stages.{a}": a.split(".")[0] for a, _ in decoder.blocks()}
+    blocks |= {f"bypasses.{stage}": stage for stage in decoder.bypasses}
     layers = {
         name: module.spec.operator if isinstance(module, Conv) else "norm"
         for name, module in decoder.named_modules()

@@ -41,11 +41,15 @@ def collect_statistics(
     }
     decoder = exact_decoder(decoder)
     device = next(decoder.parameters()).device
-    handles = [_watch(decoder.at(address), accumulator) for address, accumulator in accumulators.items()]
+    blocks = dict(decoder.blocks())
+    inside = {address: accumulator for address, accumulator in accumulators.items() if address not in blocks}
+    handles = [_watch(decoder.at(address), accumulator) for address, accumulator in inside.items()]
     try:
         with progress.task("covariances", num_clips) as task:
             for latents in clips:
-                decoder(latents.to(device))
+                for address, x in decoder.walk(latents.to(device)):
+                    if address in accumulators:
+                        accumulators[address].update(x)
                 task.advance()
     finally:
         for handle in handles:

@@ -22,7 +22,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from flashvaed_cli.decoders.blocks import build_block
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.exact import exact_decoder, exact_spec
 from flashvaed_cli.decoders.groups import ChannelGroup, channel_groups
@@ -57,20 +56,21 @@ class RoundProfiler(Protocol):
 
 @dataclass
 class _Run:
-    """One model to time at one set of widths; `names` are its modules by block address."""
+    """One model to time at one set of widths; `names` are its modules by block address, a bypass with the last."""
 
     widths: dict[str, int]
     model: nn.Module
     call: Callable[[], object]
-    names: dict[str, str]
+    names: dict[str, tuple[str, ...]]
     samples: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def time(self, profile: RoundProfiler, *, num_warmup: int, unit_ms: float | None = None) -> float:
         """Add one sample, in units of `unit_ms` or of its own sum; returns its sum in milliseconds."""
-        found = profile(self.model, self.call, list(self.names.values()), num_warmup=num_warmup, num_rounds=1)
+        modules = list(itertools.chain.from_iterable(self.names.values()))
+        found = profile(self.model, self.call, modules, num_warmup=num_warmup, num_rounds=1)
         sum_ms = max(sum(found.values()), _CLOCK_MS)
-        for address, name in self.names.items():
-            self.samples[address].append(found[name] / (unit_ms or sum_ms))
+        for address, names in self.names.items():
+            self.samples[address].append(sum(found[name] for name in names) / (unit_ms or sum_ms))
         return sum_ms
 
     def latency(self) -> dict[str, float]:
@@ -163,31 +163,33 @@ def _grid(
     spec: DecoderSpec, groups: Sequence[ChannelGroup], ladders: Mapping[str, Sequence[int]]
 ) -> list[dict[str, int]]:
     """All sets of widths to time but the full one."""
-    odd = _odd_stages(spec, groups)
+    odd = _odd_groups(spec, groups)
     length = max(len(ladder) for ladder in ladders.values())
     found: list[dict[str, int]] = []
     for i, j in itertools.product(range(length), repeat=2):
         widths = {}
         for group in groups:
             ladder = ladders[group.name]
-            is_swapped = (group.stage in odd) != group.name.endswith(".inner")
-            widths[group.name] = ladder[min(j if is_swapped else i, len(ladder) - 1)]
+            widths[group.name] = ladder[min(j if group.name in odd else i, len(ladder) - 1)]
         if widths not in found:
             found.append(widths)
     return found[1:]
 
 
-def _odd_stages(spec: DecoderSpec, groups: Sequence[ChannelGroup]) -> set[str]:
-    """Stages in which stream and inside trade roles: those behind a block, other than a residual one, that joins
-    the streams of two stages, if that before has not."""
-    stage_of = {tensor: group.stage for group in groups for tensor in group.tensors}
+def _odd_groups(spec: CoderSpec, groups: Sequence[ChannelGroup]) -> set[str]:
+    """Groups that vary apart from the others, so that the two axes of every block do: a stream behind a block, other
+    than a residual one, that joins it to another stream, if that before does not; and of a residual block the inside,
+    if its stream does not."""
+    owner = {tensor: group.name for group in groups for tensor in group.tensors}
     odd: set[str] = set()
+    known: set[str] = set()
     for (source, _), (address, block) in itertools.pairwise(spec.blocks()):
-        before, after = stage_of.get(source), stage_of.get(address)
-        if before is None or after is None or before == after:
-            continue
-        if (before in odd) == isinstance(block, ResBlockSpec):
+        before, inner, after = owner.get(source), owner.get(f"{address}.conv1"), owner.get(address)
+        if before and after and after not in known and (before in odd) == isinstance(block, ResBlockSpec):
             odd.add(after)
+        known |= {name for name in (before, after) if name}
+        if inner and (after or before) not in odd:
+            odd.add(inner)
     return odd
 
 
@@ -211,23 +213,41 @@ def _whole_run(
 ) -> tuple[_Run, Tensor]:
     """The decoder itself, and the activations that enter the block `first`."""
     model = use_channels_last(exact_decoder(deepcopy(decoder).to(latents.dtype)))
-    entering = latents
-    for address, block in model.blocks():
-        if address == first:
-            break
-        entering = block(entering)
-    names = {address: f"stages.{address}" for address, _ in model.blocks()}
+    entering = model.run(latents, stop=_tail_start(decoder.spec, first))
+    names = {address: (f"stages.{address}",) for address, _ in model.blocks()}
+    _name_bypasses(names, model.spec)
     return _Run({group.name: group.width for group in groups}, model, lambda: model(latents), names), entering
+
+
+def _tail_start(spec: DecoderSpec, first: str) -> str:
+    """Where a run that is to time the block `first` begins: what enters a stage's bypass must be there."""
+    stage = first.split(".")[0]
+    return first if spec.stage(stage).bypass is None else f"{stage}.0"
+
+
+def _name_bypasses(names: dict[str, tuple[str, ...]], spec: DecoderSpec) -> None:
+    """Count a bypass with the block that it ends with."""
+    for address, stage in spec.bypassed().items():
+        if address in names:
+            names[address] += (f"bypasses.{stage.name}",)
 
 
 def _tail_run(spec: DecoderSpec, widths: dict[str, int], addresses: Sequence[str], entering: Tensor) -> _Run:
     """All blocks of a narrowed spec from the first that pruning reaches on, with random weights."""
-    blocks = dict(exact_spec(spec, device_type=entering.device.type).blocks())
-    every = list(blocks)
-    behind = every[every.index(addresses[0]) :]
-    tail = nn.Sequential(*(build_block(blocks[address], address) for address in behind))
+    start = _tail_start(spec, addresses[0])
+    first_stage, skipped = start.split(".")
+    stages = [stage.name for stage in spec.stages]
+    behind = list(spec.stages[stages.index(first_stage) :])
+    behind[0] = behind[0].model_copy(update={"blocks": behind[0].blocks[int(skipped) :]})
+    tail = Decoder(exact_spec(spec.model_copy(update={"stages": tuple(behind)}), device_type=entering.device.type))
     use_channels_last(tail.to(entering.device, entering.dtype).eval().requires_grad_(False))
-    names = {address: str(i) for i, address in enumerate(behind) if address in addresses}
+
+    def in_tail(address: str) -> str:
+        stage, index = address.split(".")
+        return f"stages.{stage}.{int(index) - (int(skipped) if stage == first_stage else 0)}"
+
+    names = {address: (in_tail(address),) for address in addresses}
+    _name_bypasses(names, spec)
     return _Run(widths, tail, lambda: tail(entering), names)
 
 

@@ -10,6 +10,7 @@ from flashvaed_cli.cli.options import (
     DATA_SETTINGS,
     DeviceOption,
     DTypeOption,
+    FamilyOption,
     ForceOption,
     JsonOption,
     QuietOption,
@@ -32,7 +33,9 @@ flashvaed convert-ops pruned.safetensors --operator up2=frame2d --operator mid=c
 
 flashvaed convert-ops Wan2.1_VAE.pth --data clips/ --output converted.safetensors
 
-flashvaed convert-ops Wan2.1_VAE.pth --profile exact --output exact.safetensors"""
+flashvaed convert-ops Wan2.1_VAE.pth --profile exact --output exact.safetensors
+
+flashvaed convert-ops qwen_image_vae.safetensors --family qwen-image --profile image --output images.safetensors"""
 
 
 def register(app: typer.Typer) -> None:
@@ -60,6 +63,7 @@ def convert_ops(
     output: Annotated[str | None, flag(ConvertOpsRecipe, "output", "--output", "-o")] = None,
     recipe: RecipeOption = None,
     step: StepOption = None,
+    family: FamilyOption = None,
     device: DeviceOption = None,
     dtype: DTypeOption = None,
     seed: SeedOption = None,

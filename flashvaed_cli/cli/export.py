@@ -9,6 +9,7 @@ import typer
 from flashvaed_cli.cli.options import (
     DeviceOption,
     DTypeOption,
+    FamilyOption,
     ForceOption,
     JsonOption,
     QuietOption,
@@ -43,6 +44,7 @@ def export(
     output: Annotated[str | None, flag(ExportRecipe, "output", "--output", "-o")] = None,
     recipe: RecipeOption = None,
     step: StepOption = None,
+    family: FamilyOption = None,
     device: DeviceOption = None,
     dtype: DTypeOption = None,
     seed: SeedOption = None,

@@ -10,15 +10,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flashvaed_cli.decoders.norms import ChannelLayerNorm, ChannelRMSNorm, norm_silu
 from flashvaed_cli.decoders.operators import (
-    ChannelRMSNorm,
     Future,
     Past,
     batch_as_frames,
     build_conv,
     frames_as_batch,
-    norm_silu,
 )
+from flashvaed_cli.decoders.shuffle_blocks import ShuffleUpsample, StridedDownsample, UnshuffleDownsample
 from flashvaed_cli.decoders.spec import (
     AttentionSpec,
     BlockSpec,
@@ -45,20 +45,28 @@ class ConvBlock(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """norm1, SiLU, conv1, norm2, SiLU, conv2, plus the shortcut."""
+    """norm1, SiLU, conv1, norm2, SiLU, conv2, plus the shortcut, which may have a norm of its own before it."""
 
     def __init__(self, spec: ResBlockSpec, address: str) -> None:
         super().__init__()
-        self.norm1 = ChannelRMSNorm(spec.conv1.in_width)
+        self.norm1 = ChannelRMSNorm(spec.conv1.in_width, spec.norm)
         self.conv1 = build_conv(spec.conv1, f"{address}.conv1")
-        self.norm2 = ChannelRMSNorm(spec.conv2.in_width)
+        self.norm2 = ChannelRMSNorm(spec.conv2.in_width, spec.norm)
         self.conv2 = build_conv(spec.conv2, f"{address}.conv2")
+        self.shortcut_norm = ChannelLayerNorm(spec.conv1.in_width) if spec.shortcut_norm else None
         self.shortcut = None if spec.shortcut is None else build_conv(spec.shortcut, f"{address}.shortcut")
+        if spec.noise:  # scales that only `decoders.noise` reads
+            self.register_buffer("noise1", torch.zeros(spec.conv1.out_width))
+            self.register_buffer("noise2", torch.zeros(spec.conv2.out_width))
 
     def forward(self, x: Clip, past: Past = None, future: Future = None) -> MappedClip:
         h = self.conv1(norm_silu(self.norm1, x), past, future)
         h = self.conv2(norm_silu(self.norm2, h), past, future)
-        return _add(h, x if self.shortcut is None else self.shortcut(x, past, future))
+        return _add(h, x if self.shortcut is None else self.shortcut(self.before_shortcut(x), past, future))
+
+    def before_shortcut(self, x: Float[Tensor, "B C *P"]) -> Float[Tensor, "B C *P"]:
+        """What the shortcut reads."""
+        return x if self.shortcut_norm is None else self.shortcut_norm(x)
 
 
 class Attention(nn.Module):
@@ -151,7 +159,7 @@ class Head(nn.Module):
 
     def __init__(self, spec: HeadSpec, address: str) -> None:
         super().__init__()
-        self.norm = ChannelRMSNorm(spec.conv.in_width)
+        self.norm = ChannelRMSNorm(spec.conv.in_width, spec.norm)
         self.conv = build_conv(spec.conv, f"{address}.conv")
 
     def forward(self, x: Clip, past: Past = None, future: Future = None) -> MappedClip:
@@ -170,7 +178,10 @@ BLOCKS: dict[str, type[nn.Module]] = {
     "resblock": ResBlock,
     "attention": Attention,
     "upsample": Upsample,
+    "shuffle_upsample": ShuffleUpsample,
     "downsample": Downsample,
+    "strided_downsample": StridedDownsample,
+    "unshuffle_downsample": UnshuffleDownsample,
     "head": Head,
 }
 

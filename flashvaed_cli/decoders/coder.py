@@ -8,12 +8,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from flashvaed_cli.decoders.blocks import build_block
+from flashvaed_cli.decoders.bypass import Bypass
 from flashvaed_cli.decoders.operators import Future, Past
+from flashvaed_cli.decoders.patches import patchify, unpatchify
 from flashvaed_cli.decoders.spec import BlockSpec, CoderSpec, DecoderSpec, EncoderSpec
 
 
 class Coder(nn.Module):
-    """Runs the blocks of its spec in order. Parameters are named `stages.STAGE.INDEX.LAYER.weight`."""
+    """Runs the blocks of its spec in order.
+
+    Parameters are named `stages.STAGE.INDEX.LAYER.weight` and, of a bypass, `bypasses.STAGE.conv.weight`.
+    """
 
     def __init__(self, spec: CoderSpec) -> None:
         super().__init__()
@@ -26,14 +31,80 @@ class Coder(nn.Module):
                 for stage in spec.stages
             }
         )
+        self.bypasses = nn.ModuleDict(
+            {s.name: Bypass(s.bypass, address) for address, s in spec.bypassed().items() if s.bypass is not None}
+        )
 
     def forward(
         self, x: Float[Tensor, "B C T H W"], past: Past = None, future: Future = None
     ) -> Float[Tensor, "B O F Hp Wp"]:
         """Run one chunk. `past` is the `future` that the chunk before it filled; None for the first."""
-        for _, block in self.blocks():
+        return self.run(x, past, future)
+
+    def run(
+        self,
+        x: Float[Tensor, "B C T H W"],
+        past: Past = None,
+        future: Future = None,
+        *,
+        start: str | None = None,
+        stop: str | None = None,
+    ) -> Float[Tensor, "B O F Hp Wp"]:
+        """Run the blocks from the address `start` up to but not at `stop`; pixels are patched at the outer ends."""
+        if start is None:
+            x = self.enter(x)
+        for _, output in self.walk(x, past, future, start=start, stop=stop):
+            x = output
+        return self.leave(x) if stop is None else x
+
+    def walk(
+        self,
+        x: Float[Tensor, "B C T H W"],
+        past: Past = None,
+        future: Future = None,
+        *,
+        start: str | None = None,
+        stop: str | None = None,
+    ) -> Iterator[tuple[str, Float[Tensor, "B O F Hp Wp"]]]:
+        """Run the blocks one after another: the address and the output of each, bypasses included.
+
+        The one way to run blocks: whoever needs what lies between them walks.
+
+        Args:
+            x: what the block at `start` reads.
+            start: address of the first block; not inside a stage that has a bypass.
+            stop: address of the first block that does not run.
+        """
+        entering: Tensor | None = None  # held only while a bypass waits for it
+        for address, block in self._between(start, stop):
+            stage, index = address.split(".")
+            if stage in self.bypasses and index == "0":
+                entering = x
             x = block(x, past, future)
-        return x
+            if entering is not None and int(index) + 1 == len(self.stages[stage]):  # type: ignore[arg-type]
+                x = self.bypasses[stage](x, entering, is_first=past is None)
+                entering = None
+            yield address, x
+
+    def enter(self, x: Float[Tensor, "B C T H W"]) -> Float[Tensor, "B Cp T Hp Wp"]:
+        """What the first block reads: an encoder's pixels as patches.
+
+        Raises:
+            SpecError: several latent frames for a decoder of single images.
+        """
+        if self.spec.still:
+            self.spec.require_length(x.shape[2])
+        return patchify(x, self.spec.patch) if self.spec.role == "encoder" else x
+
+    def leave(self, x: Float[Tensor, "B Cp F Hp Wp"]) -> Float[Tensor, "B O F H W"]:
+        """What the last block gives, a decoder's patches as pixels."""
+        return unpatchify(x, self.spec.patch) if self.spec.role == "decoder" else x
+
+    def _between(self, start: str | None, stop: str | None) -> list[tuple[str, nn.Module]]:
+        blocks = list(self.blocks())
+        addresses = [address for address, _ in blocks]
+        first = 0 if start is None else addresses.index(start)
+        return blocks[first : None if stop is None else addresses.index(stop)]
 
     def blocks(self) -> Iterator[tuple[str, nn.Module]]:
         """Every block with its address, in forward order."""
@@ -42,8 +113,10 @@ class Coder(nn.Module):
                 yield f"{stage}.{index}", block
 
     def at(self, address: str) -> nn.Module:
-        """The block or layer at an address such as `up2.0` or `up2.0.conv1`. Raises KeyError."""
+        """The block or layer at an address such as `up2.0`, `up2.0.conv1` or `up2.3.bypass`. Raises KeyError."""
         stage, index, *rest = address.split(".")
+        if rest == ["bypass"]:
+            return self.bypasses[stage].conv  # type: ignore[return-value]
         module = self.stages[stage][int(index)]  # type: ignore[index]
         for name in rest:
             module = getattr(module, name)

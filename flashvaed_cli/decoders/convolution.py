@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flashvaed_cli.decoders.spec import ConvSpec
+from flashvaed_cli.decoders.spec import ConvSpec, TimePadding
 
 Past = Mapping[str, Tensor] | None
 Future = MutableMapping[str, Tensor] | None
@@ -29,15 +29,51 @@ def batch_as_frames(x: Float[Tensor, "BT C H W"], batch: int) -> Float[Tensor, "
 
 
 def extend_with_past(
-    x: Float[Tensor, "B C T H W"], num_past: int, address: str, past: Past, future: Future
+    x: Float[Tensor, "B C T H W"],
+    num_past: int,
+    address: str,
+    past: Past,
+    future: Future,
+    padding: TimePadding = "zeros",
 ) -> Float[Tensor, "B C Tp H W"]:
-    """Put the `num_past` frames before `x` in front of it (zeros before the first) and remember its last ones."""
+    """Put the `num_past` frames before `x` in front of it (zeros, or the first again, before the first of all) and
+    remember its last ones."""
     if num_past == 0:
         return x
-    window = F.pad(x, (0, 0, 0, 0, num_past, 0)) if past is None else torch.cat([past[address], x], dim=2)
+    if past is not None:
+        window = torch.cat([past[address], x], dim=2)
+    elif padding == "zeros":
+        window = F.pad(x, (0, 0, 0, 0, num_past, 0))
+    else:
+        window = torch.cat([_repeated(x[:, :, :1], num_past), x], dim=2)
     if future is not None:
         future[address] = window[:, :, -num_past:].clone()  # a view would keep the whole chunk alive
     return window
+
+
+def _repeated(frame: Float[Tensor, "B C 1 H W"], count: int) -> Float[Tensor, "B C n H W"]:
+    return frame.expand(-1, -1, count, -1, -1)
+
+
+def time_window(
+    x: Float[Tensor, "B C T H W"], spec: ConvSpec, address: str, past: Past = None, future: Future = None
+) -> Float[Tensor, "B C Tp H W"]:
+    """All frames that a layer's kernel reads for the frames of `x`: T + kt - 1 of them.
+
+    A centred kernel keeps no state: `x` is then a whole video, or a part whose margins are cut away afterwards.
+    """
+    if not spec.num_ahead:
+        return extend_with_past(x, spec.num_past, address, past, future, spec.time_padding)
+    margins = _repeated(x[:, :, :1], spec.num_past), _repeated(x[:, :, -1:], spec.num_ahead)
+    return torch.cat([margins[0], x, margins[1]], dim=2)
+
+
+def space_window(x: Float[Tensor, "B C T H W"], spec: ConvSpec) -> tuple[Float[Tensor, "B C T Hp Wp"], tuple[int, int]]:
+    """What a kernel reads of the frames, and the zeros that the convolution itself must add around them."""
+    margins = spec.kernel[1] // 2, spec.kernel[2] // 2
+    if spec.space_padding == "zeros" or margins == (0, 0):
+        return x, margins
+    return F.pad(x, (margins[1], margins[1], margins[0], margins[0], 0, 0), mode="reflect"), (0, 0)
 
 
 def remember(x: Float[Tensor, "B C T H W"], num_past: int, address: str, past: Past, future: Future) -> None:

@@ -13,13 +13,16 @@ from flashvaed_cli.decoders.spec import (
     BlockSpec,
     CoderSpec,
     ConvSpec,
-    DownsampleSpec,
+    HeadSpec,
     Operator,
     ResBlockSpec,
+    ShuffleUpsampleSpec,
     UpsampleSpec,
+    block_growth,
     block_in_width,
     block_layers,
     block_out_width,
+    block_shrinkage,
 )
 
 Grid = tuple[int, int, int]
@@ -60,14 +63,18 @@ def stage_costs(spec: CoderSpec, grid: Grid) -> list[StageCost]:
     costs = []
     for stage in spec.stages:
         layers: list[LayerCost] = []
-        peak = 0
+        peak, entrance = 0, grid
+        held = 0 if stage.bypass is None else _size(grid) * stage.bypass.in_width
         for index, block in enumerate(stage.blocks):
             after = _block_grid(block, grid)
             layers += _block_cost(f"{stage.name}.{index}", block, grid, after)
             enlarged = isinstance(block, UpsampleSpec) and not block.spatial.enlarges  # materialised then
             entering = after if enlarged else grid
-            peak = max(peak, _size(entering) * block_in_width(block) + _size(after) * _widest_output(block))
+            around = held if index else 0  # what waits for the end of the bypass; the first block reads the same
+            peak = max(peak, _size(entering) * block_in_width(block) + _size(after) * _widest_output(block) + around)
             grid = after
+        if stage.bypass is not None and stage.bypass.conv is not None:
+            layers.append(_layer_cost(f"{stage.name}.{len(stage.blocks) - 1}.bypass", stage.bypass.conv, entrance))
         costs.append(StageCost(stage.name, tuple(layers), peak))
     return costs
 
@@ -84,16 +91,15 @@ def _size(grid: Grid) -> int:
 def _widest_output(block: BlockSpec) -> int:
     if isinstance(block, UpsampleSpec):
         return block.spatial.out_width
+    if isinstance(block, ShuffleUpsampleSpec):
+        return block_out_width(block)
     return max([block_out_width(block), *(layer.out_width for layer in block_layers(block).values())])
 
 
 def _block_grid(block: BlockSpec, grid: Grid) -> Grid:
-    t, h, w = grid
-    if isinstance(block, UpsampleSpec):
-        return (t if block.temporal is None else 1 + 2 * (t - 1), 2 * h, 2 * w)
-    if isinstance(block, DownsampleSpec):
-        return (t if block.temporal is None else 1 + (t - 1) // 2, h // 2, w // 2)
-    return grid
+    (t, h, w), growth, shrinkage = grid, block_growth(block), block_shrinkage(block)
+    frames = 1 + growth[0] * (t - 1) // shrinkage[0]
+    return (frames, growth[1] * h // shrinkage[1], growth[2] * w // shrinkage[2])
 
 
 def _block_cost(address: str, block: BlockSpec, before: Grid, after: Grid) -> list[LayerCost]:
@@ -102,18 +108,27 @@ def _block_cost(address: str, block: BlockSpec, before: Grid, after: Grid) -> li
     costs = []
     for name, layer in block_layers(block).items():
         costs.append(_layer_cost(f"{address}.{name}", layer, _layer_grid(name, block, before, after)))
-    norms = block.conv1.in_width + block.conv2.in_width if isinstance(block, ResBlockSpec) else 0
-    norms += block.conv.in_width if block.kind == "head" else 0
-    if norms:
+    if norms := _norm_parameters(block):
         costs.append(LayerCost(f"{address}.norm", "norm", 0, norms))
     return costs
+
+
+def _norm_parameters(block: BlockSpec) -> int:
+    if isinstance(block, HeadSpec):
+        return block.conv.in_width * (block.norm.gain + block.norm.shift)
+    if not isinstance(block, ResBlockSpec):
+        return 0
+    main = (block.conv1.in_width + block.conv2.in_width) * (block.norm.gain + block.norm.shift)
+    return main + 2 * block.conv1.in_width * block.shortcut_norm
 
 
 def _layer_grid(name: str, block: BlockSpec, before: Grid, after: Grid) -> Grid:
     """Positions at which a layer of a block is evaluated; the first frame of a video passes temporal layers."""
     if name == "temporal":
         return (before[0] - 1, *before[1:]) if block.kind == "upsample" else (after[0] - 1, *after[1:])
-    return (before[0], *after[1:]) if block.kind == "downsample" else after
+    if block.kind == "downsample":
+        return (before[0], *after[1:])
+    return before if block.kind in ("shuffle_upsample", "unshuffle_downsample") else after
 
 
 def _layer_cost(address: str, layer: ConvSpec, grid: Grid) -> LayerCost:
@@ -127,6 +142,8 @@ def _plain_multiplies(layer: ConvSpec, grid: Grid) -> int:
 
 def _num_taps(layer: ConvSpec, num_frames: int) -> int:
     """Temporal taps over all frames of a video, without those that would reach before its first frame."""
+    if layer.time_padding != "zeros":
+        return layer.kernel[0] * num_frames
     return sum(max(num_frames - delay, 0) for delay in range(layer.kernel[0]))
 
 

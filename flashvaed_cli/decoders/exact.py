@@ -78,18 +78,20 @@ def with_spec(decoder: Decoder, spec: DecoderSpec) -> Decoder:
         changed = Decoder(spec)
     for name, module in changed.named_modules():
         original = decoder.get_submodule(name)
-        for key in module._parameters:
-            module.register_parameter(key, original.get_parameter(key))
+        for key, parameter in original._parameters.items():
+            module.register_parameter(key, parameter)
+        for key, buffer in original._buffers.items():
+            module.register_buffer(key, buffer)
     return changed.train(decoder.training)
 
 
 def exact_changes(before: DecoderSpec, after: DecoderSpec) -> list[tuple[str, Operator, Operator]]:
-    """Layers whose operator differs, in forward order: address, operator before, operator after."""
+    """Layers that both have with other operators, in forward order: address, operator before, operator after."""
     operators: dict[str, Operator] = {address: layer.operator for address, layer in after.layers()}
     return [
         (address, layer.operator, operators[address])
         for address, layer in before.layers()
-        if operators[address] != layer.operator
+        if address in operators and operators[address] != layer.operator
     ]
 
 
@@ -109,9 +111,11 @@ def _plain(_block: BlockSpec, _name: str, layer: ConvSpec) -> Operator:
 
 
 def _fastest_on_cpu(block: BlockSpec, name: str, layer: ConvSpec) -> Operator:
+    if layer.space_padding != "zeros":
+        return layer.operator  # the twins know no other padding
     if layer.operator != "causal3d" or layer.kernel[0] == 1:
         return _fastest_elsewhere(block, name, layer)
-    if layer.out_width <= STACKED_WIDTH and layer.in_width >= 2 * layer.out_width:
+    if layer.out_width <= STACKED_WIDTH and layer.in_width >= 2 * layer.out_width and layer.time_padding == "zeros":
         return "stacked3d"
     if layer.kernel[1:] == (3, 3) and min(layer.in_width, layer.out_width) >= WINOGRAD_WIDTH:
         return "winograd3d"

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from flashvaed_cli.decoders.convolution import Conv, Future, Past, extend_with_past, frames_as_batch, remember
+from flashvaed_cli.decoders.convolution import Conv, Future, Past, frames_as_batch, remember, time_window
 from flashvaed_cli.decoders.spec import ConvSpec
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
@@ -34,10 +34,16 @@ class TapwiseConv3d(Conv):
         self, x: Float[Tensor, "B C T H W"], past: Past = None, future: Future = None
     ) -> Float[Tensor, "B O T H W"]:
         kt, kh, kw = self.spec.kernel
-        if past is not None and x.dtype in HALF_PRECISION:
-            window = extend_with_past(x, kt - 1, self.address, past, future)
+        if x.dtype in HALF_PRECISION and (past is not None or self.spec.time_padding != "zeros"):
+            window = time_window(x, self.spec, self.address, past, future)
             return F.conv3d(window, self.weight, self.bias, padding=(0, kh // 2, kw // 2))
         num_frames = x.shape[2]
+        if self.spec.time_padding != "zeros":
+            window = time_window(x, self.spec, self.address, past, future)
+            y = self._tap(0, window[:, :, :num_frames], self.bias)
+            for tap in range(1, kt):
+                y += self._tap(tap, window[:, :, tap : tap + num_frames])
+            return y.permute(0, 2, 1, 3, 4)
         y = self._tap(kt - 1, x, self.bias)
         for delay in range(1, kt):
             if num_frames > delay:

@@ -17,9 +17,12 @@ from flashvaed_cli.decoders.spec import (
     AttentionSpec,
     BlockSpec,
     CoderSpec,
+    ConvSpec,
     DownsampleSpec,
     HeadSpec,
     ResBlockSpec,
+    ShuffleUpsampleSpec,
+    StageSpec,
     UpsampleSpec,
     block_out_width,
 )
@@ -64,7 +67,9 @@ def _stream_owner(stage: str, block: BlockSpec, next_address: str, following: Bl
     if following.kind == "conv":
         return None  # the latent's own channels
     next_stage = next_address.split(".")[0]
-    if block.kind not in ("conv", "upsample", "downsample") or next_stage == stage:
+    if isinstance(block, ResBlockSpec) and isinstance(following, ShuffleUpsampleSpec) and next_stage == stage:
+        return f"{stage}.entry"  # other channels than those behind the resampler
+    if block.kind not in ("conv", "upsample", "shuffle_upsample", "downsample") or next_stage == stage:
         return f"{stage}.stream"
     changes_width = isinstance(following, ResBlockSpec) and following.shortcut is not None
     return f"{next_stage}.entry" if changes_width else f"{next_stage}.stream"
@@ -74,9 +79,10 @@ def _stream_owner(stage: str, block: BlockSpec, next_address: str, following: Bl
 class Consumer:
     """Something that reads a tensor of a group.
 
-    `layer` is its address, `norm` that of the norm (with SiLU, or before attention without) in front of it; None:
-    it reads the tensor as it is. Without a layer it is an identity shortcut, which carries all channels on into
-    another group.
+    `layer` is its address, `norm` that of the norm (with SiLU, or before attention or a shortcut without) in front of
+    it; None:
+    it reads the tensor as it is. Without a layer it is an identity shortcut or a bypass of copies, which carries
+    all channels on into another group.
     """
 
     layer: str | None
@@ -84,13 +90,23 @@ class Consumer:
 
 
 def producers(spec: CoderSpec, group: ChannelGroup) -> list[str]:
-    """Addresses of the layers whose outputs, added up where there are several, are the tensors of a group."""
-    blocks = dict(spec.blocks())
+    """Addresses of the layers whose outputs, added up where there are several, are the tensors of a group.
+
+    The layer of a bypass, or before a shuffle, gives as many outputs per channel as a cell has positions, one after
+    another.
+    """
+    blocks, bypassed = dict(spec.blocks()), spec.bypassed()
     found: list[str] = []
     for tensor in group.tensors:
         inside_a_block = tensor not in blocks
         found += [tensor] if inside_a_block else [f"{tensor}.{name}" for name in _writers(blocks[tensor])]
+        if tensor in bypassed and _bypass_conv(bypassed[tensor]) is not None:
+            found.append(f"{tensor}.bypass")
     return found
+
+
+def _bypass_conv(stage: StageSpec) -> ConvSpec | None:
+    return None if stage.bypass is None else stage.bypass.conv
 
 
 def consumers(spec: CoderSpec, group: ChannelGroup) -> list[Consumer]:
@@ -104,9 +120,13 @@ def consumers(spec: CoderSpec, group: ChannelGroup) -> list[Consumer]:
         insides = [tensor.rpartition(".")[0] for tensor in group.tensors]
         return [Consumer(f"{address}.conv2", f"{address}.norm2") for address in insides]
     found: list[Consumer] = []
+    beginning = {f"{stage.name}.0": (end, stage) for end, stage in spec.bypassed().items()}
     for (tensor, _), (address, block) in pairwise(blocks):
         if tensor in group.tensors:
             found += _readers(address, block, leaves_group=address not in group.tensors)
+            if address in beginning:
+                end, stage = beginning[address]
+                found.append(Consumer(None if _bypass_conv(stage) is None else f"{end}.bypass", None))
     return found
 
 
@@ -126,7 +146,7 @@ def _readers(address: str, block: BlockSpec, *, leaves_group: bool) -> Iterator[
     if isinstance(block, ResBlockSpec):
         yield Consumer(f"{address}.conv1", f"{address}.norm1")
         if block.shortcut is not None:
-            yield Consumer(f"{address}.shortcut", None)
+            yield Consumer(f"{address}.shortcut", f"{address}.shortcut_norm" if block.shortcut_norm else None)
     elif isinstance(block, AttentionSpec):
         yield Consumer(f"{address}.qkv", f"{address}.norm")
     elif isinstance(block, UpsampleSpec):
@@ -138,8 +158,19 @@ def _readers(address: str, block: BlockSpec, *, leaves_group: bool) -> Iterator[
     else:
         yield Consumer(f"{address}.conv", f"{address}.norm" if isinstance(block, HeadSpec) else None)
     has_identity = isinstance(block, AttentionSpec) or (isinstance(block, ResBlockSpec) and block.shortcut is None)
+    has_identity |= isinstance(block, ShuffleUpsampleSpec) and block.residual
     if has_identity and leaves_group:
         yield Consumer(None, None)
+
+
+def input_tensors(spec: CoderSpec) -> dict[str, str | None]:
+    """Block address to the address of the block whose output it reads; None for what the first one reads."""
+    before: str | None = None
+    inputs: dict[str, str | None] = {}
+    for address, _ in spec.blocks():
+        inputs[address] = before
+        before = address
+    return inputs
 
 
 def tensor_widths(spec: CoderSpec) -> dict[str, int]:

@@ -2,7 +2,8 @@
 
 A block's time depends on one or two *axes*, each a tuple of channel groups: a residual block's on its stream (two
 groups, where its entry is one of its own) and on its inside, an upsampler's on the streams before and behind it,
-the head's on the stream before it. The coordinate on an axis is the width of its group, the geometric mean of the
+the head's on the stream before it. What enters a bypass counts among the streams before the block that the bypass
+ends with. The coordinate on an axis is the width of its group, the geometric mean of the
 widths where it has two. Blocks that no group reaches take a fixed time.
 """
 
@@ -15,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flashvaed_cli.decoders.groups import ChannelGroup
+from flashvaed_cli.decoders.groups import ChannelGroup, input_tensors
 from flashvaed_cli.decoders.spec import CoderSpec, ResBlockSpec
 
 Axis = tuple[str, ...]
@@ -47,17 +48,20 @@ def block_axes(spec: CoderSpec, groups: Sequence[ChannelGroup]) -> dict[str, tup
     """The axes of every block that one of `groups` reaches, by its address, in forward order."""
     owner = {tensor: group.name for group in groups for tensor in group.tensors}
     found: dict[str, tuple[Axis, ...]] = {}
-    source = ""
+    sources = input_tensors(spec)
+    bypassed = spec.bypassed()
     for address, block in spec.blocks():
-        before, inner, after = owner.get(source), owner.get(f"{address}.conv1"), owner.get(address)
+        before, inner, after = owner.get(sources[address] or ""), owner.get(f"{address}.conv1"), owner.get(address)
+        past = owner.get(sources[f"{bypassed[address].name}.0"] or "") if address in bypassed else None
         stream = tuple(dict.fromkeys(name for name in (before, after) if name))
         if isinstance(block, ResBlockSpec):
             axes = (stream, (inner,) if inner else ())
+        elif past and past != before:
+            axes = (tuple(name for name in (before, past) if name), (after,) if after else ())
         else:
             axes = tuple((name,) for name in stream)
         if reached := tuple(axis for axis in axes if axis):
             found[address] = reached
-        source = address
     return found
 
 

@@ -14,14 +14,18 @@ from math import ceil
 from typing import Literal
 
 from flashvaed_cli.decoders.cost import Grid, stage_costs
+from flashvaed_cli.decoders.lookahead import widest_window
 from flashvaed_cli.decoders.spec import (
     AttentionSpec,
     BlockSpec,
+    BypassSpec,
     ConvSpec,
     DecoderSpec,
     HeadSpec,
     ResBlockSpec,
+    ShuffleUpsampleSpec,
     UpsampleSpec,
+    block_growth,
     block_in_width,
     block_layers,
     block_out_width,
@@ -66,8 +70,8 @@ class Passage:
 
     def after(self) -> Passage:
         """The same with the sizes that leave."""
-        scale = 2 if isinstance(self.block, UpsampleSpec) else 1
-        return replace(self, frames=self.frames_after, rows=scale * self.rows, columns=scale * self.columns)
+        _, rows, columns = block_growth(self.block)
+        return replace(self, frames=self.frames_after, rows=rows * self.rows, columns=columns * self.columns)
 
 
 def passages(spec: DecoderSpec, grid: Grid, *, streams: bool) -> list[Passage]:
@@ -75,8 +79,8 @@ def passages(spec: DecoderSpec, grid: Grid, *, streams: bool) -> list[Passage]:
     frames, rows, columns = grid
     found = []
     for address, block in spec.blocks():
-        doubles = isinstance(block, UpsampleSpec) and block.temporal is not None
-        frames_after = (2 * frames - (0 if streams else 1)) if doubles else frames
+        growth = block_growth(block)[0]
+        frames_after = growth * frames - (0 if streams else growth - 1)
         found.append(Passage(address, block, frames, rows, columns, frames_after))
         after = found[-1].after()
         frames, rows, columns = after.frames, after.rows, after.columns
@@ -120,6 +124,8 @@ class MemoryModel:
 
     def __init__(self, spec: DecoderSpec, grid: Grid, form: MemoryFormat, batch: int = 1) -> None:
         self._spec, self._grid, self._form, self._batch = spec, grid, form, batch
+        self._endings = spec.bypassed()
+        self._bypasses = {stage.name: stage.bypass for stage in self._endings.values() if stage.bypass is not None}
         self._weights = sum(stage.parameters for stage in stage_costs(spec, (1, 1, 1)))
         self._known: dict[tuple[int, bool], list[Passage]] = {}
 
@@ -127,30 +133,46 @@ class MemoryModel:
         """Peak in bytes with `chunk` latent frames per step, tiled as `layout` says (None: whole frames)."""
         num_latents, height, width = self._grid
         chunk = min(chunk, num_latents)
-        streams = chunk < num_latents
+        streams = chunk < num_latents and self._spec.is_causal
         layout = None if layout is None or layout.num_tiles == 1 else layout
         worst = max(self._worst_block(num_frames, layout, later=later) for num_frames, later in self._steps(chunk))
         state = self._state_elements(layout) if streams else 0
-        frames = self._spec.temporal_factor * chunk - (0 if streams else self._spec.temporal_factor - 1)
+        frames = self._spec.temporal_factor * chunk - (0 if chunk < num_latents else self._spec.temporal_factor - 1)
         pixels = 3 * frames * height * width * self._spec.spatial_factor**2
-        given_out = pixels * (2 if streams else int(layout is not None))  # all at once are the head's output
+        in_parts = chunk < num_latents
+        given_out = pixels * (2 if in_parts else int(layout is not None))  # all at once are the head's output
         tensors = self._form.item_bytes * (self._weights + self._batch * (state + given_out)) + self._batch * worst
         return ceil(tensors * (1 + GAP_SHARE)) + FIXED_BYTES
 
     def _steps(self, chunk: int) -> list[tuple[int, bool]]:
         """Latent frames of the first step, which takes what is left over, and of the later ones."""
         num_latents = self._grid[0]
+        if not self._spec.is_causal:  # every step is a video of its own
+            return [(widest_window(self._spec, num_latents, chunk), False)]
         first = (num_latents - 1) % chunk + 1
         return [(first, False), (chunk, True)] if chunk < num_latents else [(first, False)]
 
     def _worst_block(self, num_latents: int, layout: TileLayout | None, *, later: bool) -> int:
         whole = self._passages(num_latents, later=later)
         if layout is None:
-            return max(_block_bytes(passage, self._form) for passage in whole)
+            return self._worst_of(whole)
         index = next(i for i, passage in enumerate(whole) if passage.address == layout.split)
         entering = _elements(whole[index]) * self._form.item_bytes
-        tiled = entering + max(_block_bytes(passage, self._form) for passage in _at_window(whole[index:], layout))
-        return max([tiled, *(_block_bytes(passage, self._form) for passage in whole[:index])])
+        return max(entering + self._worst_of(_at_window(whole[index:], layout)), self._worst_of(whole[:index]))
+
+    def _worst_of(self, run: list[Passage]) -> int:
+        """Bytes of the worst block of a run, with what is held for a bypass meanwhile."""
+        worst, held = 0, 0
+        for passage in run:
+            stage, index = passage.address.split(".")
+            worst = max(worst, _block_bytes(passage, self._form) + held)
+            bypass = self._bypasses.get(stage)
+            if bypass is not None and index == "0":
+                held = self._form.item_bytes * _elements(passage)
+            if bypass is not None and passage.address in self._endings:
+                worst = max(worst, held + self._form.item_bytes * _bypass_elements(bypass, passage.after()))
+                held = 0
+        return worst
 
     def _state_elements(self, layout: TileLayout | None) -> int:
         whole = self._passages(1, later=True)
@@ -185,9 +207,16 @@ def _state_elements(run: Iterable[Passage]) -> int:
     total = 0
     for passage in run:
         for name, layer in block_layers(passage.block).items():
-            area = passage.area if name == "temporal" else passage.after().area
+            before = name == "temporal" or isinstance(passage.block, ShuffleUpsampleSpec)
+            area = passage.area if before else passage.after().area
             total += (layer.kernel[0] - 1) * layer.in_width * area
     return total
+
+
+def _bypass_elements(bypass: BypassSpec, leaving: Passage) -> int:
+    """What the addition of a bypass needs beside its input: the stage's output, and the layer's wide channels."""
+    output = leaving.frames * leaving.area * bypass.out_width
+    return output + output // bypass.cell_size + (0 if bypass.conv is None else output)
 
 
 def _block_bytes(passage: Passage, form: MemoryFormat) -> int:
@@ -199,6 +228,8 @@ def _block_bytes(passage: Passage, form: MemoryFormat) -> int:
         return entering + item * positions * (2 * block.width + 5 * block.inner_width)
     if isinstance(block, UpsampleSpec):
         return entering + _upsample_bytes(passage, block, form)
+    if isinstance(block, ShuffleUpsampleSpec):
+        return entering + _shuffle_bytes(passage, block, form)
     if isinstance(block, ResBlockSpec):
         return entering + _resblock_bytes(block, passage, form)
     if isinstance(block, HeadSpec):
@@ -209,6 +240,7 @@ def _block_bytes(passage: Passage, form: MemoryFormat) -> int:
 def _resblock_bytes(block: ResBlockSpec, passage: Passage, form: MemoryFormat) -> int:
     positions = passage.frames * passage.area * form.item_bytes
     around = 0 if block.shortcut is None else _conv_bytes(block.shortcut, passage, form)
+    around += 2 * positions * block.conv1.in_width * block.shortcut_norm  # normed, and once more in another layout
     return max(
         _normed_conv_bytes(block.conv1, passage, form),
         positions * block.conv2.in_width + _normed_conv_bytes(block.conv2, passage, form),
@@ -229,6 +261,17 @@ def _upsample_bytes(passage: Passage, block: UpsampleSpec, form: MemoryFormat) -
         # the first frame and the rest join to a contiguous tensor, which is laid out again
         enlarged += enlarged or doubled
     return max(temporal, doubled + enlarged + _conv_bytes(block.spatial, after, form))
+
+
+def _shuffle_bytes(passage: Passage, block: ShuffleUpsampleSpec, form: MemoryFormat) -> int:
+    """The layer and its output in its new order; with a residual that of the input, repeated, and the sum."""
+    item = form.item_bytes
+    moved = passage.after().frames * passage.after().area * block_out_width(block) * item
+    wide = passage.frames * passage.area * block.conv.out_width * item
+    ordered = 2 * wide if form.channels_last else wide  # frames are dropped, then laid out again
+    alone = max(_conv_bytes(block.conv, passage, form), wide + ordered)
+    own = passage.frames * passage.area * block.conv.in_width * item
+    return max(alone, 3 * moved + own) if block.residual else alone
 
 
 def _normed_conv_bytes(layer: ConvSpec, passage: Passage, form: MemoryFormat) -> int:

@@ -1,9 +1,9 @@
 """The closed set of operators: every convolution of a decoder is one of these.
 
-All map `[B, C, T, H, W]` to `[B, O, T, H, W]` and are causal in time. What an operator must remember
-between chunks is read from `past` and written to `future`, dictionaries keyed by layer address: the
-module itself holds no state. `past=None` means that the chunk is the first; `future=None` that no
-further chunk follows.
+All map `[B, C, T, H, W]` to `[B, O, T, H, W]` and are causal in time unless `time_padding` says otherwise.
+What an operator must remember between chunks is read from `past` and written to `future`, dictionaries
+keyed by layer address: the module itself holds no state. `past=None` means that the chunk is the first;
+`future=None` that no further chunk follows.
 
 Reference: Wan 2.1 VAE; arXiv 2602.19161, section 3.2 (depthwise-separable and 2D operators).
 """
@@ -25,18 +25,29 @@ from flashvaed_cli.decoders.convolution import (
     batch_as_frames,
     extend_with_past,
     frames_as_batch,
+    space_window,
+    time_window,
 )
 from flashvaed_cli.decoders.exact_operators import StackedConv3d, SubpixelConv2d, TapwiseConv3d
+from flashvaed_cli.decoders.norms import ChannelLayerNorm, ChannelRMSNorm, norm_silu
 from flashvaed_cli.decoders.spec import ConvSpec
 from flashvaed_cli.decoders.winograd import WinogradConv3d
 
-__all__ = ["Conv", "Future", "Past", "batch_as_frames", "extend_with_past", "frames_as_batch"]
-
-NORM_EPS = 1e-12
+__all__ = [
+    "ChannelLayerNorm",
+    "ChannelRMSNorm",
+    "Conv",
+    "Future",
+    "Past",
+    "batch_as_frames",
+    "extend_with_past",
+    "frames_as_batch",
+    "norm_silu",
+]
 
 
 class CausalConv3d(Conv):
-    """Dense convolution, zero-padded in space, causal in time. Weight `[O, C, kt, kh, kw]`."""
+    """Dense convolution, padded as its spec says. Weight `[O, C, kt, kh, kw]`."""
 
     def __init__(self, spec: ConvSpec, address: str) -> None:
         super().__init__(spec, address, (spec.out_width, spec.in_width, *spec.kernel))
@@ -44,13 +55,12 @@ class CausalConv3d(Conv):
     def forward(
         self, x: Float[Tensor, "B C T H W"], past: Past = None, future: Future = None
     ) -> Float[Tensor, "B O T H W"]:
-        kt, kh, kw = self.spec.kernel
-        window = extend_with_past(x, kt - 1, self.address, past, future)
-        return F.conv3d(window, self.weight, self.bias, padding=(0, kh // 2, kw // 2))
+        window, margins = space_window(time_window(x, self.spec, self.address, past, future), self.spec)
+        return F.conv3d(window, self.weight, self.bias, padding=(0, *margins))
 
 
 class SeparableConv3d(Conv):
-    """Depthwise causal convolution, then pointwise. `depthwise` `[C, 1, kt, kh, kw]`, `weight` `[O, C]`."""
+    """Depthwise convolution, then pointwise. `depthwise` `[C, 1, kt, kh, kw]`, padded as its spec says; `weight` `[O, C]`."""
 
     def __init__(self, spec: ConvSpec, address: str) -> None:
         super().__init__(spec, address, (spec.out_width, spec.in_width))
@@ -60,9 +70,8 @@ class SeparableConv3d(Conv):
     def forward(
         self, x: Float[Tensor, "B C T H W"], past: Past = None, future: Future = None
     ) -> Float[Tensor, "B O T H W"]:
-        kt, kh, kw = self.spec.kernel
-        window = extend_with_past(x, kt - 1, self.address, past, future)
-        mixed = F.conv3d(window, self.depthwise, padding=(0, kh // 2, kw // 2), groups=self.spec.in_width)
+        window, margins = space_window(time_window(x, self.spec, self.address, past, future), self.spec)
+        mixed = F.conv3d(window, self.depthwise, padding=(0, *margins), groups=self.spec.in_width)
         return pointwise_conv(mixed, self.weight, self.bias)
 
 
@@ -75,8 +84,8 @@ class FrameConv2d(Conv):
     def forward(
         self, x: Float[Tensor, "B C T H W"], past: Past = None, future: Future = None
     ) -> Float[Tensor, "B O T H W"]:
-        kernel = self.spec.kernel
-        y = F.conv2d(frames_as_batch(x), self.weight, self.bias, padding=(kernel[1] // 2, kernel[2] // 2))
+        window, margins = space_window(x, self.spec)
+        y = F.conv2d(frames_as_batch(window), self.weight, self.bias, padding=margins)
         return batch_as_frames(y, x.shape[0])
 
 
@@ -120,42 +129,3 @@ OPERATORS: dict[str, Callable[[ConvSpec, str], Conv]] = {
 def build_conv(spec: ConvSpec, address: str) -> Conv:
     """The module of one layer."""
     return OPERATORS[spec.operator](spec, address)
-
-
-class ChannelRMSNorm(nn.Module):
-    """Divide each position by the root mean square over its channels, times `gamma` `[C]`.
-
-    Computed in float32 when the input is half precision.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Float[Tensor, "B C *P"]) -> Float[Tensor, "B C *P"]:
-        gain = self.gamma * self.gamma.shape[0] ** 0.5
-        gain = gain.view(-1, *([1] * (x.ndim - 2)))
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            exact = x if x.dtype == torch.float64 else x.float()
-            return F.normalize(exact, dim=1, eps=NORM_EPS).to(x.dtype) * gain
-        if x.dtype in (torch.float32, torch.float64):
-            return (x * _inverse_norm(x)).mul_(gain.to(x.dtype))
-        y = torch.empty_like(x)
-        for part, result in zip(x.split(1, dim=2), y.split(1, dim=2), strict=True):  # a float32 copy of one frame
-            exact = part.float()
-            result.copy_(exact.mul_(_inverse_norm(exact)).mul_(gain.float()))
-        return y
-
-
-def norm_silu(norm: ChannelRMSNorm, x: Float[Tensor, "B C *P"]) -> Float[Tensor, "B C *P"]:
-    """SiLU of the norm; the norm's output is overwritten where no gradient needs it."""
-    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
-
-
-def _inverse_norm(x: Float[Tensor, "B C *P"]) -> Float[Tensor, "B 1 *P"]:
-    """1 / max(|x|, eps) over the channels, by the sum that is fast in the layout of `x`."""
-    if x.stride(1) == 1:
-        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    else:
-        norm = (x * x).sum(1, keepdim=True).sqrt_()
-    return norm.clamp_min_(NORM_EPS).reciprocal_()

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from flashvaed_cli.decoders.cost import Grid, stage_costs
+from flashvaed_cli.decoders.lookahead import widest_window
 from flashvaed_cli.decoders.memory import DType, MemoryFormat, MemoryModel
 from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.decoders.tiling import TileLayout, split_addresses, tile_layout
@@ -158,7 +159,8 @@ class _Planner:
         chunk = min(chunk, self.grid[0])
         num_bytes = self.memory.predict(chunk, layout)
         split = None if layout is None else layout.split
-        cost = self.recomputation(layout) * (1 + STEP_SHARE / chunk)
+        overlap = widest_window(self.spec, self.grid[0], chunk) / chunk  # what chunks that see frames ahead share
+        cost = self.recomputation(layout) * (overlap + STEP_SHARE / chunk)
         return DecodePlan(chunk, tile, split, num_bytes, cost)
 
     def recomputation(self, layout: TileLayout | None) -> float:

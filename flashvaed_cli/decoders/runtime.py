@@ -11,22 +11,27 @@ import importlib.util
 import os
 import shutil
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Literal, cast
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.layout import channels_last, use_channels_last
+from flashvaed_cli.decoders.lookahead import latent_windows
 from flashvaed_cli.decoders.memory import ITEM_BYTES, DType
 from flashvaed_cli.decoders.planning import DecodePlan, choose_plan
 from flashvaed_cli.decoders.streaming import State, check_latents
 from flashvaed_cli.decoders.tiling import TileLayout, Window, tile_layout
 from flashvaed_cli.errors import DecodeError
+
+Run = Callable[[Tensor, State | None, State | None], Tensor]
+"""Some blocks of a decoder: their input, past and future to their output."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,12 @@ class DecodeRuntime:
         layout = None
         if plan.tile is not None and plan.split is not None:
             layout = tile_layout(self.spec, *latents.shape[3:], tile=plan.tile, split=plan.split)
+        if not self.spec.is_causal:
+            for window in latent_windows(self.spec, latents.shape[2], plan.chunk):
+                part = latents[:, :, window.start : window.stop].to(device=self.device, dtype=self.dtype)
+                frames = _Run(self, layout).step(part, first=True, last=True)
+                yield frames[:, :, window.keep_start : window.keep_stop]
+            return
         run = _Run(self, layout)
         starts = chunk_starts(latents.shape[2], plan.chunk)
         for start, stop in pairwise([*starts, latents.shape[2]]):
@@ -129,10 +140,7 @@ class DecodeRuntime:
     def section(self, start: str | None, stop: str | None) -> _Section:
         """The blocks from the address `start` up to but not at `stop`; built at first use."""
         if (start, stop) not in self._sections:
-            addresses, blocks = zip(*self._decoder.blocks(), strict=True)
-            first = 0 if start is None else addresses.index(start)
-            last = None if stop is None else addresses.index(stop)
-            self._sections[start, stop] = _Section(blocks[first:last], self.settings)
+            self._sections[start, stop] = _Section(partial(self._decoder.run, start=start, stop=stop), self.settings)
         return self._sections[start, stop]
 
 
@@ -187,8 +195,8 @@ def _kept(window: Window, enlargement: int) -> tuple[slice, slice]:
 class _Section:
     """A run of blocks, eager or compiled, whose state is handed over in place."""
 
-    def __init__(self, blocks: Sequence[nn.Module], settings: DecodeSettings) -> None:
-        self._blocks = blocks
+    def __init__(self, run: Run, settings: DecodeSettings) -> None:
+        self._run = run
         self._settings = settings
         self._compiled: dict[tuple, Callable[..., tuple[Tensor, State | None]]] = {}
 
@@ -199,12 +207,12 @@ class _Section:
         past = None if first else state
         if not self._settings.compile:
             # One dictionary for both: a layer's old frames are freed as soon as it has read them.
-            return _run(self._blocks, x, past, state if keep else None)
+            return self._run(x, past, state if keep else None)
         form = torch.channels_last_3d if is_last else torch.contiguous_format
         x = _with_strides_of(x, form)
         key = (x.shape, first, keep)
         if key not in self._compiled:
-            self._compiled[key] = _compile_step(self._blocks, self._settings.compile_backend, keep=keep)
+            self._compiled[key] = _compile_step(self._run, self._settings.compile_backend, keep=keep)
         y, future = self._compiled[key](x, past)
         if future is not None:
             state.update({address: _with_strides_of(frames, form) for address, frames in future.items()})
@@ -217,22 +225,12 @@ def _with_strides_of(x: Tensor, form: torch.memory_format) -> Tensor:
     return x if x.stride() == settled.stride() else settled.copy_(x)
 
 
-def _run(blocks: Sequence[nn.Module], x: Tensor, past: State | None, future: State | None) -> Tensor:
-    for block in blocks:
-        x = block(x, past, future)
-    return x
-
-
-def _compile_step(
-    blocks: Sequence[nn.Module], backend: str, *, keep: bool
-) -> Callable[..., tuple[Tensor, State | None]]:
+def _compile_step(run: Run, backend: str, *, keep: bool) -> Callable[..., tuple[Tensor, State | None]]:
     """A static graph from input and state to output and state."""
 
     def step(x: Tensor, past: State | None) -> tuple[Tensor, State | None]:
         future: State | None = {} if keep else None
-        for block in blocks:
-            x = block(x, past, future)
-        return x, future
+        return run(x, past, future), future
 
     # dynamo counts the graphs of a code object and gives up at a limit: every shape gets its own.
     own = types.FunctionType(step.__code__.replace(), step.__globals__, "step", None, step.__closure__)

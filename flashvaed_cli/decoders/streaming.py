@@ -8,13 +8,16 @@ This is the plain contract. `runtime.py` builds on it for speed and little memor
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from flashvaed_cli.decoders.coder import Decoder, Encoder
+from flashvaed_cli.decoders.lookahead import latent_windows, time_halo, window_of
 from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.errors import SpecError
 
@@ -22,27 +25,68 @@ State = dict[str, Tensor]
 
 
 def check_latents(spec: DecoderSpec, latents: Tensor) -> None:
-    """Refuse latents that are not `[B, C, T, H, W]` with the decoder's channels.
+    """Refuse latents that are not `[B, C, T, H, W]` with the decoder's channels, or too long for it.
 
     Raises:
         SpecError: they are not.
     """
     if latents.ndim != 5 or latents.shape[1] != spec.latent_width or 0 in latents.shape:
         raise SpecError(f"the decoder takes latents [B, {spec.latent_width}, T, H, W], got {list(latents.shape)}")
+    spec.require_length(latents.shape[2])
 
 
 def decode_step(
     decoder: Decoder, latents: Float[Tensor, "B C T Hz Wz"], past: State | None
 ) -> tuple[Float[Tensor, "B 3 F H W"], State]:
-    """Decode one chunk of raw latents; returns its frames (not clamped) and the state for the next chunk."""
+    """Decode one chunk of raw latents; returns its frames (not clamped) and the state for the next chunk.
+
+    Raises:
+        SpecError: the decoder sees frames ahead, so that a chunk alone has no frames: use `decode_parts`.
+    """
+    if not decoder.spec.is_causal:
+        raise SpecError(
+            f"the decoder of {decoder.spec.family} sees frames ahead (its kernels are centred in time), "
+            "so it cannot be decoded step by step with a state"
+        )
     future: State = {}
     return decoder(latents, past, future), future
+
+
+def decode_parts(
+    decoder: Decoder, parts: Iterable[Float[Tensor, "_B _C _t _Hz _Wz"]]
+) -> Iterator[Float[Tensor, "_B 3 _f _H _W"]]:
+    """The frames (not clamped) of every part of a video's latents, one after another, as soon as they are settled.
+
+    A causal decoder gives them part by part; one that sees frames ahead reads as many further parts first.
+    """
+    if decoder.spec.is_causal:
+        past: State | None = None
+        for part in parts:
+            frames, past = decode_step(decoder, part, past)
+            yield frames
+        return
+    held: Tensor | None = None
+    offset, read = 0, 0  # the first latent that is held, and the first that is not read yet
+    waiting: deque[tuple[int, int]] = deque()
+    behind = time_halo(decoder.spec)[1]
+    for part in chain(parts, [None]):
+        if part is not None:
+            held = part if held is None else torch.cat([held, part], dim=2)
+            waiting.append((read, read + part.shape[2]))
+            read += part.shape[2]
+        while held is not None and waiting and (part is None or waiting[0][1] + behind <= read):
+            window = window_of(decoder.spec, *waiting.popleft(), num_latents=read)
+            held, offset = held[:, :, window.start - offset :], window.start
+            frames = decoder(held[:, :, : window.stop - offset])
+            yield frames[:, :, window.keep_start : window.keep_stop]
 
 
 def iter_decode(
     decoder: Decoder, latents: Float[Tensor, "B C T Hz Wz"], *, chunk: int | None = None
 ) -> Iterator[Float[Tensor, "B 3 F H W"]]:
     """Yield the frames of raw latents, `chunk` latent frames at a time, clamped to [-1, 1].
+
+    A decoder that sees frames ahead computes those around a chunk twice: see `lookahead`.
 
     Args:
         chunk: latent frames per step; None decodes all at once (fastest on short clips, most memory).
@@ -54,6 +98,11 @@ def iter_decode(
         raise SpecError(f"a chunk holds at least 1 latent frame, not {chunk}")
     num_latents = latents.shape[2]
     chunk = num_latents if chunk is None else chunk
+    if not decoder.spec.is_causal:
+        for window in latent_windows(decoder.spec, num_latents, chunk):
+            frames = decoder(latents[:, :, window.start : window.stop])
+            yield frames[:, :, window.keep_start : window.keep_stop].clamp(-1.0, 1.0)
+        return
     past: State | None = None
     for start in range(0, num_latents, chunk):
         part = latents[:, :, start : start + chunk]
@@ -98,7 +147,7 @@ def encode_step(
         )
     future: State = {}
     moments = encoder(pixels, past, future)
-    return moments.chunk(2, dim=1)[0], future
+    return moments[:, : encoder.spec.latent_width], future
 
 
 def encode(

@@ -18,10 +18,11 @@ from flashvaed_cli.decoders.spec import (
     BlockSpec,
     ConvSpec,
     DecoderSpec,
-    DownsampleSpec,
     ResBlockSpec,
     UpsampleSpec,
+    block_growth,
     block_layers,
+    block_shrinkage,
 )
 from flashvaed_cli.errors import SpecError
 
@@ -61,13 +62,15 @@ class TileLayout:
 
 
 def split_addresses(spec: DecoderSpec) -> tuple[str, ...]:
-    """Blocks at which tiling may begin: behind the last attention, where a stage begins or a frame grows."""
+    """Blocks at which tiling may begin: behind the last attention, where a stage begins or, unless a bypass leads past
+    that, a frame grows.
+    """
     blocks = list(spec.blocks())
     attentions = [index for index, (_, block) in enumerate(blocks) if isinstance(block, AttentionSpec)]
     behind = blocks[attentions[-1] + 1 :] if attentions else blocks
-    return tuple(address for address, block in behind if address.endswith(".0") or isinstance(block, UpsampleSpec)) or (
-        blocks[-1][0],
-    )
+    bypassed = {stage.name for stage in spec.bypassed().values()}
+    grows = {a for a, block in behind if block_growth(block) != (1, 1, 1) and a.split(".")[0] not in bypassed}
+    return tuple(address for address, _ in behind if address.endswith(".0") or address in grows) or (blocks[-1][0],)
 
 
 def scale_at(spec: DecoderSpec, split: str) -> int:
@@ -76,7 +79,7 @@ def scale_at(spec: DecoderSpec, split: str) -> int:
     for address, block in spec.blocks():
         if address == split:
             return scale
-        scale *= 2 if isinstance(block, UpsampleSpec) else 1
+        scale *= block_growth(block)[1]
     raise SpecError(f"no block {split!r} to begin tiles at; there are {', '.join(split_addresses(spec))}")
 
 
@@ -91,7 +94,7 @@ def halo_at(spec: DecoderSpec, split: str) -> int:
     index = next(i for i, (address, _) in enumerate(blocks) if address == split)
     reach, scale = Fraction(0), 1
     for address, block in blocks[index:]:
-        if isinstance(block, AttentionSpec | DownsampleSpec):
+        if isinstance(block, AttentionSpec) or block_shrinkage(block) != (1, 1, 1):
             raise SpecError(f"tiles cannot begin at {split}: {address} ({block.kind}) after it needs whole frames")
         if isinstance(block, UpsampleSpec):
             reach += 0 if block.temporal is None else Fraction(_radius(block.temporal), scale)
@@ -99,6 +102,7 @@ def halo_at(spec: DecoderSpec, split: str) -> int:
             reach += Fraction(_radius(block.spatial), scale)
         else:
             reach += Fraction(_block_radius(block), scale)
+            scale *= block_growth(block)[1]
     return ceil(reach)
 
 

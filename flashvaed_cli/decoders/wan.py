@@ -41,51 +41,57 @@ LATENT_STD = (
 )  # fmt: skip
 
 
-def _causal(in_width: int, out_width: int) -> ConvSpec:
+def causal_conv(in_width: int, out_width: int) -> ConvSpec:
+    """A dense causal 3x3x3 layer."""
     return ConvSpec(operator="causal3d", in_width=in_width, out_width=out_width, kernel=(3, 3, 3))
 
 
-def _frame(in_width: int, out_width: int) -> ConvSpec:
+def frame_conv(in_width: int, out_width: int) -> ConvSpec:
+    """A 3x3 layer on frames."""
     return ConvSpec(operator="frame2d", in_width=in_width, out_width=out_width, kernel=(1, 3, 3))
 
 
-def _time(in_width: int, out_width: int) -> ConvSpec:
+def time_conv(in_width: int, out_width: int) -> ConvSpec:
+    """A causal layer over three frames."""
     return ConvSpec(operator="causal3d", in_width=in_width, out_width=out_width, kernel=(3, 1, 1))
 
 
-def _point(in_width: int, out_width: int) -> ConvSpec:
+def point_conv(in_width: int, out_width: int) -> ConvSpec:
+    """A 1x1x1 layer."""
     return ConvSpec(operator="pointwise", in_width=in_width, out_width=out_width, kernel=(1, 1, 1))
 
 
-def _resblock(in_width: int, out_width: int) -> ResBlockSpec:
+def wan_resblock(in_width: int, out_width: int) -> ResBlockSpec:
+    """Two dense layers; a 1x1 shortcut where the width changes."""
     return ResBlockSpec(
-        conv1=_causal(in_width, out_width),
-        conv2=_causal(out_width, out_width),
-        shortcut=None if in_width == out_width else _point(in_width, out_width),
+        conv1=causal_conv(in_width, out_width),
+        conv2=causal_conv(out_width, out_width),
+        shortcut=None if in_width == out_width else point_conv(in_width, out_width),
     )
 
 
-def _mid(width: int) -> StageSpec:
+def mid_stage(width: int) -> StageSpec:
+    """Two residual blocks around attention."""
     attention = AttentionSpec(width=width, inner_width=width)
-    return StageSpec(name="mid", blocks=(_resblock(width, width), attention, _resblock(width, width)))
+    return StageSpec(name="mid", blocks=(wan_resblock(width, width), attention, wan_resblock(width, width)))
 
 
 def wan_decoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> DecoderSpec:
     """The original decoder at a base width (96: the released Wan 2.1)."""
     widths = [base_width * m for m in (MULTIPLIERS[-1], *reversed(MULTIPLIERS))]
     stages = [
-        StageSpec(name="post_quant", blocks=(ConvBlockSpec(conv=_point(latent_width, latent_width)),)),
-        StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=_causal(latent_width, widths[0])),)),
-        _mid(widths[0]),
+        StageSpec(name="post_quant", blocks=(ConvBlockSpec(conv=point_conv(latent_width, latent_width)),)),
+        StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=causal_conv(latent_width, widths[0])),)),
+        mid_stage(widths[0]),
     ]
     for i, (previous, width) in enumerate(pairwise(widths)):
         in_width = previous if i == 0 else previous // 2
-        blocks: list[BlockSpec] = [_resblock(in_width, width), _resblock(width, width), _resblock(width, width)]
+        blocks: list[BlockSpec] = [wan_resblock(w, width) for w in (in_width, width, width)]
         if i < 3:
-            temporal = _time(width, 2 * width) if i < 2 else None
-            blocks.append(UpsampleSpec(temporal=temporal, spatial=_frame(width, width // 2)))
+            temporal = time_conv(width, 2 * width) if i < 2 else None
+            blocks.append(UpsampleSpec(temporal=temporal, spatial=frame_conv(width, width // 2)))
         stages.append(StageSpec(name=f"up{i}", blocks=tuple(blocks)))
-    stages.append(StageSpec(name="head", blocks=(HeadSpec(conv=_causal(widths[-1], 3)),)))
+    stages.append(StageSpec(name="head", blocks=(HeadSpec(conv=causal_conv(widths[-1], 3)),)))
     return DecoderSpec(
         family=NAME, stages=tuple(stages), temporal_factor=TEMPORAL_FACTOR, spatial_factor=SPATIAL_FACTOR
     )
@@ -94,17 +100,17 @@ def wan_decoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> Decod
 def wan_encoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> EncoderSpec:
     """The original encoder at a base width (96: the released Wan 2.1)."""
     widths = [base_width * m for m in (1, *MULTIPLIERS)]
-    stages = [StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=_causal(3, widths[0])),))]
+    stages = [StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=causal_conv(3, widths[0])),))]
     for i, (in_width, width) in enumerate(pairwise(widths)):
-        blocks: list[BlockSpec] = [_resblock(in_width, width), _resblock(width, width)]
+        blocks: list[BlockSpec] = [wan_resblock(in_width, width), wan_resblock(width, width)]
         if i < 3:
-            temporal = _time(width, width) if i > 0 else None
-            blocks.append(DownsampleSpec(spatial=_frame(width, width), temporal=temporal))
+            temporal = time_conv(width, width) if i > 0 else None
+            blocks.append(DownsampleSpec(spatial=frame_conv(width, width), temporal=temporal))
         stages.append(StageSpec(name=f"down{i}", blocks=tuple(blocks)))
     stages += [
-        _mid(widths[-1]),
-        StageSpec(name="head", blocks=(HeadSpec(conv=_causal(widths[-1], 2 * latent_width)),)),
-        StageSpec(name="quant", blocks=(ConvBlockSpec(conv=_point(2 * latent_width, 2 * latent_width)),)),
+        mid_stage(widths[-1]),
+        StageSpec(name="head", blocks=(HeadSpec(conv=causal_conv(widths[-1], 2 * latent_width)),)),
+        StageSpec(name="quant", blocks=(ConvBlockSpec(conv=point_conv(2 * latent_width, 2 * latent_width)),)),
     ]
     return EncoderSpec(
         family=NAME, stages=tuple(stages), temporal_factor=TEMPORAL_FACTOR, spatial_factor=SPATIAL_FACTOR

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from flashvaed_cli.decoders.convolution import Future, Past, remember
+from flashvaed_cli.decoders.convolution import Future, Past, remember, time_window
 from flashvaed_cli.decoders.exact_operators import HALF_PRECISION, TapwiseConv3d
 
 Matrix = tuple[tuple[int, ...], ...]
@@ -156,6 +156,9 @@ class WinogradConv3d(TapwiseConv3d):
         b, _, t, h, w = x.shape
         if x.dtype in HALF_PRECISION or b * t * -(-h // 4) * -(-w // 4) < MIN_TILES:
             return super().forward(x, past, future)
+        if self.spec.time_padding != "zeros":
+            window = time_window(x, self.spec, self.address, past, future)
+            return winograd_conv([window], self.weight, self.bias, num_outputs=t)
         num_past = self.spec.kernel[0] - 1
         frames = [x] if past is None or num_past == 0 else [past[self.address], x]
         y = winograd_conv(frames, self.weight, self.bias, num_outputs=x.shape[2])

@@ -28,11 +28,10 @@ def run_with_features(
     layers = [address for address in addresses if address.count(".") > 1]
     x = latents
     with _layer_outputs(decoder, layers, features):
-        for address, block in decoder.blocks():
-            x = block(x)
+        for address, x in decoder.walk(latents):
             if address in addresses:
                 features[address] = x
-    return x, features
+    return decoder.leave(x), features
 
 
 @contextmanager

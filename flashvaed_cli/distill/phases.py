@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.shuffle_blocks import ShuffleUpsample
 from flashvaed_cli.decoders.spec import DecoderSpec, block_layers, block_out_width
 from flashvaed_cli.errors import DistillationError, SpecError
 
@@ -169,9 +170,12 @@ def gradient_masks(student: Decoder, plan: PhasePlan) -> dict[str, Tensor]:
     names = {id(parameter): name for name, parameter in student.named_parameters()}
     masks: dict[str, Tensor] = {}
     for address, kept in plan.to_keep.items():
-        for parameter in _producing_parameters(student.at(address)):
+        module = student.at(address)
+        cell = module.spec.cell if isinstance(module, ShuffleUpsample) else 1  # outputs of the layer per channel
+        rows = [channel * cell + position for channel in kept for position in range(cell)]
+        for parameter in _producing_parameters(module):
             mask = torch.zeros(parameter.shape[0], *([1] * (parameter.ndim - 1)), device=parameter.device)
-            mask[list(kept)] = 1
+            mask[rows] = 1
             masks[names[id(parameter)]] = mask
     return masks
 

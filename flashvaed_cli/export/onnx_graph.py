@@ -27,6 +27,7 @@ from flashvaed_cli.export.onnx_trace import (
     cache_name,
     label_program,
     trace_graph,
+    trace_grid,
     traceable_copy,
 )
 from flashvaed_cli.export.parity import relative_difference, require_parity, seeded_latents
@@ -77,7 +78,9 @@ def export_onnx_clip(
     _require_exportable(decoder, options)
     traceable = traceable_copy(decoder, options.dtype)
     with (progress or SilentProgress()).task("ONNX: whole clip", total=2) as task, atomic_path(path) as draft:
-        program = trace_graph(ClipGraph(traceable), [_latents(decoder, TRACE_GRID, options)], opset=options.opset)
+        program = trace_graph(
+            ClipGraph(traceable), [_latents(decoder, trace_grid(decoder.spec), options)], opset=options.opset
+        )
         label_program(program, {**_describe(decoder, options, "clip"), **(metadata or {})})
         program.save(draft, external_data=False)
         del program
@@ -174,14 +177,15 @@ def _checked(
     reference = _float32_on_cpu(decoder)
     tolerance = TOLERANCES[options.dtype]
     worst = 0.0
-    for grid, chunks in CHECKS:
+    grids = [((1 if decoder.spec.still else t, h, w), chunks) for (t, h, w), chunks in CHECKS]
+    for grid, chunks in grids:
         latents = _latents(decoder, grid, options).float()
         frames = exported.decode(latents, chunks if target == "onnx-step" else None)
         difference = relative_difference(frames, decode(reference, latents))
         require_parity(difference, tolerance, where=f"{paths[0].name} in onnxruntime, latents {list(latents.shape)},")
         worst = max(worst, difference)
     onnxruntime_ms, torch_ms = _measured(reference, exported, options, target)
-    sizes = ", ".join("x".join(map(str, grid)) for grid, _ in CHECKS)
+    sizes = ", ".join("x".join(map(str, grid)) for grid, _ in grids)
     return ExportResult(
         target=target,
         paths=paths,
@@ -192,7 +196,7 @@ def _checked(
         onnxruntime_ms=onnxruntime_ms,
         torch_ms=torch_ms,
         notes=(
-            "raw latents [1, C, T, H, W], T, H and W from 1, to frames in [-1, 1]",
+            f"raw latents [1, C, {'1' if decoder.spec.still else 'T'}, H, W] of any size to frames in [-1, 1]",
             f"checked in onnxruntime against float32 PyTorch on latents {sizes}",
         ),
     )

@@ -20,10 +20,15 @@ from torch.export import Dim
 from flashvaed_cli.decoders.blocks import Upsample
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.operators import Future, Past
-from flashvaed_cli.decoders.spec import UpsampleSpec
+from flashvaed_cli.decoders.spec import DecoderSpec, UpsampleSpec
 from flashvaed_cli.errors import ExportError
 
 TRACE_GRID = (3, 5, 6)  # latent frames, height, width: unequal, so that no two axes are taken for one
+
+
+def trace_grid(spec: DecoderSpec) -> tuple[int, int, int]:
+    """Latent frames, height and width to trace a decoder with."""
+    return (1, *TRACE_GRID[1:]) if spec.still else TRACE_GRID
 
 
 class _AnyLengthUpsample(Upsample):
@@ -86,10 +91,10 @@ def cache_name(address: str) -> str:
 
 
 def trace_graph(graph: ClipGraph | StepGraph, inputs: Sequence[Tensor], *, opset: int) -> torch.onnx.ONNXProgram:
-    """Trace with dynamic latent frames, height and width (the batch is 1).
+    """Trace with dynamic latent frames, height and width (the batch is 1; a single latent frame stays one).
 
     Args:
-        inputs: latents of `TRACE_GRID`, then the caches of a later step.
+        inputs: latents of `trace_grid`, then the caches of a later step.
     Raises:
         ExportError: torch cannot express the decoder in this opset.
     """
@@ -132,6 +137,8 @@ def label_program(program: torch.onnx.ONNXProgram, metadata: Mapping[str, object
 def _dynamic_axes(inputs: Sequence[Tensor]) -> tuple[object, ...]:
     frames, height, width = Dim("latent_frames"), Dim("latent_height"), Dim("latent_width")
     axes: list[dict[int, object]] = [{2: frames, 3: height, 4: width}]
+    if inputs[0].shape[2] == 1:
+        del axes[0][2]
     for cache in inputs[1:]:
         scale = cache.shape[3] // TRACE_GRID[1]
         axes.append({3: height if scale == 1 else scale * height, 4: width if scale == 1 else scale * width})

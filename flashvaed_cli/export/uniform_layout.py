@@ -46,7 +46,10 @@ def fits_uniform_layout(spec: DecoderSpec, original: Callable[[int, int], Decode
     if not isinstance(head, HeadSpec):
         return UniformFit(None, f"the last block is a {head.kind}, not a head")
     base_width = head.conv.in_width
-    uniform = original(base_width, spec.latent_width)
+    try:
+        uniform = original(base_width, spec.latent_width)
+    except ValueError:  # widths that do not divide as its blocks need
+        return UniformFit(None, f"no original ends with {base_width} channels")
     deviation = _first_deviation(spec, uniform)
     if deviation is None:
         return UniformFit(base_width, None)

@@ -16,7 +16,9 @@ from flashvaed_cli.decoders.spec import (
     BlockSpec,
     DecoderSpec,
     ResBlockSpec,
+    ShuffleUpsampleSpec,
     UpsampleSpec,
+    block_growth,
     block_in_width,
     block_out_width,
 )
@@ -103,17 +105,21 @@ def traffic_elements(spec: DecoderSpec, grid: tuple[int, int, int]) -> int:
     Args:
         grid: latent frames, height, width; batch 1.
     """
-    total = 0
-    for _, block in spec.blocks():
+    total, entrance = 0, grid
+    bypassed = spec.bypassed()
+    for address, block in spec.blocks():
+        if address.endswith(".0"):
+            entrance = grid
         total += _block_traffic(block, grid)
         grid = _grid_behind(block, grid)
+        if address in bypassed:  # read once more; added where the stage's output is written
+            total += entrance[0] * entrance[1] * entrance[2] * block_in_width(bypassed[address].blocks[0])
     return total
 
 
 def _grid_behind(block: BlockSpec, grid: tuple[int, int, int]) -> tuple[int, int, int]:
-    if not isinstance(block, UpsampleSpec):
-        return grid
-    return (grid[0] if block.temporal is None else 1 + 2 * (grid[0] - 1), 2 * grid[1], 2 * grid[2])
+    frames, rows, columns = block_growth(block)
+    return (1 + frames * (grid[0] - 1), rows * grid[1], columns * grid[2])
 
 
 def _block_traffic(block: BlockSpec, grid: tuple[int, int, int]) -> int:
@@ -129,4 +135,6 @@ def _block_traffic(block: BlockSpec, grid: tuple[int, int, int]) -> int:
         layers = (block.conv1, block.conv2)
         shortcut = block_in_width(block)  # read once more; its output is added where conv2 writes
         return positions * (sum(layer.in_width + layer.out_width for layer in layers) + shortcut)
+    if isinstance(block, ShuffleUpsampleSpec):  # a residual is added where the layer writes
+        return positions * (block.conv.in_width * (2 if block.residual else 1) + block.conv.out_width)
     return positions * (block_in_width(block) + block_out_width(block))

@@ -59,6 +59,10 @@ class CommandRecipe(_Frozen):
     command: ClassVar[str]
     default_inputs: ClassVar[tuple[str, ...]]
 
+    family: Name | None = Field(
+        default=None,
+        description="Family of the input, where its names leave that open (wan2.1 and qwen-image have the same).",
+    )
     seed: WholeNumber = Field(default=0, le=2**31 - 1, description="Seed of everything random.")
     device: Device = Field(default="auto", description="Where to compute; auto takes CUDA, then MPS, then the CPU.")
     dtype: DType = Field(default="float32", description="Number format of weights and activations.")
@@ -233,7 +237,8 @@ class ConvertOpsRecipe(ReconstructingRecipe):
     profile: OperatorProfile = Field(
         default="paper",
         description="paper: the paper's cheaper operator for each stage, weights solved anew. exact: for each layer "
-        "the fastest operator that gives the same frames, without data.",
+        "the fastest operator that gives the same frames, without data. image: the decoder of single images (one "
+        "latent frame) that gives the same pixels, without data; its layers work on frames alone.",
     )
     operators: dict[Name, StageOperator] = Field(
         default={}, description="Operator by stage name, in place of the profile's."
@@ -244,9 +249,9 @@ class ConvertOpsRecipe(ReconstructingRecipe):
     output: Name = Field(default=CONVERTED_FILE, description="Decoder artifact to write.")
 
     @model_validator(mode="after")
-    def _exact_is_a_profile_by_itself(self) -> ConvertOpsRecipe:
-        if self.profile == "exact" and self.operators:
-            raise ValueError("profile is exact, which gives every layer its operator: leave operators out")
+    def _only_paper_takes_operators(self) -> ConvertOpsRecipe:
+        if self.profile != "paper" and self.operators:
+            raise ValueError(f"profile is {self.profile}, which gives every layer its operator: leave operators out")
         return self
 
 

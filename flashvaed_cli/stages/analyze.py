@@ -56,9 +56,11 @@ def run_analyze(recipe: AnalyzeRecipe, *, progress: Progress, force: bool, comma
     refuse_overwrite(Path(recipe.output), force=force)
     location = choose_input(recipe.input, AnalyzeRecipe, progress)
     device = choose_device(recipe.device)
-    inputs = load_inputs(location, original=None, device=device, needs_encoder=False)
+    inputs = load_inputs(location, original=None, family=recipe.family, device=device, progress=progress)
     decoder = inputs.checkpoint.require_decoder()
-    clips = plan_calibration(inputs.original, recipe, recipe.num_calibration_clips, device, progress)
+    clips = plan_calibration(
+        inputs.original, recipe, recipe.num_calibration_clips, device, progress, still=decoder.spec.still
+    )
     statistics = collect_statistics(decoder, clips, num_clips=len(clips), progress=progress)
     groups = _group_records(decoder, statistics, progress)
     stages = _stage_records(decoder, groups, recipe, device, progress)

@@ -89,9 +89,13 @@ def plan_calibration(
     num_clips: int,
     device: torch.device,
     progress: Progress,
+    *,
+    still: bool = False,
 ) -> CalibrationClips:
     """Choose the clips. Broken videos are named and left out; latent files are cut to the same size.
 
+    Args:
+        still: single frames, whatever the recipe says: for a decoder of single images.
     Raises:
         MediaError: nothing found, or nothing readable.
         ArtifactError: videos are given, but there is no encoder.
@@ -100,12 +104,13 @@ def plan_calibration(
     latent_files = [path for path in paths if is_latent_file(path)][:num_clips]
     videos = [path for path in paths if not is_latent_file(path)]
     requests: list[ClipRequest] = []
+    num_frames = 1 if still else recipe.num_frames
     if videos and len(latent_files) < num_clips:
         vae.require_encoder()
         requests, broken = plan_clips(
             videos,
             num_clips=num_clips - len(latent_files),
-            num_frames=recipe.num_frames,
+            num_frames=num_frames,
             max_side=recipe.max_side,
             crop_size=None if recipe.crop_size is None else (recipe.crop_size, recipe.crop_size),
             seed=recipe.seed,
@@ -119,7 +124,7 @@ def plan_calibration(
         tuple(requests),
         tuple(latent_files),
         latent_scale=recipe.latent_scale,
-        num_frames=recipe.num_frames,
+        num_frames=num_frames,
         crop_size=recipe.crop_size,
         device=device,
         progress=progress,

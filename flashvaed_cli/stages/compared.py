@@ -7,6 +7,7 @@ from pathlib import Path
 
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.errors import ArtifactError
+from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.recipe.models import EvalRecipe
 from flashvaed_cli.stages.loading import Inputs, load_inputs
 
@@ -21,7 +22,13 @@ def derived_decoders(inputs: Inputs, recipe: EvalRecipe, taken: Sequence[str] = 
     """
     derived = [inputs.checkpoint]
     for location in recipe.compare:
-        other = load_inputs(location, original=recipe.original, device=inputs.device, needs_encoder=False)
+        other = load_inputs(
+            location,
+            original=recipe.original,
+            family=inputs.checkpoint.family,
+            device=inputs.device,
+            progress=SilentProgress(),
+        )
         if other.original.sha256 != inputs.original.sha256:
             raise ArtifactError(
                 f"{location} comes from {other.original.location}, {inputs.checkpoint.location} from "

@@ -15,6 +15,7 @@ from flashvaed_cli.decoders.cost import total_gflop
 from flashvaed_cli.decoders.exact import exact_changes, exact_decoder
 from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.decoders.spec import DecoderSpec, Operator
+from flashvaed_cli.decoders.still import still_decoder
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.export.parity import seeded_latents
 from flashvaed_cli.progress import Progress
@@ -41,10 +42,12 @@ def run_convert_ops(recipe: ConvertOpsRecipe, *, progress: Progress, force: bool
     refuse_overwrite(Path(recipe.output), force=force)
     location = choose_input(recipe.input, ConvertOpsRecipe, progress)
     device = choose_device(recipe.device)
-    inputs = load_inputs(location, original=recipe.original, device=device, needs_encoder=False)
+    inputs = load_inputs(location, original=recipe.original, family=recipe.family, device=device, progress=progress)
     decoder = inputs.checkpoint.require_decoder()
     if recipe.profile == "exact":
-        return _convert_exactly(recipe, inputs, force=force, command_line=command_line)
+        return _convert_exactly(recipe, inputs, exact_decoder(decoder), force=force, command_line=command_line)
+    if recipe.profile == "image":
+        return _convert_exactly(recipe, inputs, still_decoder(decoder), force=force, command_line=command_line)
     operators: dict[str, Operator] = {**get_family(inputs.checkpoint.family).paper_operators, **recipe.operators}
     spec = converted_spec(decoder.spec, operators)
     if spec == decoder.spec:
@@ -52,7 +55,9 @@ def run_convert_ops(recipe: ConvertOpsRecipe, *, progress: Progress, force: bool
     student = transfer_weights(decoder, spec, {})
     errors = []
     if recipe.reconstruct != "none":
-        clips = plan_calibration(inputs.original, recipe, recipe.num_calibration_clips, device, progress)
+        clips = plan_calibration(
+            inputs.original, recipe, recipe.num_calibration_clips, device, progress, still=decoder.spec.still
+        )
         settings = fit_settings(recipe, num_separable_iterations=recipe.num_separable_iterations)
         reference, kept = choose_reference(inputs, {}, progress)
         errors = reconstruct(decoder, student, reference, kept, clips, settings, progress)
@@ -64,14 +69,16 @@ def run_convert_ops(recipe: ConvertOpsRecipe, *, progress: Progress, force: bool
     return _written(recipe, inputs, student, measured, tables, force=force, command_line=command_line)
 
 
-def _convert_exactly(recipe: ConvertOpsRecipe, inputs: Inputs, *, force: bool, command_line: str) -> StageOutcome:
-    """The same network with faster operators: no data, no new weights; the difference is measured."""
+def _convert_exactly(
+    recipe: ConvertOpsRecipe, inputs: Inputs, converted: Decoder, *, force: bool, command_line: str
+) -> StageOutcome:
+    """The same frames with faster operators: no data, no weights solved; the difference is measured."""
     decoder = inputs.checkpoint.require_decoder()
-    converted = exact_decoder(decoder)
     changes = exact_changes(decoder.spec, converted.spec)
+    num_latents, height, width = _EXACT_CHECK_GRID
     latents = seeded_latents(
         decoder.spec,
-        _EXACT_CHECK_GRID,
+        (1 if converted.spec.still else num_latents, height, width),
         seed=recipe.seed,
         latent_mean=inputs.checkpoint.latent_mean,
         latent_std=inputs.checkpoint.latent_std,
@@ -128,7 +135,7 @@ def _exact_table(changes: list[tuple[str, Operator, Operator]], difference: floa
 def _gflop(spec: DecoderSpec) -> float:
     """Cost of decoding 9 frames of 256 x 256."""
     side = 256 // spec.spatial_factor
-    return total_gflop(spec, (1 + 8 // spec.temporal_factor, side, side))
+    return total_gflop(spec, (spec.num_latents(9), side, side))
 
 
 def _operator_table(before: Decoder, after: Decoder) -> TableData:

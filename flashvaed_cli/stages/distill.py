@@ -62,10 +62,11 @@ def run_distill(recipe: DistillRecipe, *, progress: Progress, force: bool, comma
         raise DistillationError(f"--dtype {recipe.dtype} does not train: use {' or '.join(_COMPUTE_DTYPES)}")
     location = choose_input(recipe.input, DistillRecipe, progress)
     device = choose_device(recipe.device)
-    inputs = load_inputs(location, original=recipe.original, device=device, needs_encoder=False)
-    student, teacher = inputs.checkpoint.require_decoder(), inputs.original.require_decoder()
+    inputs = load_inputs(location, original=recipe.original, family=recipe.family, device=device, progress=progress)
+    student, teacher = inputs.checkpoint.require_decoder(), inputs.reference()
     if teacher is student:  # an original is trained towards itself: phase 2 prepares it for pruning
-        teacher = load_inputs(location, original=recipe.original, device=device, needs_encoder=False).original.decoder
+        again = load_inputs(location, original=recipe.original, family=recipe.family, device=device, progress=progress)
+        teacher = again.original.decoder
         assert teacher is not None
     phases = choose_phases(recipe, inputs, progress)
     pool = _encode_pool(recipe, inputs, progress)
@@ -110,7 +111,7 @@ def choose_phases(recipe: DistillRecipe, inputs: Inputs, progress: Progress) -> 
     """
     schedule = recipe.schedule()
     family = get_family(inputs.checkpoint.family)
-    swapped = swapped_stages(inputs.checkpoint.require_decoder().spec, inputs.original.require_decoder().spec)
+    swapped = swapped_stages(inputs.checkpoint.require_decoder().spec, inputs.reference().spec)
     misfits = {}
     if not set(swapped) - set(family.shallow_stages):
         misfits[1] = "no deep stage has another operator than the original's (run convert-ops first)"
@@ -153,7 +154,8 @@ class LatentPool:
 def _encode_pool(recipe: DistillRecipe, inputs: Inputs, progress: Progress) -> LatentPool:
     drawn = recipe.batch_size * sum(phase.num_steps for phase in recipe.schedule())
     num_clips = min(recipe.num_clips, max(drawn, _NUM_STATISTICS_CLIPS))
-    clips = plan_calibration(inputs.original, recipe, num_clips, inputs.device, progress)
+    still = inputs.checkpoint.require_decoder().spec.still
+    clips = plan_calibration(inputs.original, recipe, num_clips, inputs.device, progress, still=still)
     by_shape: dict[tuple[int, ...], list[Tensor]] = {}
     with progress.task("encoding clips", len(clips)) as task:
         for latents in clips:

@@ -5,11 +5,12 @@ Videos are read, encoded, decoded by both and compared chunk by chunk, so memory
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
+from itertools import tee
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from flashvaed_cli.decoders.cost import total_gflop
 from flashvaed_cli.decoders.exact import exact_decoder
 from flashvaed_cli.decoders.layout import use_channels_last
 from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
-from flashvaed_cli.decoders.streaming import State, decode, decode_step, encode_step
+from flashvaed_cli.decoders.streaming import State, decode, decode_parts, encode_step
 from flashvaed_cli.errors import MetricUnavailableError
 from flashvaed_cli.media.clips import usable_files
 from flashvaed_cli.media.sources import is_latent_file
@@ -70,10 +71,13 @@ def run_evaluate(recipe: EvalRecipe, *, progress: Progress, force: bool, command
     refuse_foreign_folder(output, "report.json", SPEED_JSON, force=force)
     location = choose_input(recipe.input, EvalRecipe, progress)
     device = choose_device(recipe.device)
-    inputs = load_inputs(location, original=recipe.original, device=device, needs_encoder=False)
+    inputs = load_inputs(location, original=recipe.original, family=recipe.family, device=device, progress=progress)
     notes: list[str] = []
     lpips = _lpips(recipe, device, notes)
     decoders = _decoders(inputs, recipe)
+    if any(decoder.spec.still for decoder in decoders.values()) and recipe.num_frames != 1:
+        recipe = recipe.model_copy(update={"num_frames": 1})
+        notes.append("Of every clip the first frame is judged: there is a decoder of single images among them.")
     files, broken = usable_files(find_data(recipe.data), recipe.num_clips)
     for path, reason in broken.items():
         progress.warn(f"skipped {path}: {reason}")
@@ -160,19 +164,18 @@ def _compare_clip(
     shown = set(select_frames(num_frames, _NUM_STRIP_COLUMNS))
     strips: dict[str, list[Frames]] = {}
     quality = {key: _Judge(lpips) for key in decoders}
-    pasts: dict[str, State | None] = dict.fromkeys(decoders)
+    chunks, *copies = tee(chunks, 1 + len(decoders))  # a decoder that sees frames ahead reads further than others
+    streams = [_decoded(decoder, copy) for decoder, copy in zip(decoders.values(), copies, strict=True)]
     first: list[Tensor] = []
     done = 0
     mp4 = output / f"{name}.mp4" if recipe.video and num_frames > 1 else None
     with ExitStack() as stack, progress.task(f"eval {name}", num_frames) as task:
         writer = None if mp4 is None else stack.enter_context(VideoWriter(mp4, fps=fps))
-        for chunk in chunks:
+        for chunk, *decoded in zip(chunks, *streams, strict=True):
             if sum(part.shape[2] for part in first) < _SPEED_LATENT_FRAMES:
                 first.append(chunk.latents)
             views = {} if chunk.frames is None else {VIDEO: chunk.frames}
-            for key, decoder in decoders.items():
-                frames, pasts[key] = _decode_chunk(decoder, chunk, pasts[key])
-                views[key] = frames
+            views |= {key: _as_seen(frames, chunk) for key, frames in zip(decoders, decoded, strict=True)}
             for key, judge in quality.items():
                 judge.update(views[key], views.get(VIDEO), views[ORIGINAL])
             pictured = [label for label in views if label in (VIDEO, *list(decoders)[:2])]
@@ -228,13 +231,17 @@ class _Judge:
         return self._to_original.result()
 
 
-def _decode_chunk(decoder: Decoder, chunk: _Chunk, past: State | None) -> tuple[Frames, State]:
-    latents = chunk.latents.to(next(decoder.parameters()).dtype)
-    decoded, future = decode_step(decoder, latents, past)
+def _decoded(decoder: Decoder, chunks: Iterable[_Chunk]) -> Iterator[Float[Tensor, "1 3 F H W"]]:
+    dtype = next(decoder.parameters()).dtype
+    return decode_parts(decoder, (chunk.latents.to(dtype) for chunk in chunks))
+
+
+def _as_seen(decoded: Float[Tensor, "1 3 F H W"], chunk: _Chunk) -> Frames:
+    """Frames of a chunk as they are shown and judged, without the padding of the clip."""
     frames = decoded[0, :, : chunk.num_frames].float().clamp(-1.0, 1.0).cpu()
     if chunk.frames is not None:  # undo the padding of the sides
         frames = frames[..., : chunk.frames.shape[-2], : chunk.frames.shape[-1]]
-    return frames, future
+    return frames
 
 
 def _open_clip(
@@ -248,7 +255,8 @@ def _open_clip(
         latents = raw_latents(path, recipe.latent_scale, original)
         if len(latents) > 1:
             progress.warn(f"{path} holds {len(latents)} clips: only the first is judged")
-        latents = latents[:1].to(inputs.device)
+        longest = latents.shape[2] if recipe.num_frames is None else spec.num_latents(recipe.num_frames)
+        latents = latents[:1, :, :longest].to(inputs.device)
         num_frames = 1 + spec.temporal_factor * (latents.shape[2] - 1)
         return _latent_chunks(latents, chunk, spec.temporal_factor), num_frames, _LATENT_FPS
     num_frames = count_frames(path)

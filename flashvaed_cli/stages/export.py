@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from flashvaed_cli.artifact.checkpoint import Checkpoint, load_checkpoint
+from flashvaed_cli.artifact.checkpoint import FAMILY_KEY, Checkpoint, load_checkpoint
+from flashvaed_cli.artifact.key_tables import original_layout
 from flashvaed_cli.artifact.layouts import to_foreign
-from flashvaed_cli.artifact.wan_keys import WAN_ORIGINAL
 from flashvaed_cli.atomic import atomic_path
 from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.families import get_family
+from flashvaed_cli.decoders.families import get_family, original_like
 from flashvaed_cli.export.checkpoint_file import export_safetensors
 from flashvaed_cli.export.onnx_graph import OnnxOptions, export_onnx_clip, export_onnx_step
 from flashvaed_cli.export.parity import seeded_latents
@@ -22,9 +22,8 @@ from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.models import ExportRecipe
 from flashvaed_cli.report.tables import Column, TableData, to_records
 from flashvaed_cli.stages.folders import refuse_foreign_folder
-from flashvaed_cli.stages.loading import DTYPES, choose_input, with_plain_operators
+from flashvaed_cli.stages.loading import DTYPES, choose_input, load_input, with_plain_operators
 from flashvaed_cli.stages.result import StageOutcome
-from flashvaed_cli.zoo.builtin import BUILTINS
 
 MANIFEST = "export.json"
 _CHECK_GRID = (3, 6, 8)
@@ -41,10 +40,11 @@ def run_export(recipe: ExportRecipe, *, progress: Progress, force: bool, command
     output = Path(recipe.output)
     refuse_foreign_folder(output, MANIFEST, force=force)
     location = choose_input(recipe.input, ExportRecipe, progress)
-    checkpoint = with_plain_operators(load_checkpoint(location, builtins=BUILTINS))
+    checkpoint = with_plain_operators(load_input(location, recipe.family, progress))
     decoder = checkpoint.require_decoder()
     name = Path(location.replace(":", "-")).stem
     results: list[ExportResult] = []
+    skipped: list[str] = []
     if "safetensors" in recipe.targets:
         results.append(_export_original_layout(checkpoint, output / f"{name}.safetensors", recipe))
     if "onnx" in recipe.targets:
@@ -56,9 +56,14 @@ def run_export(recipe: ExportRecipe, *, progress: Progress, force: bool, command
             seed=recipe.seed,
         )
         results.append(export_onnx_clip(decoder, output / f"{name}.onnx", options=options, progress=progress))
-        results.append(export_onnx_step(decoder, output / f"{name}.step.onnx", options=options, progress=progress))
+        if decoder.spec.still:
+            skipped.append("no streaming graph: an image has no next step")
+        elif decoder.spec.is_causal:
+            results.append(export_onnx_step(decoder, output / f"{name}.step.onnx", options=options, progress=progress))
+        else:
+            skipped.append("no streaming graph: this decoder sees frames ahead, so a step alone has no frames")
     table = _table(results)
-    notes = tuple(dict.fromkeys(note for result in results for note in result.notes))
+    notes = tuple(dict.fromkeys([*(note for result in results for note in result.notes), *skipped]))
     manifest = {"command": command_line, "decoder": location, "sha256": checkpoint.sha256, "files": to_records(table)}
     with atomic_path(output / MANIFEST) as sibling:
         sibling.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -69,23 +74,30 @@ def run_export(recipe: ExportRecipe, *, progress: Progress, force: bool, command
 def _export_original_layout(checkpoint: Checkpoint, path: Path, recipe: ExportRecipe) -> ExportResult:
     """The family's own key layout, with the encoder where the checkpoint holds one, and the latent statistics."""
     decoder, encoder = checkpoint.require_decoder(), checkpoint.encoder
-    tensors = to_foreign(decoder.state_dict(), decoder.spec, WAN_ORIGINAL)
+    family, layout = get_family(checkpoint.family), original_layout(checkpoint.family)
+    tensors = to_foreign(decoder.state_dict(), decoder.spec, layout)
     if encoder is not None:
-        tensors |= to_foreign(encoder.state_dict(), encoder.spec, WAN_ORIGINAL)
+        tensors |= to_foreign(encoder.state_dict(), encoder.spec, layout)
     dtype = DTYPES[recipe.dtype]
-    fit = fits_uniform_layout(decoder.spec, get_family(checkpoint.family).decoder_spec)
+    fit = fits_uniform_layout(decoder.spec, original_like(decoder.spec))
+    notes = fit.notes(None if encoder is None else encoder.spec.stages[0].blocks[0].conv.out_width)  # type: ignore[union-attr]
+    if fit.base_width is not None and family.uniform_note is not None:
+        notes = (family.uniform_note.format(base_width=fit.base_width),)
+    described = family.described(decoder.spec)
     return export_safetensors(
         {name: tensor.to(dtype) for name, tensor in tensors.items()},
         path,
         {
             "format": "pt",
+            FAMILY_KEY: checkpoint.family,
             "latents_mean": json.dumps(checkpoint.latent_mean),
             "latents_std": json.dumps(checkpoint.latent_std),
+            **({"config": json.dumps(described)} if described else {}),
         },
         reload=_reload_decoder,
         decoder=decoder,
         latents=_check_latents(checkpoint, recipe.seed),
-        notes=fit.notes(None if encoder is None else encoder.spec.stages[0].blocks[0].conv.out_width),  # type: ignore[union-attr]
+        notes=notes,
     )
 
 
@@ -95,9 +107,9 @@ def _reload_decoder(path: Path) -> Decoder:
 
 def _check_latents(checkpoint: Checkpoint, seed: int) -> torch.Tensor:
     spec = checkpoint.require_decoder().spec
-    return seeded_latents(
-        spec, _CHECK_GRID, seed=seed, latent_mean=checkpoint.latent_mean, latent_std=checkpoint.latent_std
-    )
+    num_latents, height, width = _CHECK_GRID
+    grid = (1 if spec.still else num_latents, height, width)
+    return seeded_latents(spec, grid, seed=seed, latent_mean=checkpoint.latent_mean, latent_std=checkpoint.latent_std)
 
 
 def _table(results: list[ExportResult]) -> TableData:

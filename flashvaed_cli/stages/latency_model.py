@@ -50,7 +50,7 @@ class TimedClip:
     def grid(self, spec: DecoderSpec) -> Grid:
         """Its latents' frames, height and width."""
         side = -(-self.side // spec.spatial_factor)
-        return (1 + -(-(self.num_frames - 1) // spec.temporal_factor), side, side)
+        return (spec.num_latents(self.num_frames), side, side)
 
     def latents(self, spec: DecoderSpec, seed: int) -> Float[Tensor, "1 C T Hz Wz"]:
         """Random latents of that size."""

@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint, load_checkpoint, load_original
+from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.exact import plain_decoder
+from flashvaed_cli.decoders.still import still_decoder
 from flashvaed_cli.errors import ArtifactError, FlashVaedError
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.models import CommandRecipe
@@ -50,8 +52,16 @@ class Inputs:
     original: Checkpoint
     device: torch.device
 
+    def reference(self) -> Decoder:
+        """The original's decoder as far as the decoder to work on follows it: without time for one of single images."""
+        original = self.original.require_decoder()
+        is_still = self.checkpoint.require_decoder().spec.still
+        return still_decoder(original) if is_still and not original.spec.still else original
 
-def load_inputs(location: str, *, original: str | None, device: torch.device, needs_encoder: bool = True) -> Inputs:
+
+def load_inputs(
+    location: str, *, original: str | None, family: str | None, device: torch.device, progress: Progress
+) -> Inputs:
     """Load a checkpoint and its original, both moved to the device, with plain operators.
 
     Exact operators are a way to run a decoder: what is pruned, converted, trained or exported is the network.
@@ -59,14 +69,30 @@ def load_inputs(location: str, *, original: str | None, device: torch.device, ne
     Raises:
         ArtifactError: not found, unreadable, not the original of the checkpoint, or weights that are not finite.
     """
-    checkpoint = with_plain_operators(load_checkpoint(location, builtins=BUILTINS))
-    parent = with_plain_operators(load_original(checkpoint, original, BUILTINS, needs_encoder=needs_encoder))
+    checkpoint = with_plain_operators(load_input(location, family, progress))
+    parent = with_plain_operators(load_original(checkpoint, original, BUILTINS, needs_encoder=False))
     for loaded in (checkpoint, parent):
         _require_finite_weights(loaded)
         for coder in (loaded.decoder, loaded.encoder):
             if coder is not None:
                 coder.to(device)
     return Inputs(checkpoint, parent, device)
+
+
+def load_input(location: str, family: str | None, progress: Progress) -> Checkpoint:
+    """Load a checkpoint; where names and configuration leave several families open, say so and which one is taken.
+
+    Raises:
+        ArtifactError: not found, unreadable or not of that family.
+    """
+    checkpoint = load_checkpoint(location, builtins=BUILTINS, family=family)
+    if checkpoint.twins:
+        others = " and ".join(checkpoint.twins)
+        progress.log(
+            f"{location}: {checkpoint.family} and {others} name their tensors alike; taken as {checkpoint.family} "
+            f"(--family {checkpoint.twins[0]} if it is that)"
+        )
+    return checkpoint
 
 
 def with_plain_operators(checkpoint: Checkpoint) -> Checkpoint:

@@ -42,9 +42,11 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
     refuse_overwrite(Path(recipe.output), force=force)
     location = choose_input(recipe.input, PruneRecipe, progress)
     device = choose_device(recipe.device)
-    inputs = load_inputs(location, original=recipe.original, device=device, needs_encoder=False)
+    inputs = load_inputs(location, original=recipe.original, family=recipe.family, device=device, progress=progress)
     decoder = inputs.checkpoint.require_decoder()
-    clips = plan_calibration(inputs.original, recipe, recipe.num_calibration_clips, device, progress)
+    clips = plan_calibration(
+        inputs.original, recipe, recipe.num_calibration_clips, device, progress, still=decoder.spec.still
+    )
     statistics, parents, latency_model = _statistics(recipe, inputs.checkpoint, clips, progress)
     budget = None
     ratios, round_to = recipe.ratios(get_family(inputs.checkpoint.family).shallow_stages), recipe.round_to

@@ -31,7 +31,7 @@ def choose_reference(inputs: Inputs, kept: Kept, progress: Progress) -> tuple[De
     Args:
         kept: channels of the input decoder that this step leaves.
     """
-    decoder, original = inputs.checkpoint.require_decoder(), inputs.original.require_decoder()
+    decoder, original = inputs.checkpoint.require_decoder(), inputs.reference()
     before = inputs.checkpoint.kept_channels
     widths = tensor_widths(original.spec) | {tensor: len(channels) for tensor, channels in before.items()}
     if tensor_widths(decoder.spec) == widths:

@@ -32,7 +32,7 @@ def run_speed(recipe: EvalRecipe, *, progress: Progress, force: bool, command_li
     refuse_foreign_folder(output, SPEED_JSON, "report.json", force=force)
     location = choose_input(recipe.input, EvalRecipe, progress)
     device = choose_device(recipe.device)
-    inputs = load_inputs(location, original=recipe.original, device=device, needs_encoder=False)
+    inputs = load_inputs(location, original=recipe.original, family=recipe.family, device=device, progress=progress)
     original, derived = inputs.original.require_decoder(), derived_decoders(inputs, recipe, taken=RESERVED_NAMES)
     if recipe.compile:
         DecodeRuntime(original, DecodeSettings(compile=True))  # says at once where no compiler is at hand

@@ -70,8 +70,7 @@ class ClipSize:
     def grid(self, spec: DecoderSpec) -> Grid:
         """The smallest latent grid that holds the clip."""
         factor = spec.spatial_factor
-        num_latents = 1 + -(-(self.num_frames - 1) // spec.temporal_factor)
-        return num_latents, -(-self.height // factor), -(-self.width // factor)
+        return spec.num_latents(self.num_frames), -(-self.height // factor), -(-self.width // factor)
 
     def rounded(self, spec: DecoderSpec) -> ClipSize:
         """What that grid decodes to: 1 + temporal_factor n frames, sides that spatial_factor divides, rounded up."""

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from flashvaed_cli.decoders.blocks import Attention, Head, ResBlock, Upsample
 from flashvaed_cli.decoders.operators import ChannelRMSNorm, Conv, SeparableConv3d, batch_as_frames, frames_as_batch
+from flashvaed_cli.decoders.shuffle_blocks import ShuffleUpsample
 from flashvaed_cli.surgery.activations import ActivationStore
 from flashvaed_cli.surgery.channel_fit import ChannelFit, dense_kernel
 from flashvaed_cli.surgery.layer_fit import (
@@ -32,9 +33,16 @@ from flashvaed_cli.surgery.layer_fit import (
     num_taps,
     rows_for,
 )
-from flashvaed_cli.surgery.recording import BLOCK, RecordedRows
+from flashvaed_cli.surgery.recording import BLOCK, BYPASS_GAP, RecordedRows
 from flashvaed_cli.surgery.rows import dense_rows_per_clip, gather_rows
-from flashvaed_cli.surgery.transfer import Channels, doubled, pick
+from flashvaed_cli.surgery.transfer import (
+    Channels,
+    doubled,
+    pick,
+    residual_channels,
+    residual_kernel,
+    wide_channels,
+)
 
 Clip = Float[Tensor, "_B _C _T _H _W"]
 
@@ -112,7 +120,9 @@ def rows_by_layer(pair: BlockPair) -> dict[str, int]:
 
 
 def _solve_gain(norm: ChannelRMSNorm, pair: BlockPair, rows: Callable[[Clip, RecordedRows], tuple]) -> None:
-    """Fit gamma; `rows` gives a clip's rows of the new norm's input, and the original norm's output on the kept."""
+    """Fit the norm; `rows` gives a clip's rows of the new norm's input, and the original norm's output on the kept."""
+    if norm.gamma is None:
+        return  # nothing to fit: the block has all its channels
     fit = GainFit(norm)
     for y, recorded in pair.clips():
         fit.update(*rows(y, recorded))
@@ -189,20 +199,32 @@ def _solve_resblock(pair: BlockPair, address: str) -> list[LayerError]:
         errors.append(_solve_layer(second, pair, "conv2", lambda y: [hidden(y)], lambda _, rows: rows.inputs["conv2"]))
         if new.shortcut is not None:
             across = pair.fit_of("shortcut", pair.before, pair.after)
-            errors.append(_solve_layer(across, pair, BLOCK, lambda y: [y], lambda _, rows: rows.inputs[BLOCK]))
+            errors.append(
+                _solve_layer(
+                    across,
+                    pair,
+                    BLOCK,
+                    lambda y: [new.before_shortcut(y)],
+                    lambda _, rows: old.before_shortcut(rows.inputs[BLOCK]),
+                )
+            )
         return errors
     if _is_joint(pair):
         assert new.shortcut is not None
         joint = DenseFit([new.conv2, new.shortcut], settings=pair.settings)
         errors.append(
             _solve_layer(
-                joint, pair, BLOCK, lambda y: [hidden(y), y], lambda _, rows: pick(rows.outputs[BLOCK], pair.after, 1)
+                joint,
+                pair,
+                BLOCK,
+                lambda y: [hidden(y), new.before_shortcut(y)],
+                lambda _, rows: pick(rows.outputs[BLOCK], pair.after, 1),
             )
         )
         return errors
 
     def beside_shortcut(y: Clip, rows: RecordedRows) -> Tensor:
-        across = y if new.shortcut is None else new.shortcut(y)
+        across = y if new.shortcut is None else new.shortcut(new.before_shortcut(y))
         return pick(rows.outputs[BLOCK], pair.after, 1) - at_block(across, rows)
 
     second = pair.fit_of("conv2", pair.inner, pair.after)
@@ -265,9 +287,41 @@ def _solve_upsample(pair: BlockPair, address: str) -> list[LayerError]:
         return [batch_as_frames(F.interpolate(frames_as_batch(y), scale_factor=2, mode="nearest"), y.shape[0])]
 
     spatial = pair.fit_of("spatial", pair.before, pair.after)
-    target = lambda _, rows: pair.targets(rows, "spatial", pair.after)  # noqa: E731
+
+    def target(_: Clip, rows: RecordedRows) -> Tensor:
+        wanted = pair.targets(rows, "spatial", pair.after)
+        owes = pair.settings.mode == "full" and BYPASS_GAP in rows.outputs
+        return wanted + rows.outputs[BYPASS_GAP] if owes else wanted
+
     errors.append(_solve_layer(spatial, pair, "spatial", enlarged, target))
     return errors
+
+
+def _solve_shuffle(pair: BlockPair, address: str) -> list[LayerError]:
+    """The layer gives what the original's gave; and the original's residual too, where it has become part of it."""
+    old, new = pair.reference, pair.student
+    assert isinstance(old, ShuffleUpsample) and isinstance(new, ShuffleUpsample)
+    wide = wide_channels(pair.after, old.spec.cell)
+    if pair.settings.mode == "channel":
+        kernel = old.conv.weight
+        if old.spec.residual and not new.spec.residual:
+            kernel = kernel + residual_kernel(old.spec).to(kernel)
+        fit: LayerFit = ChannelFit(
+            new.conv, kernel, old.conv.bias, before=pair.before, after=wide, settings=pair.settings
+        )
+        return [_solve_layer(fit, pair, "conv", lambda y: [y], lambda _, rows: rows.inputs["conv"])]
+
+    def target(y: Clip, rows: RecordedRows) -> Tensor:
+        wanted = rows.outputs["conv"]
+        if old.spec.residual:
+            wanted = wanted + rows.inputs["conv"][:, residual_channels(old.spec).to(wanted.device)]
+        wanted = pick(wanted, wide, 1)
+        if new.spec.residual:
+            own = gather_rows(y, rows.positions["conv"])
+            wanted = wanted - own[:, residual_channels(new.spec).to(wanted.device)]
+        return wanted
+
+    return [_solve_layer(pair.fit_of("conv", pair.before, wide), pair, "conv", lambda y: [y], target)]
 
 
 def _solve_head(pair: BlockPair, address: str) -> list[LayerError]:
@@ -291,6 +345,7 @@ BLOCK_SOLVERS: dict[str, Callable[[BlockPair, str], list[LayerError]]] = {
     "resblock": _solve_resblock,
     "attention": _solve_attention,
     "upsample": _solve_upsample,
+    "shuffle_upsample": _solve_shuffle,
     "head": _solve_head,
     "conv": _solve_conv,
 }

@@ -70,7 +70,8 @@ def channel_evidence(
 def _producer_l1(decoder: Decoder, group: ChannelGroup) -> Float64[Tensor, " C"]:
     """Sum of the absolute weights that produce each channel, over all layers that write to the group."""
     kernels = [_kernel(decoder, address) for address in producers(decoder.spec, group)]
-    return torch.stack([kernel.abs().sum(dim=(1, 2)) for kernel in kernels]).sum(dim=0)
+    # A bypass has several rows per channel, one after another.
+    return torch.stack([kernel.abs().reshape(group.width, -1).sum(dim=1) for kernel in kernels]).sum(dim=0)
 
 
 def _consumer_metric(
@@ -87,8 +88,9 @@ def _consumer_metric(
         if consumer.layer is not None:
             kernel = _kernel(decoder, consumer.layer)  # [O, C, taps]
             if consumer.norm is not None:
-                gamma = decoder.at(consumer.norm).get_parameter("gamma")
-                kernel = kernel * gamma.cpu().double()[:, None]
+                gamma = decoder.at(consumer.norm).gamma
+                if isinstance(gamma, Tensor):  # some norms have no gain
+                    kernel = kernel * gamma.cpu().double()[:, None]
             rows = kernel.transpose(1, 2).flatten(0, 1)  # [O * taps, C]
             metric = rows.T @ rows
         energy = float((metric * covariance).sum())  # tr(M S)

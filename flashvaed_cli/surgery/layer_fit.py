@@ -72,6 +72,10 @@ def num_taps(spec: ConvSpec) -> int:
     return spec.kernel[0] * spec.kernel[1] * spec.kernel[2]
 
 
+def _patches(x: Input, spec: ConvSpec, positions: Positions) -> Float[Tensor, "N C taps"]:
+    return gather_patches(x, spec.kernel, positions, spec.time_padding, spec.space_padding)
+
+
 def rows_for(layers: Sequence[Conv], num_clips: int) -> int:
     """How many positions of a clip the fit of these layers uses."""
     spec = layers[0].spec
@@ -99,10 +103,7 @@ class DenseFit:
         """Add one clip: what each layer reads in the new decoder, and what their sum should be at `positions`."""
         rows = max(_BLOCK_ELEMENTS // sum(self.sizes), 1)
         for part, goal in zip(positions.split(rows), target.split(rows), strict=True):
-            patches = [
-                gather_patches(x, layer.spec.kernel, part).flatten(1)
-                for x, layer in zip(inputs, self.layers, strict=True)
-            ]
+            patches = [_patches(x, layer.spec, part).flatten(1) for x, layer in zip(inputs, self.layers, strict=True)]
             self.equations.update(torch.cat(patches, dim=1), goal)
 
     def solve_(self) -> LayerError:
@@ -138,7 +139,7 @@ class SeparableFit:
 
     def update(self, inputs: Sequence[Input], target: Float[Tensor, "N O"], positions: Positions) -> None:
         """Add one clip: what the layer reads in the new decoder, and what it should give at `positions`."""
-        self.patches.append(gather_patches(inputs[0], self.layer.spec.kernel, positions))
+        self.patches.append(_patches(inputs[0], self.layer.spec, positions))
         self.targets.append(target)
 
     def solve_(self) -> LayerError:
@@ -225,22 +226,34 @@ class LinearFit:
 
 
 class GainFit:
-    """Fit of a norm's gamma: the new decoder normalises over fewer channels than the original."""
+    """Fit of a norm's gamma, and beta where it has one: the new decoder normalises over fewer channels."""
 
     def __init__(self, norm: ChannelRMSNorm) -> None:
-        self.norm = norm
+        assert norm.gamma is not None
+        self.norm, self.gamma = norm, norm.gamma
         self.prior = norm.gamma.detach().cpu().clone()
         width = self.prior.shape[0]
-        self.cross = torch.zeros(width, dtype=torch.float64)  # on the CPU: MPS has no float64
+        self.num_rows = 0
+        self.sums = torch.zeros(2, width, dtype=torch.float64)  # of x and of y; on the CPU: MPS has no float64
+        self.cross = torch.zeros(width, dtype=torch.float64)
         self.energy = torch.zeros_like(self.cross)
-        self.unit = ChannelRMSNorm(width).to(norm.gamma.device).requires_grad_(False)
+        self.unit = ChannelRMSNorm(width, norm.spec.model_copy(update={"shift": False}))
+        self.unit.to(norm.gamma.device).requires_grad_(False)
 
     def update(self, x: Float[Tensor, "N C"], target: Float[Tensor, "N C"]) -> None:
         """Add one clip: the norm's input in the new decoder, the original norm's output on the kept channels."""
         normalised = self.unit(x)
+        self.num_rows += len(x)
+        self.sums += torch.stack([normalised.double().sum(0), target.double().sum(0)]).cpu()
         self.cross += (normalised * target).double().sum(0).cpu()
         self.energy += normalised.double().square().sum(0).cpu()
 
     def solve_(self) -> None:
-        """Write gamma; channels without energy keep theirs."""
-        self.norm.gamma.copy_(fit_gain(self.cross, self.energy, prior=self.prior))
+        """Write gamma and beta; channels without energy (with a beta: without variance) keep theirs."""
+        if self.norm.beta is None or self.num_rows == 0:
+            self.gamma.copy_(fit_gain(self.cross, self.energy, prior=self.prior))
+            return
+        x, y = self.sums / self.num_rows
+        gain = fit_gain(self.cross - self.num_rows * x * y, self.energy - self.num_rows * x * x, prior=self.prior)
+        self.gamma.copy_(gain)
+        self.norm.beta.copy_(y - gain * x)

@@ -12,6 +12,7 @@ Reference: arXiv 2602.19161 trains these layers; this is a departure (METHOD, "c
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -19,20 +20,22 @@ from torch import Tensor
 
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.exact import exact_decoder
-from flashvaed_cli.decoders.groups import Kept
+from flashvaed_cli.decoders.groups import Kept, input_tensors
 from flashvaed_cli.decoders.layout import channels_last, use_channels_last
 from flashvaed_cli.errors import CalibrationError
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.surgery.activations import ActivationStore
 from flashvaed_cli.surgery.block_solvers import BLOCK_SOLVERS, ROWS, STUDENT, BlockPair, rows_by_layer
+from flashvaed_cli.surgery.bypass_fit import BypassPair, solve_bypass
 from flashvaed_cli.surgery.layer_fit import FitSettings, LayerError
 from flashvaed_cli.surgery.recording import record_block
-from flashvaed_cli.surgery.respec import input_tensors
-from flashvaed_cli.surgery.transfer import channel_index
+from flashvaed_cli.surgery.transfer import Channels, channel_index
 
 Clip = Float[Tensor, "_B _C _T _H _W"]
 
 _REFERENCE = "reference"
+_ENTERING = {_REFERENCE: "reference_entering", STUDENT: "student_entering"}
+"""Names in the store: what entered the stage whose bypass is still open."""
 
 
 def first_changed_block(before: Decoder, after: Decoder) -> str | None:
@@ -66,7 +69,6 @@ def reconstruct_decoder(
     Raises:
         CalibrationError: no clips, NaN, or too few positions for the unknowns.
     """
-    inputs = input_tensors(student.spec)
     addresses = [address for address, _ in student.blocks()]
     start = addresses.index(first_block)
     device = next(student.parameters()).device
@@ -78,45 +80,106 @@ def reconstruct_decoder(
     use_channels_last(reference)
     use_channels_last(student)
     with ActivationStore(str(device)) as store:
-        num_clips = _run_prefix(reference, student, addresses[:start], clips, store, device)
+        num_clips = _run_prefix(reference, student, first_block, clips, store, device)
+        pairing = _Pairing(reference, student, kept, settings, store, num_clips)
         with progress.task("reconstruction", (len(addresses) - start) * num_clips) as task:
             for address in addresses[start:]:
-                pair = BlockPair(
-                    reference.at(address),
-                    student.at(address),
-                    channel_index(kept, inputs[address]),
-                    channel_index(kept, f"{address}.conv1"),
-                    channel_index(kept, address),
-                    settings,
-                    store,
-                    num_clips,
-                )
+                pairing.keep_entering(address)
+                pair, bypass = pairing.blocks_at(address), pairing.bypasses_at(address)
                 num_rows = rows_by_layer(pair)
                 for clip in range(num_clips):
                     output, rows = record_block(pair.reference, store.load_input(clip, _REFERENCE), num_rows, generator)
-                    store.save_input(clip, _REFERENCE, output)
+                    store.save_input(clip, _REFERENCE, _with_bypass(output, bypass, _REFERENCE, clip))
                     store.save(clip, ROWS, rows.to_tensors())
                     task.advance(block=address)
+                if bypass is not None:
+                    errors += solve_bypass(bypass, ROWS, generator)
                 errors += BLOCK_SOLVERS[student.spec_of(address).kind](pair, address)
                 for clip in range(num_clips if address != addresses[-1] else 0):
-                    store.save_input(clip, STUDENT, pair.student(store.load_input(clip, STUDENT)))
+                    output = pair.student(store.load_input(clip, STUDENT))
+                    store.save_input(clip, STUDENT, _with_bypass(output, bypass, STUDENT, clip))
     return errors
+
+
+@dataclass(frozen=True)
+class _Pairing:
+    """The two decoders, and what their parts at an address are solved from."""
+
+    reference: Decoder
+    student: Decoder
+    kept: Kept
+    settings: FitSettings
+    store: ActivationStore
+    num_clips: int
+
+    def blocks_at(self, address: str) -> BlockPair:
+        """A block and its successor."""
+        return BlockPair(
+            self.reference.at(address),
+            self.student.at(address),
+            self._channels_before(address),
+            channel_index(self.kept, f"{address}.conv1"),
+            channel_index(self.kept, address),
+            self.settings,
+            self.store,
+            self.num_clips,
+        )
+
+    def bypasses_at(self, address: str) -> BypassPair | None:
+        """The bypass that ends with a block and its successor; None if none does."""
+        stage = self.student.spec.bypassed().get(address)
+        if stage is None:
+            return None
+        return BypassPair(
+            self.reference.bypasses[stage.name],  # type: ignore[arg-type]
+            self.student.bypasses[stage.name],  # type: ignore[arg-type]
+            self._channels_before(f"{stage.name}.0"),
+            channel_index(self.kept, address),
+            self.settings,
+            self.store,
+            self.num_clips,
+            (_ENTERING[_REFERENCE], _ENTERING[STUDENT]),
+        )
+
+    def keep_entering(self, address: str) -> None:
+        """Where a stage with a bypass begins, keep what enters it."""
+        stage, index = address.split(".")
+        if index == "0" and stage in self.student.bypasses:
+            for clip in range(self.num_clips):
+                for name, kept_name in _ENTERING.items():
+                    self.store.save_input(clip, kept_name, self.store.load_input(clip, name))
+
+    def _channels_before(self, address: str) -> Channels:
+        return channel_index(self.kept, input_tensors(self.student.spec)[address])
+
+
+def _with_bypass(output: Clip, pair: BypassPair | None, name: str, clip: int) -> Clip:
+    """A block's output with the bypass that ends there, in the decoder of that name."""
+    if pair is None:
+        return output
+    bypass = pair.reference if name == _REFERENCE else pair.student
+    return bypass(output, pair.store.load_input(clip, _ENTERING[name]), is_first=True)
 
 
 def _run_prefix(
     reference: Decoder,
     student: Decoder,
-    addresses: list[str],
+    first_block: str,
     clips: Iterable[Clip],
     store: ActivationStore,
     device: torch.device,
 ) -> int:
+    """Run both decoders up to the first block to solve, and store what they feed it; returns the number of clips."""
+    stage = first_block.split(".")[0]
+    entrance = input_tensors(student.spec)[f"{stage}.0"] if stage in student.bypasses else None
     num_clips = 0
     for latents in clips:
         for name, decoder in ((_REFERENCE, reference), (STUDENT, student)):
             x = channels_last(latents.to(device))
-            for address in addresses:
-                x = decoder.at(address)(x)
+            for address, output in decoder.walk(x, stop=first_block):
+                x = output
+                if address == entrance:
+                    store.save_input(num_clips, _ENTERING[name], x)
             store.save_input(num_clips, name, x)
         num_clips += 1
     if num_clips == 0:

@@ -19,6 +19,11 @@ BLOCK = "block"
 """The name under which a block's own input and output are recorded."""
 
 
+BYPASS_GAP = "bypass_gap"
+"""The name of the outputs that a stage's last layer owes because the new bypass does not give them; on the channels
+that are left."""
+
+
 @dataclass(frozen=True)
 class RecordedRows:
     """Rows of one clip. Names are those of the block's layers, and `BLOCK`.

@@ -4,28 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from flashvaed_cli.decoders.groups import Kept, channel_groups, tensor_widths
+from flashvaed_cli.decoders.groups import Kept, channel_groups, input_tensors, tensor_widths
 from flashvaed_cli.decoders.spec import (
     AttentionSpec,
     BlockSpec,
     ConvSpec,
     DecoderSpec,
     DownsampleSpec,
+    HeadSpec,
+    NormSpec,
     Operator,
     ResBlockSpec,
+    ShuffleUpsampleSpec,
     UpsampleSpec,
+    block_shrinkage,
 )
 from flashvaed_cli.errors import SpecError
-
-
-def input_tensors(spec: DecoderSpec) -> dict[str, str | None]:
-    """Block address to the address of the block whose output it reads; None for the latents."""
-    before: str | None = None
-    inputs: dict[str, str | None] = {}
-    for address, _ in spec.blocks():
-        inputs[address] = before
-        before = address
-    return inputs
 
 
 def narrowed_spec(spec: DecoderSpec, kept: Kept) -> DecoderSpec:
@@ -84,15 +78,26 @@ def _narrowed_block(block: BlockSpec, before: int | None, inner: int | None, aft
             shortcut = ConvSpec(
                 operator="pointwise", in_width=conv1.in_width, out_width=conv2.out_width, kernel=(1, 1, 1)
             )
-        return ResBlockSpec(conv1=conv1, conv2=conv2, shortcut=shortcut)
+        changed = {"conv1": conv1, "conv2": conv2, "shortcut": shortcut, "norm": _with_gain(block.norm)}
+        return ResBlockSpec(**{**dict(block), **changed})
     if isinstance(block, AttentionSpec):
         return AttentionSpec(width=after or block.width, inner_width=block.inner_width)
     if isinstance(block, UpsampleSpec):
         temporal = block.temporal and _resized(block.temporal, before, before and 2 * before)
         return UpsampleSpec(temporal=temporal, spatial=_resized(block.spatial, before, after))
-    if isinstance(block, DownsampleSpec):
+    if isinstance(block, ShuffleUpsampleSpec):
+        conv = _resized(block.conv, before, after and after * block.cell)
+        return ShuffleUpsampleSpec(conv=conv, factor=block.factor)  # a residual becomes part of the kernel
+    if isinstance(block, DownsampleSpec) or block_shrinkage(block) != (1, 1, 1):
         raise SpecError("encoders are not pruned")
+    if isinstance(block, HeadSpec):
+        return HeadSpec(conv=_resized(block.conv, before, after), norm=_with_gain(block.norm))
     return block.model_copy(update={"conv": _resized(block.conv, before, after)})
+
+
+def _with_gain(norm: NormSpec) -> NormSpec:
+    """A norm over fewer channels than before needs a gain to make up for those that are missing."""
+    return norm.model_copy(update={"gain": True})
 
 
 def _resized(layer: ConvSpec, in_width: int | None, out_width: int | None) -> ConvSpec:
@@ -125,7 +130,7 @@ def converted_spec(spec: DecoderSpec, stage_operators: Mapping[str, Operator]) -
     return spec.with_blocks(changed)
 
 
-_CONVERSIONS = {("causal3d", "dwsep3d"), ("causal3d", "frame2d")}
+_CONVERSIONS = {("causal3d", "dwsep3d"), ("causal3d", "frame2d"), ("frame2d", "dwsep3d")}
 
 
 def _with_operator(layer: ConvSpec, operator: Operator, address: str) -> ConvSpec:
@@ -134,5 +139,7 @@ def _with_operator(layer: ConvSpec, operator: Operator, address: str) -> ConvSpe
     if (layer.operator, operator) not in _CONVERSIONS:
         possible = ", ".join(sorted(to for source, to in _CONVERSIONS if source == layer.operator)) or "nothing"
         raise SpecError(f"{address} is {layer.operator}: it converts to {possible}, not to {operator}")
-    kernel = (1, *layer.kernel[1:]) if operator == "frame2d" else layer.kernel
-    return ConvSpec(operator=operator, in_width=layer.in_width, out_width=layer.out_width, kernel=kernel)
+    if operator != "frame2d":
+        return layer.model_copy(update={"operator": operator})
+    changed = {"operator": operator, "kernel": (1, *layer.kernel[1:]), "time_padding": "zeros"}
+    return ConvSpec(**{**dict(layer), **changed})

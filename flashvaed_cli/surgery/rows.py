@@ -7,7 +7,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from flashvaed_cli.decoders.spec import Kernel
+from flashvaed_cli.decoders.spec import Kernel, SpacePadding, TimePadding
 
 _GRAM_MULTIPLY_ADDS = 5e9
 _FEWEST_ROWS_PER_UNKNOWN, _MOST_ROWS_PER_UNKNOWN = 8, 128
@@ -47,15 +47,28 @@ def sample_positions(
 
 
 def gather_patches(
-    x: Float[Tensor, "B C T H W"], kernel: Kernel, positions: Int64[Tensor, " N"]
+    x: Float[Tensor, "B C T H W"],
+    kernel: Kernel,
+    positions: Int64[Tensor, " N"],
+    time_padding: TimePadding = "zeros",
+    space_padding: SpacePadding = "zeros",
 ) -> Float[Tensor, "N C taps"]:
-    """The values that a causal, space-padded kernel reads at each position.
+    """The values that a kernel reads at each position.
 
     Flattened, `[N, C * taps]`, the order is that of a flattened weight `[O, C, kt, kh, kw]`.
     """
     kt, kh, kw = kernel
     _, c, t, h, w = x.shape
-    padded = F.pad(x, (kw // 2, kw // 2, kh // 2, kh // 2, kt - 1, 0))
+    if time_padding == "edges":
+        x = torch.cat([x[:, :, :1].expand(-1, -1, kt // 2, -1, -1), x, x[:, :, -1:].expand(-1, -1, kt // 2, -1, -1)], 2)
+    elif time_padding == "first":
+        x = torch.cat([x[:, :, :1].expand(-1, -1, kt - 1, -1, -1), x], dim=2)
+    before = kt - 1 if time_padding == "zeros" else 0
+    if space_padding == "reflect":
+        x = F.pad(x, (kw // 2, kw // 2, kh // 2, kh // 2, 0, 0), mode="reflect")
+        padded = F.pad(x, (0, 0, 0, 0, before, 0))
+    else:
+        padded = F.pad(x, (kw // 2, kw // 2, kh // 2, kh // 2, before, 0))
     _, _, tp, hp, wp = padded.shape
     rows = padded.permute(0, 2, 3, 4, 1).reshape(-1, c)  # [B Tp Hp Wp, C]
     positions = positions.to(x.device)

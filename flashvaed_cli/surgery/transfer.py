@@ -12,15 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from flashvaed_cli.decoders.blocks import Attention, ResBlock, Upsample
+from flashvaed_cli.decoders.bypass import Bypass
 from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.groups import Kept
-from flashvaed_cli.decoders.operators import ChannelRMSNorm
-from flashvaed_cli.decoders.spec import DecoderSpec, Operator
+from flashvaed_cli.decoders.groups import Kept, input_tensors
+from flashvaed_cli.decoders.norms import ChannelLayerNorm, ChannelRMSNorm
+from flashvaed_cli.decoders.shuffle_blocks import ShuffleUpsample
+from flashvaed_cli.decoders.spec import DecoderSpec, Operator, ShuffleUpsampleSpec
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.numerics.separable import frame_from_causal, separable_from_dense
-from flashvaed_cli.surgery.respec import input_tensors
 
 Channels = Tensor | None
+Norm = ChannelRMSNorm | ChannelLayerNorm
 
 
 def channel_index(kept: Kept, tensor: str | None) -> Channels:
@@ -62,11 +64,36 @@ def transfer_weights(reference: Decoder, spec: DecoderSpec, kept: Kept) -> Decod
                 assert isinstance(source, Upsample) and source.temporal is not None
                 _transfer_conv(source.temporal, block.temporal, before, doubled(before, source.temporal))
             _transfer_conv(source.spatial, block.spatial, before, after)  # type: ignore[union-attr, arg-type]
+        elif isinstance(block, ShuffleUpsample):
+            _transfer_shuffle(source, block, before, after)
         else:
             if hasattr(block, "norm"):
                 _transfer_norm(source.norm, block.norm, before)  # type: ignore[arg-type]
             _transfer_conv(source.conv, block.conv, before, after)  # type: ignore[arg-type]
+    for end, stage in spec.bypassed().items():
+        _transfer_bypass(
+            reference.bypasses[stage.name],  # type: ignore[arg-type]
+            student.bypasses[stage.name],  # type: ignore[arg-type]
+            channel_index(kept, inputs[f"{stage.name}.0"]),
+            channel_index(kept, end),
+        )
     return student
+
+
+def wide_channels(channels: Channels, cell_size: int) -> Channels:
+    """Kept outputs of a bypass, or of the layer before a shuffle: the same channels at every position of a cell."""
+    if channels is None:
+        return None
+    return (channels[:, None] * cell_size + torch.arange(cell_size)).flatten()
+
+
+def _transfer_bypass(source: Bypass, bypass: Bypass, before: Channels, after: Channels) -> None:
+    if bypass.conv is None:
+        return
+    wide = wide_channels(after, source.spec.cell_size)
+    weight, bias = source.matrix()
+    bypass.conv.weight.copy_(pick(pick(weight, wide, 0), before, 1))
+    bypass.conv.bias.copy_(pick(bias, wide, 0))
 
 
 def doubled(channels: Channels, temporal: nn.Module) -> Channels:
@@ -82,6 +109,11 @@ def _transfer_resblock(source: nn.Module, block: ResBlock, before: Channels, inn
     _transfer_conv(source.conv1, block.conv1, before, inner)
     _transfer_norm(source.norm2, block.norm2, inner)
     _transfer_conv(source.conv2, block.conv2, inner, after)
+    if block.shortcut_norm is not None and source.shortcut_norm is not None:
+        _transfer_norm(source.shortcut_norm, block.shortcut_norm, before)
+    for name, channels in (("noise1", inner), ("noise2", after)):
+        if hasattr(block, name):
+            getattr(block, name).copy_(pick(getattr(source, name), channels, 0))
     if block.shortcut is None:
         return
     if source.shortcut is not None:
@@ -101,8 +133,39 @@ def _transfer_attention(source: nn.Module, block: Attention, before: Channels, a
     block.proj.bias.copy_(pick(source.proj.bias, after, 0))
 
 
-def _transfer_norm(source: ChannelRMSNorm, norm: ChannelRMSNorm, before: Channels) -> None:
-    norm.gamma.copy_(pick(source.gamma, before, 0))
+def _transfer_norm(source: Norm, norm: Norm, before: Channels) -> None:
+    """Gain and shift of the channels that are left; a norm that had no gain begins with one of 1."""
+    if norm.gamma is not None and source.gamma is not None:
+        norm.gamma.copy_(pick(source.gamma, before, 0))
+    if norm.beta is not None and source.beta is not None:
+        norm.beta.copy_(pick(source.beta, before, 0))
+
+
+def _transfer_shuffle(source: nn.Module, block: ShuffleUpsample, before: Channels, after: Channels) -> None:
+    """A residual that pruning has parted from its channels becomes part of the kernel's middle."""
+    assert isinstance(source, ShuffleUpsample)
+    kernel = source.conv.weight
+    if source.spec.residual and not block.spec.residual:
+        kernel = kernel + residual_kernel(source.spec).to(kernel)
+    wide = wide_channels(after, source.spec.cell)
+    block.conv.weight.copy_(pick(pick(kernel, wide, 0), before, 1))
+    block.conv.bias.copy_(pick(source.conv.bias, wide, 0))
+
+
+def residual_kernel(spec: ShuffleUpsampleSpec) -> Tensor:
+    """The residual of a shuffle as a kernel `[O, C, kt, kh, kw]` that is added to the layer's."""
+    conv = spec.conv
+    kt, kh, kw = conv.kernel
+    kernel = torch.zeros(conv.out_width, conv.in_width, kt, kh, kw)
+    kernel[torch.arange(conv.out_width), residual_channels(spec), conv.num_past, kh // 2, kw // 2] = 1
+    return kernel
+
+
+def residual_channels(spec: ShuffleUpsampleSpec) -> Tensor:
+    """For every channel of a shuffle's layer, the channel of the input that its residual adds to it."""
+    conv, cell = spec.conv, spec.cell
+    rows = torch.arange(conv.out_width)
+    return (rows // cell) % (conv.in_width // cell) * cell + rows % cell
 
 
 def _transfer_conv(source: nn.Module, layer: nn.Module, before: Channels, after: Channels) -> None:
@@ -114,8 +177,9 @@ def _transfer_conv(source: nn.Module, layer: nn.Module, before: Channels, after:
         layer.weight.copy_(pick(pick(weight, after, 0), before, 1))  # type: ignore[operator, arg-type]
     elif operators == ("causal3d", "frame2d"):
         layer.weight.copy_(frame_from_causal(pick(pick(weight, after, 0), before, 1)))  # type: ignore[operator, arg-type]
-    elif operators == ("causal3d", "dwsep3d"):
-        depthwise, pointwise = separable_from_dense(pick(pick(weight, after, 0), before, 1))  # type: ignore[arg-type]
+    elif operators in (("causal3d", "dwsep3d"), ("frame2d", "dwsep3d")):
+        dense = weight if weight.ndim == 5 else weight[:, :, None]  # type: ignore[union-attr, index]
+        depthwise, pointwise = separable_from_dense(pick(pick(dense, after, 0), before, 1))  # type: ignore[arg-type]
         layer.depthwise.copy_(depthwise[:, None])  # type: ignore[operator]
         layer.weight.copy_(pointwise)  # type: ignore[operator]
     else:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from flashvaed_cli.decoders.coder import Coder, Decoder, Encoder
-from flashvaed_cli.decoders.operators import NORM_EPS, ChannelRMSNorm
+from flashvaed_cli.decoders.norms import NORM_EPS, ChannelRMSNorm
 from flashvaed_cli.decoders.spec import CoderSpec, ConvSpec
 from flashvaed_cli.errors import DistillationError
 

@@ -50,7 +50,7 @@ class QualityData:
 def load_quality_data() -> QualityData:
     """9 frames of 128 x 128 from each clip, 12 clips to solve on and 8 to judge on."""
     device = torch.device("cpu")
-    vae = load_inputs(BUILTIN_VAE, original=None, device=device, needs_encoder=False).checkpoint
+    vae = load_inputs(BUILTIN_VAE, original=None, family=None, device=device, progress=SilentProgress()).checkpoint
     folder = Path(os.environ.get("FLASHVAED_BENCH_DATA", Path(__file__).parents[3] / "shared/data/clips"))
     training: tuple[str, ...] = ()
     judging: tuple[str, ...] = ()

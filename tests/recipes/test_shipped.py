@@ -12,7 +12,7 @@ RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"
 
 
 def test_the_folder_is_not_empty() -> None:
-    assert {path.stem for path in RECIPES} >= {"demo", "fast", "paper", "wan2.1"}
+    assert {path.stem for path in RECIPES} >= {"demo", "fast", "paper", "wan2.1", "wan2.2", "qwen-image"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -9,8 +9,13 @@ from torch import Tensor, nn
 
 from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.decoders.coder import Coder, Decoder
-from flashvaed_cli.decoders.spec import BlockSpec, ConvSpec, DecoderSpec, ResBlockSpec, UpsampleSpec
+from flashvaed_cli.decoders.families import get_family
+from flashvaed_cli.decoders.spec import BlockSpec, CoderSpec, ConvSpec, DecoderSpec, ResBlockSpec, UpsampleSpec
+from flashvaed_cli.decoders.still import still_spec
 from flashvaed_cli.decoders.wan import LATENT_MEAN, LATENT_STD, NAME, wan_decoder_spec, wan_encoder_spec
+from flashvaed_cli.decoders.wan22 import WAN22
+from flashvaed_cli.surgery.respec import converted_spec, narrowed_spec
+from tests.toy import kept_of
 
 DECODER_SPEC = wan_decoder_spec(4)
 ENCODER_SPEC = wan_encoder_spec(4)
@@ -48,6 +53,21 @@ def flash_spec() -> DecoderSpec:
         "head.0": DECODER_SPEC.stage("head").blocks[0].model_copy(update={"conv": conv("causal3d", 3, 3)}),
     }
     return DECODER_SPEC.with_blocks(changed)
+
+
+def specs_of(family: str) -> dict[str, CoderSpec]:
+    """The original's decoder and encoder of a family at width 4, and a converted and pruned decoder."""
+    of = get_family(family)
+    decoder = of.decoder_spec(4, of.latent_width)
+    flash = converted_spec(narrowed_spec(decoder, kept_of(decoder, of.shallow_stages)), of.paper_operators)
+    if family != WAN22.name:
+        flash = flash_spec().model_copy(update={"family": family})
+    return {
+        "original": decoder,
+        "encoder": of.encoder_spec(4, of.latent_width),
+        "flash": flash,
+        "still": still_spec(decoder),
+    }
 
 
 def filled(coder: Coder) -> Coder:

@@ -9,19 +9,24 @@ from artifact_specs import (
     flash_spec,
     released_shapes,
     shapes_of,
+    specs_of,
 )
 from torch.nn import functional as F
 
 from flashvaed_cli.artifact.checkpoint import coders_from_foreign, empty_coder
+from flashvaed_cli.artifact.key_tables import LAYOUTS
 from flashvaed_cli.artifact.layouts import Layout, fold_separable, slots, spec_from_shapes, to_foreign
-from flashvaed_cli.artifact.wan_keys import LAYOUTS, WAN_DIFFUSERS, WAN_ORIGINAL
+from flashvaed_cli.artifact.wan22_keys import WAN22_ORIGINAL
+from flashvaed_cli.artifact.wan_keys import WAN_DIFFUSERS, WAN_ORIGINAL
 from flashvaed_cli.decoders.coder import Coder, Decoder, Encoder
+from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.decoders.spec import CoderSpec, ConvSpec, UpsampleSpec, block_in_width
-from flashvaed_cli.decoders.wan import wan_decoder_spec, wan_encoder_spec
 from flashvaed_cli.errors import ArtifactError
 
-SPECS = {"original": DECODER_SPEC, "encoder": ENCODER_SPEC, "flash": flash_spec()}
-every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
+FAMILIES = ("wan2.1", "wan2.2", "qwen-image")
+SPECS = {family: specs_of(family) for family in FAMILIES}
+WAN_LAYOUTS = [layout for layout in LAYOUTS.values() if layout.family in FAMILIES]
+every_layout = pytest.mark.parametrize("layout", WAN_LAYOUTS, ids=lambda layout: layout.name)
 
 
 def coder(spec: CoderSpec) -> Coder:
@@ -29,9 +34,9 @@ def coder(spec: CoderSpec) -> Coder:
 
 
 @every_layout
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", SPECS["wan2.1"])
 def test_there_and_back(layout: Layout, name: str) -> None:
-    spec = SPECS[name]
+    spec = SPECS[layout.family][name]
     own = coder(spec)
     foreign = to_foreign(own.state_dict(), spec, layout)
     back = coders_from_foreign(foreign, layout)[spec.role]
@@ -44,16 +49,18 @@ def test_there_and_back(layout: Layout, name: str) -> None:
 @every_layout
 @pytest.mark.parametrize("width", [1, 2, 6, 96])
 def test_every_width_is_read_from_the_shapes(layout: Layout, width: int) -> None:
-    for spec in (wan_decoder_spec(width), wan_encoder_spec(width), wan_decoder_spec(width, latent_width=5)):
+    of = get_family(layout.family)
+    for spec in (of.decoder_spec(width, 16), of.encoder_spec(width, 16), of.decoder_spec(width, 5)):
         shapes = {slot.foreign: slot.shape for slot in slots(spec, layout)}
         assert spec_from_shapes(shapes, layout, spec.role) == spec
 
 
 @every_layout
 def test_each_parameter_has_one_place(layout: Layout) -> None:
-    places = [slot for spec in (DECODER_SPEC, ENCODER_SPEC) for slot in slots(spec, layout)]
+    specs = SPECS[layout.family]
+    places = [slot for name in ("original", "encoder") for slot in slots(specs[name], layout)]
     assert len({slot.foreign for slot in places}) == len(places)
-    for spec in SPECS.values():
+    for spec in specs.values():
         own = {name: value.shape for name, value in empty_coder(spec).state_dict().items()}
         assert {slot.ours: slot.shape for slot in slots(spec, layout)}.keys() == own.keys()
 
@@ -88,6 +95,28 @@ def test_key_names_of_the_layouts() -> None:
         "encoder.down_blocks.10.conv2.weight",
     ):
         assert name in both
+
+
+def test_key_names_of_wan22() -> None:
+    """As diffusers' conversion of Wan 2.2's own file maps them."""
+    both = [slot.foreign for name in ("original", "encoder") for slot in slots(SPECS["wan2.2"][name], WAN22_ORIGINAL)]
+    for name in (
+        "decoder.upsamples.0.upsamples.0.residual.2.weight",
+        "decoder.upsamples.1.upsamples.3.time_conv.bias",
+        "decoder.upsamples.2.upsamples.0.shortcut.weight",
+        "decoder.upsamples.2.upsamples.3.resample.1.weight",
+        "decoder.upsamples.3.upsamples.2.residual.6.bias",
+        "encoder.downsamples.0.downsamples.2.resample.1.weight",
+        "encoder.downsamples.3.downsamples.1.residual.0.gamma",
+        "decoder.middle.1.to_qkv.weight",
+        "conv2.weight",
+    ):
+        assert name in both
+    assert not any("avg_shortcut" in name for name in both)
+    flash = [slot.foreign for slot in slots(SPECS["wan2.2"]["flash"], WAN22_ORIGINAL)]
+    assert [name for name in flash if "avg_shortcut" in name] == [
+        f"decoder.upsamples.{i}.avg_shortcut.{end}" for i in (1, 2) for end in ("weight", "bias")
+    ]
 
 
 def test_released_student() -> None:
@@ -189,8 +218,9 @@ def test_half_a_vae_may_keep_the_other_halfs_layer_beside_the_latent() -> None:
 
 @every_layout
 def test_singleton_axes_do_not_matter(layout: Layout) -> None:
-    own = coder(flash_spec())
-    tensors = to_foreign(own.state_dict(), flash_spec(), layout)
+    spec = SPECS[layout.family]["flash"]
+    own = coder(spec)
+    tensors = to_foreign(own.state_dict(), spec, layout)
     flat = {name: t.flatten(1) if t.shape[2:].numel() == 1 and t.ndim > 1 else t for name, t in tensors.items()}
     assert shapes_of(flat) != shapes_of(tensors)
     back = coders_from_foreign(flat, layout)["decoder"]

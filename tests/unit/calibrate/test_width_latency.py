@@ -36,7 +36,7 @@ class ParameterTimes:
             call()  # shapes fit
             self.models.append(model)
         self.num_warmups.append(num_warmup)
-        if isinstance(model, Decoder):
+        if model is self.models[0]:  # the whole decoder comes first, and again before every few
             self.load += self.load_step
         return {name: self.load * sum(p.numel() for p in model.get_submodule(name).parameters()) for name in names}
 

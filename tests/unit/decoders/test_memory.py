@@ -53,14 +53,16 @@ from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.exact import exact_spec
 from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.decoders.wan import wan_decoder_spec
+from flashvaed_cli.decoders.wan22 import wan22_decoder_spec
 
 def kilobytes(key):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key + ":"))
 
 torch.set_num_threads(1)
-chunk, tile = (None if text == "-" else int(text) for text in sys.argv[1:])
-decoder = Decoder(exact_spec(wan_decoder_spec(8))).requires_grad_(False)
+chunk, tile = (None if text == "-" else int(text) for text in sys.argv[1:3])
+build = {"wan2.1": wan_decoder_spec, "wan2.2": wan22_decoder_spec}[sys.argv[3]]
+decoder = Decoder(exact_spec(build(8, 16))).requires_grad_(False)
 runtime = DecodeRuntime(decoder, DecodeSettings(chunk=chunk, tile=tile))
 latents = torch.randn(1, 16, 2, 24, 32)
 runtime.decode(latents[:, :, :2, :2, :2])
@@ -73,11 +75,13 @@ print(1024 * (kilobytes("VmHWM") - before), runtime.plan(latents).predicted_byte
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak of a process")
-@pytest.mark.parametrize(("chunk", "tile"), [("-", "-"), ("1", "16")])
-def test_a_process_stays_below_the_prediction(chunk: str, tile: str) -> None:
+@pytest.mark.parametrize(
+    ("chunk", "tile", "family"), [("-", "-", "wan2.1"), ("1", "16", "wan2.1"), ("-", "-", "wan2.2")]
+)
+def test_a_process_stays_below_the_prediction(chunk: str, tile: str, family: str) -> None:
     """Tensors are mapped one by one, so that freed memory goes back and the peak is that of what lives."""
     done = subprocess.run(
-        [sys.executable, "-c", MEASURED, chunk, tile],
+        [sys.executable, "-c", MEASURED, chunk, tile, family],
         capture_output=True, text=True, check=False, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -141,17 +141,19 @@ def test_mistakes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 COMPILED = """
+import sys
 import torch
 from torch._dynamo.utils import counters
 from flashvaed_cli.decoders.exact import exact_spec
 from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.decoders.streaming import decode
-from tests.toy import flash_spec, toy_decoder, toy_latents
+from tests.toy import WAN22_SPECS, flash_spec, toy_decoder, toy_latents
 
 torch.set_num_threads(1)
 latents = toy_latents(5, 4, 5).double()
-decoder = toy_decoder(exact_spec(flash_spec())).double()
-expected = decode(toy_decoder(flash_spec()).double(), latents)
+spec = {"wan2.1": flash_spec(), "wan2.2": WAN22_SPECS["flash"]}[sys.argv[1]]
+decoder = toy_decoder(exact_spec(spec)).double()
+expected = decode(toy_decoder(spec).double(), latents)
 for tile, num_graphs in ((3, 4),):
     counters.clear()
     settings = DecodeSettings(chunk=2, tile=tile, compile=True, compile_backend="eager")
@@ -165,10 +167,11 @@ for tile, num_graphs in ((3, 4),):
 """
 
 
-def test_compiled_steps_are_static_and_never_compile_again() -> None:
+@pytest.mark.parametrize("family", ["wan2.1", "wan2.2"])
+def test_compiled_steps_are_static_and_never_compile_again(family: str) -> None:
     """In a process of its own: the tests' shape checks are nothing to compile."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c", COMPILED],
+        [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c", COMPILED, family],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,310 @@
+"""LTX-Video 0.9.0, 0.9.1, 0.9.5 (also 0.9.6 to 0.9.8) and LTX-2: the originals' specs, the paper's layout.
+
+Patches of 4x4 pixels, no attention, norms without gain. A resampler leads each stage of the decoder: a convolution
+whose channels become frames, rows and columns. Before a kernel the first frame of the video stands again; released
+decoders are centred in time and repeat the last frame too.
+
+From 0.9.1 on the decoder is conditioned on a timestep, the share of noise in the latents. At one timestep that is a
+gain and a shift per channel of every norm, and so it stands in the spec: `decode_timestep` says for which one.
+The noise that 0.9.1 injects is left out unless asked for (`decoders.noise`).
+
+Reference: LTX-Video, arXiv 2501.00103; arXiv 2602.19161, table of the operator layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar, cast
+
+from flashvaed_cli.decoders.family import Family
+from flashvaed_cli.decoders.spec import (
+    BlockSpec,
+    CoderSpec,
+    ConvBlockSpec,
+    ConvSpec,
+    DecoderSpec,
+    EncoderSpec,
+    Factor,
+    HeadSpec,
+    NormSpec,
+    Operator,
+    ResBlockSpec,
+    ShuffleUpsampleSpec,
+    SpacePadding,
+    StageSpec,
+    StridedDownsampleSpec,
+    TimePadding,
+    UnshuffleDownsampleSpec,
+    block_layers,
+)
+
+LATENT_WIDTH = 128
+PATCH = 4
+TEMPORAL_FACTOR, SPATIAL_FACTOR = 8, 32
+DECODE_TIMESTEP = 0.05
+"""What published settings decode at; `decode_timestep` of a checkpoint's configuration or metadata wins."""
+
+PLAIN_NORM = NormSpec(eps=1e-8, gain=False)
+CONDITIONED_NORM = NormSpec(eps=1e-8, gain=True, shift=True)
+
+SpecT = TypeVar("SpecT", bound=CoderSpec)
+
+
+@dataclass(frozen=True)
+class _UpStage:
+    """Blocks behind the resampler, width in base widths; `noise`: the release has scales for it."""
+
+    num_blocks: int
+    multiplier: int
+    enlarges: bool = True
+    noise: bool = False
+
+
+@dataclass(frozen=True)
+class _DownStage:
+    """Blocks before the resampler, width in base widths; `fold`: cells move into channels, else a strided kernel."""
+
+    num_blocks: int
+    multiplier: int
+    fold: Factor | None = None
+    shrinks: bool = True
+
+
+@dataclass(frozen=True)
+class _Version:
+    """What differs between the releases. `divides`: an upsampler halves the width; else a block before it does."""
+
+    name: str
+    mid_blocks: int
+    mid_multiplier: int
+    up: tuple[_UpStage, ...]
+    divides: bool
+    conditioned: bool
+    down: tuple[_DownStage, ...]
+    encoder_mid_blocks: int
+    causal: bool = False
+    space_padding: SpacePadding = "zeros"
+
+
+_STRIDED_ENCODER = (_DownStage(4, 1), _DownStage(3, 2), _DownStage(3, 4), _DownStage(3, 4, shrinks=False))
+_FOLDING_ENCODER = (
+    _DownStage(4, 1, (1, 2, 2)),
+    _DownStage(6, 2, (2, 1, 1)),
+    _DownStage(6, 4, (2, 2, 2)),
+    _DownStage(2, 8, (2, 2, 2)),
+)
+V090 = _Version(
+    "ltx-video-0.9.0",
+    mid_blocks=4,
+    mid_multiplier=4,
+    up=(_UpStage(3, 4, enlarges=False), _UpStage(3, 4), _UpStage(3, 2), _UpStage(4, 1)),
+    divides=False,
+    conditioned=False,
+    down=_STRIDED_ENCODER,
+    encoder_mid_blocks=4,
+)
+V091 = _Version(
+    "ltx-video-0.9.1",
+    mid_blocks=8,
+    mid_multiplier=8,
+    up=(_UpStage(7, 4, noise=True), _UpStage(6, 2, noise=True), _UpStage(5, 1, noise=True)),
+    divides=True,
+    conditioned=True,
+    down=_STRIDED_ENCODER,
+    encoder_mid_blocks=4,
+)
+V095 = _Version(
+    "ltx-video-0.9.5",
+    mid_blocks=5,
+    mid_multiplier=8,
+    up=(_UpStage(5, 4), _UpStage(5, 2), _UpStage(5, 1)),
+    divides=True,
+    conditioned=True,
+    down=_FOLDING_ENCODER,
+    encoder_mid_blocks=2,
+)
+# LTX-2 has the blocks of 0.9.5, not conditioned, causal, and mirrors frames at their borders.
+V2 = replace(V095, name="ltx-2", conditioned=False, causal=True, space_padding="reflect")
+
+
+def _conv(in_width: int, out_width: int, padding: TimePadding) -> ConvSpec:
+    return ConvSpec(operator="causal3d", in_width=in_width, out_width=out_width, kernel=(3, 3, 3), time_padding=padding)
+
+
+def _resblock(
+    in_width: int, out_width: int, padding: TimePadding, norm: NormSpec = PLAIN_NORM, *, noise: bool = False
+) -> ResBlockSpec:
+    widens = in_width != out_width
+    shortcut = ConvSpec(operator="pointwise", in_width=in_width, out_width=out_width, kernel=(1, 1, 1))
+    return ResBlockSpec(
+        conv1=_conv(in_width, out_width, padding),
+        conv2=_conv(out_width, out_width, padding),
+        shortcut=shortcut if widens else None,
+        norm=norm,
+        shortcut_norm=widens,
+        noise=noise,
+    )
+
+
+def _decoder_spec(version: _Version, base_width: int, latent_width: int) -> DecoderSpec:
+    """The original decoder at a base width (128: the releases)."""
+    padding: TimePadding = "first" if version.causal else "edges"
+    norm = CONDITIONED_NORM if version.conditioned else PLAIN_NORM
+    width = version.mid_multiplier * base_width
+    mid = [_resblock(width, width, padding, norm) for _ in range(version.mid_blocks)]
+    stages = [
+        StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=_conv(latent_width, width, padding)),)),
+        StageSpec(name="mid", blocks=tuple(mid)),
+    ]
+    for index, stage in enumerate(version.up):
+        next_width = stage.multiplier * base_width
+        blocks: list[BlockSpec] = []
+        if width != next_width and not version.divides:
+            blocks.append(_resblock(width, next_width, padding, norm, noise=stage.noise))
+            width = next_width
+        if stage.enlarges:
+            conv = _conv(width, 8 * next_width, padding)
+            blocks.append(ShuffleUpsampleSpec(conv=conv, residual=version.divides))
+        width = next_width
+        blocks += [_resblock(width, width, padding, norm, noise=stage.noise) for _ in range(stage.num_blocks)]
+        stages.append(StageSpec(name=f"up{index}", blocks=tuple(blocks)))
+    head = HeadSpec(conv=_conv(width, 3 * PATCH**2, padding), norm=norm)
+    spec = DecoderSpec(
+        family=version.name,
+        stages=(*stages, StageSpec(name="head", blocks=(head,))),
+        temporal_factor=TEMPORAL_FACTOR,
+        spatial_factor=SPATIAL_FACTOR,
+        patch=PATCH,
+        decode_timestep=DECODE_TIMESTEP if version.conditioned else None,
+    )
+    return with_space_padding(spec, version.space_padding)
+
+
+def _encoder_spec(version: _Version, base_width: int, latent_width: int) -> EncoderSpec:
+    """The original encoder at a base width (128: the releases)."""
+    width = base_width * version.down[0].multiplier
+    stages = [StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=_conv(3 * PATCH**2, width, "first")),))]
+    behind = [*(stage.multiplier for stage in version.down[1:])]
+    behind.append(version.down[-1].multiplier * (1 if version.down[-1].fold is None else 2))
+    for index, (stage, multiplier) in enumerate(zip(version.down, behind, strict=True)):
+        next_width = multiplier * base_width
+        blocks: list[BlockSpec] = [_resblock(width, width, "first") for _ in range(stage.num_blocks)]
+        if stage.fold is not None:
+            cell = stage.fold[0] * stage.fold[1] * stage.fold[2]
+            blocks.append(UnshuffleDownsampleSpec(conv=_conv(width, next_width // cell, "first"), factor=stage.fold))
+        elif stage.shrinks:
+            blocks.append(StridedDownsampleSpec(conv=_conv(width, width, "first")))
+            blocks += [_resblock(width, next_width, "first")] if next_width != width else []
+        stages.append(StageSpec(name=f"down{index}", blocks=tuple(blocks)))
+        width = next_width
+    mid = tuple(_resblock(width, width, "first") for _ in range(version.encoder_mid_blocks))
+    head = HeadSpec(conv=_conv(width, latent_width + 1, "first"), norm=PLAIN_NORM)
+    return EncoderSpec(
+        family=version.name,
+        stages=(*stages, StageSpec(name="mid", blocks=mid), StageSpec(name="head", blocks=(head,))),
+        temporal_factor=TEMPORAL_FACTOR,
+        spatial_factor=SPATIAL_FACTOR,
+        patch=PATCH,
+        shared_variance=True,
+    )
+
+
+def with_time_padding(spec: SpecT, padding: TimePadding) -> SpecT:
+    """The spec with every kernel that spans frames padded in another way: the same weights, other frames."""
+    return _with_layers(spec, {"time_padding": padding}, lambda layer: layer.kernel[0] > 1)
+
+
+def with_space_padding(spec: SpecT, padding: SpacePadding) -> SpecT:
+    """The spec with every kernel that spans pixels padded in another way."""
+    return _with_layers(spec, {"space_padding": padding}, lambda layer: layer.kernel[1:] != (1, 1))
+
+
+def _with_layers(spec: SpecT, update: dict[str, Any], applies: Callable[[ConvSpec], bool]) -> SpecT:
+    changed: dict[str, BlockSpec] = {}
+    for address, block in spec.blocks():
+        layers = {name: layer for name, layer in block_layers(block).items() if applies(layer)}
+        changed[address] = block.model_copy(
+            update={name: layer.model_copy(update=update) for name, layer in layers.items()}
+        )
+    return cast(SpecT, spec.with_blocks(changed))
+
+
+def configured(spec: SpecT, config: Mapping[str, Any]) -> SpecT:
+    """What a checkpoint's configuration says and its shapes do not: causality, residuals, the timestep.
+
+    Knows the names of diffusers and of LTX's own files.
+    """
+    if spec.role == "encoder":
+        return spec
+    causal = config.get("decoder_causal", config.get("causal_decoder"))
+    if causal is not None:
+        spec = with_time_padding(spec, "first" if causal else "edges")
+    residual = config.get("upsample_residual")
+    if isinstance(residual, Sequence) and not isinstance(residual, str):
+        spec = _with_residuals(spec, [bool(flag) for flag in reversed(residual)])
+    in_space = config.get("decoder_spatial_padding_mode", config.get("spatial_padding_mode"))
+    if in_space in ("zeros", "reflect"):
+        spec = with_space_padding(spec, in_space)
+    if config.get("timestep_conditioning") is False:
+        spec = spec.model_copy(update={"decode_timestep": None})
+    timestep = config.get("decode_timestep")
+    if timestep is not None and isinstance(spec, DecoderSpec) and spec.decode_timestep is not None:
+        spec = spec.model_copy(update={"decode_timestep": float(timestep)})
+    return spec
+
+
+def described(spec: DecoderSpec) -> dict[str, Any]:
+    """What `configured` needs to give back what shapes do not tell of a decoder."""
+    stages = [stage for stage in spec.stages if stage.name.startswith("up")]
+    residual = [any(isinstance(b, ShuffleUpsampleSpec) and b.residual for b in stage.blocks) for stage in stages]
+    mirrors = any(layer.space_padding == "reflect" for _, layer in spec.layers())
+    found: dict[str, Any] = {
+        "causal_decoder": spec.is_causal,
+        "spatial_padding_mode": "reflect" if mirrors else "zeros",
+        "upsample_residual": residual[::-1],
+        "timestep_conditioning": spec.decode_timestep is not None,
+    }
+    return found if spec.decode_timestep is None else {**found, "decode_timestep": spec.decode_timestep}
+
+
+def _with_residuals(spec: SpecT, residual: Sequence[bool]) -> SpecT:
+    """One flag per stage from up0 on, as in diffusers."""
+    changed: dict[str, BlockSpec] = {}
+    for address, block in spec.blocks():
+        stage = address.split(".")[0]
+        if isinstance(block, ShuffleUpsampleSpec) and int(stage.removeprefix("up")) < len(residual):
+            changed[address] = block.model_copy(update={"residual": residual[int(stage.removeprefix("up"))]})
+    return cast(SpecT, spec.with_blocks(changed))
+
+
+def _family(version: _Version, operators: Mapping[str, Operator], shallow_stages: tuple[str, ...]) -> Family:
+    return Family(
+        name=version.name,
+        decoder_spec=partial(_decoder_spec, version),
+        encoder_spec=partial(_encoder_spec, version),
+        latent_width=LATENT_WIDTH,
+        latent_mean=(),  # the files carry their own
+        latent_std=(),
+        released_base_width=128,
+        shallow_stages=shallow_stages,
+        paper_keep_ratio=0.25,
+        paper_operators=operators,
+        configured=configured,  # type: ignore[arg-type]
+        described=described,
+        uniform_note=(
+            "the condition on the timestep is folded into its norms: other programs need this program's decoder"
+            if version.conditioned
+            else "diffusers loads it with decoder_block_out_channels={base_width} times (2, 4, 8)"
+            if version.divides
+            else "diffusers loads it with decoder_block_out_channels={base_width} times (1, 2, 4, 4)"
+        ),
+    )
+
+
+# The paper's table for 0.9.0 has four up stages; the later versions, which have three, get it from the end.
+LTX_090 = _family(V090, {"mid": "dwsep3d", "up0": "dwsep3d", "up1": "dwsep3d", "up3": "frame2d"}, ("up2", "up3"))
+LTX_091 = _family(V091, {"mid": "dwsep3d", "up0": "dwsep3d", "up2": "frame2d"}, ("up1", "up2"))
+LTX_095 = _family(V095, {"mid": "dwsep3d", "up0": "dwsep3d", "up2": "frame2d"}, ("up1", "up2"))
+LTX_2 = _family(V2, {"mid": "dwsep3d", "up0": "dwsep3d", "up2": "frame2d"}, ("up1", "up2"))

@@ -1,0 +1,90 @@
+"""Norms over the channels of each position."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flashvaed_cli.decoders.spec import NormSpec
+
+NORM_EPS = 1e-12
+LAYER_NORM_EPS = 1e-6
+
+
+class ChannelRMSNorm(nn.Module):
+    """Divide each position by the root mean square over its channels, times `gamma` `[C]`, plus `beta` `[C]`.
+
+    `gamma` and `beta` are None where the spec has no gain or shift. Computed in float32 when the input is half
+    precision.
+    """
+
+    def __init__(self, width: int, spec: NormSpec | None = None) -> None:
+        super().__init__()
+        self.spec = spec or NormSpec()
+        self.width = width
+        self.gamma = nn.Parameter(torch.ones(width)) if self.spec.gain else None
+        self.beta = nn.Parameter(torch.zeros(width)) if self.spec.shift else None
+
+    def forward(self, x: Float[Tensor, "B C *P"]) -> Float[Tensor, "B C *P"]:
+        gain = self._gain(x)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            exact = x if x.dtype == torch.float64 else x.float()
+            y = self._unit(exact).to(x.dtype) * gain
+            return y if self.beta is None else y + _per_channel(self.beta, x)
+        if x.dtype in (torch.float32, torch.float64):
+            return self._shifted_((x * self._scale(x)).mul_(gain.to(x.dtype)))
+        y = torch.empty_like(x)
+        for part, result in zip(x.split(1, dim=2), y.split(1, dim=2), strict=True):  # a float32 copy of one frame
+            exact = part.float()
+            result.copy_(self._shifted_(exact.mul_(self._scale(exact)).mul_(gain.float())))
+        return y
+
+    def _gain(self, x: Tensor) -> Tensor:
+        """What a vector of length one (with an eps: of mean square one) is multiplied with."""
+        root = self.width**0.5 if self.spec.eps is None else 1.0
+        return x.new_tensor(root) if self.gamma is None else _per_channel(self.gamma * root, x)
+
+    def _unit(self, x: Float[Tensor, "B C *P"]) -> Float[Tensor, "B C *P"]:
+        if self.spec.eps is None:
+            return F.normalize(x, dim=1, eps=NORM_EPS)
+        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + self.spec.eps)
+
+    def _scale(self, x: Float[Tensor, "B C *P"]) -> Float[Tensor, "B 1 *P"]:
+        norm = _vector_norm(x)
+        if self.spec.eps is None:
+            return norm.clamp_min_(NORM_EPS).reciprocal_()
+        return norm.square_().div_(self.width).add_(self.spec.eps).rsqrt_()
+
+    def _shifted_(self, y: Float[Tensor, "B C *P"]) -> Float[Tensor, "B C *P"]:
+        return y if self.beta is None else y.add_(_per_channel(self.beta.to(y.dtype), y))
+
+
+class ChannelLayerNorm(nn.Module):
+    """Subtract the mean over the channels, divide by the standard deviation, times `gamma` `[C]`, plus `beta` `[C]`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+        self.beta = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Float[Tensor, "B C *P"]) -> Float[Tensor, "B C *P"]:
+        y = F.layer_norm(x.movedim(1, -1), self.gamma.shape, self.gamma, self.beta, LAYER_NORM_EPS)
+        return y.movedim(-1, 1)
+
+
+def norm_silu(norm: ChannelRMSNorm, x: Float[Tensor, "B C *P"]) -> Float[Tensor, "B C *P"]:
+    """SiLU of the norm; the norm's output is overwritten where no gradient needs it."""
+    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
+
+
+def _per_channel(values: Tensor, x: Float[Tensor, "B C *P"]) -> Tensor:
+    return values.view(-1, *([1] * (x.ndim - 2)))
+
+
+def _vector_norm(x: Float[Tensor, "B C *P"]) -> Float[Tensor, "B 1 *P"]:
+    """|x| over the channels, by the sum that is fast in the layout of `x`."""
+    if x.stride(1) == 1:
+        return torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return (x * x).sum(1, keepdim=True).sqrt_()

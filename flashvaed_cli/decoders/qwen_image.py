@@ -1,0 +1,33 @@
+"""Qwen-Image: the network and the latent statistics of Wan 2.1, with a decoder trained anew, for single images.
+
+Reference: Qwen-Image VAE. The paper has no layout for it: stages, ratio and operators are those that it gives Wan 2.1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from flashvaed_cli.decoders.spec import DecoderSpec, EncoderSpec
+from flashvaed_cli.decoders.wan import LATENT_WIDTH, WAN21, wan_decoder_spec, wan_encoder_spec
+
+NAME = "qwen-image"
+
+
+def qwen_decoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> DecoderSpec:
+    """The original decoder at a base width (96: the released Qwen-Image)."""
+    return wan_decoder_spec(base_width, latent_width).model_copy(update={"family": NAME})
+
+
+def qwen_encoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> EncoderSpec:
+    """The original encoder at a base width (96: the released Qwen-Image)."""
+    return wan_encoder_spec(base_width, latent_width).model_copy(update={"family": NAME})
+
+
+QWEN_IMAGE = replace(
+    WAN21,
+    name=NAME,
+    decoder_spec=qwen_decoder_spec,
+    encoder_spec=qwen_encoder_spec,
+    uniform_note="diffusers (AutoencoderKLQwenImage, base_dim={base_width}) and ComfyUI load it together with an "
+    "encoder of that base width only",
+)

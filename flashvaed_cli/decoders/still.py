@@ -1,0 +1,122 @@
+"""A video decoder as one for single images: the same pixels for T = 1, by layers on frames alone.
+
+Before the first frame of a video a kernel reads zeros (or that frame again), and temporal upsamplers let it pass. So
+of each kernel only its last temporal tap counts (or the sum of all taps), and time is gone from the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flashvaed_cli.decoders.bypass import Bypass
+from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.operators import Conv
+from flashvaed_cli.decoders.spec import (
+    AttentionSpec,
+    BlockSpec,
+    BypassSpec,
+    ConvSpec,
+    DecoderSpec,
+    StageSpec,
+    UpsampleSpec,
+    block_layers,
+)
+from flashvaed_cli.errors import SpecError
+
+_KINDS = ("conv", "resblock", "attention", "upsample", "head")
+
+
+@torch.no_grad()
+def still_decoder(decoder: Decoder) -> Decoder:
+    """The decoder of single images that gives the pixels of `decoder` for one latent frame.
+
+    Args:
+        decoder: with plain operators.
+    Raises:
+        SpecError: it is one already, or has a block whose first frame is not known.
+    """
+    spec = decoder.spec
+    if spec.still:
+        raise SpecError("this decoder is one of single images already")
+    if unknown := [f"{address} ({block.kind})" for address, block in spec.blocks() if block.kind not in _KINDS]:
+        raise SpecError(f"no profile of single images for {spec.family}: {', '.join(unknown[:4])} works in time too")
+    bypasses = {stage: _still_bypass(bypass) for stage, bypass in decoder.bypasses.items()}  # type: ignore[arg-type]
+    still = Decoder(still_spec(spec, bypasses)).to(next(decoder.parameters()))
+    still.eval().requires_grad_(False)
+    for name, parameter in still.named_parameters():
+        module, _, key = name.rpartition(".")
+        if module.startswith("bypasses."):
+            continue
+        layer = decoder.get_submodule(module)
+        source = layer.get_parameter(key)
+        if isinstance(layer, Conv) and key != "bias":
+            source = _at_first_frame(layer.spec, key, source)
+        parameter.copy_(source.reshape(parameter.shape))
+    for stage, bypass in still.bypasses.items():
+        assert isinstance(bypass, Bypass)
+        if bypass.conv is not None:
+            weight, bias = _first_frame_matrix(decoder.bypasses[stage])  # type: ignore[arg-type]
+            bypass.conv.weight.copy_(weight)
+            bypass.conv.bias.copy_(bias)
+    return still
+
+
+def _at_first_frame(layer: ConvSpec, key: str, kernel: Tensor) -> Tensor:
+    """The kernel that the first frame of a video sees: over five axes, one temporal tap."""
+    has_time = kernel.ndim == 5 and not (layer.operator == "dwsep3d" and key == "weight")
+    if not has_time or kernel.shape[2] == 1:
+        return kernel
+    return kernel[:, :, -1:] if layer.time_padding == "zeros" else kernel.sum(2, keepdim=True)
+
+
+def still_spec(spec: DecoderSpec, bypasses: Mapping[str, BypassSpec] | None = None) -> DecoderSpec:
+    """The spec without time.
+
+    Args:
+        bypasses: by stage; where there is none, a bypass becomes plain copies.
+    """
+    stages = []
+    for stage in spec.stages:
+        bypass = None if stage.bypass is None else (bypasses or {}).get(stage.name, _plain_copies(stage.bypass))
+        stages.append(StageSpec(name=stage.name, blocks=tuple(map(_still_block, stage.blocks)), bypass=bypass))
+    return DecoderSpec(**{**dict(spec), "stages": tuple(stages), "still": True})
+
+
+def _still_block(block: BlockSpec) -> BlockSpec:
+    if isinstance(block, AttentionSpec):
+        return block
+    layers = {name: _still_layer(layer) for name, layer in block_layers(block).items() if name != "temporal"}
+    if isinstance(block, UpsampleSpec):
+        return UpsampleSpec(spatial=layers["spatial"])
+    return block.model_copy(update=layers)
+
+
+def _still_layer(layer: ConvSpec) -> ConvSpec:
+    kernel = (1, *layer.kernel[1:])
+    operator = "frame2d" if layer.operator == "causal3d" else layer.operator
+    return ConvSpec(operator=operator, in_width=layer.in_width, out_width=layer.out_width, kernel=kernel)
+
+
+def _plain_copies(bypass: BypassSpec) -> BypassSpec:
+    return bypass.model_copy(update={"temporal_factor": 1, "conv": None})
+
+
+def _still_bypass(bypass: Bypass) -> BypassSpec:
+    """Plain copies where the first frame's are, else a layer."""
+    spec = bypass.spec
+    copies = _plain_copies(spec)
+    if bypass.conv is None and torch.equal(Bypass(copies, "").matrix()[0], _first_frame_matrix(bypass)[0]):
+        return copies
+    return copies.narrowed(spec.in_width, spec.out_width)
+
+
+def _first_frame_matrix(bypass: Bypass) -> tuple[Float[Tensor, "Cw C"], Float[Tensor, " Cw"]]:
+    """Of the wide channels, those of the frame that a video begins with: the last of its cell."""
+    spec = bypass.spec
+    cells = (spec.out_width, spec.temporal_factor, spec.spatial_factor**2)
+    weight, bias = bypass.matrix()
+    return weight.unflatten(0, cells)[:, -1].flatten(0, 1), bias.unflatten(0, cells)[:, -1].flatten()

@@ -1,0 +1,138 @@
+"""Wan 2.2: 48 latent channels, pixels in patches of 2 x 2, and a bypass around every stage that changes size.
+
+Encoder (base width 160 in the released model) and decoder (256) have the blocks of Wan 2.1, but here a resampler
+keeps its width and the next stage's first residual block changes it.
+
+Reference: Wan 2.2 VAE. The paper has no layout for it: stages, ratio and operators are those that it gives Wan 2.1.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from flashvaed_cli.decoders.family import Family
+from flashvaed_cli.decoders.spec import (
+    BlockSpec,
+    BypassSpec,
+    ConvBlockSpec,
+    DecoderSpec,
+    DownsampleSpec,
+    EncoderSpec,
+    HeadSpec,
+    StageSpec,
+    UpsampleSpec,
+)
+from flashvaed_cli.decoders.wan import (
+    MULTIPLIERS,
+    WAN21,
+    causal_conv,
+    frame_conv,
+    mid_stage,
+    point_conv,
+    time_conv,
+    wan_resblock,
+)
+
+NAME = "wan2.2"
+LATENT_WIDTH = 48
+PATCH = 2
+TEMPORAL_FACTOR, SPATIAL_FACTOR = 4, 16
+
+# Per-channel statistics of the released Wan 2.2 latents (the checkpoint does not hold them).
+LATENT_MEAN = (
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557,
+    -0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825,
+    -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230,
+    -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748,
+    0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+)  # fmt: skip
+LATENT_STD = (
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013,
+    0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978,
+    0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093,
+    0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887,
+    0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+)  # fmt: skip
+
+
+def wan22_decoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> DecoderSpec:
+    """The original decoder at a base width (256: the released Wan 2.2)."""
+    widths = [base_width * m for m in (MULTIPLIERS[-1], *reversed(MULTIPLIERS))]
+    stages = [
+        StageSpec(name="post_quant", blocks=(ConvBlockSpec(conv=point_conv(latent_width, latent_width)),)),
+        StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=causal_conv(latent_width, widths[0])),)),
+        mid_stage(widths[0]),
+    ]
+    for i, (in_width, width) in enumerate(pairwise(widths)):
+        blocks: list[BlockSpec] = [wan_resblock(w, width) for w in (in_width, width, width)]
+        bypass = None
+        if i < 3:
+            doubles = i < 2
+            temporal = time_conv(width, 2 * width) if doubles else None
+            blocks.append(UpsampleSpec(temporal=temporal, spatial=frame_conv(width, width)))
+            bypass = BypassSpec(
+                kind="duplicate",
+                in_width=in_width,
+                out_width=width,
+                temporal_factor=2 if doubles else 1,
+                spatial_factor=2,
+            )
+        stages.append(StageSpec(name=f"up{i}", blocks=tuple(blocks), bypass=bypass))
+    stages.append(StageSpec(name="head", blocks=(HeadSpec(conv=causal_conv(widths[-1], 3 * PATCH**2)),)))
+    return DecoderSpec(
+        family=NAME,
+        stages=tuple(stages),
+        temporal_factor=TEMPORAL_FACTOR,
+        spatial_factor=SPATIAL_FACTOR,
+        patch=PATCH,
+    )
+
+
+def wan22_encoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> EncoderSpec:
+    """The original encoder at a base width (160: the released Wan 2.2)."""
+    widths = [base_width * m for m in (1, *MULTIPLIERS)]
+    stages = [StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=causal_conv(3 * PATCH**2, widths[0])),))]
+    for i, (in_width, width) in enumerate(pairwise(widths)):
+        blocks: list[BlockSpec] = [wan_resblock(in_width, width), wan_resblock(width, width)]
+        halves_frames, halves_size = i in (1, 2), i < 3
+        if halves_size:
+            temporal = time_conv(width, width) if halves_frames else None
+            blocks.append(DownsampleSpec(spatial=frame_conv(width, width), temporal=temporal))
+        bypass = BypassSpec(
+            kind="average",
+            in_width=in_width,
+            out_width=width,
+            temporal_factor=2 if halves_frames else 1,
+            spatial_factor=2 if halves_size else 1,
+        )
+        stages.append(StageSpec(name=f"down{i}", blocks=tuple(blocks), bypass=bypass))
+    stages += [
+        mid_stage(widths[-1]),
+        StageSpec(name="head", blocks=(HeadSpec(conv=causal_conv(widths[-1], 2 * latent_width)),)),
+        StageSpec(name="quant", blocks=(ConvBlockSpec(conv=point_conv(2 * latent_width, 2 * latent_width)),)),
+    ]
+    return EncoderSpec(
+        family=NAME,
+        stages=tuple(stages),
+        temporal_factor=TEMPORAL_FACTOR,
+        spatial_factor=SPATIAL_FACTOR,
+        patch=PATCH,
+    )
+
+
+WAN22 = Family(
+    name=NAME,
+    decoder_spec=wan22_decoder_spec,
+    encoder_spec=wan22_encoder_spec,
+    latent_width=LATENT_WIDTH,
+    latent_mean=LATENT_MEAN,
+    latent_std=LATENT_STD,
+    released_base_width=256,
+    shallow_stages=WAN21.shallow_stages,
+    paper_keep_ratio=WAN21.paper_keep_ratio,
+    paper_operators=WAN21.paper_operators,
+    uniform_note="diffusers loads it as AutoencoderKLWan with is_residual, patch_size 2 and "
+    "decoder_base_dim={base_width}; ComfyUI takes Wan 2.2 at its released widths only",
+)

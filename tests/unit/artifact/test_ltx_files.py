@@ -1,0 +1,133 @@
+"""LTX-Video files: told apart by where their blocks lie, and read with what their configuration says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flashvaed_cli.artifact.checkpoint import coders_from_foreign, load_checkpoint
+from flashvaed_cli.artifact.key_tables import LAYOUTS, original_layout
+from flashvaed_cli.artifact.layouts import to_foreign
+from flashvaed_cli.artifact.ltx_keys import fold_timestep
+from flashvaed_cli.artifact.recognition import present_roles, recognise
+from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.families import get_family
+from flashvaed_cli.decoders.spec import DecoderSpec
+from flashvaed_cli.errors import ArtifactError
+from tests.ltx_toy import VERSIONS, flash_ltx_spec, ltx_decoder, ltx_spec
+
+LTX_LAYOUTS = [name for name, layout in LAYOUTS.items() if layout.family.startswith("ltx")]
+
+
+def tensors_of(spec: DecoderSpec, layout: str) -> dict[str, Tensor]:
+    return to_foreign(ltx_decoder(spec).state_dict(), spec, LAYOUTS[layout])
+
+
+def shapes_of(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("name", LTX_LAYOUTS)
+def test_layouts_are_told_apart(name: str) -> None:
+    layout = LAYOUTS[name]
+    for make in (ltx_spec, flash_ltx_spec):
+        tensors = tensors_of(make(layout.family), name)
+        assert recognise(shapes_of(tensors)) is layout
+        assert present_roles(shapes_of(tensors), layout) == ("decoder",)
+        del tensors[next(name for name in tensors if "conv1" in name)]
+        assert recognise(shapes_of(tensors)) is layout
+
+
+def test_encoders_that_two_versions_share_are_ambiguous() -> None:
+    """0.9.0 and 0.9.1 have one encoder: without a decoder nothing tells which it is."""
+    from flashvaed_cli.decoders.coder import Encoder
+
+    spec = get_family(VERSIONS[0]).encoder_spec(4, 4)
+    tensors = to_foreign(Encoder(spec).state_dict(), spec, LAYOUTS["ltx-0.9.0-diffusers"])  # type: ignore[arg-type]
+    with pytest.raises(ArtifactError, match=r"fit ltx-0\.9\.0-diffusers, ltx-0\.9\.1-diffusers alike"):
+        recognise(shapes_of(tensors))
+    assert recognise(shapes_of(tensors), family=VERSIONS[1]).name == "ltx-0.9.1-diffusers"
+
+
+def test_unknown_versions_say_why_each_candidate_failed() -> None:
+    """A decoder with two up stages, as no release has."""
+    tensors = tensors_of(ltx_spec(VERSIONS[2]), "ltx-0.9.5-original")
+    kept = {name: tensor for name, tensor in tensors.items() if "up_blocks.0." in name or "conv_in" in name}
+    with pytest.raises(ArtifactError) as caught:
+        recognise(shapes_of(kept), "x")
+    text = str(caught.value)
+    assert "ltx-0.9.5-original: no tensor named decoder.up_blocks.1." in text
+    assert "ltx-0.9.0-diffusers: no tensor named decoder.mid_block.resnets.0." in text
+    assert "names of an LTX-Video VAE" in text
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_exported_student_loads_again(version: str, causal: bool, tmp_path: Path) -> None:
+    """Pruned and converted: gains, folded residuals and causality are in the file or its configuration."""
+    spec = flash_ltx_spec(version, causal=causal)
+    decoder = ltx_decoder(spec)
+    tensors = to_foreign(decoder.state_dict(), spec, original_layout(version))
+    metadata = {
+        "config": json.dumps(get_family(version).described(spec)),
+        "latents_mean": "[0, 0, 0, 0]",
+        "latents_std": "[1, 1, 1, 1]",
+    }
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "x.safetensors", metadata)
+    found = load_checkpoint(tmp_path / "x.safetensors", builtins={})
+    assert found.decoder is not None and found.decoder.spec == spec
+    assert all(torch.equal(value, decoder.state_dict()[name]) for name, value in found.decoder.state_dict().items())
+
+
+def test_a_length_that_begins_like_a_pickle(tmp_path: Path) -> None:
+    """The first byte of a safetensors file is the lowest of its index's length: it may be anything."""
+    tensors = tensors_of(ltx_spec(), "ltx-0.9.0-original")
+    metadata = {"latents_mean": "[0, 0, 0, 0]", "latents_std": "[1, 1, 1, 1]"}
+    path = tmp_path / "x.safetensors"
+    for extra in range(0, 512, 8):
+        save_file(tensors, path, {**metadata, "note": "x" * extra})
+        if path.read_bytes()[0] == 0x80:
+            break
+    assert path.read_bytes()[0] == 0x80
+    assert load_checkpoint(path, builtins={}).latent_std == (1, 1, 1, 1)
+
+
+def test_a_file_without_statistics_asks_for_them(tmp_path: Path) -> None:
+    spec = ltx_spec()
+    tensors = tensors_of(spec, "ltx-0.9.0-original")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(ArtifactError, match=r"0 and 0 figures; expected 4 each"):
+        load_checkpoint(tmp_path / "x.safetensors", builtins={})
+
+
+def test_students_name_their_layers_without_the_inner_conv() -> None:
+    """As in the released Wan student: another module stands in the place of the causal layer."""
+    spec = flash_ltx_spec(VERSIONS[0])
+    decoder = ltx_decoder(spec)
+    tensors = to_foreign(decoder.state_dict(), spec, original_layout(VERSIONS[0]))
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        is_changed = (
+            "depthwise_conv" in name or "pointwise_conv" in name or (".conv1.conv." in name and "up_blocks.9" in name)
+        )
+        renamed[name.replace(".conv.", ".") if is_changed else name] = tensor
+    assert renamed.keys() != tensors.keys()
+    layout = recognise(shapes_of(renamed))
+    config = get_family(VERSIONS[0]).described(spec)
+    found = coders_from_foreign(renamed, layout, config=config)["decoder"]
+    assert isinstance(found, Decoder) and found.spec == spec
+    assert all(torch.equal(value, decoder.state_dict()[name]) for name, value in found.state_dict().items())
+
+
+def test_a_condition_without_its_partner_is_named() -> None:
+    tensors = tensors_of(ltx_spec(VERSIONS[0]), "ltx-0.9.0-diffusers")
+    tensors["decoder.timestep_scale_multiplier"] = torch.tensor(1000.0)
+    tensors["decoder.mid_block.resnets.0.scale_shift_table"] = torch.zeros(4, 16)
+    assert fold_timestep(tensors, 0.05).keys() == tensors.keys() - {"decoder.timestep_scale_multiplier"}
+    with pytest.raises(ArtifactError, match=r"1 unexpected: decoder\.mid_block.resnets.0.scale_shift_table"):
+        coders_from_foreign(tensors, LAYOUTS["ltx-0.9.0-diffusers"])
