@@ -68,6 +68,7 @@ def distill(
         list[str] | None,
         flag(DistillRecipe, "loss_weights", "--loss-weight", metavar="TERM=WEIGHT", default="the paper's"),
     ] = None,
+    optimizer: Annotated[Literal["soap", "adamw"] | None, flag(DistillRecipe, "optimizer")] = None,
     weight_decay: Annotated[float | None, flag(DistillRecipe, "weight_decay")] = None,
     gradient_clip_norm: Annotated[float | None, flag(DistillRecipe, "gradient_clip_norm")] = None,
     max_relative_step: Annotated[float | None, flag(DistillRecipe, "max_relative_step")] = None,
@@ -82,6 +83,10 @@ def distill(
     ratio: Annotated[list[str] | None, flag(DistillRecipe, "keep_ratio", "--ratio", "-r", **RATIO_SETTINGS)] = None,
     rule: Annotated[SelectionRule | None, flag(DistillRecipe, "rule")] = None,
     allow_download: Annotated[bool | None, switch(DistillRecipe, "allow_download")] = None,
+    validation_data: Annotated[
+        list[str] | None, flag(DistillRecipe, "validation_data", "--validation-data", **DATA_SETTINGS)
+    ] = None,
+    validate_every_steps: Annotated[int | None, flag(DistillRecipe, "validate_every_steps")] = None,
     checkpoint_every_steps: Annotated[int | None, flag(DistillRecipe, "checkpoint_every_steps")] = None,
     checkpoint_every_minutes: Annotated[float | None, flag(DistillRecipe, "checkpoint_every_minutes")] = None,
     sample_every_minutes: Annotated[float | None, flag(DistillRecipe, "sample_every_minutes")] = None,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from flashvaed_cli.distill.features import FeatureMatcher
 from flashvaed_cli.distill.guards import require_sane_step
 from flashvaed_cli.distill.interrupts import stop_wish
 from flashvaed_cli.distill.objective import Objective, Perceptual, prepare_objective
-from flashvaed_cli.distill.parameter_groups import parameter_groups
+from flashvaed_cli.distill.parameter_groups import build_optimizer
 from flashvaed_cli.distill.phases import PhasePlan, gradient_masks, trained_parameters
 from flashvaed_cli.distill.ranks import ALONE, Ranks
 from flashvaed_cli.distill.settings import TrainSettings, learning_rate_at
@@ -30,6 +30,9 @@ from flashvaed_cli.progress import Progress, SilentProgress
 
 Batches = Callable[[int], Sequence[Tensor]]
 """Step number to this rank's micro-batches of raw latents `[B, C, T, Hz, Wz]`: always the same for the same number."""
+
+Validate = Callable[[], Mapping[str, float]]
+"""Figures of the student on clips that it does not train on, for the history."""
 
 AfterStep = Callable[[int, HistoryEntry | None], None]
 """Told, on the main rank, how many steps are done, and the entry of the history that was just closed, if one was."""
@@ -41,7 +44,7 @@ class TrainResult:
 
     Attributes:
         history: means of the loss terms (unweighted), `loss` (weighted sum), `psnr_db` to the teacher's frames,
-            `gradient_norm`, `learning_rate`, and `step` and `seconds` at the end of the entry.
+            `gradient_norm`, `learning_rate`, `step` and `seconds` at the end of the entry, and what `validate` gave.
         num_steps: steps done, those before a resumption included.
         seconds, data_seconds: spent on steps, and, of these, on waiting for batches.
         clips_per_s: throughput over `seconds`.
@@ -74,6 +77,7 @@ def train(
     perceptual: Perceptual | None = None,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
+    validate: Validate | None = None,
     after_step: AfterStep | None = None,
 ) -> TrainResult:
     """Train the student in place to give the teacher's frames and features.
@@ -89,6 +93,8 @@ def train(
         run_key: names the run in the checkpoint; see `TrainState`.
         perceptual: the LPIPS term; without it the term is absent, and the result says so.
         ranks: the processes that train together.
+        validate: called on the main rank, with the weights that the student would end with, before the first
+            step, every `validate_every_steps` and after the last. Its time is not counted.
     Raises:
         DistillationError: half-precision weights, latents that do not fit, a checkpoint of another run, a
             NaN or exploding loss, a checkpoint that cannot be written.
@@ -101,6 +107,10 @@ def train(
     _report_gaps(progress, objective)
     resumed_from = _resume(state, checkpoint_path, ranks, progress) if resume else None
     ranks.share(state.trained)
+    if validate is not None and ranks.is_main and state.step == 0:
+        state.history.append({"step": 0, **validate(), "seconds": 0.0})
+        if after_step is not None:
+            after_step(0, state.history[-1])
     saved_at = time.monotonic()
     title = f"distill phase {plan.number}"
     with (
@@ -135,7 +145,8 @@ def train(
             state.num_clips += ranks.count * sum(len(latents) for latents in micro_batches)
             state.seconds += time.perf_counter() - began
             state.terms.add({**values, "gradient_norm": gradient_norm})
-            entry = _close_entry(state, learning_rate)
+            figures = _validated(state, validate) if ranks.is_main else {}
+            entry = _close_entry(state, learning_rate, figures)
             task.advance(1, **_shown(state, entry))
 
             stop_signal, is_late = _agree(ranks, state, wish.signal_number, saved_at)
@@ -203,12 +214,8 @@ def _start(student: Decoder, plan: PhasePlan, settings: TrainSettings, run_key: 
             "Set the dtype to float32, and the compute dtype to bfloat16 for speed."
         )
     matcher = FeatureMatcher(plan.matches).to(next(student.parameters()).device)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(parameters, matcher.parameters(), held=gradient_masks(student, plan), settings=settings),
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-    )
+    held = gradient_masks(student, plan)
+    optimizer = build_optimizer(parameters, matcher.parameters(), held=held, settings=settings)
     average = None if settings.ema_decay is None else WeightAverage(parameters, settings.ema_decay)
     return TrainState(
         student=student,
@@ -269,12 +276,29 @@ def _checked(latents: Tensor, student: Decoder) -> Float[Tensor, "B C T Hz Wz"]:
     return latents.float()
 
 
-def _close_entry(state: TrainState, learning_rate: float) -> HistoryEntry | None:
-    """Close an entry of the history where one is due."""
-    if state.step % state.settings.log_every_steps and state.step != state.settings.num_steps:
+def _validated(state: TrainState, validate: Validate | None) -> Mapping[str, float]:
+    """The figures of the student, with its average weights if it has them, where they are due."""
+    every = state.settings.validate_every_steps
+    is_due = state.step == state.settings.num_steps or (every is not None and state.step % every == 0)
+    if validate is None or not is_due:
+        return {}
+    with nullcontext() if state.average is None else state.average.in_place_of(state.parameters):
+        return validate()
+
+
+def _close_entry(state: TrainState, learning_rate: float, figures: Mapping[str, float]) -> HistoryEntry | None:
+    """Close an entry of the history where one is due, or figures are there to be kept."""
+    is_due = state.step % state.settings.log_every_steps == 0 or state.step == state.settings.num_steps
+    if not is_due and not figures:
         return None
     means = state.terms.take()
-    entry: HistoryEntry = {"step": state.step, **means, "learning_rate": learning_rate, "seconds": state.seconds}
+    entry: HistoryEntry = {
+        "step": state.step,
+        **means,
+        **figures,
+        "learning_rate": learning_rate,
+        "seconds": state.seconds,
+    }
     state.history.append(entry)
     return entry
 

@@ -10,6 +10,7 @@ from flashvaed_cli.distill.losses import LossWeights
 
 Schedule = Literal["constant", "cosine"]
 ComputeDType = Literal["float32", "bfloat16"]
+Optimizer = Literal["adamw", "soap"]
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,10 @@ class TrainSettings:
     Attributes:
         num_steps: optimizer steps of the phase, those before a resumption included.
         num_warmup_steps: steps over which the learning rate rises linearly.
+        optimizer: soap has betas of its own; see `distill.soap`.
         max_relative_step: AdamW moves every weight by about the learning rate however small the gradient, so a tensor
             of tiny weights would be scrambled: its learning rate is at most this fraction of its weights' root
-            mean square at the start of the phase. Biases and gains are exempt. None for no limit.
+            mean square at the start of the phase. Biases and gains are exempt. None for no limit. Not for soap.
         schedule: what the learning rate does after that: stay, or fall to `final_rate_frac` of itself.
         gradient_clip_norm: longest gradient that is let through unscaled; None lets all through.
         ema_decay: with it, the student ends with the moving average of its weights.
@@ -32,6 +34,7 @@ class TrainSettings:
         compile: run the blocks of both decoders by torch.compile.
         explosion_factor: stop when a loss is this many times the first one.
         log_every_steps: steps that one entry of the history averages over.
+        validate_every_steps: try the student on the validation clips so often, and at start and end.
         checkpoint_every_steps, checkpoint_every_s: save after so many steps or seconds, whichever
             comes first; None for neither. The end of the phase and a signal save in any case.
 
@@ -39,6 +42,7 @@ class TrainSettings:
     """
 
     num_steps: int
+    optimizer: Optimizer = "adamw"
     learning_rate: float = 1e-4
     weight_decay: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
@@ -55,6 +59,7 @@ class TrainSettings:
     loss_weights: LossWeights = field(default_factory=LossWeights)
     explosion_factor: float = 100.0
     log_every_steps: int = 5
+    validate_every_steps: int | None = None
     checkpoint_every_steps: int | None = 50
     checkpoint_every_s: float | None = None
 
@@ -64,6 +69,7 @@ class TrainSettings:
 CADENCE_SETTINGS = frozenset(
     {
         "log_every_steps",
+        "validate_every_steps",
         "checkpoint_every_steps",
         "checkpoint_every_s",
         "checkpoint_activations",

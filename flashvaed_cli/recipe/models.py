@@ -257,17 +257,19 @@ class ConvertOpsRecipe(ReconstructingRecipe):
 class LossWeights(_Frozen):
     """Weight of every term of the distillation loss; 0 switches a term off.
 
-    Reference: arXiv 2602.19161 for the first five; sharpness, energy and temporal are ours.
+    Reference: arXiv 2602.19161 for L1, LPIPS, feature, SSIM and L_ce; the others are ours.
     """
 
     l1: NonNegative = Field(default=10.0, description="Mean absolute difference of pixels.")
+    mse: NonNegative = Field(default=0.0, description="Mean squared difference of pixels; of the order of 1e-3.")
     lpips: NonNegative = Field(default=2.0, description="Perceptual distance; needs the backbone's weights.")
     feature: NonNegative = Field(default=1.0, description="Mean absolute difference of stage features.")
     ssim: NonNegative = Field(default=5.0, description="1 - SSIM.")
     l_ce: NonNegative = Field(default=1.0, description="1 - R2 of all channels given the kept ones; phase 2 only.")
     sharpness: NonNegative = Field(default=0.0, description="Difference of Laplacian pyramids.")
     energy: NonNegative = Field(
-        default=0.0, description="Relative difference of the local energies of detail; against softness, try 0.5."
+        default=0.0,
+        description="Logarithm of the ratio of Laplacian energies, against softness; 0.002 beside mse 1, say.",
     )
     temporal: NonNegative = Field(default=0.0, description="Difference of frame-to-frame changes.")
 
@@ -279,7 +281,7 @@ class PhaseRecipe(_Frozen):
         description="1: converted deep stages. 2: the whole, before pruning, with L_ce. 3: the whole, after pruning."
     )
     num_steps: Count = Field(default=100, description="Optimizer steps.")
-    learning_rate: Positive = Field(default=1e-4, description="Learning rate of AdamW.")
+    learning_rate: Positive = Field(default=3e-4, description="Learning rate of the optimizer.")
 
 
 class DistillRecipe(_ClipFields, _RatioFields):
@@ -307,12 +309,17 @@ class DistillRecipe(_ClipFields, _RatioFields):
     learning_rate: Positive | None = Field(
         default=None, description="Learning rate of every phase, in place of the phases' own."
     )
-    weight_decay: NonNegative = Field(default=1e-4, description="Weight decay of AdamW.")
+    optimizer: Literal["soap", "adamw"] = Field(
+        default="soap",
+        description="soap: Adam in the eigenbasis of the gradients, gentle with weights solved by least squares and "
+        "faster per step of training. adamw: the paper's.",
+    )
+    weight_decay: NonNegative = Field(default=1e-4, description="Weight decay.")
     gradient_clip_norm: Positive = Field(default=1.0, description="Longest gradient that is let through unscaled.")
     max_relative_step: OptionalPositive = Field(
         default=0.01,
-        description="Longest step of a weight tensor as a fraction of its root mean square; it lowers the learning "
-        "rate of tensors with tiny weights only. 0 sets no limit, as in the paper.",
+        description="With adamw: longest step of a weight tensor as a fraction of its root mean square; it lowers the "
+        "learning rate of tensors with tiny weights only. 0 sets no limit, as in the paper.",
     )
     learning_rate_schedule: Literal["cosine", "constant"] = Field(
         default="cosine", description="After the warm-up: fall to a twentieth in half a cosine, or stay."
@@ -359,6 +366,12 @@ class DistillRecipe(_ClipFields, _RatioFields):
     allow_download: Switch = Field(
         default=False, description="Fetch the backbone of the LPIPS term if its weights are absent."
     )
+    validation_data: Names = Field(
+        default=(),
+        description="Videos, folders or latent files that are not trained on, even if data names them too: at most 8 "
+        "whole clips of num_frames frames, to follow PSNR to the original's output and sharpness; repeatable.",
+    )
+    validate_every_steps: Count = Field(default=100, description="Steps between two looks at the validation data.")
     checkpoint_every_steps: Count = Field(default=50, description="Steps between two checkpoints.")
     checkpoint_every_minutes: OptionalPositive = Field(
         default=10.0, description="Minutes between two checkpoints, where that is sooner; 0 counts steps only."

@@ -37,6 +37,7 @@ from flashvaed_cli.recipe.fields import LatentScale
 from flashvaed_cli.recipe.models import DistillRecipe
 from flashvaed_cli.stages.clips import encode_clip, find_data, to_raw
 from flashvaed_cli.stages.loading import Inputs
+from flashvaed_cli.stages.validation import validation_files
 
 NUM_STATISTICS_CLIPS = 8
 _MAX_WARNINGS = 10
@@ -65,7 +66,10 @@ class ClipSource:
         Raises:
             MediaError: nothing found, or a bucket that the VAE does not take.
         """
-        paths = tuple(find_data(recipe.data))
+        held_out = validation_files(recipe)
+        paths = tuple(path for path in find_data(recipe.data) if path.resolve() not in held_out)
+        if not paths:
+            raise MediaError("every file of --data is validated on: give others to train on")
         num_clips = recipe.num_clips
         if recipe.cache_latents is None:
             if num_drawn is None:

@@ -17,6 +17,7 @@ from flashvaed_cli.artifact.store import refuse_overwrite
 from flashvaed_cli.calibrate.statistics import collect_statistics
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.families import get_family
+from flashvaed_cli.decoders.groups import Kept
 from flashvaed_cli.distill.loop import train
 from flashvaed_cli.distill.losses import LossWeights
 from flashvaed_cli.distill.objective import Perceptual
@@ -41,6 +42,7 @@ from flashvaed_cli.stages.result import StageOutcome
 from flashvaed_cli.stages.training_data import TrainingData, training_data
 from flashvaed_cli.stages.training_report import PhaseResult, draw_curves, phase_record, phase_table
 from flashvaed_cli.stages.training_watch import SampleStrips, TensorBoardLog, TrainingLog, TrainingWatch
+from flashvaed_cli.stages.validation import Validation, open_validation
 from flashvaed_cli.surgery.selection import select_channels
 
 _COMPUTE_DTYPES = ("float32", "bfloat16")
@@ -65,11 +67,12 @@ def run_distill(recipe: DistillRecipe, *, progress: Progress, force: bool, comma
     with joined_ranks(choose_device(recipe.device)) as (ranks, device):
         progress = progress if ranks.is_main else SilentProgress()
         job = _prepare(recipe, ranks, device, progress)
-        results = _train_phases(job, output, progress)
+        results, prepared = _train_phases(job, output, progress)
         measured = {
             "data": job.data.record(),
             "phases": [phase_record(phase, result) for phase, result in results],
             "num_processes": ranks.count,
+            "prepared_channels": prepared,
         }
         header = derived_header(
             job.inputs.checkpoint,
@@ -94,6 +97,7 @@ class _Job:
     phases: tuple[PhaseRecipe, ...]
     data: TrainingData
     perceptual: Perceptual | None
+    validation: Validation | None
 
 
 def _prepare(recipe: DistillRecipe, ranks: Ranks, device: torch.device, progress: Progress) -> _Job:
@@ -113,14 +117,19 @@ def _prepare(recipe: DistillRecipe, ranks: Ranks, device: torch.device, progress
         num_drawn=clips_per_step * sum(phase.num_steps for phase in phases),
     )
     perceptual = _perceptual(recipe, ranks, device, progress)
-    return _Job(recipe, ranks, inputs, student, teacher, phases, data, perceptual)
+    validation = open_validation(recipe, inputs, student, teacher, progress) if ranks.is_main else None
+    return _Job(recipe, ranks, inputs, student, teacher, phases, data, perceptual, validation)
 
 
-def _train_phases(job: _Job, output: Path, progress: Progress) -> list[PhaseResult]:
-    """One phase after the other, each with a checkpoint of its own: a finished one is not trained again."""
+def _train_phases(job: _Job, output: Path, progress: Progress) -> tuple[list[PhaseResult], Kept]:
+    """One phase after the other, each with a checkpoint of its own: a finished one is not trained again.
+
+    Returns what each gave, and the channels that phase 2 has prepared the decoder to keep.
+    """
     recipe, ranks = job.recipe, job.ranks
     watch = _open_watch(job, output, progress) if ranks.is_main else None
     results: list[PhaseResult] = []
+    prepared: Kept = {}
     done = 0
     for index, phase in enumerate(job.phases, start=1):
         plan = ranks.from_main(lambda number=phase.phase: _plan(number, job, progress))
@@ -143,11 +152,13 @@ def _train_phases(job: _Job, output: Path, progress: Progress) -> list[PhaseResu
             perceptual=job.perceptual,
             progress=progress,
             ranks=ranks,
+            validate=job.validation,
             after_step=None if watch is None else watch.for_phase(index, phase.phase, done),
         )
         results.append((phase, result))
+        prepared |= plan.to_keep
         done += result.num_steps
-    return results
+    return results, prepared
 
 
 def _finish(output: Path, header: ArtifactHeader, job: _Job, results: list[PhaseResult], *, force: bool) -> Path:
@@ -251,6 +262,7 @@ def _settings(recipe: DistillRecipe, phase: PhaseRecipe) -> TrainSettings:
     every_minutes = recipe.checkpoint_every_minutes
     return TrainSettings(
         num_steps=phase.num_steps,
+        optimizer=recipe.optimizer,
         learning_rate=phase.learning_rate,
         weight_decay=recipe.weight_decay,
         max_relative_step=recipe.max_relative_step,
@@ -263,6 +275,7 @@ def _settings(recipe: DistillRecipe, phase: PhaseRecipe) -> TrainSettings:
         checkpoint_activations=recipe.checkpoint_activations,
         compile=recipe.compile,
         loss_weights=LossWeights(**recipe.loss_weights.model_dump()),
+        validate_every_steps=recipe.validate_every_steps,
         checkpoint_every_steps=recipe.checkpoint_every_steps,
         checkpoint_every_s=None if every_minutes is None else 60 * every_minutes,
     )
@@ -272,6 +285,8 @@ _NO_PART_OF_THE_RUN = {
     "input",
     "output",
     "data",  # its content is named by the data's own key
+    "validation_data",
+    "validate_every_steps",
     "num_workers",
     "cache_latents",
     "allow_download",

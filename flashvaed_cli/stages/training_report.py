@@ -55,7 +55,8 @@ def phase_table(results: Sequence[PhaseResult]) -> TableData:
     )
     rows = []
     for phase, result in results:
-        first, last = (result.history[i] if result.history else {} for i in (0, -1))
+        trained = [entry for entry in result.history if "loss" in entry]
+        first, last = (trained[i] if trained else {} for i in (0, -1))
         figures = [entry.get(name) for name in ("loss", "psnr_db") for entry in (first, last)]
         rows.append((phase.phase, result.num_steps, *figures, result.clips_per_s, result.seconds / 60))
     return TableData("Distillation", columns, tuple(rows))
