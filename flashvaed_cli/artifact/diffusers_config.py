@@ -13,7 +13,8 @@ from flashvaed_cli.artifact.layouts import Role
 from flashvaed_cli.artifact.ltx_keys import MEAN_NAMES, STD_NAMES
 from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.decoders.family import Family
-from flashvaed_cli.decoders.spec import CoderSpec, DecoderSpec, EncoderSpec, block_in_width, block_out_width
+from flashvaed_cli.decoders.layer_spec import block_in_width, block_out_width
+from flashvaed_cli.decoders.spec import CoderSpec, DecoderSpec, EncoderSpec
 from flashvaed_cli.errors import ArtifactError
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]

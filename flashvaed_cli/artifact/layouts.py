@@ -15,29 +15,25 @@ from torch import Tensor
 
 from flashvaed_cli.artifact.mismatch import Mismatch, Shape
 from flashvaed_cli.decoders.families import get_family
-from flashvaed_cli.decoders.spec import (
+from flashvaed_cli.decoders.layer_spec import (
     AttentionSpec,
     BlockSpec,
-    BypassSpec,
-    CoderSpec,
     ConvBlockSpec,
     ConvSpec,
-    DecoderSpec,
     DownsampleSpec,
-    EncoderSpec,
     HeadSpec,
     Kernel,
     NormSpec,
     Operator,
     ResBlockSpec,
     ShuffleUpsampleSpec,
-    StageSpec,
     StridedDownsampleSpec,
     UnshuffleDownsampleSpec,
     UpsampleSpec,
     block_in_width,
     block_out_width,
 )
+from flashvaed_cli.decoders.spec import BypassSpec, CoderSpec, DecoderSpec, EncoderSpec, StageSpec
 from flashvaed_cli.decoders.still import still_spec
 from flashvaed_cli.errors import ArtifactError
 

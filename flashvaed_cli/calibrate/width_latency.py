@@ -33,8 +33,9 @@ from flashvaed_cli.decoders.latency_model import (
     coordinate,
     width_ladder,
 )
+from flashvaed_cli.decoders.layer_spec import ResBlockSpec
 from flashvaed_cli.decoders.layout import channels_last, use_channels_last
-from flashvaed_cli.decoders.spec import DecoderSpec, ResBlockSpec
+from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.progress import Progress, Task
 
 Narrow = Callable[[DecoderSpec, Mapping[str, int]], DecoderSpec]

@@ -10,6 +10,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flashvaed_cli.decoders.layer_spec import (
+    AttentionSpec,
+    BlockSpec,
+    ConvBlockSpec,
+    DownsampleSpec,
+    HeadSpec,
+    ResBlockSpec,
+    UpsampleSpec,
+)
 from flashvaed_cli.decoders.norms import ChannelLayerNorm, ChannelRMSNorm, norm_silu
 from flashvaed_cli.decoders.operators import (
     Future,
@@ -19,15 +28,6 @@ from flashvaed_cli.decoders.operators import (
     frames_as_batch,
 )
 from flashvaed_cli.decoders.shuffle_blocks import ShuffleUpsample, StridedDownsample, UnshuffleDownsample
-from flashvaed_cli.decoders.spec import (
-    AttentionSpec,
-    BlockSpec,
-    ConvBlockSpec,
-    DownsampleSpec,
-    HeadSpec,
-    ResBlockSpec,
-    UpsampleSpec,
-)
 
 Clip = Float[Tensor, "B C T H W"]
 MappedClip = Float[Tensor, "B O To Ho Wo"]  # what a block makes of it: width, frames and size may differ

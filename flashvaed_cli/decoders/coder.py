@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from flashvaed_cli.decoders.blocks import build_block
 from flashvaed_cli.decoders.bypass import Bypass
+from flashvaed_cli.decoders.layer_spec import BlockSpec
 from flashvaed_cli.decoders.operators import Future, Past
 from flashvaed_cli.decoders.patches import patchify, unpatchify
-from flashvaed_cli.decoders.spec import BlockSpec, CoderSpec, DecoderSpec, EncoderSpec
+from flashvaed_cli.decoders.spec import CoderSpec, DecoderSpec, EncoderSpec
 
 
 class Coder(nn.Module):
@@ -65,6 +66,7 @@ class Coder(nn.Module):
         *,
         start: str | None = None,
         stop: str | None = None,
+        call: Callable[..., Tensor] | None = None,
     ) -> Iterator[tuple[str, Float[Tensor, "B O F Hp Wp"]]]:
         """Run the blocks one after another: the address and the output of each, bypasses included.
 
@@ -74,13 +76,14 @@ class Coder(nn.Module):
             x: what the block at `start` reads.
             start: address of the first block; not inside a stage that has a bypass.
             stop: address of the first block that does not run.
+            call: runs a block, given it and its arguments, in another way than by calling it.
         """
         entering: Tensor | None = None  # held only while a bypass waits for it
         for address, block in self._between(start, stop):
             stage, index = address.split(".")
             if stage in self.bypasses and index == "0":
                 entering = x
-            x = block(x, past, future)
+            x = block(x, past, future) if call is None else call(block, x, past, future)
             if entering is not None and int(index) + 1 == len(self.stages[stage]):  # type: ignore[arg-type]
                 x = self.bypasses[stage](x, entering, is_first=past is None)
                 entering = None

@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from flashvaed_cli.decoders.spec import (
+from flashvaed_cli.decoders.layer_spec import (
     AttentionSpec,
     BlockSpec,
-    CoderSpec,
     ConvSpec,
     HeadSpec,
     Operator,
@@ -24,6 +23,7 @@ from flashvaed_cli.decoders.spec import (
     block_out_width,
     block_shrinkage,
 )
+from flashvaed_cli.decoders.spec import CoderSpec
 
 Grid = tuple[int, int, int]
 """Frames, height, width of a tensor."""

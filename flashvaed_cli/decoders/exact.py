@@ -26,14 +26,8 @@ from collections.abc import Callable
 import torch
 
 from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.spec import (
-    BlockSpec,
-    ConvSpec,
-    DecoderSpec,
-    Operator,
-    UpsampleSpec,
-    block_layers,
-)
+from flashvaed_cli.decoders.layer_spec import BlockSpec, ConvSpec, Operator, UpsampleSpec, block_layers
+from flashvaed_cli.decoders.spec import DecoderSpec
 
 WINOGRAD_WIDTH = 24
 """From this many channels on either side the products outweigh the transforms (16: 5.3 ms against 4.8)."""

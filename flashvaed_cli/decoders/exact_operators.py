@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flashvaed_cli.decoders.convolution import Conv, Future, Past, frames_as_batch, remember, time_window
-from flashvaed_cli.decoders.spec import ConvSpec
+from flashvaed_cli.decoders.layer_spec import ConvSpec
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flashvaed_cli.decoders.spec import DecoderSpec, EncoderSpec, Operator
+from flashvaed_cli.decoders.layer_spec import Operator
+from flashvaed_cli.decoders.spec import DecoderSpec, EncoderSpec
 
 
 def _as_it_is(spec: DecoderSpec | EncoderSpec, _config: Mapping[str, Any]) -> DecoderSpec | EncoderSpec:

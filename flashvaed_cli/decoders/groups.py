@@ -13,19 +13,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from flashvaed_cli.decoders.spec import (
+from flashvaed_cli.decoders.layer_spec import (
     AttentionSpec,
     BlockSpec,
-    CoderSpec,
     ConvSpec,
     DownsampleSpec,
     HeadSpec,
     ResBlockSpec,
     ShuffleUpsampleSpec,
-    StageSpec,
     UpsampleSpec,
     block_out_width,
 )
+from flashvaed_cli.decoders.spec import CoderSpec, StageSpec
 
 Kept = dict[str, tuple[int, ...]]
 """Tensor address to the channels that are left, as indices of the reference's channels; absent: all."""

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashvaed_cli.decoders.groups import ChannelGroup, input_tensors
-from flashvaed_cli.decoders.spec import CoderSpec, ResBlockSpec
+from flashvaed_cli.decoders.layer_spec import ResBlockSpec
+from flashvaed_cli.decoders.spec import CoderSpec
 
 Axis = tuple[str, ...]
 """Names of the channel groups that share a coordinate."""

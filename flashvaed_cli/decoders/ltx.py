@@ -19,13 +19,10 @@ from functools import partial
 from typing import Any, TypeVar, cast
 
 from flashvaed_cli.decoders.family import Family
-from flashvaed_cli.decoders.spec import (
+from flashvaed_cli.decoders.layer_spec import (
     BlockSpec,
-    CoderSpec,
     ConvBlockSpec,
     ConvSpec,
-    DecoderSpec,
-    EncoderSpec,
     Factor,
     HeadSpec,
     NormSpec,
@@ -33,12 +30,12 @@ from flashvaed_cli.decoders.spec import (
     ResBlockSpec,
     ShuffleUpsampleSpec,
     SpacePadding,
-    StageSpec,
     StridedDownsampleSpec,
     TimePadding,
     UnshuffleDownsampleSpec,
     block_layers,
 )
+from flashvaed_cli.decoders.spec import CoderSpec, DecoderSpec, EncoderSpec, StageSpec
 
 LATENT_WIDTH = 128
 PATCH = 4

@@ -14,13 +14,10 @@ from math import ceil
 from typing import Literal
 
 from flashvaed_cli.decoders.cost import Grid, stage_costs
-from flashvaed_cli.decoders.lookahead import widest_window
-from flashvaed_cli.decoders.spec import (
+from flashvaed_cli.decoders.layer_spec import (
     AttentionSpec,
     BlockSpec,
-    BypassSpec,
     ConvSpec,
-    DecoderSpec,
     HeadSpec,
     ResBlockSpec,
     ShuffleUpsampleSpec,
@@ -30,6 +27,8 @@ from flashvaed_cli.decoders.spec import (
     block_layers,
     block_out_width,
 )
+from flashvaed_cli.decoders.lookahead import widest_window
+from flashvaed_cli.decoders.spec import BypassSpec, DecoderSpec
 from flashvaed_cli.decoders.tiling import TileLayout, split_addresses, tile_layout
 
 DType = Literal["float16", "bfloat16", "float32", "float64"]

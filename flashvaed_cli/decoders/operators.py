@@ -29,8 +29,8 @@ from flashvaed_cli.decoders.convolution import (
     time_window,
 )
 from flashvaed_cli.decoders.exact_operators import StackedConv3d, SubpixelConv2d, TapwiseConv3d
+from flashvaed_cli.decoders.layer_spec import ConvSpec
 from flashvaed_cli.decoders.norms import ChannelLayerNorm, ChannelRMSNorm, norm_silu
-from flashvaed_cli.decoders.spec import ConvSpec
 from flashvaed_cli.decoders.winograd import WinogradConv3d
 
 __all__ = [
@@ -60,7 +60,7 @@ class CausalConv3d(Conv):
 
 
 class SeparableConv3d(Conv):
-    """Depthwise convolution, then pointwise. `depthwise` `[C, 1, kt, kh, kw]`, padded as its spec says; `weight` `[O, C]`."""
+    """Depthwise convolution (`depthwise` `[C, 1, kt, kh, kw]`, padded as its spec says), then `weight` `[O, C]`."""
 
     def __init__(self, spec: ConvSpec, address: str) -> None:
         super().__init__(spec, address, (spec.out_width, spec.in_width))

@@ -14,8 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flashvaed_cli.decoders.convolution import Future, Past, extend_with_past
+from flashvaed_cli.decoders.layer_spec import (
+    Factor,
+    ShuffleUpsampleSpec,
+    StridedDownsampleSpec,
+    UnshuffleDownsampleSpec,
+)
 from flashvaed_cli.decoders.operators import build_conv
-from flashvaed_cli.decoders.spec import Factor, ShuffleUpsampleSpec, StridedDownsampleSpec, UnshuffleDownsampleSpec
 
 Clip = Float[Tensor, "B C T H W"]
 MappedClip = Float[Tensor, "B O To Ho Wo"]

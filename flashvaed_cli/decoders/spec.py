@@ -1,341 +1,30 @@
-"""The architecture of an encoder or decoder as data.
+"""The architecture of an encoder or decoder as data: stages of blocks, and the whole.
 
 A spec lists every layer with its operator and widths. Pruned and converted decoders are the same
 code built from another spec, so a spec is all that an artifact needs beside its weights.
 Imports no torch: recipes, tables and the command line read specs without paying for it.
-
-Reference: Wan 2.1 VAE; arXiv 2602.19161, section 3.2 for the operator set.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from flashvaed_cli.decoders.layer_spec import (
+    BlockSpec,
+    ConvSpec,
+    FrozenSpec,
+    UpsampleSpec,
+    block_in_width,
+    block_layers,
+    block_out_width,
+)
 from flashvaed_cli.errors import SpecError
 
-Operator = Literal[
-    "causal3d",
-    "dwsep3d",
-    "frame2d",
-    "pointwise",
-    "tapwise3d",
-    "stacked3d",
-    "winograd3d",
-    "subpixel2d",
-]
-Kernel = tuple[int, int, int]
-Factor = tuple[int, int, int]
-"""Frames, rows and columns that one position becomes, or that become one."""
-SpacePadding = Literal["zeros", "reflect"]
-"""What a kernel reads beyond a frame: zeros, or the frame mirrored at its outermost pixels."""
-TimePadding = Literal["zeros", "first", "edges"]
-"""What a kernel reads beyond a video: zeros before it, its first frame again, or (centred) both edge frames again."""
 
-PLAIN_OPERATORS: dict[Operator, Operator] = {
-    "tapwise3d": "causal3d",
-    "stacked3d": "causal3d",
-    "winograd3d": "causal3d",
-    "subpixel2d": "frame2d",
-}
-"""Exact twin to the plain operator whose parameters and outputs it has."""
-
-
-_ONLY_3X3: frozenset[Operator] = frozenset({"winograd3d", "subpixel2d"})
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class NormSpec(_Frozen):
-    """Each position divided by its root mean square over the channels, then what is learned.
-
-    Attributes:
-        eps: added to the mean square; None: the norm of the vector is held above 1e-12 instead.
-        gain: a factor per channel, `gamma`.
-        shift: a summand per channel, `beta`.
-    """
-
-    eps: float | None = None
-    gain: bool = True
-    shift: bool = False
-
-
-class ConvSpec(_Frozen):
-    """One convolution: `[B, in_width, T, H, W]` to `[B, out_width, T, H, W]`, with bias.
-
-    Operators:
-        causal3d: dense kernel `(kt, kh, kw)`, causal in time (zeros before the first frame).
-        dwsep3d: depthwise causal `(kt, kh, kw)`, then pointwise.
-        frame2d: dense `(1, kh, kw)` on every frame by itself.
-        pointwise: `(1, 1, 1)`.
-    Exact twins (the same parameters and, up to rounding, the same outputs as the operator in brackets):
-        tapwise3d [causal3d]: a sum over temporal taps of 2D convolutions; no window, no products with zeros.
-        stacked3d [causal3d]: one 2D convolution to `kt` times as many channels, added up over time: few outputs.
-        winograd3d [causal3d]: `(kt, 3, 3)` by minimal filtering, a quarter of the products; half precision: tapwise3d.
-        subpixel2d [frame2d]: an upsampler's `spatial` (3x3) only: the nearest upsampling before it is folded into
-            four 2x2 kernels on the small frames.
-
-    `time_padding`: `zeros` and `first` are causal, `edges` sees as many frames ahead as behind. A layer with one
-    temporal tap has none to choose.
-    """
-
-    operator: Operator
-    in_width: int = Field(gt=0)
-    out_width: int = Field(gt=0)
-    kernel: Kernel
-    time_padding: TimePadding = "zeros"
-    space_padding: SpacePadding = "zeros"
-
-    @model_validator(mode="after")
-    def _kernel_fits_operator(self) -> ConvSpec:
-        if self.operator == "pointwise" and self.kernel != (1, 1, 1):
-            raise ValueError(f"a pointwise layer has kernel (1, 1, 1), not {self.kernel}")
-        if self.plain_operator == "frame2d" and self.kernel[0] != 1:
-            raise ValueError(f"a {self.operator} layer has one temporal tap, not kernel {self.kernel}")
-        if self.operator in _ONLY_3X3 and self.kernel[1:] != (3, 3):
-            raise ValueError(f"a {self.operator} layer has 3x3 taps in space, not kernel {self.kernel}")
-        if self.time_padding != "zeros" and self.kernel[0] == 1:
-            raise ValueError(f"a layer with one temporal tap pads nothing in time, not {self.time_padding}")
-        if self.operator == "stacked3d" and self.time_padding != "zeros":
-            raise ValueError(f"a stacked3d layer pads zeros in time, not {self.time_padding}")
-        if self.operator in PLAIN_OPERATORS and self.space_padding != "zeros":
-            raise ValueError(f"a {self.operator} layer pads zeros around frames, not {self.space_padding}")
-        if self.time_padding == "edges" and self.kernel[0] % 2 == 0:
-            raise ValueError(f"a centred kernel has an odd number of temporal taps, not {self.kernel[0]}")
-        return self
-
-    @property
-    def num_past(self) -> int:
-        """Frames before a position that the layer reads for it."""
-        return self.kernel[0] - 1 - self.num_ahead
-
-    @property
-    def num_ahead(self) -> int:
-        """Frames behind a position that the layer reads for it: none where it is causal."""
-        return self.kernel[0] // 2 if self.time_padding == "edges" else 0
-
-    @property
-    def plain_operator(self) -> Operator:
-        """The operator itself, or the one that it is an exact twin of."""
-        return PLAIN_OPERATORS.get(self.operator, self.operator)
-
-    @property
-    def enlarges(self) -> bool:
-        """Whether the layer doubles the size of the frames, as only an upsampler's `spatial` may."""
-        return self.operator == "subpixel2d"
-
-    @property
-    def parameter_count(self) -> int:
-        """Weights and bias."""
-        kt, kh, kw = self.kernel
-        if self.operator == "dwsep3d":
-            return self.in_width * kt * kh * kw + self.in_width * self.out_width + self.out_width
-        return self.in_width * self.out_width * kt * kh * kw + self.out_width
-
-
-class ConvBlockSpec(_Frozen):
-    """A single convolution as a block (conv_in, the 1x1 around the latent)."""
-
-    kind: Literal["conv"] = "conv"
-    conv: ConvSpec
-
-
-class ResBlockSpec(_Frozen):
-    """norm1, SiLU, conv1, norm2, SiLU, conv2, plus the shortcut (identity if None).
-
-    Attributes:
-        norm: both norms of the main path.
-        shortcut_norm: a layer norm over the channels, with gain and shift, stands before the shortcut.
-        noise: behind both convolutions there are learned scales for noise; see `decoders.noise`.
-    """
-
-    kind: Literal["resblock"] = "resblock"
-    conv1: ConvSpec
-    conv2: ConvSpec
-    shortcut: ConvSpec | None = None
-    norm: NormSpec = NormSpec()
-    shortcut_norm: bool = False
-    noise: bool = False
-
-    @model_validator(mode="after")
-    def _widths_chain(self) -> ResBlockSpec:
-        if self.conv1.out_width != self.conv2.in_width:
-            raise ValueError(f"conv1 gives {self.conv1.out_width} channels, conv2 takes {self.conv2.in_width}")
-        if self.shortcut is None and self.conv1.in_width != self.conv2.out_width:
-            raise ValueError(
-                f"an identity shortcut cannot join {self.conv1.in_width} channels to {self.conv2.out_width}"
-            )
-        if self.shortcut_norm and self.shortcut is None:
-            raise ValueError("a norm before the shortcut needs a shortcut that is no identity")
-        return self
-
-
-class AttentionSpec(_Frozen):
-    """Single-head self-attention over the positions of each frame, residual. `inner_width` is that of q, k and v."""
-
-    kind: Literal["attention"] = "attention"
-    width: int = Field(gt=0)
-    inner_width: int = Field(gt=0)
-
-
-class UpsampleSpec(_Frozen):
-    """Optional doubling in time, then nearest x2 in space and `spatial`.
-
-    `temporal` gives 2 x width channels, which become two frames each: 1 + 2 (T - 1) frames.
-    """
-
-    kind: Literal["upsample"] = "upsample"
-    temporal: ConvSpec | None = None
-    spatial: ConvSpec
-
-
-class DownsampleSpec(_Frozen):
-    """`spatial` with stride 2 (padded right and below), then optional `temporal` with stride 2 (first frame passes)."""
-
-    kind: Literal["downsample"] = "downsample"
-    spatial: ConvSpec
-    temporal: ConvSpec | None = None
-
-
-class ShuffleUpsampleSpec(_Frozen):
-    """`conv`, whose channels then move into time and space: 1 + ft (T - 1) frames, fh and fw times the size.
-
-    Channel c of the output is channels c * ft * fh * fw and following of `conv`, in the order of `factor`; the first
-    ft - 1 frames of a video are dropped. With `residual` the input, moved in the same way and its channels
-    repeated as often as needed, is added.
-    """
-
-    kind: Literal["shuffle_upsample"] = "shuffle_upsample"
-    conv: ConvSpec
-    factor: Factor = (2, 2, 2)
-    residual: bool = False
-
-    @model_validator(mode="after")
-    def _widths_divide(self) -> ShuffleUpsampleSpec:
-        cell = _cell(self.factor)
-        if self.conv.out_width % cell:
-            raise ValueError(f"{self.conv.out_width} channels do not make cells of {cell}")
-        if self.residual and (self.conv.in_width % cell or self.conv.out_width % self.conv.in_width):
-            raise ValueError(f"a residual cannot join {self.conv.in_width} channels to {self.conv.out_width // cell}")
-        return self
-
-    @property
-    def cell(self) -> int:
-        """Positions that one becomes: channels of `conv` per channel of the output."""
-        return _cell(self.factor)
-
-
-class StridedDownsampleSpec(_Frozen):
-    """`conv` at every second frame (from the first), row and column: 1 + (T - 1) / 2 frames. Zeros all around."""
-
-    kind: Literal["strided_downsample"] = "strided_downsample"
-    conv: ConvSpec
-    factor: Factor = (2, 2, 2)
-
-
-class UnshuffleDownsampleSpec(_Frozen):
-    """`conv`, then cells of `factor` positions move into the channels; plus the input's cells, averaged to as many.
-
-    The first frame of a video stands there ft times, which gives 1 + (T - 1) / ft frames.
-    """
-
-    kind: Literal["unshuffle_downsample"] = "unshuffle_downsample"
-    conv: ConvSpec
-    factor: Factor
-
-    @model_validator(mode="after")
-    def _widths_divide(self) -> UnshuffleDownsampleSpec:
-        if self.conv.in_width % self.conv.out_width:
-            raise ValueError(f"cells of {self.conv.in_width} channels cannot be averaged to {self.conv.out_width}")
-        return self
-
-    @property
-    def cell(self) -> int:
-        """Positions that become one: channels of the output per channel of `conv`."""
-        return _cell(self.factor)
-
-
-def _cell(factor: Factor) -> int:
-    return factor[0] * factor[1] * factor[2]
-
-
-class HeadSpec(_Frozen):
-    """norm, SiLU, conv."""
-
-    kind: Literal["head"] = "head"
-    conv: ConvSpec
-    norm: NormSpec = NormSpec()
-
-
-BlockSpec = Annotated[
-    ConvBlockSpec
-    | ResBlockSpec
-    | AttentionSpec
-    | UpsampleSpec
-    | ShuffleUpsampleSpec
-    | DownsampleSpec
-    | StridedDownsampleSpec
-    | UnshuffleDownsampleSpec
-    | HeadSpec,
-    Field(discriminator="kind"),
-]
-
-
-def block_in_width(block: BlockSpec) -> int:
-    """Width of the tensor that enters a block."""
-    if isinstance(block, ResBlockSpec):
-        return block.conv1.in_width
-    if isinstance(block, AttentionSpec):
-        return block.width
-    if isinstance(block, UpsampleSpec | DownsampleSpec):
-        return block.spatial.in_width
-    return block.conv.in_width
-
-
-def block_out_width(block: BlockSpec) -> int:
-    """Width of the tensor that leaves a block."""
-    if isinstance(block, ResBlockSpec):
-        return block.conv2.out_width
-    if isinstance(block, AttentionSpec):
-        return block.width
-    if isinstance(block, UpsampleSpec | DownsampleSpec):
-        return block.spatial.out_width
-    if isinstance(block, ShuffleUpsampleSpec):
-        return block.conv.out_width // block.cell
-    if isinstance(block, UnshuffleDownsampleSpec):
-        return block.conv.out_width * block.cell
-    return block.conv.out_width
-
-
-def block_growth(block: BlockSpec) -> Factor:
-    """Frames (all but the first of the video), rows and columns that a block of a decoder makes of each."""
-    if isinstance(block, UpsampleSpec):
-        return (1 if block.temporal is None else 2, 2, 2)
-    return block.factor if isinstance(block, ShuffleUpsampleSpec) else (1, 1, 1)
-
-
-def block_shrinkage(block: BlockSpec) -> Factor:
-    """Frames (all but the first of the video), rows and columns that a block of an encoder makes one."""
-    if isinstance(block, DownsampleSpec):
-        return (1 if block.temporal is None else 2, 2, 2)
-    return block.factor if isinstance(block, StridedDownsampleSpec | UnshuffleDownsampleSpec) else (1, 1, 1)
-
-
-def block_layers(block: BlockSpec) -> dict[str, ConvSpec]:
-    """The convolutions of a block by attribute name, in forward order (attention projections excepted)."""
-    if isinstance(block, AttentionSpec):
-        return {}
-    fields = ("conv1", "conv2", "shortcut", "temporal", "spatial", "conv")
-    if isinstance(block, DownsampleSpec):
-        fields = ("spatial", "temporal")
-    return {name: layer for name in fields if isinstance(layer := getattr(block, name, None), ConvSpec)}
-
-
-class BypassSpec(_Frozen):
+class BypassSpec(FrozenSpec):
     """What enters a stage, brought to the grid that leaves it and added there, past all blocks of the stage.
 
     One position of the coarser grid is a *cell* of `temporal_factor` x `spatial_factor` x `spatial_factor` positions
@@ -381,7 +70,7 @@ def _bypass_conv(in_width: int, out_width: int, cell_size: int) -> ConvSpec:
     return ConvSpec(operator="pointwise", in_width=in_width, out_width=out_width * cell_size, kernel=(1, 1, 1))
 
 
-class StageSpec(_Frozen):
+class StageSpec(FrozenSpec):
     """A named run of blocks at one resolution, with the resampler that leaves it; `bypass` leads past all of them."""
 
     name: str
@@ -401,7 +90,7 @@ class StageSpec(_Frozen):
         return self
 
 
-class CoderSpec(_Frozen):
+class CoderSpec(FrozenSpec):
     """A whole encoder or decoder: stages in forward order, each a run of blocks.
 
     `temporal_factor` and `spatial_factor` are pixels per latent: frames = 1 + temporal_factor * (T - 1).

@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
 
-from flashvaed_cli.decoders.spec import (
+from flashvaed_cli.decoders.layer_spec import (
     AttentionSpec,
     BlockSpec,
     ConvSpec,
-    DecoderSpec,
     ResBlockSpec,
     UpsampleSpec,
     block_growth,
     block_layers,
     block_shrinkage,
 )
+from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.errors import SpecError
 
 

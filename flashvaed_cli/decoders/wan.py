@@ -11,19 +11,17 @@ from __future__ import annotations
 from itertools import pairwise
 
 from flashvaed_cli.decoders.family import Family
-from flashvaed_cli.decoders.spec import (
+from flashvaed_cli.decoders.layer_spec import (
     AttentionSpec,
     BlockSpec,
     ConvBlockSpec,
     ConvSpec,
-    DecoderSpec,
     DownsampleSpec,
-    EncoderSpec,
     HeadSpec,
     ResBlockSpec,
-    StageSpec,
     UpsampleSpec,
 )
+from flashvaed_cli.decoders.spec import DecoderSpec, EncoderSpec, StageSpec
 
 NAME = "wan2.1"
 LATENT_WIDTH = 16

@@ -11,17 +11,8 @@ from __future__ import annotations
 from itertools import pairwise
 
 from flashvaed_cli.decoders.family import Family
-from flashvaed_cli.decoders.spec import (
-    BlockSpec,
-    BypassSpec,
-    ConvBlockSpec,
-    DecoderSpec,
-    DownsampleSpec,
-    EncoderSpec,
-    HeadSpec,
-    StageSpec,
-    UpsampleSpec,
-)
+from flashvaed_cli.decoders.layer_spec import BlockSpec, ConvBlockSpec, DownsampleSpec, HeadSpec, UpsampleSpec
+from flashvaed_cli.decoders.spec import BypassSpec, DecoderSpec, EncoderSpec, StageSpec
 from flashvaed_cli.decoders.wan import (
     MULTIPLIERS,
     WAN21,

@@ -12,15 +12,16 @@ Reference: arXiv 2602.19161, section 3.3.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.shuffle_blocks import ShuffleUpsample
-from flashvaed_cli.decoders.spec import DecoderSpec, block_layers, block_out_width
+from flashvaed_cli.decoders.groups import ChannelGroup, producers
+from flashvaed_cli.decoders.layer_spec import block_layers, block_out_width
+from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.errors import DistillationError, SpecError
 
 Channels = tuple[int, ...]
@@ -170,23 +171,14 @@ def gradient_masks(student: Decoder, plan: PhasePlan) -> dict[str, Tensor]:
     names = {id(parameter): name for name, parameter in student.named_parameters()}
     masks: dict[str, Tensor] = {}
     for address, kept in plan.to_keep.items():
-        module = student.at(address)
-        cell = module.spec.cell if isinstance(module, ShuffleUpsample) else 1  # outputs of the layer per channel
-        rows = [channel * cell + position for channel in kept for position in range(cell)]
-        for parameter in _producing_parameters(module):
-            mask = torch.zeros(parameter.shape[0], *([1] * (parameter.ndim - 1)), device=parameter.device)
-            mask[rows] = 1
-            masks[names[id(parameter)]] = mask
+        tensor = ChannelGroup(address, address.split(".")[0], _tensor_widths(student.spec)[address], (address,))
+        for layer in map(student.at, producers(student.spec, tensor)):
+            for parameter in (layer.get_parameter("weight"), layer.get_parameter("bias")):
+                cell = len(parameter) // tensor.width  # outputs per channel, of a bypass or before a shuffle
+                mask = torch.zeros(parameter.shape[0], *([1] * (parameter.ndim - 1)), device=parameter.device)
+                mask.unflatten(0, (tensor.width, cell))[list(kept)] = 1
+                masks[names[id(parameter)]] = mask
     return masks
-
-
-def _producing_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """Weights and biases whose first axis is the output channel of a block or layer."""
-    writers = [getattr(module, name, None) for name in ("conv2", "shortcut", "proj", "spatial", "conv")]
-    layers = [layer for layer in writers if layer is not None] or [module]
-    for layer in layers:
-        yield layer.weight  # type: ignore[misc]
-        yield layer.bias  # type: ignore[misc]
 
 
 def _block_addresses(student: DecoderSpec, teacher: DecoderSpec) -> list[str]:

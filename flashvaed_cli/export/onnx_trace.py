@@ -19,8 +19,9 @@ from torch.export import Dim
 
 from flashvaed_cli.decoders.blocks import Upsample
 from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.layer_spec import UpsampleSpec
 from flashvaed_cli.decoders.operators import Future, Past
-from flashvaed_cli.decoders.spec import DecoderSpec, UpsampleSpec
+from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.errors import ExportError
 
 TRACE_GRID = (3, 5, 6)  # latent frames, height, width: unequal, so that no two axes are taken for one

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from flashvaed_cli.decoders.spec import AttentionSpec, BlockSpec, ConvSpec, DecoderSpec, HeadSpec, block_layers
+from flashvaed_cli.decoders.layer_spec import AttentionSpec, BlockSpec, ConvSpec, HeadSpec, block_layers
+from flashvaed_cli.decoders.spec import DecoderSpec
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from flashvaed_cli.decoders.spec import (
+from flashvaed_cli.decoders.layer_spec import (
     AttentionSpec,
     BlockSpec,
-    DecoderSpec,
     ResBlockSpec,
     ShuffleUpsampleSpec,
     UpsampleSpec,
@@ -22,6 +21,7 @@ from flashvaed_cli.decoders.spec import (
     block_in_width,
     block_out_width,
 )
+from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.metrics.speed import synchronizer
 
 _CPU_COPY_BYTES = 128 * 2**20  # well beyond the caches

@@ -14,7 +14,8 @@ from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.cost import total_gflop
 from flashvaed_cli.decoders.exact import exact_changes, exact_decoder
 from flashvaed_cli.decoders.families import get_family
-from flashvaed_cli.decoders.spec import DecoderSpec, Operator
+from flashvaed_cli.decoders.layer_spec import Operator
+from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.decoders.still import still_decoder
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.export.parity import seeded_latents

@@ -13,7 +13,8 @@ import torch
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.cost import total_gflop
 from flashvaed_cli.decoders.exact import exact_spec, plain_decoder
-from flashvaed_cli.decoders.spec import DecoderSpec, block_layers
+from flashvaed_cli.decoders.layer_spec import block_layers
+from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.metrics.autotune import Choice
 from flashvaed_cli.metrics.contest import Contestant, ContestResult, run_contest
 from flashvaed_cli.metrics.roofline import measure_rates, traffic_elements

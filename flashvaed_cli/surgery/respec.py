@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from flashvaed_cli.decoders.groups import Kept, channel_groups, input_tensors, tensor_widths
-from flashvaed_cli.decoders.spec import (
+from flashvaed_cli.decoders.layer_spec import (
     AttentionSpec,
     BlockSpec,
     ConvSpec,
-    DecoderSpec,
     DownsampleSpec,
     HeadSpec,
     NormSpec,
@@ -19,6 +18,7 @@ from flashvaed_cli.decoders.spec import (
     UpsampleSpec,
     block_shrinkage,
 )
+from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.errors import SpecError
 
 

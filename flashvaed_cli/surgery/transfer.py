@@ -15,9 +15,10 @@ from flashvaed_cli.decoders.blocks import Attention, ResBlock, Upsample
 from flashvaed_cli.decoders.bypass import Bypass
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.groups import Kept, input_tensors
+from flashvaed_cli.decoders.layer_spec import Operator, ShuffleUpsampleSpec
 from flashvaed_cli.decoders.norms import ChannelLayerNorm, ChannelRMSNorm
 from flashvaed_cli.decoders.shuffle_blocks import ShuffleUpsample
-from flashvaed_cli.decoders.spec import DecoderSpec, Operator, ShuffleUpsampleSpec
+from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.numerics.separable import frame_from_causal, separable_from_dense
 

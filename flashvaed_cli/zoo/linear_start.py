@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from flashvaed_cli.decoders.blocks import Attention, ConvBlock, Downsample, Head, ResBlock, Upsample
 from flashvaed_cli.decoders.coder import Coder, Decoder, Encoder
+from flashvaed_cli.decoders.layer_spec import block_out_width
 from flashvaed_cli.decoders.operators import Conv, batch_as_frames, frames_as_batch
-from flashvaed_cli.decoders.spec import block_out_width
 from flashvaed_cli.errors import SpecError
 
 RIDGE_FRAC = 1e-4
@@ -148,8 +148,9 @@ def _fit_encoder_head(head: Head, x: Clips, path: int) -> None:
 def _fit_norm(head: Head, x: Clips) -> None:
     """Make the norm about the identity on all channels but the constant, which comes out as 1."""
     typical = x.square().sum(1).mean().sqrt()
-    head.norm.gamma.fill_(float(typical) / x.shape[1] ** 0.5)
-    head.norm.gamma[-1] = float(typical / x[:, -1].mean()) / x.shape[1] ** 0.5
+    gamma = head.norm.get_parameter("gamma")
+    gamma.fill_(float(typical) / x.shape[1] ** 0.5)
+    gamma[-1] = float(typical / x[:, -1].mean()) / x.shape[1] ** 0.5
 
 
 def _fit_decoder(decoder: Decoder, latents: Clips, features: list[tuple[Clips, Clips]], clips: Clips) -> None:
@@ -191,8 +192,9 @@ def _fit_decoder(decoder: Decoder, latents: Clips, features: list[tuple[Clips, C
 def _temper(block: ResBlock, x: Clips) -> None:
     """Let a branch see the path at its own scale although the constant dominates the norm."""
     typical = float(x.square().sum(1).mean().sqrt())
-    block.norm1.gamma.fill_(typical / x.shape[1] ** 0.5)
-    block.norm1.gamma[-1] = float(typical / x[:, -1].mean()) / x.shape[1] ** 0.5
+    gamma = block.norm1.get_parameter("gamma")
+    gamma.fill_(typical / x.shape[1] ** 0.5)
+    gamma[-1] = float(typical / x[:, -1].mean()) / x.shape[1] ** 0.5
 
 
 def _fit_temporal(block: Upsample, x: Clips, path: int, target: Clips) -> None:

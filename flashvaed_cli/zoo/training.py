@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from flashvaed_cli.decoders.coder import Coder, Decoder, Encoder
+from flashvaed_cli.decoders.layer_spec import ConvSpec
 from flashvaed_cli.decoders.norms import NORM_EPS, ChannelRMSNorm
-from flashvaed_cli.decoders.spec import CoderSpec, ConvSpec
+from flashvaed_cli.decoders.spec import CoderSpec
 from flashvaed_cli.errors import DistillationError
 
 Log = Callable[[str], None]
@@ -138,7 +139,8 @@ class _UnitNorm(torch.autograd.Function):
 
 
 def _fast_norm(self: ChannelRMSNorm, x: Tensor) -> Tensor:
-    gain = (self.gamma * self.gamma.shape[0] ** 0.5).view(1, -1, *([1] * (x.ndim - 2)))
+    gamma = self.get_parameter("gamma")
+    gain = (gamma * gamma.shape[0] ** 0.5).view(1, -1, *([1] * (x.ndim - 2)))
     return _UnitNorm.apply(x, gain.to(x.dtype))  # type: ignore[no-any-return]
 
 

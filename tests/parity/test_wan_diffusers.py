@@ -7,84 +7,46 @@ between chunk sizes the order of the sums inside a convolution is all that may c
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from flashvaed_cli.artifact.checkpoint import coders_from_foreign, load_checkpoint
+from flashvaed_cli.artifact.checkpoint import load_checkpoint
 from flashvaed_cli.artifact.layouts import Role, slots, to_foreign
 from flashvaed_cli.artifact.wan_keys import WAN_DIFFUSERS, WAN_ORIGINAL
-from flashvaed_cli.decoders.coder import Decoder, Encoder
-from flashvaed_cli.decoders.streaming import decode, encode
+from flashvaed_cli.decoders.streaming import decode
 from flashvaed_cli.decoders.wan import wan_decoder_spec, wan_encoder_spec
+from tests.parity.oracles import (
+    CHUNK_BOUND,
+    Pair,
+    assert_chunks_agree,
+    assert_parity,
+    pair_of,
+    randomised,
+    share_of_range,
+)
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle; pip install '.[dev]'")
 
 FRAME_COUNTS = (1, 5, 9, 17)
-RANGE_BOUND = 1e-4
-CHUNK_BOUND = 1e-5
 
 
-@dataclass
-class Pair:
-    """The oracle and ours, with the same weights."""
-
-    oracle: nn.Module
-    decoder: Decoder
-    encoder: Encoder
-
-
-def random_oracle(**config: object) -> nn.Module:
-    """An `AutoencoderKLWan` whose norms and biases are drawn at random too, so that a swap of two shows."""
-    oracle = diffusers.AutoencoderKLWan(**config).eval().requires_grad_(False)
-    for name, parameter in oracle.named_parameters():
-        if name.endswith("gamma"):
-            nn.init.uniform_(parameter, 0.5, 1.5)
-        elif name.endswith("bias"):
-            nn.init.normal_(parameter, std=0.1)
-    return oracle
-
-
-def pair_of(oracle: nn.Module) -> Pair:
-    coders = coders_from_foreign(oracle.state_dict(), WAN_DIFFUSERS)
-    decoder, encoder = coders["decoder"], coders["encoder"]
-    assert isinstance(decoder, Decoder) and isinstance(encoder, Encoder)
-    return Pair(oracle, decoder, encoder)
+def random_pair(**config: object) -> Pair:
+    return pair_of(randomised(diffusers.AutoencoderKLWan(**config)), WAN_DIFFUSERS)
 
 
 @pytest.fixture(scope="module")
 def small() -> Pair:
     torch.manual_seed(0)
-    return pair_of(random_oracle(base_dim=8))
+    return random_pair(base_dim=8)
 
 
 @pytest.fixture(scope="module")
 def full_size() -> Pair:
     torch.manual_seed(0)
-    return pair_of(random_oracle(base_dim=96))
-
-
-def share_of_range(found: Tensor, expected: Tensor) -> float:
-    assert found.shape == expected.shape
-    return float((found - expected).abs().max() / (expected.max() - expected.min()))
-
-
-def assert_parity(pair: Pair, num_frames: int, height: int, width: int) -> None:
-    pixels = torch.rand(1, 3, num_frames, height, width) * 2 - 1
-    with torch.no_grad():
-        expected_latents = pair.oracle.encode(pixels).latent_dist.mode()  # type: ignore[operator]
-        latents = encode(pair.encoder, pixels)
-        expected_frames = pair.oracle.decode(expected_latents).sample  # type: ignore[operator]
-        frames = decode(pair.decoder, expected_latents)
-    assert frames.shape[2] == num_frames
-    encode_error = share_of_range(latents, expected_latents)
-    decode_error = share_of_range(frames, expected_frames)
-    print(f"{num_frames} frames: encode {encode_error:.1e}, decode {decode_error:.1e} of the range")
-    assert encode_error <= RANGE_BOUND
-    assert decode_error <= RANGE_BOUND
+    return random_pair(base_dim=96)
 
 
 @pytest.mark.parametrize("num_frames", FRAME_COUNTS)
@@ -101,13 +63,7 @@ def test_full_size(full_size: Pair, num_frames: int) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 4])
 def test_every_chunk_size_gives_the_same(small: Pair, chunk: int) -> None:
-    pixels = torch.rand(1, 3, 17, 24, 32) * 2 - 1
-    with torch.no_grad():
-        latents, chunked_latents = encode(small.encoder, pixels), encode(small.encoder, pixels, chunk=chunk)
-        frames, chunked_frames = decode(small.decoder, latents), decode(small.decoder, latents, chunk=chunk)
-    print(f"chunk {chunk}: {share_of_range(chunked_frames, frames):.1e} of the range")
-    assert share_of_range(chunked_latents, latents) <= CHUNK_BOUND
-    assert share_of_range(chunked_frames, frames) <= CHUNK_BOUND
+    assert_chunks_agree(small, chunk, num_frames=17, height=24, width=32)
 
 
 def test_full_size_chunks(full_size: Pair) -> None:
@@ -119,7 +75,7 @@ def test_full_size_chunks(full_size: Pair) -> None:
 
 
 def test_decoder_of_another_width() -> None:
-    pair = pair_of(random_oracle(base_dim=4, decoder_base_dim=6))
+    pair = random_pair(base_dim=4, decoder_base_dim=6)
     assert pair.encoder.spec == wan_encoder_spec(4)
     assert pair.decoder.spec == wan_decoder_spec(6)
     assert_parity(pair, 9, 16, 24)

@@ -20,7 +20,8 @@ from flashvaed_cli.artifact.wan22_keys import WAN22_ORIGINAL
 from flashvaed_cli.artifact.wan_keys import WAN_DIFFUSERS, WAN_ORIGINAL
 from flashvaed_cli.decoders.coder import Coder, Decoder, Encoder
 from flashvaed_cli.decoders.families import get_family
-from flashvaed_cli.decoders.spec import CoderSpec, ConvSpec, UpsampleSpec, block_in_width
+from flashvaed_cli.decoders.layer_spec import ConvSpec, UpsampleSpec, block_in_width
+from flashvaed_cli.decoders.spec import CoderSpec
 from flashvaed_cli.errors import ArtifactError
 
 FAMILIES = ("wan2.1", "wan2.2", "qwen-image")

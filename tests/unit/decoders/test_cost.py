@@ -7,17 +7,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from flashvaed_cli.decoders import winograd
 from flashvaed_cli.decoders.coder import Coder
 from flashvaed_cli.decoders.cost import stage_costs, total_gflop
-from flashvaed_cli.decoders.spec import (
+from flashvaed_cli.decoders.layer_spec import (
     AttentionSpec,
     BlockSpec,
-    CoderSpec,
     ConvBlockSpec,
     ConvSpec,
     Kernel,
     Operator,
-    StageSpec,
     UpsampleSpec,
 )
+from flashvaed_cli.decoders.spec import CoderSpec, StageSpec
 from tests.toy import DECODER_SPECS, original_spec, toy_decoder, toy_encoder
 
 CODERS: dict[str, Coder] = {name: toy_decoder(spec) for name, spec in DECODER_SPECS.items()}

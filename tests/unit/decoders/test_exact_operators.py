@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from flashvaed_cli.decoders import winograd
 from flashvaed_cli.decoders.exact_operators import fold_phases
+from flashvaed_cli.decoders.layer_spec import PLAIN_OPERATORS, ConvSpec, Kernel, Operator
 from flashvaed_cli.decoders.operators import Conv, Future, Past, batch_as_frames, build_conv, frames_as_batch
-from flashvaed_cli.decoders.spec import PLAIN_OPERATORS, ConvSpec, Kernel, Operator
 
 TWINS: list[tuple[Operator, Kernel]] = [
     ("tapwise3d", (3, 3, 3)),

@@ -15,7 +15,8 @@ from flashvaed_cli.decoders.groups import (
     producers,
     tensor_widths,
 )
-from flashvaed_cli.decoders.spec import CoderSpec, ResBlockSpec
+from flashvaed_cli.decoders.layer_spec import ResBlockSpec
+from flashvaed_cli.decoders.spec import CoderSpec
 from flashvaed_cli.decoders.wan import wan_encoder_spec
 from tests.toy import DECODER_SPECS, original_spec, toy_decoder, toy_latents
 

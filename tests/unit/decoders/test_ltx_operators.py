@@ -14,12 +14,12 @@ from flashvaed_cli.decoders.exact import exact_changes, exact_decoder, exact_spe
 from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.decoders.groups import channel_groups
 from flashvaed_cli.decoders.latency_model import block_axes, coordinate, width_ladder
+from flashvaed_cli.decoders.layer_spec import ConvSpec, NormSpec, SpacePadding, TimePadding
 from flashvaed_cli.decoders.noise import injected_noise
 from flashvaed_cli.decoders.norms import ChannelLayerNorm, ChannelRMSNorm
 from flashvaed_cli.decoders.operators import build_conv
 from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.decoders.shuffle_blocks import cells_to_channels, channels_to_cells
-from flashvaed_cli.decoders.spec import ConvSpec, NormSpec, SpacePadding, TimePadding
 from flashvaed_cli.decoders.streaming import decode
 from flashvaed_cli.surgery.rows import gather_patches
 from tests.ltx_toy import VERSIONS, flash_ltx_spec, ltx_decoder, ltx_spec
@@ -85,7 +85,7 @@ def test_specs_refuse_padding_that_cannot_be() -> None:
         {"operator": "tapwise3d", "space_padding": "reflect"},
     ):
         given = {"operator": "causal3d", "in_width": 2, "out_width": 2, "kernel": (3, 3, 3), **changes}
-        with pytest.raises(ValueError, match="pad|taps"):
+        with pytest.raises(ValueError, match=r"pad|taps"):
             ConvSpec(**given)  # type: ignore[arg-type]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flashvaed_cli.decoders.blocks import Downsample, Upsample
+from flashvaed_cli.decoders.layer_spec import ConvSpec, DownsampleSpec, Kernel, Operator, UpsampleSpec
 from flashvaed_cli.decoders.operators import (
     OPERATORS,
     CausalConv3d,
@@ -23,7 +24,6 @@ from flashvaed_cli.decoders.operators import (
     frames_as_batch,
     norm_silu,
 )
-from flashvaed_cli.decoders.spec import ConvSpec, DownsampleSpec, Kernel, Operator, UpsampleSpec
 
 KERNELS: dict[Operator, Kernel] = {
     "causal3d": (3, 3, 3),
@@ -125,8 +125,8 @@ def test_frames_as_batch_and_back() -> None:
 
 def test_norm_divides_by_the_root_mean_square() -> None:
     norm, x = ChannelRMSNorm(6).double().requires_grad_(False), clip(2, 6, 3, 4, 4)
-    norm.gamma.normal_()
-    gamma = norm.gamma[None, :, None, None, None]
+    gamma = norm.get_parameter("gamma").normal_()
+    gamma = gamma[None, :, None, None, None]
     assert_same(norm(x), x / x.square().mean(dim=1, keepdim=True).sqrt() * gamma)
     assert bool(torch.isfinite(norm(torch.zeros_like(x))).all())
 
@@ -143,7 +143,7 @@ def test_norm_of_half_precision_does_not_overflow() -> None:
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
 def test_norm_is_the_same_without_gradients(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
     norm, x = ChannelRMSNorm(6).to(dtype), torch.randn(2, 6, 3, 4, 5).to(dtype).contiguous(memory_format=memory_format)
-    norm.gamma.data.uniform_(0.5, 1.5)
+    norm.get_parameter("gamma").data.uniform_(0.5, 1.5)
     x[:, :, 0, 0] = 0.0
     before, expected = x.clone(), F.silu(norm(x))
     with torch.no_grad():

@@ -6,12 +6,10 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from flashvaed_cli.decoders.spec import (
+from flashvaed_cli.decoders.layer_spec import (
     AttentionSpec,
     ConvBlockSpec,
     ConvSpec,
-    DecoderSpec,
-    EncoderSpec,
     HeadSpec,
     Operator,
     ResBlockSpec,
@@ -19,6 +17,7 @@ from flashvaed_cli.decoders.spec import (
     block_layers,
     block_out_width,
 )
+from flashvaed_cli.decoders.spec import DecoderSpec, EncoderSpec
 from flashvaed_cli.decoders.wan import wan_decoder_spec, wan_encoder_spec
 from tests.toy import BASE_WIDTH, DECODER_SPECS, original_spec
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.layer_spec import ConvSpec
 from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
-from flashvaed_cli.decoders.spec import ConvSpec, DecoderSpec, StageSpec
+from flashvaed_cli.decoders.spec import DecoderSpec, StageSpec
 from flashvaed_cli.decoders.still import still_decoder
 from flashvaed_cli.decoders.streaming import decode
 from flashvaed_cli.errors import SpecError

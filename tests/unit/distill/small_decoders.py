@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.spec import ConvSpec, DecoderSpec, Operator, ResBlockSpec, StageSpec
+from flashvaed_cli.decoders.layer_spec import ConvSpec, Operator, ResBlockSpec
+from flashvaed_cli.decoders.spec import DecoderSpec, StageSpec
 from flashvaed_cli.decoders.wan import wan_decoder_spec
 
 BASE_WIDTH = 2
@@ -85,6 +86,6 @@ def pruned_spec(spec: DecoderSpec, width: int) -> DecoderSpec:
     return spec.with_blocks(changed)
 
 
-def batches(step: int) -> Tensor:
+def batches(step: int) -> tuple[Tensor, ...]:
     """Raw latents of a step: two clips of 3 frames of 12 x 12 pixels."""
-    return torch.randn(2, 16, 2, 3, 3, generator=torch.Generator().manual_seed(step))
+    return (torch.randn(2, 16, 2, 3, 3, generator=torch.Generator().manual_seed(step)),)

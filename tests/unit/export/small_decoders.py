@@ -5,14 +5,8 @@ from __future__ import annotations
 import torch
 
 from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.spec import (
-    AttentionSpec,
-    ConvSpec,
-    DecoderSpec,
-    Operator,
-    ResBlockSpec,
-    StageSpec,
-)
+from flashvaed_cli.decoders.layer_spec import AttentionSpec, ConvSpec, Operator, ResBlockSpec
+from flashvaed_cli.decoders.spec import DecoderSpec, StageSpec
 from flashvaed_cli.decoders.wan import wan_decoder_spec
 
 BASE_WIDTH = 4

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from small_decoders import small_decoder
 
-from flashvaed_cli.decoders.spec import DecoderSpec, HeadSpec, StageSpec
+from flashvaed_cli.decoders.layer_spec import HeadSpec
+from flashvaed_cli.decoders.spec import DecoderSpec, StageSpec
 from flashvaed_cli.decoders.still import still_decoder
 from flashvaed_cli.decoders.streaming import decode
 from flashvaed_cli.decoders.wan import causal_conv

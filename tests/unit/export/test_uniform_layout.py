@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 from small_decoders import flash_spec, layer, short_spec
 
-from flashvaed_cli.decoders.spec import AttentionSpec, BlockSpec, DecoderSpec, ResBlockSpec, StageSpec
+from flashvaed_cli.decoders.layer_spec import AttentionSpec, BlockSpec, ResBlockSpec
+from flashvaed_cli.decoders.spec import DecoderSpec, StageSpec
 from flashvaed_cli.decoders.wan import wan_decoder_spec
 from flashvaed_cli.export.uniform_layout import fits_uniform_layout
 

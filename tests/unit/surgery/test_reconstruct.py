@@ -13,7 +13,8 @@ from torch import Tensor
 from flashvaed_cli.calibrate.statistics import collect_statistics
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.groups import Kept, compose_kept
-from flashvaed_cli.decoders.spec import ConvSpec, DecoderSpec, HeadSpec, StageSpec
+from flashvaed_cli.decoders.layer_spec import ConvSpec, HeadSpec
+from flashvaed_cli.decoders.spec import DecoderSpec, StageSpec
 from flashvaed_cli.decoders.wan import wan_decoder_spec
 from flashvaed_cli.errors import CalibrationError
 from flashvaed_cli.progress import SilentProgress

@@ -3,9 +3,8 @@ from __future__ import annotations
 import pytest
 
 from flashvaed_cli.decoders.groups import Kept, input_tensors
-from flashvaed_cli.decoders.spec import (
+from flashvaed_cli.decoders.layer_spec import (
     AttentionSpec,
-    DecoderSpec,
     HeadSpec,
     Operator,
     ResBlockSpec,
@@ -13,6 +12,7 @@ from flashvaed_cli.decoders.spec import (
     block_in_width,
     block_out_width,
 )
+from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.decoders.wan import WAN21
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.surgery.respec import converted_spec, narrowed_spec

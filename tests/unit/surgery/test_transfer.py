@@ -44,7 +44,7 @@ def test_weights_are_cut_to_the_kept_channels() -> None:
     left = torch.tensor([0, 2, 3, 4, 6, 7])
     assert torch.equal(new.conv1.weight, old.conv1.weight[left][:, left])
     assert torch.equal(new.conv1.bias, old.conv1.bias[left])
-    assert torch.equal(new.norm2.gamma, old.norm2.gamma[left])
+    assert torch.equal(new.norm2.get_parameter("gamma"), old.norm2.get_parameter("gamma")[left])
     assert isinstance(new.shortcut, Pointwise)
     assert torch.equal(new.shortcut.weight, torch.eye(6)) and not bool(new.shortcut.bias.any())
 
