@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -14,6 +15,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from flashvaed_cli.cli.console import open_progress, stdout_console
+from flashvaed_cli.errors import Interrupted
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe import CommandRecipe, find_recipe, load_recipe, resolve
 
@@ -84,8 +86,12 @@ def resolve_settings(
 
 def run_stage(context: typer.Context, stage: StageFunction[CommandRecipeT], recipe: CommandRecipeT) -> None:
     """Run a stage with progress on stderr, then print its result to stdout."""
-    with open_progress(quiet=context.params["quiet"]) as progress:
-        result = stage(recipe, progress=progress, force=context.params["force"], command_line=command_line(context))
+    try:
+        with open_progress(quiet=context.params["quiet"]) as progress:
+            result = stage(recipe, progress=progress, force=context.params["force"], command_line=command_line(context))
+    except KeyboardInterrupt as error:  # stages write their output whole, at the end
+        output = getattr(recipe, "output", "the output")
+        raise Interrupted(f"interrupted: nothing was written to {output}", signal.SIGINT) from error
     if context.params["json_output"]:
         document = {**result.as_dict(), "paths": [str(path) for path in result.paths]}
         typer.echo(json.dumps(_finite(document), indent=2, allow_nan=False))

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from flashvaed_cli.decoders.blocks import Attention, ResBlock, Upsample
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.groups import Kept
-from flashvaed_cli.decoders.operators import ChannelRMSNorm
+from flashvaed_cli.decoders.operators import ChannelRMSNorm, LowRankConv3d, dense_kernel
 from flashvaed_cli.decoders.spec import DecoderSpec, Operator
 from flashvaed_cli.errors import SpecError
+from flashvaed_cli.numerics.reduced_rank import factorise
 from flashvaed_cli.numerics.separable import frame_from_causal, separable_from_dense
 from flashvaed_cli.surgery.respec import input_tensors
 
@@ -39,7 +40,8 @@ def transfer_weights(reference: Decoder, spec: DecoderSpec, kept: Kept) -> Decod
     """Build a decoder from `spec` with the reference's weights cut to the kept channels.
 
     A layer whose operator differs gets the data-free conversion: temporal taps summed for `frame2d`, the best
-    rank one per input channel for `dwsep3d`. A new 1x1 shortcut selects the channels that both sides keep.
+    rank one per input channel for `dwsep3d`, the nearest kernel of the rank for `lowrank3d`. A new 1x1 shortcut
+    selects the channels that both sides keep.
 
     Args:
         kept: tensor address to channels, as indices of the reference's.
@@ -108,7 +110,12 @@ def _transfer_norm(source: ChannelRMSNorm, norm: ChannelRMSNorm, before: Channel
 def _transfer_conv(source: nn.Module, layer: nn.Module, before: Channels, after: Channels) -> None:
     operators: tuple[Operator, Operator] = (source.spec.operator, layer.spec.operator)  # type: ignore[union-attr, assignment]
     weight, bias = source.weight, source.bias
-    if operators[0] == operators[1]:
+    if isinstance(layer, LowRankConv3d):
+        kernel = pick(pick(dense_kernel(source), after, 0), before, 1)  # type: ignore[arg-type]
+        outer, inner = factorise(kernel.flatten(1), layer.weight.shape[1])
+        layer.weight.copy_(outer)
+        layer.reduce.copy_(inner.reshape(layer.reduce.shape))
+    elif operators[0] == operators[1]:
         if operators[0] == "dwsep3d":
             layer.depthwise.copy_(pick(source.depthwise, before, 0))  # type: ignore[operator, arg-type]
         layer.weight.copy_(pick(pick(weight, after, 0), before, 1))  # type: ignore[operator, arg-type]
