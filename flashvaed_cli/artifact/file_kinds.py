@@ -21,11 +21,14 @@ _TEXTS = {".json": "a JSON file", ".yaml": "a YAML file", ".yml": "a YAML file",
 
 
 def kind_of_file(path: Path) -> str | None:
-    """A name for what the first bytes, or else the suffix, say that a file is; None if they say nothing."""
+    """A name for what the first bytes, or else the suffix, say that a file is; None if they say nothing.
+
+    An empty file says nothing, whatever its suffix: it is one whose writing was cut short.
+    """
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
     if not head:
-        return "an empty file"
+        return None
     if found := next((what for start, magic, what in _MAGIC if head[start:].startswith(magic)), None):
         return found
     if path.suffix.lower() == ".onnx":

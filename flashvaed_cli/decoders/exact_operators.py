@@ -45,7 +45,8 @@ class TapwiseConv3d(Conv):
         if past is not None and x.dtype in HALF_PRECISION:
             window = extend_with_past(x, kt - 1, self.address, past, future)
             return F.conv3d(window, self.weight, self.bias, padding=(0, kh // 2, kw // 2))
-        y = sum_over_taps(x, None if past is None else past[self.address], self.weight, self.bias)
+        before = None if past is None or kt == 1 else past[self.address]  # one tap remembers nothing
+        y = sum_over_taps(x, before, self.weight, self.bias)
         remember(x, kt - 1, self.address, past, future)
         return y
 

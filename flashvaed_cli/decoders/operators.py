@@ -109,8 +109,10 @@ class LowRankConv3d(Conv):
     def forward(
         self, x: Float[Tensor, "B C T H W"], past: Past = None, future: Future = None
     ) -> Float[Tensor, "B O T H W"]:
-        hidden = sum_over_taps(x, None if past is None else past[self.address], self.reduce, None)
-        remember(x, self.spec.kernel[0] - 1, self.address, past, future)
+        num_past = self.spec.kernel[0] - 1
+        before = None if past is None or num_past == 0 else past[self.address]
+        hidden = sum_over_taps(x, before, self.reduce, None)
+        remember(x, num_past, self.address, past, future)
         return pointwise_conv(hidden, self.weight, self.bias)
 
 

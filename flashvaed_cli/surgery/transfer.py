@@ -110,7 +110,10 @@ def _transfer_norm(source: ChannelRMSNorm, norm: ChannelRMSNorm, before: Channel
 def _transfer_conv(source: nn.Module, layer: nn.Module, before: Channels, after: Channels) -> None:
     operators: tuple[Operator, Operator] = (source.spec.operator, layer.spec.operator)  # type: ignore[union-attr, assignment]
     weight, bias = source.weight, source.bias
-    if isinstance(layer, LowRankConv3d):
+    if operators == ("lowrank3d", "lowrank3d") and source.spec.rank == layer.spec.rank:  # type: ignore[union-attr]
+        layer.weight.copy_(pick(weight, after, 0))  # type: ignore[operator, arg-type]
+        layer.reduce.copy_(pick(source.reduce, before, 1))  # type: ignore[operator, arg-type]
+    elif isinstance(layer, LowRankConv3d):
         kernel = pick(pick(dense_kernel(source), after, 0), before, 1)  # type: ignore[arg-type]
         outer, inner = factorise(kernel.flatten(1), layer.weight.shape[1])
         layer.weight.copy_(outer)
