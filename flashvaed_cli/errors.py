@@ -6,10 +6,12 @@ from __future__ import annotations
 class FlashVaedError(Exception):
     """A mistake that the user can mend: the message says what, where and what to do.
 
-    The command line prints it on stderr and exits with `exit_code`.
+    The command line prints it on stderr and exits with `exit_code`. With `is_told_elsewhere` another process of
+    the same launch prints it.
     """
 
     exit_code = 2
+    is_told_elsewhere = False
 
 
 class RecipeError(FlashVaedError):

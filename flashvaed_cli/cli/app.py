@@ -41,7 +41,8 @@ class _Program(TyperGroup):
         except FlashVaedError as error:
             from flashvaed_cli.cli.console import print_error
 
-            print_error(str(error))
+            if not error.is_told_elsewhere:
+                print_error(str(error))
             raise typer.Exit(error.exit_code) from error
         except OSError as error:
             if error.errno not in _STORAGE_FAULTS:

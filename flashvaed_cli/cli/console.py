@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -147,6 +148,7 @@ class _PlainTask:
         self._interval_s = interval_s
         self._done = 0
         self._info = ""
+        self._first: tuple[int, float] | None = None
         self._started_s = self._printed_s = time.monotonic()
         progress.log(f"{description} ..." if total is None else f"{description}: {total} to do")
 
@@ -156,10 +158,20 @@ class _PlainTask:
         now_s = time.monotonic()
         if now_s - self._printed_s >= self._interval_s:
             self._printed_s = now_s
-            self._progress.log(self._line())
+            self._progress.log(f"{self._line()}{self._left(now_s)}")
 
     def finish(self) -> None:
         self._progress.log(f"{self._line()} in {time.monotonic() - self._started_s:.1f} s")
+
+    def _left(self, now_s: float) -> str:
+        """At the rate since the first report, so that what an interrupted run had done before does not count."""
+        if self._first is None:
+            self._first = (self._done, now_s)
+        done, since_s = self._done - self._first[0], now_s - self._first[1]
+        if self._total is None or done <= 0:
+            return ""
+        left_s = round((self._total - self._done) * since_s / done)
+        return f", {timedelta(seconds=left_s)} left"
 
     def _line(self) -> str:
         of_total = "" if self._total is None else f"/{self._total}"

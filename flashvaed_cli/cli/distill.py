@@ -25,7 +25,7 @@ from flashvaed_cli.cli.options import (
 )
 from flashvaed_cli.cli.running import resolve_settings, run_stage
 from flashvaed_cli.recipe import DistillRecipe, PhaseRecipe
-from flashvaed_cli.recipe.fields import LatentScale, PhaseChoice, SelectionRule
+from flashvaed_cli.recipe.fields import CacheDType, LatentScale, PhaseChoice, SelectionRule
 
 EPILOG = """Examples:
 
@@ -58,16 +58,39 @@ def distill(
     num_frames: Annotated[int | None, flag(DistillRecipe, "num_frames")] = None,
     crop_size: Annotated[int | None, flag(DistillRecipe, "crop_size")] = None,
     max_side: Annotated[int | None, flag(DistillRecipe, "max_side")] = None,
+    buckets: Annotated[
+        list[str] | None, flag(DistillRecipe, "buckets", "--bucket", metavar="FRAMESxHEIGHTxWIDTH", default="none")
+    ] = None,
+    num_workers: Annotated[int | None, flag(DistillRecipe, "num_workers")] = None,
+    cache_latents: Annotated[str | None, flag(DistillRecipe, "cache_latents", metavar="DIR")] = None,
+    cache_dtype: Annotated[CacheDType | None, flag(DistillRecipe, "cache_dtype")] = None,
     loss_weight: Annotated[
         list[str] | None,
         flag(DistillRecipe, "loss_weights", "--loss-weight", metavar="TERM=WEIGHT", default="the paper's"),
     ] = None,
+    optimizer: Annotated[Literal["soap", "adamw"] | None, flag(DistillRecipe, "optimizer")] = None,
     weight_decay: Annotated[float | None, flag(DistillRecipe, "weight_decay")] = None,
     gradient_clip_norm: Annotated[float | None, flag(DistillRecipe, "gradient_clip_norm")] = None,
+    max_relative_step: Annotated[float | None, flag(DistillRecipe, "max_relative_step")] = None,
+    learning_rate_schedule: Annotated[
+        Literal["cosine", "constant"] | None, flag(DistillRecipe, "learning_rate_schedule")
+    ] = None,
+    num_warmup_steps: Annotated[int | None, flag(DistillRecipe, "num_warmup_steps")] = None,
+    ema_decay: Annotated[float | None, flag(DistillRecipe, "ema_decay")] = None,
+    gradient_accumulation: Annotated[int | None, flag(DistillRecipe, "gradient_accumulation")] = None,
+    checkpoint_activations: Annotated[bool | None, switch(DistillRecipe, "checkpoint_activations")] = None,
+    compile: Annotated[bool | None, switch(DistillRecipe, "compile")] = None,
     ratio: Annotated[list[str] | None, flag(DistillRecipe, "keep_ratio", "--ratio", "-r", **RATIO_SETTINGS)] = None,
     rule: Annotated[SelectionRule | None, flag(DistillRecipe, "rule")] = None,
     allow_download: Annotated[bool | None, switch(DistillRecipe, "allow_download")] = None,
+    validation_data: Annotated[
+        list[str] | None, flag(DistillRecipe, "validation_data", "--validation-data", **DATA_SETTINGS)
+    ] = None,
+    validate_every_steps: Annotated[int | None, flag(DistillRecipe, "validate_every_steps")] = None,
     checkpoint_every_steps: Annotated[int | None, flag(DistillRecipe, "checkpoint_every_steps")] = None,
+    checkpoint_every_minutes: Annotated[float | None, flag(DistillRecipe, "checkpoint_every_minutes")] = None,
+    sample_every_minutes: Annotated[float | None, flag(DistillRecipe, "sample_every_minutes")] = None,
+    tensorboard: Annotated[str | None, flag(DistillRecipe, "tensorboard", metavar="DIR")] = None,
     resume: Annotated[Literal["auto", "never"] | None, flag(DistillRecipe, "resume")] = None,
     output: Annotated[str | None, flag(DistillRecipe, "output", "--output", "-o")] = None,
     recipe: RecipeOption = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 import signal
 from collections.abc import Mapping, Sequence
@@ -85,13 +86,23 @@ def resolve_settings(
 
 
 def run_stage(context: typer.Context, stage: StageFunction[CommandRecipeT], recipe: CommandRecipeT) -> None:
-    """Run a stage with progress on stderr, then print its result to stdout."""
+    """Run a stage with progress on stderr, then print its result to stdout.
+
+    Of the processes that a launcher started together, the main one prints.
+
+    Raises:
+        Interrupted: Ctrl-C, outside of a training that saves first.
+    """
     try:
         with open_progress(quiet=context.params["quiet"]) as progress:
             result = stage(recipe, progress=progress, force=context.params["force"], command_line=command_line(context))
     except KeyboardInterrupt as error:  # stages write their output whole, at the end
         output = getattr(recipe, "output", "the output")
-        raise Interrupted(f"interrupted: nothing was written to {output}", signal.SIGINT) from error
+        interrupted = Interrupted(f"interrupted: nothing was written to {output}", signal.SIGINT)
+        interrupted.is_told_elsewhere = not _is_main_process()
+        raise interrupted from error
+    if not _is_main_process():
+        return
     if context.params["json_output"]:
         document = {**result.as_dict(), "paths": [str(path) for path in result.paths]}
         typer.echo(json.dumps(_finite(document), indent=2, allow_nan=False))
@@ -100,6 +111,11 @@ def run_stage(context: typer.Context, stage: StageFunction[CommandRecipeT], reci
     console.print(result.table())
     for path in result.paths:
         console.print(Text(f"wrote {path}"), soft_wrap=True)
+
+
+def _is_main_process() -> bool:
+    """What torchrun and `accelerate launch` say; true where there is no launcher."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def command_line(context: typer.Context) -> str:

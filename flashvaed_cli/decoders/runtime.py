@@ -71,7 +71,7 @@ class DecodeRuntime:
         self.spec, self.settings = decoder.spec, settings
         self.device, self.dtype = parameter.device, settings.dtype or parameter.dtype
         if settings.compile and settings.compile_backend == "inductor":
-            _check_compiler(self.device)
+            require_compiler(self.device)
         if settings.max_memory_bytes is not None and self.device.type == "cpu":
             return_freed_memory()
         self._decoder = _prepared(decoder, settings)
@@ -294,7 +294,7 @@ def _dtype_name(dtype: torch.dtype) -> DType:
     return cast(DType, name)
 
 
-def _check_compiler(device: torch.device) -> None:
+def require_compiler(device: torch.device) -> None:
     """Say what is missing before `inductor` fails in its own words.
 
     Raises:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,18 @@ class WeightAverage:
         """Write the averages into the parameters."""
         for name, value in self.values.items():
             parameters[name].copy_(value)
+
+    @contextmanager
+    def in_place_of(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+        """Within the block, the parameters are their averages."""
+        before = {name: parameters[name].detach().clone() for name in self.values}
+        self.copy_to(parameters)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in before.items():
+                    parameters[name].copy_(value)
 
     def state_dict(self) -> dict[str, object]:
         """Everything that a resumption needs."""

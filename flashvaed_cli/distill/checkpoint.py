@@ -17,7 +17,7 @@ from flashvaed_cli.distill.features import FeatureMatcher
 from flashvaed_cli.distill.settings import CADENCE_SETTINGS, TrainSettings
 from flashvaed_cli.errors import DistillationError
 
-_FORMAT = 1
+_FORMAT = 2
 
 HistoryEntry = dict[str, int | float]
 
@@ -29,7 +29,8 @@ class TrainState:
     Attributes:
         run_key: the caller's name for what is being made of what (a hash of recipe and inputs, say): a
             checkpoint of another run is not taken up.
-        step: steps done; also the number of the next batch.
+        num_ranks: processes that train together.
+        step: steps done; also the number of the next batch, and so the position in the data.
         seconds, data_seconds: spent on steps, and on waiting for their batches.
         history: one entry per `log_every_steps`: means of the loss terms, PSNR and more.
         first_loss: what an exploding loss is measured by.
@@ -44,6 +45,7 @@ class TrainState:
     phase: int
     settings: TrainSettings
     run_key: str
+    num_ranks: int = 1
     step: int = 0
     seconds: float = 0.0
     data_seconds: float = 0.0
@@ -52,6 +54,11 @@ class TrainState:
     saved_step: int | None = None
     history: list[HistoryEntry] = field(default_factory=list)
     terms: TermAverage = field(default_factory=TermAverage)
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """All parameters that the optimizer moves: the student's, and the projections of the feature loss."""
+        return [*self.parameters.values(), *self.matcher.parameters()]
 
     @property
     def device(self) -> torch.device:
@@ -73,6 +80,7 @@ def save_checkpoint(state: TrainState, path: Path) -> None:
         "run_key": state.run_key,
         "phase": state.phase,
         "settings": asdict(state.settings),
+        "num_ranks": state.num_ranks,
         "counters": {name: getattr(state, name) for name in _COUNTERS},
         "terms": state.terms.state_dict(),
         "student": state.student.state_dict(),
@@ -93,9 +101,11 @@ def save_checkpoint(state: TrainState, path: Path) -> None:
     state.saved_step = state.step
 
 
-def load_checkpoint(state: TrainState, path: Path) -> None:
+def load_checkpoint(state: TrainState, path: Path) -> int:
     """Bring `state` to where the checkpoint was saved.
 
+    Returns:
+        How many processes trained it until then.
     Raises:
         DistillationError: damaged, or of another run, phase, decoder or settings.
     """
@@ -118,6 +128,7 @@ def load_checkpoint(state: TrainState, path: Path) -> None:
     torch.set_rng_state(content["rng"]["cpu"])
     if len(content["rng"]["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(content["rng"]["cuda"])
+    return content["num_ranks"]
 
 
 def checkpoint_run_key(path: Path) -> str:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.distill.phases import FeatureMatch
@@ -17,10 +18,12 @@ Features = dict[str, Tensor]
 
 
 def run_with_features(
-    decoder: Decoder, latents: Float[Tensor, "B C T Hz Wz"], addresses: Collection[str]
+    decoder: Decoder, latents: Float[Tensor, "B C T Hz Wz"], addresses: Collection[str], *, recompute: bool = False
 ) -> tuple[Float[Tensor, "B 3 F H W"], Features]:
     """Decode a whole clip and keep the outputs of the named blocks (`up2.0`) and layers (`up2.0.conv1`).
 
+    Args:
+        recompute: keep no activation inside a block; the backward pass runs it again.
     Returns:
         The frames, not clamped, and the tensors by address.
     """
@@ -29,7 +32,7 @@ def run_with_features(
     x = latents
     with _layer_outputs(decoder, layers, features):
         for address, block in decoder.blocks():
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False) if recompute else block(x)
             if address in addresses:
                 features[address] = x
     return x, features

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,24 +15,27 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.operators import frames_as_batch
 from flashvaed_cli.distill.averaging import WeightAverage
 from flashvaed_cli.distill.checkpoint import HistoryEntry, TrainState, load_checkpoint, save_checkpoint
-from flashvaed_cli.distill.features import FeatureMatcher, run_with_features
+from flashvaed_cli.distill.features import FeatureMatcher
+from flashvaed_cli.distill.guards import require_sane_step
 from flashvaed_cli.distill.interrupts import stop_wish
-from flashvaed_cli.distill.losses import FRAME_LOSSES, LossWeights, r2_loss, teacher_psnr_db
+from flashvaed_cli.distill.objective import Objective, Perceptual, prepare_objective
+from flashvaed_cli.distill.parameter_groups import build_optimizer
 from flashvaed_cli.distill.phases import PhasePlan, gradient_masks, trained_parameters
+from flashvaed_cli.distill.ranks import ALONE, Ranks
 from flashvaed_cli.distill.settings import TrainSettings, learning_rate_at
 from flashvaed_cli.errors import DistillationError, Interrupted
 from flashvaed_cli.progress import Progress, SilentProgress
 
-Batches = Callable[[int], Tensor]
-"""Step number to raw latents `[B, C, T, Hz, Wz]`: the same batch for the same number, always."""
+Batches = Callable[[int], Sequence[Tensor]]
+"""Step number to this rank's micro-batches of raw latents `[B, C, T, Hz, Wz]`: always the same for the same number."""
 
-Perceptual = Callable[[Tensor, Tensor], Tensor]
-"""Perceptual distance of two sets of images `[N, 3, H, W]` in about [-1, 1]; its mean is taken."""
+Validate = Callable[[], Mapping[str, float]]
+"""Figures of the student on clips that it does not train on, for the history."""
 
-_SMALLEST_FIRST_LOSS = 1.0  # a student that starts as its teacher may get worse before it gets better
+AfterStep = Callable[[int, HistoryEntry | None], None]
+"""Told, on the main rank, how many steps are done, and the entry of the history that was just closed, if one was."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class TrainResult:
 
     Attributes:
         history: means of the loss terms (unweighted), `loss` (weighted sum), `psnr_db` to the teacher's frames,
-            `gradient_norm`, `learning_rate`, and `step` and `seconds` at the end of the entry.
+            `gradient_norm`, `learning_rate`, `step` and `seconds` at the end of the entry, and what `validate` gave.
         num_steps: steps done, those before a resumption included.
         seconds, data_seconds: spent on steps, and, of these, on waiting for batches.
         clips_per_s: throughput over `seconds`.
@@ -73,29 +76,41 @@ def train(
     run_key: str = "",
     perceptual: Perceptual | None = None,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
+    validate: Validate | None = None,
+    after_step: AfterStep | None = None,
 ) -> TrainResult:
     """Train the student in place to give the teacher's frames and features.
 
     On the CPU a run that was stopped and resumed ends with the same weights, bit for bit, as one that was not.
+    Micro-batches and ranks share a step: their gradients are averaged, as if their clips were one batch.
 
     Args:
-        batches: raw latents of a step, on any device.
+        batches: the micro-batches of a step, on any device.
         checkpoint_path: where to save; the file of a finished phase stays (resuming it does no step)
-            and is the caller's to delete.
+            and is the caller's to delete. All ranks read it, the main one writes it.
         resume: go on from `checkpoint_path` if it is there.
         run_key: names the run in the checkpoint; see `TrainState`.
         perceptual: the LPIPS term; without it the term is absent, and the result says so.
+        ranks: the processes that train together.
+        validate: called on the main rank, with the weights that the student would end with, before the first
+            step, every `validate_every_steps` and after the last. Its time is not counted.
     Raises:
         DistillationError: half-precision weights, latents that do not fit, a checkpoint of another run, a
             NaN or exploding loss, a checkpoint that cannot be written.
-        Interrupted: SIGINT or SIGTERM, after saving.
+        Interrupted: SIGINT or SIGTERM on any rank, after saving.
     """
     progress = progress or SilentProgress()
-    state = _start(student, plan, settings, run_key)
+    state = _start(student, plan, settings, run_key, ranks)
+    objective = prepare_objective(student, teacher, plan, state.matcher, settings, perceptual=perceptual, ranks=ranks)
     masks = gradient_masks(student, plan)
-    active, absent = choose_terms(settings.loss_weights, plan, perceptual)
-    _report_gaps(progress, absent, plan)
-    resumed_from = _resume(state, checkpoint_path, progress) if resume else None
+    _report_gaps(progress, objective)
+    resumed_from = _resume(state, checkpoint_path, ranks, progress) if resume else None
+    ranks.share(state.trained)
+    if validate is not None and ranks.is_main and state.step == 0:
+        state.history.append({"step": 0, **validate(), "seconds": 0.0})
+        if after_step is not None:
+            after_step(0, state.history[-1])
     saved_at = time.monotonic()
     title = f"distill phase {plan.number}"
     with (
@@ -106,39 +121,42 @@ def train(
         task.advance(state.step)
         while state.step < settings.num_steps:
             began = time.perf_counter()
-            latents = _checked(batches(state.step), student).to(state.device)
+            micro_batches = [_checked(latents, student).to(state.device) for latents in batches(state.step)]
             state.data_seconds += time.perf_counter() - began
 
-            terms, psnr_db = compute_terms(student, teacher, latents, plan, state.matcher, active, settings, perceptual)
-            loss = torch.stack([getattr(settings.loss_weights, name) * term for name, term in terms.items()]).sum()
-            _require_sane_loss(float(loss.detach()), state, checkpoint_path)
-
             state.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            values = _accumulate_gradients(objective, micro_batches)
+            ranks.average_gradients(state.trained)
+            values = _mean_over_ranks(values, ranks)
             for name, mask in masks.items():
                 if (gradient := state.parameters[name].grad) is not None:
                     gradient.mul_(mask)
-            gradient_norm = _clip_gradients(state, settings.gradient_clip_norm)
-            _require_finite_gradient(gradient_norm, state, checkpoint_path)
+            gradient_norm = nn.utils.clip_grad_norm_(state.trained, settings.gradient_clip_norm or math.inf)
+            require_sane_step(float(values["loss"]), float(gradient_norm), state, checkpoint_path)
 
             learning_rate = learning_rate_at(state.step, settings)
             for group in state.optimizer.param_groups:
-                group["lr"] = learning_rate
+                group["lr"] = learning_rate * group["rate_scale"]
             state.optimizer.step()
             if state.average is not None:
                 state.average.update(state.parameters)
 
             state.step += 1
-            state.num_clips += len(latents)
+            state.num_clips += ranks.count * sum(len(latents) for latents in micro_batches)
             state.seconds += time.perf_counter() - began
-            state.terms.add({"loss": loss, **terms, "psnr_db": psnr_db, "gradient_norm": gradient_norm})
-            task.advance(1, **_log(state, learning_rate))
+            state.terms.add({**values, "gradient_norm": gradient_norm})
+            figures = _validated(state, validate) if ranks.is_main else {}
+            entry = _close_entry(state, learning_rate, figures)
+            task.advance(1, **_shown(state, entry))
 
-            if checkpoint_path is not None and _checkpoint_is_due(state, wish.signal_number, saved_at):
-                save_checkpoint(state, checkpoint_path)
+            stop_signal, is_late = _agree(ranks, state, wish.signal_number, saved_at)
+            if checkpoint_path is not None and _checkpoint_is_due(state, stop_signal, is_late=is_late):
+                _save(state, checkpoint_path, ranks)
                 saved_at = time.monotonic()
-            if wish.signal_number is not None:
-                raise _interrupted(state, wish.signal_number, checkpoint_path)
+            if after_step is not None and ranks.is_main:
+                after_step(state.step, entry)
+            if stop_signal is not None:
+                raise _interrupted(state, stop_signal, checkpoint_path, ranks)
     if state.average is not None:
         state.average.copy_to(state.parameters)
     return TrainResult(
@@ -148,64 +166,47 @@ def train(
         data_seconds=state.data_seconds,
         clips_per_s=state.num_clips / max(state.seconds, 1e-9),
         resumed_from=resumed_from,
-        absent_terms=absent,
+        absent_terms=objective.absent,
         unmatched=plan.unmatched,
     )
 
 
-def choose_terms(
-    weights: LossWeights, plan: PhasePlan, perceptual: Perceptual | None
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The terms that a phase computes, and those with a weight that it cannot.
-
-    L_ce belongs to phase 2: that it plays no part in the others is no gap.
-    """
-    possible = {
-        **dict.fromkeys(FRAME_LOSSES, True),
-        "lpips": perceptual is not None,
-        "feature": bool(plan.matches),
-        "l_ce": bool(plan.to_keep),
-    }
-    wanted = [name for name in possible if getattr(weights, name) > 0 and (name != "l_ce" or plan.number == 2)]
-    active = tuple(name for name in wanted if possible[name])
-    if not active:
-        raise DistillationError("Every loss term is switched off or cannot be computed: give l1 a weight.")
-    return active, tuple(name for name in wanted if not possible[name])
+def _accumulate_gradients(objective: Objective, micro_batches: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Leave the gradient of the mean loss in the parameters; returns the means of what is worth logging."""
+    sums: dict[str, Tensor] = {}
+    for latents in micro_batches:
+        loss, values = objective(latents)
+        (loss / len(micro_batches)).backward()
+        for name, value in values.items():
+            value = value.detach() / len(micro_batches)
+            sums[name] = sums[name] + value if name in sums else value
+    return sums
 
 
-def compute_terms(
-    student: Decoder,
-    teacher: Decoder,
-    latents: Float[Tensor, "B C T Hz Wz"],
-    plan: PhasePlan,
-    matcher: FeatureMatcher,
-    active: Collection[str],
-    settings: TrainSettings,
-    perceptual: Perceptual | None,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """The unweighted loss terms of one batch, and the PSNR (dB) to the teacher's frames."""
-    if settings.channels_last:
-        latents = latents.contiguous(memory_format=torch.channels_last_3d)
-    matched = matcher.addresses if "feature" in active else ()
-    watched = {*matched, *(plan.to_keep if "l_ce" in active else ())}
-    half = settings.compute_dtype == "bfloat16"
-    with torch.autocast(latents.device.type, dtype=torch.bfloat16, enabled=half):
-        with torch.no_grad():
-            target, target_features = run_with_features(teacher, latents, matched)
-        frames, features = run_with_features(student, latents, watched)
-    frames, target = frames.float(), target.float()
-    terms = {name: loss(frames, target) for name, loss in FRAME_LOSSES.items() if name in active}
-    if "lpips" in active:
-        assert perceptual is not None
-        terms["lpips"] = perceptual(frames_as_batch(frames), frames_as_batch(target)).mean()
-    if "feature" in active:
-        terms["feature"] = matcher(features, target_features)
-    if "l_ce" in active:
-        terms["l_ce"] = torch.stack([r2_loss(features[a].float(), kept) for a, kept in plan.to_keep.items()]).mean()
-    return terms, teacher_psnr_db(frames, target)
+def _mean_over_ranks(values: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    means = ranks.mean(torch.stack(list(values.values())))
+    return dict(zip(values, means.unbind(), strict=True))
 
 
-def _start(student: Decoder, plan: PhasePlan, settings: TrainSettings, run_key: str) -> TrainState:
+def _agree(ranks: Ranks, state: TrainState, signal_number: int | None, saved_at: float) -> tuple[int | None, bool]:
+    """What all ranks do together: stop for a signal that any of them got, save because the main one's clock says so."""
+    every_s = state.settings.checkpoint_every_s
+    is_late = every_s is not None and ranks.is_main and time.monotonic() - saved_at >= every_s
+    if ranks.count == 1:
+        return signal_number, is_late
+    wishes = torch.zeros(signal.NSIG + 1, device=state.device)
+    wishes[signal_number or 0] = 1.0
+    wishes[signal.NSIG] = float(is_late)
+    agreed = ranks.sum(wishes).tolist()
+    return next((number for number in range(1, signal.NSIG) if agreed[number]), None), bool(agreed[signal.NSIG])
+
+
+def _save(state: TrainState, path: Path, ranks: Ranks) -> None:
+    ranks.from_main(lambda: save_checkpoint(state, path))
+    state.saved_step = state.step
+
+
+def _start(student: Decoder, plan: PhasePlan, settings: TrainSettings, run_key: str, ranks: Ranks) -> TrainState:
     parameters = trained_parameters(student, plan)
     if any(parameter.dtype != torch.float32 for parameter in student.parameters()):
         raise DistillationError(
@@ -214,18 +215,7 @@ def _start(student: Decoder, plan: PhasePlan, settings: TrainSettings, run_key: 
         )
     matcher = FeatureMatcher(plan.matches).to(next(student.parameters()).device)
     held = gradient_masks(student, plan)
-    groups = [
-        {"params": [p for name, p in parameters.items() if name not in held]},
-        # Weight decay would move the held rows although their gradient is masked.
-        {"params": [p for name, p in parameters.items() if name in held], "weight_decay": 0.0},
-        {"params": list(matcher.parameters())},
-    ]
-    optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-    )
+    optimizer = build_optimizer(parameters, matcher.parameters(), held=held, settings=settings)
     average = None if settings.ema_decay is None else WeightAverage(parameters, settings.ema_decay)
     return TrainState(
         student=student,
@@ -236,20 +226,27 @@ def _start(student: Decoder, plan: PhasePlan, settings: TrainSettings, run_key: 
         phase=plan.number,
         settings=settings,
         run_key=run_key,
+        num_ranks=ranks.count,
     )
 
 
-def _resume(state: TrainState, path: Path | None, progress: Progress) -> int | None:
-    if path is None or not path.exists():
+def _resume(state: TrainState, path: Path | None, ranks: Ranks, progress: Progress) -> int | None:
+    if path is None or not ranks.from_main(path.exists):
         return None
-    load_checkpoint(state, path)
+    num_ranks_before = load_checkpoint(state, path)
     progress.log(f"going on from step {state.step} of {state.settings.num_steps} ({path})")
+    if num_ranks_before != ranks.count:
+        progress.warn(
+            f"{path} was trained by {num_ranks_before} processes and goes on with {ranks.count}: from here on a step "
+            "sees other clips than it would have"
+        )
     return state.step
 
 
-def _report_gaps(progress: Progress, absent: Collection[str], plan: PhasePlan) -> None:
-    if absent:
-        progress.warn(f"distill phase {plan.number} runs without the loss terms {', '.join(absent)}")
+def _report_gaps(progress: Progress, objective: Objective) -> None:
+    plan = objective.plan
+    if objective.absent:
+        progress.warn(f"distill phase {plan.number} runs without the loss terms {', '.join(objective.absent)}")
     if plan.unmatched:
         progress.warn(
             f"distill phase {plan.number} cannot match the features of {', '.join(plan.unmatched)}: they are "
@@ -279,63 +276,57 @@ def _checked(latents: Tensor, student: Decoder) -> Float[Tensor, "B C T Hz Wz"]:
     return latents.float()
 
 
-def _clip_gradients(state: TrainState, longest: float | None) -> Float[Tensor, ""]:
-    trained = [*state.parameters.values(), *state.matcher.parameters()]
-    return nn.utils.clip_grad_norm_(trained, math.inf if longest is None else longest)
-
-
-def _require_sane_loss(loss: float, state: TrainState, checkpoint_path: Path | None) -> None:
-    if state.first_loss is None and math.isfinite(loss):
-        state.first_loss = loss
-    limit = state.settings.explosion_factor * max(state.first_loss or 0.0, _SMALLEST_FIRST_LOSS)
-    if not math.isfinite(loss):
-        raise _diverged(f"the loss is {loss}", state, checkpoint_path)
-    if loss > limit:
-        raise _diverged(
-            f"the loss is {loss:.3g}, {loss / (state.first_loss or 1):.0f} times the first", state, checkpoint_path
-        )
-
-
-def _require_finite_gradient(norm: Tensor, state: TrainState, checkpoint_path: Path | None) -> None:
-    if not math.isfinite(float(norm)):
-        raise _diverged(f"the gradient's norm is {float(norm)}", state, checkpoint_path)
-
-
-def _diverged(what: str, state: TrainState, checkpoint_path: Path | None) -> DistillationError:
-    saved = state.saved_step is not None
-    good = (
-        f"the last good checkpoint is {checkpoint_path} (step {state.saved_step})" if saved else "nothing was saved yet"
-    )
-    return DistillationError(
-        f"Phase {state.phase} stopped at step {state.step + 1} of {state.settings.num_steps}: {what}; {good}. "
-        f"Lower the learning rate (now {state.settings.learning_rate:g}) or look for bad clips."
-    )
-
-
-def _log(state: TrainState, learning_rate: float) -> dict[str, object]:
-    """Close an entry of the history where one is due; returns what to show beside the progress bar."""
-    if state.step % state.settings.log_every_steps and state.step != state.settings.num_steps:
+def _validated(state: TrainState, validate: Validate | None) -> Mapping[str, float]:
+    """The figures of the student, with its average weights if it has them, where they are due."""
+    every = state.settings.validate_every_steps
+    is_due = state.step == state.settings.num_steps or (every is not None and state.step % every == 0)
+    if validate is None or not is_due:
         return {}
+    with nullcontext() if state.average is None else state.average.in_place_of(state.parameters):
+        return validate()
+
+
+def _close_entry(state: TrainState, learning_rate: float, figures: Mapping[str, float]) -> HistoryEntry | None:
+    """Close an entry of the history where one is due, or figures are there to be kept."""
+    is_due = state.step % state.settings.log_every_steps == 0 or state.step == state.settings.num_steps
+    if not is_due and not figures:
+        return None
     means = state.terms.take()
-    state.history.append({"step": state.step, **means, "learning_rate": learning_rate, "seconds": state.seconds})
-    return {**means, "clips_per_s": state.num_clips / state.seconds}
+    entry: HistoryEntry = {
+        "step": state.step,
+        **means,
+        **figures,
+        "learning_rate": learning_rate,
+        "seconds": state.seconds,
+    }
+    state.history.append(entry)
+    return entry
 
 
-def _checkpoint_is_due(state: TrainState, signal_number: int | None, saved_at: float) -> bool:
-    settings = state.settings
-    every_steps, every_s = settings.checkpoint_every_steps, settings.checkpoint_every_s
+def _shown(state: TrainState, entry: HistoryEntry | None) -> dict[str, object]:
+    """What stands beside the progress bar."""
+    if entry is None:
+        return {}
+    shown = {name: value for name, value in entry.items() if name not in ("step", "learning_rate", "seconds")}
+    return {**shown, "clips_per_s": state.num_clips / state.seconds}
+
+
+def _checkpoint_is_due(state: TrainState, stop_signal: int | None, *, is_late: bool) -> bool:
+    every_steps = state.settings.checkpoint_every_steps
     return (
-        signal_number is not None
-        or state.step == settings.num_steps
+        is_late
+        or stop_signal is not None
+        or state.step == state.settings.num_steps
         or (every_steps is not None and state.step % every_steps == 0)
-        or (every_s is not None and time.monotonic() - saved_at >= every_s)
     )
 
 
-def _interrupted(state: TrainState, signal_number: int, checkpoint_path: Path | None) -> Interrupted:
+def _interrupted(state: TrainState, signal_number: int, checkpoint_path: Path | None, ranks: Ranks) -> Interrupted:
     name = signal.Signals(signal_number).name
     saved = "nothing was saved" if checkpoint_path is None else f"saved to {checkpoint_path}; run again to go on"
-    return Interrupted(
+    error = Interrupted(
         f"Stopped by {name} after step {state.step} of {state.settings.num_steps} of phase {state.phase}: {saved}.",
         signal_number,
     )
+    error.is_told_elsewhere = not ranks.is_main
+    return error

@@ -12,13 +12,14 @@ Reference: arXiv 2602.19161, section 3.3.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.groups import ChannelGroup, producers
 from flashvaed_cli.decoders.spec import DecoderSpec, block_layers, block_out_width
 from flashvaed_cli.errors import DistillationError, SpecError
 
@@ -166,23 +167,17 @@ def gradient_masks(student: Decoder, plan: PhasePlan) -> dict[str, Tensor]:
     Covers weight rows and bias of the layers that write to the tensors in `plan.to_keep`: for a residual
     block conv2 and its shortcut. What happens upstream of these layers still trains.
     """
-    names = {id(parameter): name for name, parameter in student.named_parameters()}
+    parameters = dict(student.named_parameters())
     masks: dict[str, Tensor] = {}
     for address, kept in plan.to_keep.items():
-        for parameter in _producing_parameters(student.at(address)):
-            mask = torch.zeros(parameter.shape[0], *([1] * (parameter.ndim - 1)), device=parameter.device)
-            mask[list(kept)] = 1
-            masks[names[id(parameter)]] = mask
+        tensor = ChannelGroup(address, address.split(".")[0], _tensor_widths(student.spec)[address], (address,))
+        for layer in producers(student.spec, tensor):
+            for name in (f"stages.{layer}.weight", f"stages.{layer}.bias"):
+                parameter = parameters[name]
+                mask = torch.zeros(parameter.shape[0], *([1] * (parameter.ndim - 1)), device=parameter.device)
+                mask[list(kept)] = 1
+                masks[name] = mask
     return masks
-
-
-def _producing_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """Weights and biases whose first axis is the output channel of a block or layer."""
-    writers = [getattr(module, name, None) for name in ("conv2", "shortcut", "proj", "spatial", "conv")]
-    layers = [layer for layer in writers if layer is not None] or [module]
-    for layer in layers:
-        yield layer.weight  # type: ignore[misc]
-        yield layer.bias  # type: ignore[misc]
 
 
 def _block_addresses(student: DecoderSpec, teacher: DecoderSpec) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a user may give as data: videos, stills and latent files, in folders or by pattern."""
+"""What a user may give as data: videos, stills and latent files, in folders, by pattern or in lists."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
@@ -16,7 +17,8 @@ from torch import Tensor
 from flashvaed_cli.errors import MediaError
 from flashvaed_cli.media.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
-LATENT_SUFFIXES = frozenset({".safetensors", ".pt", ".pth"})
+LATENT_SUFFIXES = frozenset({".safetensors", ".pt", ".pth", ".npy"})
+LIST_SUFFIX = ".txt"
 ACCEPTED = (
     f"videos ({' '.join(sorted(VIDEO_SUFFIXES))}), images ({' '.join(sorted(IMAGE_SUFFIXES))}) "
     f"or latents ({' '.join(sorted(LATENT_SUFFIXES))})"
@@ -32,19 +34,23 @@ def is_latent_file(path: str | Path) -> bool:
 
 
 def find_clips(inputs: Sequence[str | Path]) -> list[Path]:
-    """List the clips that files, folders and glob patterns stand for.
+    """List the clips that files, folders, glob patterns and lists of these stand for.
 
     Folders are searched with their subfolders in sorted order, without hidden files and without
-    the artifacts of this program. A file reached twice is listed once, at its first place.
+    the artifacts and caches of this program. A list is a .txt file with one path per line, relative to the list's
+    folder; empty lines and those that start with # do not count. A file that a list names and that is not there
+    is kept: reading it says so, as for a damaged one. A file reached twice is listed once, at its first place.
 
     Raises:
         MediaError: an input does not exist, is of no accepted kind, or yields nothing.
     """
     found: dict[Path, None] = {}
     for item in inputs:
-        found.update(dict.fromkeys(_expand(Path(item).expanduser())))
+        path = Path(item).expanduser()
+        is_list = path.suffix.lower() == LIST_SUFFIX and path.is_file()
+        found.update(dict.fromkeys(_expand_list(path) if is_list else _expand(path)))
     if not found:
-        raise MediaError(f"No data was given. Name files, folders or patterns of {ACCEPTED}.")
+        raise MediaError(f"No data was given. Name files, folders, patterns or lists ({LIST_SUFFIX}) of {ACCEPTED}.")
     return list(found)
 
 
@@ -89,6 +95,31 @@ def _expand(path: Path) -> list[Path]:
     return clips
 
 
+def _expand_list(path: Path) -> list[Path]:
+    clips: list[Path] = []
+    for number, line in enumerate(_read_lines(path), start=1):
+        if not line or line.startswith("#"):
+            continue
+        entry = path.parent / Path(line).expanduser()
+        if _has_accepted_suffix(entry) and not entry.exists() and not glob.has_magic(str(entry)):
+            clips.append(entry)
+            continue
+        try:
+            clips += _expand(entry)
+        except MediaError as error:
+            raise MediaError(f"{path}, line {number}: {error}") from error
+    if not clips:
+        raise MediaError(f"The list {path} names no clip. Write one path per line: {ACCEPTED}.")
+    return clips
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise MediaError(f"{path} cannot be read as a list of paths ({error}). Save it as UTF-8 text.") from error
+
+
 def _has_accepted_suffix(path: Path) -> bool:
     return path.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES | LATENT_SUFFIXES
 
@@ -121,8 +152,19 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         if path.suffix.lower() == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if path.suffix.lower() == ".npy":
+            return {"latents": torch.from_numpy(np.load(path, allow_pickle=False))}
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (
+        SafetensorError,
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ) as error:
         reason = str(error).strip().partition("\n")[0]
         raise MediaError(
             f"{path} cannot be read as tensors: {reason}. Save the latents again with safetensors or torch.save, "

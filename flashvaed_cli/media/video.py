@@ -10,7 +10,7 @@ container shows it; a Matroska or WebM file that was cut off reads as a shorter 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -66,6 +66,15 @@ class CropBox:
     left: int
     height: int
     width: int
+
+
+@dataclass(frozen=True)
+class Window:
+    """Frames [start, start + num_frames) of a file, and the rectangle to cut from them (None: whole frames)."""
+
+    start: int
+    num_frames: int
+    crop: CropBox | None
 
 
 def is_still(path: str | Path) -> bool:
@@ -170,7 +179,40 @@ def read_clip(
         raise MediaError(
             f"{path} has no frame number {start} (counted from 0): it ends before. Ask for an earlier start."
         )
-    return torch.stack(frames, dim=1).float().div_(127.5).sub_(1.0)  # [C, T, H, W]
+    return from_bytes(torch.stack(frames, dim=1))  # [C, T, H, W]
+
+
+def read_windows(
+    path: str | Path, windows: Sequence[Window], *, max_side: int | None = None
+) -> Iterator[tuple[int, UInt8[Tensor, "3 T h w"]]]:
+    """Cut many windows, which may overlap, out of a file in one pass.
+
+    Yields:
+        The place in `windows` and the stored RGB bytes, as soon as a window is complete.
+    Raises:
+        MediaError: as `iter_frames`, or a crop reaches outside the frame; what was yielded before is good. A window
+            behind the end of the file is not yielded.
+    """
+    open_windows: dict[int, list[Tensor]] = {place: [] for place in range(len(windows))}
+    size: tuple[int, int] | None = None
+    with _open_video(Path(path)) as (container, stream):
+        for index, frame in enumerate(_decode(Path(path), container, stream)):
+            wanting = [p for p in open_windows if windows[p].start <= index]
+            if not wanting:
+                continue
+            size = size or scaled_size(frame.height, frame.width, max_side)
+            pixels = _to_rgb(frame, *size)
+            for place in wanting:
+                open_windows[place].append(_cut(pixels, windows[place].crop, Path(path)))
+                if len(open_windows[place]) == windows[place].num_frames:
+                    yield place, torch.stack(open_windows.pop(place), dim=1)  # [3, T, h, w]
+            if not open_windows:
+                return
+
+
+def from_bytes(pixels: UInt8[Tensor, "*B T H W"]) -> Float[Tensor, "*B T H W"]:
+    """Stored RGB as float32 in [-1, 1]."""
+    return pixels.float().div_(127.5).sub_(1.0)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from flashvaed_cli.recipe.quantities import parse_memory, parse_size
+from flashvaed_cli.recipe.quantities import parse_bucket, parse_memory, parse_size
 
 BUILTIN_VAE = "builtin:tiny-wan"
 
@@ -26,6 +26,7 @@ StageOperator = Literal["causal3d", "dwsep3d", "frame2d"]
 PhaseChoice = Literal["1", "2", "3", "all"]
 ExportTarget = Literal["safetensors", "onnx"]
 LatentScale = Literal["normalized", "raw"]
+CacheDType = Literal["float32", "float16"]
 
 
 def one_as_tuple(value: object) -> object:
@@ -53,6 +54,10 @@ def _counts_from_text(value: object) -> object:
     return tuple(int(part) if part.isdecimal() else part for part in parts)
 
 
+def _bucket_from_text(value: object) -> object:
+    return parse_bucket(value) if isinstance(value, str) else value
+
+
 def _checked_size(text: str) -> str:
     parse_size(text)
     return text
@@ -69,6 +74,7 @@ OptionalCount = Annotated[Annotated[int, Field(gt=0, strict=True)] | None, Befor
 WholeNumber = Annotated[int, Field(ge=0, strict=True)]
 Switch = Annotated[bool, Field(strict=True)]
 Positive = Annotated[float, Field(gt=0, strict=True)]
+OptionalPositive = Annotated[Annotated[float, Field(gt=0, strict=True)] | None, BeforeValidator(_zero_as_none)]
 NonNegative = Annotated[float, Field(ge=0, strict=True)]
 KeepRatio = Annotated[float, Field(gt=0, le=1, strict=True)]
 Name = Annotated[str, Field(min_length=1)]
@@ -77,4 +83,6 @@ Sizes = Annotated[
     tuple[Annotated[str, AfterValidator(_checked_size)], ...], BeforeValidator(_split_at_commas), Field(min_length=1)
 ]
 Counts = Annotated[tuple[Count, ...], BeforeValidator(_counts_from_text), Field(min_length=1)]
+Bucket = Annotated[tuple[Count, Count, Count], BeforeValidator(_bucket_from_text)]
+Buckets = Annotated[tuple[Bucket, ...], BeforeValidator(one_as_tuple)]
 Memory = Annotated[str, AfterValidator(_checked_memory)]

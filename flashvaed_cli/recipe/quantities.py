@@ -1,4 +1,4 @@
-"""Sizes and amounts as people write them: `480p`, `832x480`, `4GB`."""
+"""Sizes and amounts as people write them: `480p`, `832x480`, `17x128x128`, `4GB`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,18 @@ def parse_size(text: str) -> tuple[int, int]:
     if match is None:
         raise ValueError(f"must be {', '.join(NAMED_SIZES)} or WIDTHxHEIGHT, such as 832x480")
     return int(match[2]), int(match[1])
+
+
+def parse_bucket(text: str) -> tuple[int, int, int]:
+    """Frames, height and width of `FRAMESxHEIGHTxWIDTH`.
+
+    Raises:
+        ValueError: something else.
+    """
+    match = re.fullmatch(r"([1-9]\d{0,4})[x×]([1-9]\d{0,4})[x×]([1-9]\d{0,4})", text.strip())
+    if match is None:
+        raise ValueError("must be FRAMESxHEIGHTxWIDTH, such as 17x128x128")
+    return int(match[1]), int(match[2]), int(match[3])
 
 
 def parse_memory(text: str) -> int:

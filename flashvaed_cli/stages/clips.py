@@ -18,7 +18,7 @@ from flashvaed_cli.media.padding import pad_clip
 from flashvaed_cli.media.sources import find_clips, is_latent_file, load_latents
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.fields import LatentScale
-from flashvaed_cli.recipe.models import CalibratedRecipe, DistillRecipe
+from flashvaed_cli.recipe.models import CalibratedRecipe
 from flashvaed_cli.zoo.builtin import DEMO_CLIP
 
 
@@ -28,8 +28,12 @@ def find_data(data: Sequence[str]) -> list[Path]:
 
 
 def raw_latents(path: Path, scale: LatentScale, vae: Checkpoint) -> Float[Tensor, "B C T Hz Wz"]:
-    """A latent file in the scale that decoders take: raw = normalized * std + mean."""
-    latents = load_latents(path, latent_width=len(vae.latent_mean))
+    """A latent file in the scale that decoders take."""
+    return to_raw(load_latents(path, latent_width=len(vae.latent_mean)), scale, vae)
+
+
+def to_raw(latents: Float[Tensor, "B C T Hz Wz"], scale: LatentScale, vae: Checkpoint) -> Float[Tensor, "B C T Hz Wz"]:
+    """Latents of a scale in the one that decoders take: raw = normalized * std + mean."""
     if scale == "raw":
         return latents
     std, mean = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.latent_std, vae.latent_mean))
@@ -85,7 +89,7 @@ def encode_clip(vae: Checkpoint, clip: Float[Tensor, "3 T H W"], device: torch.d
 
 def plan_calibration(
     vae: Checkpoint,
-    recipe: CalibratedRecipe | DistillRecipe,
+    recipe: CalibratedRecipe,
     num_clips: int,
     device: torch.device,
     progress: Progress,

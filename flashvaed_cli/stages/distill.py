@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from flashvaed_cli.artifact.checkpoint import derived_header, save_checkpoint
+from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.artifact.store import refuse_overwrite
 from flashvaed_cli.calibrate.statistics import collect_statistics
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.families import get_family
-from flashvaed_cli.distill.loop import TrainResult, train
+from flashvaed_cli.decoders.groups import Kept
+from flashvaed_cli.distill.loop import train
 from flashvaed_cli.distill.losses import LossWeights
+from flashvaed_cli.distill.objective import Perceptual
 from flashvaed_cli.distill.phases import (
     PhasePlan,
     Projection,
@@ -28,27 +29,30 @@ from flashvaed_cli.distill.phases import (
     plan_phase_3,
     swapped_stages,
 )
+from flashvaed_cli.distill.ranks import Ranks, joined_ranks
 from flashvaed_cli.distill.settings import TrainSettings
 from flashvaed_cli.errors import DistillationError, MetricUnavailableError
 from flashvaed_cli.metrics.lpips_metric import load_lpips
 from flashvaed_cli.numerics.independence import reconstruction_map
-from flashvaed_cli.progress import Progress
+from flashvaed_cli.progress import Progress, SilentProgress
 from flashvaed_cli.recipe.models import DistillRecipe, PhaseRecipe
-from flashvaed_cli.report.curves import plot_losses
-from flashvaed_cli.report.tables import Column, TableData
-from flashvaed_cli.stages.clips import plan_calibration
+from flashvaed_cli.stages.clip_source import NUM_STATISTICS_CLIPS
 from flashvaed_cli.stages.loading import Inputs, choose_device, choose_input, load_inputs
 from flashvaed_cli.stages.result import StageOutcome
+from flashvaed_cli.stages.training_data import TrainingData, training_data
+from flashvaed_cli.stages.training_report import PhaseResult, draw_curves, phase_record, phase_table
+from flashvaed_cli.stages.training_watch import SampleStrips, TensorBoardLog, TrainingLog, TrainingWatch
+from flashvaed_cli.stages.validation import Validation, open_validation
 from flashvaed_cli.surgery.selection import select_channels
 
-_NUM_STATISTICS_CLIPS = 8
 _COMPUTE_DTYPES = ("float32", "bfloat16")
 
 
 def run_distill(recipe: DistillRecipe, *, progress: Progress, force: bool, command_line: str) -> StageOutcome:
-    """Train the phases of the recipe that fit the decoder; write the decoder and its loss curves.
+    """Train the phases of the recipe that fit the decoder; write the decoder, its loss curves and its log.
 
-    A checkpoint beside the output lets an interrupted run go on; it goes away when the output is written.
+    A checkpoint per phase beside the output lets an interrupted run go on; they go away when the output is written.
+    Started by `accelerate launch` or torchrun, all processes train together; the main one alone writes and speaks.
 
     Raises:
         ArtifactError: input or original cannot be loaded.
@@ -60,46 +64,130 @@ def run_distill(recipe: DistillRecipe, *, progress: Progress, force: bool, comma
     refuse_overwrite(output, force=force)
     if recipe.dtype not in _COMPUTE_DTYPES:
         raise DistillationError(f"--dtype {recipe.dtype} does not train: use {' or '.join(_COMPUTE_DTYPES)}")
+    with joined_ranks(choose_device(recipe.device)) as (ranks, device):
+        progress = progress if ranks.is_main else SilentProgress()
+        job = _prepare(recipe, ranks, device, progress)
+        results, prepared = _train_phases(job, output, progress)
+        measured = {
+            "data": job.data.record(),
+            "phases": [phase_record(phase, result) for phase, result in results],
+            "num_processes": ranks.count,
+            "prepared_channels": prepared,
+        }
+        header = derived_header(
+            job.inputs.checkpoint,
+            recipe=recipe.model_dump(mode="json"),
+            command_line=command_line,
+            seed=recipe.seed,
+            measured=measured,
+        )
+        curves = ranks.from_main(lambda: _finish(output, header, job, results, force=force))
+    return StageOutcome((output, curves, _log_path(output)), (phase_table(results),), measured)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """All that the phases share."""
+
+    recipe: DistillRecipe
+    ranks: Ranks
+    inputs: Inputs
+    student: Decoder
+    teacher: Decoder
+    phases: tuple[PhaseRecipe, ...]
+    data: TrainingData
+    perceptual: Perceptual | None
+    validation: Validation | None
+
+
+def _prepare(recipe: DistillRecipe, ranks: Ranks, device: torch.device, progress: Progress) -> _Job:
     location = choose_input(recipe.input, DistillRecipe, progress)
-    device = choose_device(recipe.device)
     inputs = load_inputs(location, original=recipe.original, device=device, needs_encoder=False)
     student, teacher = inputs.checkpoint.require_decoder(), inputs.original.require_decoder()
-    if teacher is student:  # an original is trained towards itself: phase 2 prepares it for pruning
-        teacher = load_inputs(location, original=recipe.original, device=device, needs_encoder=False).original.decoder
-        assert teacher is not None
+    if next(teacher.parameters()) is next(student.parameters()):
+        teacher = copy.deepcopy(teacher)  # an original is trained towards itself: phase 2 prepares it for pruning
     phases = choose_phases(recipe, inputs, progress)
-    pool = _encode_pool(recipe, inputs, progress)
-    perceptual = _perceptual(recipe, device, progress)
-    results: list[tuple[PhaseRecipe, TrainResult]] = []
-    checkpoints = []
-    for index, phase in enumerate(phases):
-        checkpoints.append(output.with_suffix(f".phase{index + 1}.ckpt"))
+    clips_per_step = recipe.batch_size * recipe.gradient_accumulation * ranks.count
+    data = training_data(
+        recipe,
+        inputs,
+        progress,
+        is_main=ranks.is_main,
+        wait=ranks.wait,
+        num_drawn=clips_per_step * sum(phase.num_steps for phase in phases),
+    )
+    perceptual = _perceptual(recipe, ranks, device, progress)
+    validation = open_validation(recipe, inputs, student, teacher, progress) if ranks.is_main else None
+    return _Job(recipe, ranks, inputs, student, teacher, phases, data, perceptual, validation)
+
+
+def _train_phases(job: _Job, output: Path, progress: Progress) -> tuple[list[PhaseResult], Kept]:
+    """One phase after the other, each with a checkpoint of its own: a finished one is not trained again.
+
+    Returns what each gave, and the channels that phase 2 has prepared the decoder to keep.
+    """
+    recipe, ranks = job.recipe, job.ranks
+    watch = _open_watch(job, output, progress) if ranks.is_main else None
+    results: list[PhaseResult] = []
+    prepared: Kept = {}
+    done = 0
+    for index, phase in enumerate(job.phases, start=1):
+        plan = ranks.from_main(lambda number=phase.phase: _plan(number, job, progress))
+        batches = job.data.draw(
+            batch_size=recipe.batch_size,
+            num_micro_batches=recipe.gradient_accumulation,
+            seed=recipe.seed + index - 1,
+            rank=ranks.rank,
+            num_ranks=ranks.count,
+        )
         result = train(
-            student,
-            teacher,
-            _plan(phase.phase, recipe, inputs, student, teacher, pool, progress),
-            pool.batches(recipe.batch_size, recipe.seed + index),
+            job.student,
+            job.teacher,
+            plan,
+            batches,
             _settings(recipe, phase),
-            checkpoint_path=checkpoints[-1],
+            checkpoint_path=_checkpoint_path(output, index),
             resume=recipe.resume == "auto",
-            run_key=_run_key(recipe, inputs, index),
-            perceptual=perceptual,
+            run_key=_run_key(job, index),
+            perceptual=job.perceptual,
             progress=progress,
+            ranks=ranks,
+            validate=job.validation,
+            after_step=None if watch is None else watch.for_phase(index, phase.phase, done),
         )
         results.append((phase, result))
-    measured = {"phases": [_phase_record(phase, result) for phase, result in results]}
-    header = derived_header(
-        inputs.checkpoint,
-        recipe=recipe.model_dump(mode="json"),
-        command_line=command_line,
-        seed=recipe.seed,
-        measured=measured,
-    )
-    save_checkpoint(output, header, decoder=student, force=force)
-    curves = _draw_curves(output, results)
-    for checkpoint in checkpoints:
-        checkpoint.unlink(missing_ok=True)
-    return StageOutcome((output, curves), (_phase_table(results),), measured)
+        prepared |= plan.to_keep
+        done += result.num_steps
+    return results, prepared
+
+
+def _finish(output: Path, header: ArtifactHeader, job: _Job, results: list[PhaseResult], *, force: bool) -> Path:
+    save_checkpoint(output, header, decoder=job.student, force=force)
+    curves = draw_curves(output, results)
+    for index in range(1, len(results) + 1):
+        _checkpoint_path(output, index).unlink(missing_ok=True)
+    return curves
+
+
+def _checkpoint_path(output: Path, index: int) -> Path:
+    return output.with_suffix(f".phase{index}.ckpt")
+
+
+def _log_path(output: Path) -> Path:
+    return output.with_suffix(".log.jsonl")
+
+
+def _open_watch(job: _Job, output: Path, progress: Progress) -> TrainingWatch:
+    recipe = job.recipe
+    resumes = recipe.resume == "auto" and _checkpoint_path(output, 1).exists()
+    log = TrainingLog(_log_path(output), _run_key(job, 0), resumes=resumes)
+    board = None if recipe.tensorboard is None else TensorBoardLog(Path(recipe.tensorboard))
+    strips = None
+    if recipe.sample_every_minutes is not None:
+        (latents,) = job.data.first(1)
+        every_s = 60 * recipe.sample_every_minutes
+        strips = SampleStrips(output.with_suffix(".samples"), latents, job.student, job.teacher, every_s=every_s)
+    return TrainingWatch(progress, log, board, strips)
 
 
 def choose_phases(recipe: DistillRecipe, inputs: Inputs, progress: Progress) -> tuple[PhaseRecipe, ...]:
@@ -127,65 +215,35 @@ def choose_phases(recipe: DistillRecipe, inputs: Inputs, progress: Progress) -> 
     return fitting
 
 
-@dataclass(frozen=True)
-class LatentPool:
-    """Encoded clips in memory, grouped by shape so that any of a group can share a batch."""
-
-    groups: tuple[tuple[Float[Tensor, "1 C T Hz Wz"], ...], ...]
-
-    def batches(self, batch_size: int, seed: int) -> Callable[[int], Float[Tensor, "B C T Hz Wz"]]:
-        """Step number to batch: random clips, the same for the same step whatever came before."""
-        sizes = torch.tensor([float(len(group)) for group in self.groups])
-
-        def batch(step: int) -> Tensor:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-            group = self.groups[int(torch.multinomial(sizes, 1, generator=generator))]
-            picks = torch.randint(len(group), (batch_size,), generator=generator)
-            return torch.cat([group[int(i)] for i in picks])
-
-        return batch
-
-    def first(self, count: int) -> list[Float[Tensor, "1 C T Hz Wz"]]:
-        """Up to `count` clips."""
-        return [clip for group in self.groups for clip in group][:count]
-
-
-def _encode_pool(recipe: DistillRecipe, inputs: Inputs, progress: Progress) -> LatentPool:
-    drawn = recipe.batch_size * sum(phase.num_steps for phase in recipe.schedule())
-    num_clips = min(recipe.num_clips, max(drawn, _NUM_STATISTICS_CLIPS))
-    clips = plan_calibration(inputs.original, recipe, num_clips, inputs.device, progress)
-    by_shape: dict[tuple[int, ...], list[Tensor]] = {}
-    with progress.task("encoding clips", len(clips)) as task:
-        for latents in clips:
-            for one in latents.split(1):
-                by_shape.setdefault(tuple(one.shape), []).append(one)
-            task.advance()
-    return LatentPool(tuple(tuple(group) for group in by_shape.values()))
-
-
-def _perceptual(recipe: DistillRecipe, device: torch.device, progress: Progress) -> Callable | None:
+def _perceptual(recipe: DistillRecipe, ranks: Ranks, device: torch.device, progress: Progress) -> Perceptual | None:
+    """The LPIPS term, or none: on all ranks, or on none of them. The main one downloads what there is to download."""
     if recipe.loss_weights.lpips == 0:
         return None
-    try:
+
+    def load() -> Perceptual:
         return load_lpips("vgg", device, allow_download=recipe.allow_download)
-    except MetricUnavailableError as error:
-        progress.warn(f"the LPIPS loss term is left out. {error}")
+
+    missing = ranks.from_main(lambda: _what_is_missing(load))
+    if missing is not None:
+        progress.warn(f"the LPIPS loss term is left out. {missing}")
         return None
+    return load()
 
 
-def _plan(
-    phase: int,
-    recipe: DistillRecipe,
-    inputs: Inputs,
-    student: Decoder,
-    teacher: Decoder,
-    pool: LatentPool,
-    progress: Progress,
-) -> PhasePlan:
-    family, kept = get_family(inputs.checkpoint.family), inputs.checkpoint.kept_channels
+def _what_is_missing(load: Callable[[], object]) -> str | None:
+    try:
+        load()
+    except MetricUnavailableError as error:
+        return str(error)
+    return None
+
+
+def _plan(phase: int, job: _Job, progress: Progress) -> PhasePlan:
+    recipe, student, teacher = job.recipe, job.student, job.teacher
+    family, kept = get_family(job.inputs.checkpoint.family), job.inputs.checkpoint.kept_channels
     if phase == 1:
         return plan_phase_1(student.spec, teacher.spec, shallow_stages=family.shallow_stages, kept_channels=kept)
-    sample = pool.first(_NUM_STATISTICS_CLIPS)
+    sample = [latents.to(job.inputs.device) for latents in job.data.first(NUM_STATISTICS_CLIPS)]
     if phase == 2:
         statistics = collect_statistics(student, sample, num_clips=len(sample), progress=progress)
         ratios = recipe.ratios(family.shallow_stages)
@@ -196,75 +254,55 @@ def _plan(
         statistics = collect_statistics(teacher, sample, num_clips=len(sample), progress=progress)
         for address, channels in kept.items():
             weight, bias = reconstruction_map(statistics[address].covariance, statistics[address].mean, channels)
-            projections[address] = (weight.float(), bias.float())
+            projections[address] = (weight.float().cpu(), bias.float().cpu())
     return plan_phase_3(student.spec, teacher.spec, projections=projections)
 
 
 def _settings(recipe: DistillRecipe, phase: PhaseRecipe) -> TrainSettings:
+    every_minutes = recipe.checkpoint_every_minutes
     return TrainSettings(
         num_steps=phase.num_steps,
+        optimizer=recipe.optimizer,
         learning_rate=phase.learning_rate,
         weight_decay=recipe.weight_decay,
-        num_warmup_steps=min(20, -(-phase.num_steps // 4)),
-        schedule="cosine",
+        max_relative_step=recipe.max_relative_step,
+        num_warmup_steps=recipe.warmup_steps(phase),
+        schedule=recipe.learning_rate_schedule,
         gradient_clip_norm=recipe.gradient_clip_norm,
+        ema_decay=recipe.ema_decay,
         compute_dtype="bfloat16" if recipe.dtype == "bfloat16" else "float32",
         channels_last=True,
+        checkpoint_activations=recipe.checkpoint_activations,
+        compile=recipe.compile,
         loss_weights=LossWeights(**recipe.loss_weights.model_dump()),
+        validate_every_steps=recipe.validate_every_steps,
         checkpoint_every_steps=recipe.checkpoint_every_steps,
+        checkpoint_every_s=None if every_minutes is None else 60 * every_minutes,
     )
 
 
-def _run_key(recipe: DistillRecipe, inputs: Inputs, index: int) -> str:
-    """Equal for runs that would give the same weights: recipe and decoder, wherever they are written."""
-    settings = recipe.model_dump(mode="json", exclude={"output", "resume", "checkpoint_every_steps", "input"})
-    text = json.dumps([settings, inputs.checkpoint.sha256, inputs.original.sha256, index], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+_NO_PART_OF_THE_RUN = {
+    "input",
+    "output",
+    "data",  # its content is named by the data's own key
+    "validation_data",
+    "validate_every_steps",
+    "num_workers",
+    "cache_latents",
+    "allow_download",
+    "resume",
+    "checkpoint_every_steps",
+    "checkpoint_every_minutes",
+    "checkpoint_activations",
+    "compile",
+    "sample_every_minutes",
+    "tensorboard",
+}
 
 
-def _phase_record(phase: PhaseRecipe, result: TrainResult) -> dict[str, Any]:
-    return {
-        "phase": phase.phase,
-        "num_steps": result.num_steps,
-        "seconds": result.seconds,
-        "clips_per_s": result.clips_per_s,
-        "resumed_from": result.resumed_from,
-        "absent_terms": list(result.absent_terms),
-        "history": result.history,
-    }
-
-
-def _draw_curves(output: Path, results: list[tuple[PhaseRecipe, TrainResult]]) -> Path:
-    """Every loss term and the PSNR to the original over all phases."""
-    curves: dict[str, list[tuple[float, float]]] = {}
-    done = 0
-    for _, result in results:
-        for entry in result.history:
-            for name, value in entry.items():
-                if name not in ("step", "seconds", "learning_rate"):
-                    curves.setdefault(name, []).append((done + entry["step"], value))
-        done += result.num_steps
-    return plot_losses(output.with_suffix(".losses.png"), curves)
-
-
-def _phase_table(results: list[tuple[PhaseRecipe, TrainResult]]) -> TableData:
-    columns = (
-        Column("phase", "d"),
-        Column("steps", "d"),
-        Column("loss, first", ".4f"),
-        Column("last", ".4f"),
-        Column("PSNR to original dB, first", ".2f"),
-        Column("last", ".2f"),
-        Column("clips/s", ".2f"),
-        Column("minutes", ".1f"),
-    )
-    rows = []
-    for phase, result in results:
-        first, last = (result.history[i] if result.history else {} for i in (0, -1))
-        figures = [_get(entry, name) for name in ("loss", "psnr_db") for entry in (first, last)]
-        rows.append((phase.phase, result.num_steps, *figures, result.clips_per_s, result.seconds / 60))
-    return TableData("Distillation", columns, tuple(rows))
-
-
-def _get(entry: Mapping[str, float], name: str) -> float | None:
-    return entry.get(name)
+def _run_key(job: _Job, index: int) -> str:
+    """Equal for runs that would give the same weights: recipe, decoder and data, wherever they are written."""
+    settings = job.recipe.model_dump(mode="json", exclude=_NO_PART_OF_THE_RUN)
+    has_lpips = job.perceptual is not None
+    parts = [settings, job.inputs.checkpoint.sha256, job.inputs.original.sha256, job.data.key, has_lpips, index]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

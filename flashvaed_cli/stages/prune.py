@@ -12,7 +12,7 @@ from flashvaed_cli.artifact.store import read_artifact, read_header, refuse_over
 from flashvaed_cli.calibrate.statistics import collect_statistics
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.families import get_family
-from flashvaed_cli.decoders.groups import compose_kept
+from flashvaed_cli.decoders.groups import Kept, compose_kept
 from flashvaed_cli.errors import ArtifactError, SpecError
 from flashvaed_cli.numerics.covariance import TensorStatistics
 from flashvaed_cli.progress import Progress
@@ -52,7 +52,13 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
         budget = plan_budget(recipe, decoder, statistics, latency_model, device, progress)
         ratios, round_to = budget.plan.keep_ratios, 1  # exactly the widths of the plan
     kept, selections = select_channels(
-        decoder, statistics, ratios, rule=recipe.rule, round_to=round_to, seed=recipe.seed
+        decoder,
+        statistics,
+        ratios,
+        rule=recipe.rule,
+        round_to=round_to,
+        seed=recipe.seed,
+        prepared=_prepared_channels(inputs.checkpoint, progress),
     )
     if not kept:
         raise SpecError(f"nothing to prune: the ratios {ratios} keep every channel")
@@ -91,6 +97,14 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
     if budget is not None:
         tables.append(budget_table(measured["budget"]))
     return StageOutcome((output,), tuple(tables), measured)
+
+
+def _prepared_channels(checkpoint: Checkpoint, progress: Progress) -> Kept:
+    """The channels that phase 2 of a distillation has prepared the decoder to keep."""
+    found = checkpoint.header.measured.get("prepared_channels", {}) if checkpoint.header else {}
+    if found:
+        progress.log("keeping the channels that phase 2 has prepared, where the ratio asks for as many")
+    return {tensor: tuple(kept) for tensor, kept in found.items()}
 
 
 def _statistics(

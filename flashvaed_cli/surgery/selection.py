@@ -66,6 +66,7 @@ def select_channels(
     rule: str,
     round_to: int = 1,
     seed: int = 0,
+    prepared: Kept | None = None,
 ) -> tuple[Kept, list[GroupSelection]]:
     """Choose the kept channels of every group that has a ratio.
 
@@ -74,6 +75,8 @@ def select_channels(
         keep_ratios: fraction kept by the name of a stage (`up3`, all its groups) or of a group (`up3.stream`), which
             wins over its stage. A stage's entry (behind a resampler that changes the width) belongs to it.
         rule: a key of `SELECTION_RULES`.
+        prepared: the sets that phase 2 of the distillation has made the others dependent on; they win over the
+            rule where they have the size that the ratio asks for.
     Returns:
         Kept channels by tensor address, ascending, and one line of report per group.
     Raises:
@@ -92,7 +95,9 @@ def select_channels(
         if num_kept == group.width:
             continue
         evidence = channel_evidence(decoder, group, statistics)
-        chosen = tuple(sorted(SELECTION_RULES[rule](evidence, num_kept, seed=seed + index).kept))
+        chosen = (prepared or {}).get(group.tensors[0], ())
+        if len(chosen) != num_kept:
+            chosen = tuple(sorted(SELECTION_RULES[rule](evidence, num_kept, seed=seed + index).kept))
         kept.update(dict.fromkeys(group.tensors, chosen))
         dead, constant = unvarying_channels(evidence)
         r2 = r2_of_set(evidence.covariance, chosen)

@@ -46,18 +46,20 @@ class QualityData:
         return sum(values) / len(values)
 
 
+def split_videos() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The videos to solve or train on, and those to judge on; none without a folder."""
+    folder = Path(os.environ.get("FLASHVAED_BENCH_DATA", Path(__file__).parents[3] / "shared/data/clips"))
+    files = find_clips([str(folder)]) if folder.is_dir() else []
+    training = tuple(str(path) for path in files if path.stem not in HELD_OUT)
+    return training, tuple(str(path) for path in files if path.stem in HELD_OUT)
+
+
 @torch.no_grad()
 def load_quality_data() -> QualityData:
     """9 frames of 128 x 128 from each clip, 12 clips to solve on and 8 to judge on."""
     device = torch.device("cpu")
     vae = load_inputs(BUILTIN_VAE, original=None, device=device, needs_encoder=False).checkpoint
-    folder = Path(os.environ.get("FLASHVAED_BENCH_DATA", Path(__file__).parents[3] / "shared/data/clips"))
-    training: tuple[str, ...] = ()
-    judging: tuple[str, ...] = ()
-    if folder.is_dir():
-        files = find_clips([str(folder)])
-        judging = tuple(str(path) for path in files if path.stem in HELD_OUT)
-        training = tuple(str(path) for path in files if path.stem not in HELD_OUT)
+    training, judging = split_videos()
 
     def latents(paths: tuple[str, ...], num_clips: int, seed: int) -> tuple[Tensor, ...]:
         recipe = PruneRecipe(data=paths, num_frames=9, crop_size=128, max_side=512, seed=seed)

@@ -38,7 +38,7 @@ def test_plain_lines_at_the_ends_only() -> None:
 def test_plain_lines_after_the_interval() -> None:
     console, stream = plain_console()
     work(PlainProgress(console, interval_s=0))
-    assert "clips: 2/3 loss=0.3333 name=a" in stream.getvalue()
+    assert "clips: 2/3 loss=0.3333 name=a, 0:00:00 left\n" in stream.getvalue()
 
 
 def test_a_failed_task_is_not_reported_as_done() -> None:

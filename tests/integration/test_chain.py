@@ -74,7 +74,8 @@ def test_every_command_writes_what_it_says(chain: Chain) -> None:
     made = {path.name for path in chain.folder.iterdir()}
     plots = {f"analysis.{kind}.png" for kind in ("r2", "spectra", "latency")}
     assert made == {
-        *ARTIFACTS, *plots, "analysis.safetensors", "flash.losses.png", "report", "vae.safetensors", "clip.mp4"
+        *ARTIFACTS, *plots, "analysis.safetensors", "flash.losses.png", "flash.log.jsonl", "report",
+        "vae.safetensors", "clip.mp4",
     }  # fmt: skip
 
 

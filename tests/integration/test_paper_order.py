@@ -72,6 +72,8 @@ def test_the_papers_order(tmp_path: Path) -> None:
     headers = {name: read_header(path) for name, path in files.items()}
     assert not headers["phase2"].kept_channels
     assert headers["flash"].kept_channels == headers["pruned"].kept_channels != {}
+    prepared = {tensor: tuple(kept) for tensor, kept in headers["phase2"].measured["prepared_channels"].items()}
+    assert prepared == headers["pruned"].kept_channels
     assert headers["phase2"].decoder == headers["converted"].decoder
     assert headers["flash"].decoder == headers["pruned"].decoder
 

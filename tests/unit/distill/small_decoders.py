@@ -85,6 +85,6 @@ def pruned_spec(spec: DecoderSpec, width: int) -> DecoderSpec:
     return spec.with_blocks(changed)
 
 
-def batches(step: int) -> Tensor:
+def batches(step: int) -> tuple[Tensor, ...]:
     """Raw latents of a step: two clips of 3 frames of 12 x 12 pixels."""
-    return torch.randn(2, 16, 2, 3, 3, generator=torch.Generator().manual_seed(step))
+    return (torch.randn(2, 16, 2, 3, 3, generator=torch.Generator().manual_seed(step)),)

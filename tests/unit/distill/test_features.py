@@ -9,7 +9,7 @@ from tests.unit.distill.small_decoders import batches, teacher_decoder
 
 
 def test_the_frames_are_the_decoders_own_and_the_tensors_are_where_they_belong() -> None:
-    decoder, latents = teacher_decoder(), batches(0)
+    decoder, (latents,) = teacher_decoder(), batches(0)
     with torch.no_grad():
         frames, features = run_with_features(decoder, latents, ["up2.0", "up2.0.conv1"])
         before, _ = run_with_features(decoder, latents, ["up0.1"])
@@ -24,7 +24,7 @@ def test_the_frames_are_the_decoders_own_and_the_tensors_are_where_they_belong()
 
 def test_no_hook_stays_behind() -> None:
     decoder = teacher_decoder()
-    run_with_features(decoder, batches(0), ["up3.0.conv2"])
+    run_with_features(decoder, batches(0)[0], ["up3.0.conv2"])
     assert not any(module._forward_hooks for module in decoder.modules())
 
 
@@ -48,7 +48,7 @@ def test_a_projection_starts_at_the_given_map_and_trains() -> None:
 
 def test_collecting_works_inside_a_training_graph() -> None:
     decoder: Decoder = teacher_decoder()
-    _, features = run_with_features(decoder, batches(0), ["mid.0"])
+    _, features = run_with_features(decoder, batches(0)[0], ["mid.0"])
     features["mid.0"].sum().backward()
     assert decoder.at("conv_in.0").conv.weight.grad is not None  # type: ignore[union-attr]
     assert decoder.at("up0.0").conv1.weight.grad is None  # type: ignore[union-attr]

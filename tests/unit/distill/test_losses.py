@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torchmetrics.functional.image import structural_similarity_index_measure
@@ -7,6 +9,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from flashvaed_cli.decoders.operators import frames_as_batch
 from flashvaed_cli.distill.losses import (
     FRAME_LOSSES,
+    energy_loss,
     l1_loss,
     r2_loss,
     sharpness_loss,
@@ -30,7 +33,11 @@ def test_equal_frames_cost_nothing_and_others_something(name: str, side: int, nu
     loss = FRAME_LOSSES[name](other, clip)
     loss.backward()
     assert other.grad is not None and torch.isfinite(other.grad).all()
-    silent = (name == "temporal" and num_frames == 1) or (name == "sharpness" and side == 1)
+    silent = (
+        (name == "temporal" and num_frames == 1)
+        or (name == "sharpness" and side == 1)
+        or (name == "energy" and side < 3)
+    )
     assert (float(loss.detach()) > 0) is not silent
 
 
@@ -102,3 +109,27 @@ def test_psnr_is_taken_after_clamping_and_averaged_over_clips() -> None:
     student[0] -= 0.2
     student[1] += 1.0  # clamps away
     assert float(teacher_psnr_db(student, teacher)) == pytest.approx((20.0 + 10 * torch.log10(torch.tensor(4e12))) / 2)
+
+
+def test_energy_wants_detail_back_that_sharpness_would_rather_not_have() -> None:
+    """Detail that the student cannot place, such as grain: of the right scale, but independent of the teacher's."""
+    teacher = 0.5 * torch.randn(4, 3, 2, 32, 32)
+    detail = 0.5 * torch.randn(4, 3, 2, 32, 32)
+    strength = torch.tensor(0.3, requires_grad=True)
+    (of_sharpness,) = torch.autograd.grad(sharpness_loss(strength * detail, teacher), strength)
+    (of_energy,) = torch.autograd.grad(energy_loss(strength * detail, teacher), strength)
+    assert float(of_sharpness) > 0.01  # a step down this gradient softens
+    assert float(of_energy) < -0.1  # and down this one sharpens
+
+
+def test_energy_is_what_a_blur_loses_and_a_shift_keeps() -> None:
+    teacher = frames(side=32)
+    assert float(energy_loss(teacher.roll(16, dims=-1), teacher)) < 0.1  # the same detail elsewhere
+    half = 0.5 * teacher
+    assert float(energy_loss(half, teacher)) == pytest.approx(2 * math.log(2), abs=1e-3)  # in every octave
+    blurred = torch.nn.functional.avg_pool3d(teacher, (1, 3, 3), 1, (0, 1, 1)).requires_grad_()
+    loss = energy_loss(blurred, teacher)
+    (gradient,) = torch.autograd.grad(loss, blurred)
+    sharper = (blurred - 20 * gradient).detach()
+    assert float(energy_loss(sharper, teacher)) < float(loss.detach()) - 0.01
+    assert float(loss.detach()) > 0.3

@@ -57,7 +57,7 @@ class Killed(Exception):
 
 
 def dying_at(step: int):
-    def source(number: int) -> Tensor:
+    def source(number: int) -> tuple[Tensor, ...]:
         if number == step:
             raise Killed
         return batches(number)
@@ -103,7 +103,7 @@ def test_without_resume_the_checkpoint_is_not_read(tmp_path: Path) -> None:
 def test_signals_save_and_stop_and_the_run_goes_on_from_there(
     tmp_path: Path, number: signal.Signals, exit_code: int
 ) -> None:
-    def interrupted(step: int) -> Tensor:
+    def interrupted(step: int) -> tuple[Tensor, ...]:
         if step == 3:
             os.kill(os.getpid(), number)
         return batches(step)
@@ -148,8 +148,9 @@ def test_the_second_signal_acts_at_once_and_other_threads_see_none(usual_interru
 
 
 def poisoned_from(step: int):
-    def source(number: int) -> Tensor:
-        return batches(number) * (float("nan") if number >= step else 1.0)
+    def source(number: int) -> tuple[Tensor, ...]:
+        (latents,) = batches(number)
+        return (latents * (float("nan") if number >= step else 1.0),)
 
     return source
 

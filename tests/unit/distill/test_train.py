@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.distill.loop import choose_terms, train
+from flashvaed_cli.distill.loop import train
 from flashvaed_cli.distill.losses import LossWeights
+from flashvaed_cli.distill.objective import choose_terms
 from flashvaed_cli.distill.phases import plan_phase_1, plan_phase_2, plan_phase_3
 from flashvaed_cli.distill.settings import TrainSettings, learning_rate_at
 from flashvaed_cli.errors import DistillationError
@@ -161,7 +162,7 @@ def test_latents_that_do_not_fit_are_refused(latents: Tensor, message: str) -> N
     student, teacher = student_decoder(), teacher_decoder()
     plan = plan_phase_3(student.spec, teacher.spec)
     with pytest.raises(DistillationError, match=message):
-        train(student, teacher, plan, lambda _: latents, TrainSettings(num_steps=1, loss_weights=NO_LPIPS))
+        train(student, teacher, plan, lambda _: (latents,), TrainSettings(num_steps=1, loss_weights=NO_LPIPS))
 
 
 def test_half_precision_weights_are_refused() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -12,7 +13,7 @@ from flashvaed_cli.media.sources import find_clips, is_latent_file, load_latents
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for name in ["b.MP4", "a.webm", "sub/c.png", "sub/d.pth", ".hidden.mp4", ".git/e.mp4", "notes.txt"]:
+    for name in ["b.MP4", "a.webm", "sub/c.png", "sub/d.pth", ".hidden.mp4", ".git/e.mp4", "notes.md"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     save_file({"latents": torch.zeros(4, 1, 2, 2)}, tmp_path / "latents.safetensors")
@@ -36,7 +37,7 @@ def test_what_yields_nothing_is_named(folder: Path) -> None:
         "nowhere.mp4": "nowhere.mp4 does not exist",
         "empty": "empty holds no clip. Accepted are videos",
         "*.avi": "matches no clip",
-        "notes.txt": "of no accepted kind",
+        "notes.md": "of no accepted kind",
     }
     for name, message in cases.items():
         with pytest.raises(MediaError) as caught:
@@ -46,8 +47,43 @@ def test_what_yields_nothing_is_named(folder: Path) -> None:
         find_clips([])
 
 
+def test_lists_name_files_folders_and_patterns(folder: Path) -> None:
+    (folder / "list.txt").write_text(
+        f"# mine\n\n  a.webm \nsub\n{folder}/*.MP4\nsub/c.png\ngone.mp4\n", encoding="utf-8"
+    )
+    names = [path.name for path in find_clips([folder / "list.txt", folder / "b.MP4"])]
+    assert names == ["a.webm", "c.png", "d.pth", "b.MP4", "gone.mp4"]  # what is gone fails when it is read
+    assert "list.txt" not in [path.name for path in find_clips([folder])]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a.webm\nnotes.md\n", r"list\.txt, line 2: .*notes\.md is of no accepted kind"),
+        (b"*.avi", r"list\.txt, line 1: The pattern .* matches no clip"),
+        (b"nowhere", r"list\.txt, line 1: .*nowhere does not exist"),
+        (b"# nothing\n", r"list\.txt names no clip"),
+        (b"\xff\xfe\x00", r"list\.txt cannot be read as a list"),
+    ],
+)
+def test_bad_lists(folder: Path, content: bytes, message: str) -> None:
+    (folder / "list.txt").write_bytes(content)
+    with pytest.raises(MediaError, match=message):
+        find_clips([folder / "list.txt"])
+
+
 def test_latent_suffixes() -> None:
     assert [is_latent_file(name) for name in ("a.pth", "a.PT", "a.safetensors", "a.mp4")] == [True, True, True, False]
+
+
+def test_arrays(tmp_path: Path) -> None:
+    path = tmp_path / "a.npy"
+    latents = torch.randn(4, 3, 2, 5)
+    np.save(path, latents.numpy())
+    assert torch.equal(load_latents(path, latent_width=4), latents[None])
+    np.save(path, np.array([{}]), allow_pickle=True)
+    with pytest.raises(MediaError, match="cannot be read as tensors"):
+        load_latents(path)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors"])

@@ -107,7 +107,7 @@ def test_stages_and_groups_are_not_mixed_up(settings: dict[str, object], message
 
 def test_schedule_takes_the_chosen_phase_and_the_common_values() -> None:
     recipe = DistillRecipe(phase="3", num_steps=7)
-    assert [(phase.phase, phase.num_steps, phase.learning_rate) for phase in recipe.schedule()] == [(3, 7, 1e-4)]
+    assert [(phase.phase, phase.num_steps, phase.learning_rate) for phase in recipe.schedule()] == [(3, 7, 3e-4)]
     assert [phase.phase for phase in DistillRecipe().schedule()] == [1, 2, 3]
 
 

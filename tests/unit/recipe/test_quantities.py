@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from flashvaed_cli.errors import RecipeError
-from flashvaed_cli.recipe import EvalRecipe, resolve
-from flashvaed_cli.recipe.quantities import parse_memory, parse_size
+from flashvaed_cli.recipe import DistillRecipe, EvalRecipe, resolve
+from flashvaed_cli.recipe.quantities import parse_bucket, parse_memory, parse_size
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,20 @@ def test_sizes(text: str, size: tuple[int, int]) -> None:
 def test_no_sizes(text: str) -> None:
     with pytest.raises(ValueError, match="480p, 720p, 1080p or WIDTHxHEIGHT"):
         parse_size(text)
+
+
+def test_buckets_as_text_and_as_numbers_are_the_same() -> None:
+    assert parse_bucket("17x128×96") == (17, 128, 96)
+    texts = DistillRecipe.model_validate({"buckets": ["17x128x96", "1x8x8"]})
+    numbers = DistillRecipe.model_validate({"buckets": [[17, 128, 96], (1, 8, 8)]})
+    assert texts == numbers == DistillRecipe.model_validate(texts.model_dump(mode="json"))
+    assert DistillRecipe.model_validate({"buckets": "17x128x96"}).buckets == ((17, 128, 96),)
+
+
+@pytest.mark.parametrize("bucket", ["", "17x128", "17x128x", "0x8x8", "17x128x128x3", [17, 128], [17, 0, 8], 17])
+def test_no_buckets(bucket: object) -> None:
+    with pytest.raises(RecipeError, match=r"--bucket|buckets"):
+        resolve(DistillRecipe, None, {"buckets": (bucket,)}, flags={"buckets": "--bucket"})
 
 
 @pytest.mark.parametrize(

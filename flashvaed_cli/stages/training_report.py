@@ -1,0 +1,62 @@
+"""A distillation for readers: the table, the curves and the record that the artifact keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flashvaed_cli.distill.loop import TrainResult
+from flashvaed_cli.recipe.models import PhaseRecipe
+from flashvaed_cli.report.curves import plot_losses
+from flashvaed_cli.report.tables import Column, TableData
+
+PhaseResult = tuple[PhaseRecipe, TrainResult]
+
+
+def phase_record(phase: PhaseRecipe, result: TrainResult) -> dict[str, Any]:
+    """What the artifact and `--json` keep of one phase."""
+    return {
+        "phase": phase.phase,
+        "num_steps": result.num_steps,
+        "seconds": result.seconds,
+        "data_seconds": result.data_seconds,
+        "clips_per_s": result.clips_per_s,
+        "resumed_from": result.resumed_from,
+        "absent_terms": list(result.absent_terms),
+        "history": result.history,
+    }
+
+
+def draw_curves(output: Path, results: Sequence[PhaseResult]) -> Path:
+    """Every loss term and the PSNR to the original over all phases, beside the output."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    done = 0
+    for _, result in results:
+        for entry in result.history:
+            for name, value in entry.items():
+                if name not in ("step", "seconds", "learning_rate"):
+                    curves.setdefault(name, []).append((done + entry["step"], value))
+        done += result.num_steps
+    return plot_losses(output.with_suffix(".losses.png"), curves)
+
+
+def phase_table(results: Sequence[PhaseResult]) -> TableData:
+    """One row per phase."""
+    columns = (
+        Column("phase", "d"),
+        Column("steps", "d"),
+        Column("loss, first", ".4f"),
+        Column("last", ".4f"),
+        Column("PSNR to original dB, first", ".2f"),
+        Column("last", ".2f"),
+        Column("clips/s", ".2f"),
+        Column("minutes", ".1f"),
+    )
+    rows = []
+    for phase, result in results:
+        trained = [entry for entry in result.history if "loss" in entry]
+        first, last = (trained[i] if trained else {} for i in (0, -1))
+        figures = [entry.get(name) for name in ("loss", "psnr_db") for entry in (first, last)]
+        rows.append((phase.phase, result.num_steps, *figures, result.clips_per_s, result.seconds / 60))
+    return TableData("Distillation", columns, tuple(rows))

@@ -1,0 +1,148 @@
+"""What a training leaves to look at while it runs: a log of lines, TensorBoard, and strips of a sample clip."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flashvaed_cli.atomic import atomic_path
+from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.streaming import decode
+from flashvaed_cli.distill.checkpoint import HistoryEntry
+from flashvaed_cli.distill.loop import AfterStep
+from flashvaed_cli.errors import DistillationError
+from flashvaed_cli.progress import Progress
+from flashvaed_cli.report.pictures import save_strip
+
+_NOT_CURVES = ("step", "seconds")
+
+
+class TrainingLog:
+    """`NAME.log.jsonl`: one line per entry of the history, only ever appended to.
+
+    A resumed run goes through steps again that were logged before it was killed: what is there is not written
+    twice. The first line names the run, so that another run's log is replaced.
+    """
+
+    def __init__(self, path: Path, run_key: str, *, resumes: bool) -> None:
+        self._path = path
+        self._last = (0, 0)
+        header = json.dumps({"run_key": run_key})
+        lines = _whole_lines(path) if resumes else []
+        if lines[:1] != [header]:
+            lines = [header]
+        for line in lines[1:]:
+            entry = json.loads(line)
+            self._last = max(self._last, (entry["index"], entry["step"]))
+        with atomic_path(path) as sibling:
+            sibling.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+    def append(self, index: int, phase: int, entry: HistoryEntry) -> None:
+        """Add an entry of the `index`th phase (from 1) that was run."""
+        place = (index, int(entry["step"]))
+        if place <= self._last:
+            return
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"index": index, "phase": phase, **entry}) + "\n")
+        self._last = place
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of a log; one that a kill has torn off is left out."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return []
+    return text[: text.rfind("\n") + 1].splitlines()
+
+
+class TensorBoardLog:
+    """The same entries for TensorBoard. Steps count on from phase to phase."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises DistillationError: the package is not installed."""
+        try:
+            from torch.utils.tensorboard.writer import SummaryWriter
+        except ImportError as error:
+            raise DistillationError(
+                f"--tensorboard needs the package tensorboard ({error}): pip install tensorboard, or leave the flag out"
+            ) from error
+        self._open: Callable[..., Any] = SummaryWriter
+        self._folder = folder
+        self._writer: Any = None
+
+    def append(self, done_before: int, phase: int, entry: HistoryEntry) -> None:
+        """Add an entry of a phase before which `done_before` steps were done."""
+        step = done_before + int(entry["step"])
+        if self._writer is None:  # a resumed run goes through some steps again: purge those
+            self._writer = self._open(log_dir=str(self._folder), purge_step=step)
+        for name, value in entry.items():
+            if name not in _NOT_CURVES:
+                self._writer.add_scalar(f"phase {phase}/{name}", value, step)
+        self._writer.flush()
+
+
+class SampleStrips:
+    """Every so often a PNG: original, student and their difference on one clip, in `NAME.samples/`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        latents: Float[Tensor, "1 C T Hz Wz"],
+        student: Decoder,
+        teacher: Decoder,
+        *,
+        every_s: float,
+    ) -> None:
+        self._folder, self._every_s = folder, every_s
+        self._latents, self._student, self._teacher = latents, student, teacher
+        self._drawn_at = time.monotonic()
+
+    def draw_if_due(self, phase: int, step: int) -> None:
+        """Draw a strip when the last is long enough ago."""
+        if time.monotonic() - self._drawn_at < self._every_s:
+            return
+        latents = self._latents.to(next(self._student.parameters()).device)
+        with torch.no_grad():
+            rows = [(n, decode(d, latents)[0]) for n, d in (("original", self._teacher), ("student", self._student))]
+        save_strip(self._folder / f"phase{phase}-step{step:06d}.png", rows)
+        self._drawn_at = time.monotonic()
+
+
+class TrainingWatch:
+    """Feeds log, TensorBoard and strips. None of them may end a training: what the disk refuses is said once."""
+
+    def __init__(
+        self, progress: Progress, log: TrainingLog, board: TensorBoardLog | None, strips: SampleStrips | None
+    ) -> None:
+        self._progress, self._log, self._board, self._strips = progress, log, board, strips
+        self._refused: set[str] = set()
+
+    def for_phase(self, index: int, phase: int, done_before: int) -> AfterStep:
+        """What to call after each step of the `index`th phase (from 1), before which so many steps were done."""
+
+        def after_step(step: int, entry: HistoryEntry | None) -> None:
+            if entry is not None:
+                self._attempt("log", lambda: self._log.append(index, phase, entry))
+                if (board := self._board) is not None:
+                    self._attempt("TensorBoard", lambda: board.append(done_before, phase, entry))
+            if (strips := self._strips) is not None:
+                self._attempt("sample strips", lambda: strips.draw_if_due(phase, step))
+
+        return after_step
+
+    def _attempt(self, name: str, action: Callable[[], None]) -> None:
+        if name in self._refused:
+            return
+        try:
+            action()
+        except OSError as error:
+            self._refused.add(name)
+            self._progress.warn(f"no more {name} from here on: {error}")

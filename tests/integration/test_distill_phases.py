@@ -1,0 +1,102 @@
+"""Several phases in one run: what is done stays done, and what a run leaves to look at."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from flashvaed_cli.artifact.store import read_artifact
+from flashvaed_cli.errors import MediaError
+from flashvaed_cli.stages.training_data import TrainingData
+from tests.commands import TRAINING, invoke, succeed
+from tests.toy import write_toy_clip, write_toy_vae
+
+RECIPE = """
+steps:
+  - distill:
+      input: vae.safetensors
+      data: clip.mp4
+      phases:
+        - {phase: 2, num_steps: 2, learning_rate: 1e-3}
+        - {phase: 3, num_steps: 3, learning_rate: 1e-3}
+      stage_keep_ratios: {up3: 0.5}
+      ema_decay: 0.9
+      gradient_accumulation: 2
+      checkpoint_every_steps: 1
+"""
+DISTILL = f"distill --recipe two.yaml {TRAINING}"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_toy_vae(tmp_path / "vae.safetensors")
+    write_toy_clip(tmp_path / "clip.mp4")
+    (tmp_path / "two.yaml").write_text(RECIPE, encoding="utf-8")
+    return tmp_path
+
+
+def log_of(folder: Path) -> list[dict]:
+    header, *entries = map(json.loads, (folder / "flash.log.jsonl").read_text(encoding="utf-8").splitlines())
+    assert set(header) == {"run_key"}
+    return entries
+
+
+def dying_in(phase_index: int, step: int, draw: Callable) -> Callable:
+    """The data of a run that ends in a step of one of its phases, with no time to save."""
+
+    def dying_draw(data: TrainingData, *, seed: int, **settings: int) -> Callable[[int], tuple[Tensor, ...]]:
+        batches = draw(data, seed=seed, **settings)
+
+        def batch(number: int) -> tuple[Tensor, ...]:
+            if (seed, number) == (phase_index - 1, step):
+                raise MediaError("killed")
+            return batches(number)
+
+        return batch
+
+    return dying_draw
+
+
+def test_a_run_killed_in_its_second_phase_keeps_the_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    succeed(f"{DISTILL} --output whole.safetensors", cwd=folder)
+    _, expected = read_artifact(folder / "whole.safetensors")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingData, "draw", dying_in(2, 2, TrainingData.draw))
+        assert "killed" in invoke(DISTILL, cwd=folder).stderr
+    assert {path.name for path in folder.glob("*.ckpt")} == {"flash.phase1.ckpt", "flash.phase2.ckpt"}
+    with monkeypatch.context() as patch:  # the first phase draws nothing any more
+        patch.setattr(TrainingData, "draw", dying_in(1, 0, TrainingData.draw))
+        resumed = succeed(DISTILL, cwd=folder)
+    assert [phase["resumed_from"] for phase in resumed["phases"]] == [2, 2]
+    assert [len(phase["history"]) for phase in resumed["phases"]] == [1, 1]
+    assert not list(folder.glob("*.ckpt"))
+    _, weights = read_artifact(folder / "flash.safetensors")
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+    log = log_of(folder)
+    assert [(entry["index"], entry["phase"], entry["step"]) for entry in log] == [(1, 2, 2), (2, 3, 3)]
+    assert {"loss", "psnr_db", "l_ce", "gradient_norm"} <= set(log[0])
+    # An original moves away from what it was, which its teacher remains.
+    assert log[1]["l1"] > 0 and log[1]["psnr_db"] < 100
+
+
+def test_a_strip_is_drawn_when_it_is_time(folder: Path) -> None:
+    succeed(f"{DISTILL} --phase 3 --num-steps 2 --sample-every-minutes 1e-6", cwd=folder)
+    strips = sorted((folder / "flash.samples").iterdir())
+    assert [strip.name for strip in strips] == ["phase3-step000001.png", "phase3-step000002.png"]
+    with Image.open(strips[0]) as picture:
+        assert min(picture.size) > 50
+
+
+def test_tensorboard_is_asked_for_and_missed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
+    result = invoke(f"{DISTILL} --tensorboard runs", cwd=folder)
+    assert result.exit_code == 2 and "pip install tensorboard" in result.stderr
