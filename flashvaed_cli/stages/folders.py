@@ -28,22 +28,27 @@ def refuse_foreign_folder(folder: Path, *markers: str, force: bool) -> None:
 
 @contextmanager
 def filled_at_the_end(folder: Path, marker: str) -> Iterator[Path]:
-    """Yield an empty hidden sibling of `folder`; when the block ends well, its files go into `folder`.
+    """Yield an empty folder in a hidden sibling of `folder`; when the block ends well, its files go into `folder`.
 
-    Files of the same name are replaced, others stay. `marker`, by which `refuse_foreign_folder` knows the folder
-    again, goes first where it is new, and else last: the folder is this program's own at every moment. When the
-    block raises, `folder` stays as it was; a killed process can leave the sibling behind.
+    A new `folder` appears with all of its files at once. In one that is there, files of the same name are replaced
+    one by one and others stay; `marker`, by which `refuse_foreign_folder` knows the folder again, goes first where it
+    is new, and else last: the folder is this program's own at every moment. When the block raises, `folder` stays as
+    it was; a killed process can leave the sibling behind.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    sibling = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    draft = sibling / "files"  # a folder given as "." has no name
     try:
+        draft.mkdir()  # with the rights that a new folder gets here: the sibling is its owner's alone
         yield draft
-        folder.mkdir(exist_ok=True)
+        if not folder.exists():
+            draft.rename(folder)
+            return
         files = sorted(draft.iterdir(), key=lambda path: path.name == marker)
         for file in files if (folder / marker).exists() else reversed(files):
             file.replace(folder / file.name)
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(sibling, ignore_errors=True)
 
 
 def moved(paths: tuple[Path, ...], folder: Path) -> tuple[Path, ...]:
