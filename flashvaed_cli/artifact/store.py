@@ -46,8 +46,8 @@ def write_artifact(
         ) from error
 
 
-def refuse_overwrite(path: Path, *, force: bool) -> None:
-    """Raise ArtifactError if writing to `path` would replace something that flashvaed did not write.
+def refuse_overwrite(path: Path, *, force: bool, source: str | None = None) -> None:
+    """Raise ArtifactError if writing to `path` would replace the command's own input, or what flashvaed did not write.
 
     Commands call it before long work too, so that nobody waits for a result that cannot be saved.
     """
@@ -55,6 +55,8 @@ def refuse_overwrite(path: Path, *, force: bool) -> None:
         raise ArtifactError(f"{path} is a folder; give the name of a file.")
     if blocked := next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None):
         raise ArtifactError(f"cannot write {path}: {blocked} is a file, not a folder.")
+    if not force and source is not None and path.exists() and Path(source).resolve() == path.resolve():
+        raise ArtifactError(f"{path} is the input itself. Choose another --output, or replace it with --force.")
     if not force and path.exists() and not is_artifact(path):
         raise ArtifactError(
             f"{path} exists and was not written by flashvaed. Choose another name, or replace it with --force."

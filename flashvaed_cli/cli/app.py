@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -54,8 +55,11 @@ class _Program(TyperGroup):
             raise typer.Exit(FlashVaedError.exit_code) from error
 
 
+_BOXES_NEED_COLUMNS = 100  # in narrower terminals rich cuts off the names of long flags
+
 app = typer.Typer(
     name="flashvaed",
+    rich_markup_mode="rich" if shutil.get_terminal_size().columns >= _BOXES_NEED_COLUMNS else None,
     cls=_Program,
     help=HELP,
     epilog=EPILOG,

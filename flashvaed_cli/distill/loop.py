@@ -20,6 +20,7 @@ from flashvaed_cli.distill.checkpoint import HistoryEntry, TrainState, load_chec
 from flashvaed_cli.distill.features import FeatureMatcher
 from flashvaed_cli.distill.guards import require_sane_step
 from flashvaed_cli.distill.interrupts import stop_wish
+from flashvaed_cli.distill.losses import psnr_of_error_db
 from flashvaed_cli.distill.objective import Objective, Perceptual, prepare_objective
 from flashvaed_cli.distill.parameter_groups import build_optimizer
 from flashvaed_cli.distill.phases import PhasePlan, gradient_masks, trained_parameters
@@ -292,6 +293,7 @@ def _close_entry(state: TrainState, learning_rate: float, figures: Mapping[str, 
     if not is_due and not figures:
         return None
     means = state.terms.take()
+    means["psnr_db"] = psnr_of_error_db(means.pop("clamped_error"))
     entry: HistoryEntry = {
         "step": state.step,
         **means,

@@ -8,6 +8,7 @@ Reference: arXiv 2602.19161, section 3.3 (L1, LPIPS, feature, SSIM, L_ce). Sharp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -199,7 +200,11 @@ FRAME_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @torch.no_grad()
-def teacher_psnr_db(student: Frames, teacher: Frames) -> Scalar:
-    """PSNR of the student's frames to the teacher's, both clamped to [-1, 1]; mean over the clips of the batch."""
-    error = (student.clamp(-1, 1) - teacher.clamp(-1, 1)).square().flatten(1).mean(dim=1)
-    return (10 * torch.log10(DATA_RANGE**2 / error.clamp_min(1e-12))).mean()
+def clamped_error(student: Frames, teacher: Frames) -> Scalar:
+    """Mean squared difference of frames clamped to [-1, 1]: averaged over steps, it gives the PSNR of them all."""
+    return (student.clamp(-1, 1) - teacher.clamp(-1, 1)).square().mean()
+
+
+def psnr_of_error_db(error: float) -> float:
+    """PSNR of a mean squared difference, at most 120 dB."""
+    return 10 * math.log10(DATA_RANGE**2 / max(error, DATA_RANGE**2 * 1e-12))

@@ -14,7 +14,7 @@ from flashvaed_cli.decoders.exact import exact_decoder
 from flashvaed_cli.decoders.operators import frames_as_batch
 from flashvaed_cli.decoders.runtime import require_compiler
 from flashvaed_cli.distill.features import FeatureMatcher, run_with_features
-from flashvaed_cli.distill.losses import FRAME_LOSSES, LossWeights, r2_loss, teacher_psnr_db
+from flashvaed_cli.distill.losses import FRAME_LOSSES, LossWeights, clamped_error, r2_loss
 from flashvaed_cli.distill.phases import PhasePlan
 from flashvaed_cli.distill.ranks import Ranks
 from flashvaed_cli.distill.settings import TrainSettings
@@ -46,14 +46,14 @@ class Objective:
     ranks: Ranks
 
     def __call__(self, latents: Float[Tensor, "B C T Hz Wz"]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """The loss of one micro-batch, and everything worth logging: `loss`, the unweighted terms, `psnr_db`."""
-        terms, psnr_db = self.terms(latents)
+        """The loss of one micro-batch, and everything worth logging: `loss`, the unweighted terms, `clamped_error`."""
+        terms, error = self.terms(latents)
         weighted = [getattr(self.settings.loss_weights, name) * term for name, term in terms.items()]
         loss = torch.stack(weighted).sum()
-        return loss, {"loss": loss, **terms, "psnr_db": psnr_db}
+        return loss, {"loss": loss, **terms, "clamped_error": error}
 
     def terms(self, latents: Float[Tensor, "B C T Hz Wz"]) -> tuple[dict[str, Tensor], Tensor]:
-        """The unweighted terms of one micro-batch, and the PSNR (dB) to the teacher's frames."""
+        """The unweighted terms of one micro-batch, and the error of the clamped frames, for the PSNR."""
         if self.settings.channels_last:
             latents = latents.contiguous(memory_format=torch.channels_last_3d)
         matched = self.matcher.addresses if "feature" in self.active else ()
@@ -73,7 +73,7 @@ class Objective:
             terms["feature"] = self.matcher(features, target_features)
         if "l_ce" in self.active:
             terms["l_ce"] = torch.stack([self._l_ce(features[a], kept) for a, kept in self.plan.to_keep.items()]).mean()
-        return terms, teacher_psnr_db(frames, target)
+        return terms, clamped_error(frames, target)
 
     def _l_ce(self, features: Float[Tensor, "B C T H W"], kept: tuple[int, ...]) -> Float[Tensor, ""]:
         """Over the clips of all ranks together; of micro-batches that follow each other it is the mean."""

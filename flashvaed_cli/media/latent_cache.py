@@ -152,6 +152,8 @@ def claim_folder(folder: Path, wanted: CacheKey) -> CacheKey:
     Raises:
         MediaError: the folder holds something else, or a cache that the run cannot use.
     """
+    if folder.exists() and not folder.is_dir():
+        raise MediaError(f"{folder} is a file: give --cache-latents a folder.")
     stored = read_key(folder)
     if stored is None:
         others = [] if not folder.exists() else [p.name for p in folder.iterdir() if not p.name.startswith(".")]
@@ -160,7 +162,10 @@ def claim_folder(folder: Path, wanted: CacheKey) -> CacheKey:
                 f"{folder} is not empty ({', '.join(sorted(others)[:_MAX_NAMES_SHOWN])}) and holds no latent cache. "
                 "Give --cache-latents a new folder."
             )
-        _write_json(folder / _KEY_FILE, {"format": FORMAT, **asdict(wanted)})
+        try:
+            _write_json(folder / _KEY_FILE, {"format": FORMAT, **asdict(wanted)})
+        except OSError as error:
+            raise MediaError(f"{folder} cannot hold a latent cache: {error.strerror}. Give another folder.") from error
         return wanted
     if reasons := cache_misfits(stored, wanted):
         raise MediaError(

@@ -237,6 +237,12 @@ class PruneRecipe(ReconstructingRecipe, _RatioFields):
         return self
 
     @property
+    def names_widths(self) -> bool:
+        """Whether a ratio or a target is given."""
+        ratios = self.keep_ratio is not None or bool(self.stage_keep_ratios) or bool(self.group_keep_ratios)
+        return ratios or self.has_target
+
+    @property
     def has_target(self) -> bool:
         """Whether widths come from a budget instead of ratios."""
         return self.target_speedup is not None or self.target_gflops is not None
@@ -394,7 +400,8 @@ class DistillRecipe(_ClipFields, _RatioFields):
     validation_data: Names = Field(
         default=(),
         description="Videos, folders or latent files that are not trained on, even if data names them too: at most 8 "
-        "whole clips of num_frames frames, to follow PSNR to the original's output and sharpness; repeatable.",
+        "clips of num_frames whole frames (of at most max_side, or else 512, pixels), to follow PSNR to the original's "
+        "output and sharpness; repeatable.",
     )
     validate_every_steps: Count = Field(default=100, description="Steps between two looks at the validation data.")
     checkpoint_every_steps: Count = Field(default=50, description="Steps between two checkpoints.")

@@ -51,8 +51,8 @@ def run_convert_ops(recipe: ConvertOpsRecipe, *, progress: Progress, force: bool
         SpecError: a stage is unknown, or its operator cannot become the one asked for.
         CalibrationError: too few positions or NaN.
     """
-    refuse_overwrite(Path(recipe.output), force=force)
     location = choose_input(recipe.input, ConvertOpsRecipe, progress)
+    refuse_overwrite(Path(recipe.output), force=force, source=location)
     device = choose_device(recipe.device)
     inputs = load_inputs(location, original=recipe.original, family=recipe.family, device=device, progress=progress)
     decoder = inputs.checkpoint.require_decoder()

@@ -61,7 +61,7 @@ def run_distill(recipe: DistillRecipe, *, progress: Progress, force: bool, comma
         Interrupted: SIGINT or SIGTERM, after saving.
     """
     output = Path(recipe.output)
-    refuse_overwrite(output, force=force)
+    refuse_overwrite(output, force=force, source=recipe.input)
     if recipe.dtype not in _COMPUTE_DTYPES:
         raise DistillationError(f"--dtype {recipe.dtype} does not train: use {' or '.join(_COMPUTE_DTYPES)}")
     with joined_ranks(choose_device(recipe.device)) as (ranks, device):
@@ -108,6 +108,7 @@ def _prepare(recipe: DistillRecipe, ranks: Ranks, device: torch.device, progress
         teacher = copy.deepcopy(teacher)  # an original is trained towards itself: phase 2 prepares it for pruning
     phases = choose_phases(recipe, inputs, progress)
     clips_per_step = recipe.batch_size * recipe.gradient_accumulation * ranks.count
+    validation = open_validation(recipe, inputs, student, teacher, progress) if ranks.is_main else None
     data = training_data(
         recipe,
         inputs,
@@ -117,7 +118,6 @@ def _prepare(recipe: DistillRecipe, ranks: Ranks, device: torch.device, progress
         num_drawn=clips_per_step * sum(phase.num_steps for phase in phases),
     )
     perceptual = _perceptual(recipe, ranks, device, progress)
-    validation = open_validation(recipe, inputs, student, teacher, progress) if ranks.is_main else None
     return _Job(recipe, ranks, inputs, student, teacher, phases, data, perceptual, validation)
 
 

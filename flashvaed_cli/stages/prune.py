@@ -12,7 +12,8 @@ from flashvaed_cli.artifact.store import read_artifact, read_header, refuse_over
 from flashvaed_cli.calibrate.statistics import collect_statistics
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.families import get_family
-from flashvaed_cli.decoders.groups import Kept, compose_kept
+from flashvaed_cli.decoders.groups import Kept, channel_groups, compose_kept
+from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.errors import ArtifactError, SpecError
 from flashvaed_cli.numerics.covariance import TensorStatistics
 from flashvaed_cli.progress import Progress
@@ -39,8 +40,8 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
         SpecError: a stage cannot be pruned, or the ratio keeps no channel.
         CalibrationError: too few positions, NaN or dead channels.
     """
-    refuse_overwrite(Path(recipe.output), force=force)
     location = choose_input(recipe.input, PruneRecipe, progress)
+    refuse_overwrite(Path(recipe.output), force=force, source=location)
     device = choose_device(recipe.device)
     inputs = load_inputs(location, original=recipe.original, family=recipe.family, device=device, progress=progress)
     decoder = inputs.checkpoint.require_decoder()
@@ -50,6 +51,9 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
     statistics, parents, latency_model = _statistics(recipe, inputs.checkpoint, clips, progress)
     budget = None
     ratios, round_to = recipe.ratios(get_family(inputs.checkpoint.family).shallow_stages), recipe.round_to
+    prepared = _prepared_channels(inputs.checkpoint)
+    if prepared and not recipe.names_widths:
+        ratios, round_to = _ratios_of(prepared, decoder.spec), 1
     if recipe.has_target:
         budget = plan_budget(recipe, decoder, statistics, latency_model, device, progress)
         ratios, round_to = budget.plan.keep_ratios, 1  # exactly the widths of the plan
@@ -60,8 +64,9 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
         rule=recipe.rule,
         round_to=round_to,
         seed=recipe.seed,
-        prepared=_prepared_channels(inputs.checkpoint, progress),
+        prepared=prepared,
     )
+    _tell_of_prepared(prepared, kept, progress)
     if not kept:
         raise SpecError(f"nothing to prune: the ratios {ratios} keep every channel")
     _warn_of_unvarying(selections, progress)
@@ -101,12 +106,29 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
     return StageOutcome((output,), tuple(tables), measured)
 
 
-def _prepared_channels(checkpoint: Checkpoint, progress: Progress) -> Kept:
+def _prepared_channels(checkpoint: Checkpoint) -> Kept:
     """The channels that phase 2 of a distillation has prepared the decoder to keep."""
     found = checkpoint.header.measured.get("prepared_channels", {}) if checkpoint.header else {}
-    if found:
-        progress.log("keeping the channels that phase 2 has prepared, where the ratio asks for as many")
     return {tensor: tuple(kept) for tensor, kept in found.items()}
+
+
+def _ratios_of(prepared: Kept, spec: DecoderSpec) -> dict[str, float]:
+    """The ratios by channel group that keep as many channels as phase 2 has prepared."""
+    groups = [group for group in channel_groups(spec) if group.tensors[0] in prepared]
+    return {group.name: len(prepared[group.tensors[0]]) / group.width for group in groups}
+
+
+def _tell_of_prepared(prepared: Kept, kept: Kept, progress: Progress) -> None:
+    """Say whether the channels that phase 2 has prepared are those that stay."""
+    others = [tensor for tensor, channels in kept.items() if tensor in prepared and channels != prepared[tensor]]
+    if others:
+        first = others[0]
+        progress.warn(
+            f"phase 2 has prepared {len(prepared[first])} channels of {first} to stay, and {len(kept[first])} are asked "
+            "for: they are chosen anew. Without --ratio the prepared ones stay"
+        )
+    elif prepared:
+        progress.log("the channels stay that phase 2 of the distillation has prepared")
 
 
 def _statistics(

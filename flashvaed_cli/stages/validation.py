@@ -20,6 +20,8 @@ from flashvaed_cli.stages.clips import find_data, plan_calibration
 from flashvaed_cli.stages.loading import Inputs
 
 MAX_CLIPS = 8
+MAX_SIDE = 512
+"""Of whole frames, where the recipe does not shrink videos itself: the original decodes them all."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def open_validation(
         data=recipe.validation_data,
         num_frames=recipe.num_frames,
         crop_size=None,
-        max_side=recipe.max_side,
+        max_side=recipe.max_side or MAX_SIDE,
         latent_scale=recipe.latent_scale,
         seed=recipe.seed,
     )

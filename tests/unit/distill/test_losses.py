@@ -9,12 +9,13 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from flashvaed_cli.decoders.operators import frames_as_batch
 from flashvaed_cli.distill.losses import (
     FRAME_LOSSES,
+    clamped_error,
     energy_loss,
     l1_loss,
+    psnr_of_error_db,
     r2_loss,
     sharpness_loss,
     ssim_loss,
-    teacher_psnr_db,
     temporal_loss,
 )
 
@@ -103,12 +104,15 @@ def test_r2_loss_survives_dead_and_constant_channels() -> None:
     assert float(loss.detach()) == 0 and values.grad is not None and torch.isfinite(values.grad).all()
 
 
-def test_psnr_is_taken_after_clamping_and_averaged_over_clips() -> None:
+def test_psnr_is_taken_after_clamping_and_of_the_mean_error() -> None:
     teacher = torch.ones(2, 3, 1, 4, 4)
     student = teacher.clone()
     student[0] -= 0.2
     student[1] += 1.0  # clamps away
-    assert float(teacher_psnr_db(student, teacher)) == pytest.approx((20.0 + 10 * torch.log10(torch.tensor(4e12))) / 2)
+    error = float(clamped_error(student, teacher))
+    assert error == pytest.approx(0.02)
+    assert psnr_of_error_db(error) == pytest.approx(10 * math.log10(4 / 0.02))
+    assert psnr_of_error_db(0.0) == 120.0
 
 
 def test_energy_wants_detail_back_that_sharpness_would_rather_not_have() -> None:
