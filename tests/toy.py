@@ -17,7 +17,7 @@ from flashvaed_cli.decoders.wan import LATENT_MEAN, LATENT_STD, NAME, WAN21, wan
 from flashvaed_cli.decoders.wan22 import WAN22, wan22_decoder_spec
 from flashvaed_cli.media.procedural import render_frames
 from flashvaed_cli.media.writer import write_video
-from flashvaed_cli.surgery.respec import converted_spec, narrowed_spec
+from flashvaed_cli.surgery.respec import converted_spec, narrowed_spec, with_time_rank
 
 BASE_WIDTH = 4
 LATENT_WIDTH = 4
@@ -58,6 +58,7 @@ DECODER_SPECS = {
     "converted": converted_spec(original_spec(), WAN21.paper_operators),
     "pruned": pruned_spec(),
     "flash": flash_spec(),
+    "low-rank": with_time_rank(flash_spec(), 0.5),
 }
 
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from flashvaed_cli.artifact.file_kinds import kind_of_file
 from flashvaed_cli.artifact.header import HEADER_KEY, ArtifactHeader, dump_header, parse_header
 from flashvaed_cli.atomic import atomic_path
 from flashvaed_cli.errors import ArtifactError
@@ -118,6 +119,10 @@ def _read_index(path: Path) -> tuple[dict, int]:
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read: {error.strerror}.") from error
     except (ValueError, TypeError, KeyError, AttributeError):
+        if kind := kind_of_file(path):
+            raise ArtifactError(
+                f"{path}: {kind}, not a safetensors file. Give a checkpoint of a VAE, or an artifact of flashvaed."
+            ) from None
         raise ArtifactError(
             f"{path}: not a safetensors file, or truncated within its index ({path.stat().st_size} bytes). "
             "Check the path, or copy it again."

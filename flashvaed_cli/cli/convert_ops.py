@@ -33,6 +33,8 @@ flashvaed convert-ops pruned.safetensors --operator up2=frame2d --operator mid=c
 
 flashvaed convert-ops Wan2.1_VAE.pth --data clips/ --output converted.safetensors
 
+flashvaed convert-ops --time-rank 0.25
+
 flashvaed convert-ops Wan2.1_VAE.pth --profile exact --output exact.safetensors
 
 flashvaed convert-ops qwen_image_vae.safetensors --family qwen-image --profile image --output images.safetensors"""
@@ -50,6 +52,7 @@ def convert_ops(
     operator: Annotated[
         list[str] | None, flag(ConvertOpsRecipe, "operators", "--operator", metavar="STAGE=OPERATOR")
     ] = None,
+    time_rank: Annotated[float | None, flag(ConvertOpsRecipe, "time_rank")] = None,
     original: Annotated[str | None, flag(ConvertOpsRecipe, "original")] = None,
     reconstruct: Annotated[ReconstructMode | None, flag(ConvertOpsRecipe, "reconstruct")] = None,
     dampening_frac: Annotated[float | None, flag(ConvertOpsRecipe, "dampening_frac")] = None,

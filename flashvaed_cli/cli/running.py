@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shlex
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -15,6 +16,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from flashvaed_cli.cli.console import open_progress, stdout_console
+from flashvaed_cli.errors import Interrupted
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe import CommandRecipe, find_recipe, load_recipe, resolve
 
@@ -87,9 +89,18 @@ def run_stage(context: typer.Context, stage: StageFunction[CommandRecipeT], reci
     """Run a stage with progress on stderr, then print its result to stdout.
 
     Of the processes that a launcher started together, the main one prints.
+
+    Raises:
+        Interrupted: Ctrl-C, outside of a training that saves first.
     """
-    with open_progress(quiet=context.params["quiet"]) as progress:
-        result = stage(recipe, progress=progress, force=context.params["force"], command_line=command_line(context))
+    try:
+        with open_progress(quiet=context.params["quiet"]) as progress:
+            result = stage(recipe, progress=progress, force=context.params["force"], command_line=command_line(context))
+    except KeyboardInterrupt as error:  # stages write their output whole, at the end
+        output = getattr(recipe, "output", "the output")
+        interrupted = Interrupted(f"interrupted: nothing was written to {output}", signal.SIGINT)
+        interrupted.is_told_elsewhere = not _is_main_process()
+        raise interrupted from error
     if not _is_main_process():
         return
     if context.params["json_output"]:

@@ -20,12 +20,16 @@ Future = MutableMapping[str, Tensor] | None
 def frames_as_batch(x: Float[Tensor, "B C T H W"]) -> Float[Tensor, "BT C H W"]:
     """View the frames as a batch of images (no copy when `x` is channels_last_3d)."""
     b, c, t, h, w = x.shape
+    if t == 1:  # a reshape would give the side of one a stride by which torch no longer sees the layout
+        return x.squeeze(2)
     return x.permute(0, 2, 1, 3, 4).reshape(b * t, c, h, w)
 
 
 def batch_as_frames(x: Float[Tensor, "BT C H W"], batch: int) -> Float[Tensor, "B C T H W"]:
     """Undo `frames_as_batch`."""
     bt, c, h, w = x.shape
+    if bt == batch:
+        return x.unsqueeze(2)
     return x.reshape(batch, bt // batch, c, h, w).permute(0, 2, 1, 3, 4)
 
 

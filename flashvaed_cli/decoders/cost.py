@@ -161,6 +161,12 @@ def _winograd_multiplies(layer: ConvSpec, grid: Grid) -> int:
     return 36 * channels * _num_taps(layer, t) * tiles + transforms + 36 * 9 * layer.kernel[0] * channels
 
 
+def _low_rank_multiplies(layer: ConvSpec, grid: Grid) -> int:
+    """The taps that there are, to `rank` channels, and the pointwise layer behind them."""
+    rank = layer.rank or 0
+    return rank * (layer.in_width * _num_taps(layer, grid[0]) * grid[1] * grid[2] + layer.out_width * _size(grid))
+
+
 def _subpixel_multiplies(layer: ConvSpec, grid: Grid) -> int:
     """Four taps for every enlarged pixel (the margin of one small pixel is not counted)."""
     return layer.in_width * layer.out_width * 4 * _size(grid)
@@ -169,6 +175,7 @@ def _subpixel_multiplies(layer: ConvSpec, grid: Grid) -> int:
 _MULTIPLIES: dict[Operator, Callable[[ConvSpec, Grid], int]] = {
     "tapwise3d": _tapwise_multiplies,
     "winograd3d": _winograd_multiplies,
+    "lowrank3d": _low_rank_multiplies,
     "subpixel2d": _subpixel_multiplies,
 }
 """Multiplications of the operators that do not spend one per weight and position (a whole video, float32)."""

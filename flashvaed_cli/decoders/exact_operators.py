@@ -13,7 +13,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from flashvaed_cli.decoders.convolution import Conv, Future, Past, frames_as_batch, remember, time_window
+from flashvaed_cli.decoders.convolution import (
+    Conv,
+    Future,
+    Past,
+    batch_as_frames,
+    frames_as_batch,
+    remember,
+    time_window,
+)
 from flashvaed_cli.decoders.layer_spec import ConvSpec
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
@@ -37,30 +45,50 @@ class TapwiseConv3d(Conv):
         if x.dtype in HALF_PRECISION and (past is not None or self.spec.time_padding != "zeros"):
             window = time_window(x, self.spec, self.address, past, future)
             return F.conv3d(window, self.weight, self.bias, padding=(0, kh // 2, kw // 2))
-        num_frames = x.shape[2]
         if self.spec.time_padding != "zeros":
-            window = time_window(x, self.spec, self.address, past, future)
-            y = self._tap(0, window[:, :, :num_frames], self.bias)
-            for tap in range(1, kt):
-                y += self._tap(tap, window[:, :, tap : tap + num_frames])
-            return y.permute(0, 2, 1, 3, 4)
-        y = self._tap(kt - 1, x, self.bias)
-        for delay in range(1, kt):
-            if num_frames > delay:
-                y[:, delay:] += self._tap(kt - 1 - delay, x[:, :, : num_frames - delay])
-            if past is not None:
-                reach = min(delay, num_frames)
-                before = past[self.address][:, :, kt - 1 - delay : kt - 1 - delay + reach]
-                y[:, :reach] += self._tap(kt - 1 - delay, before)
+            return _sum_over_window(time_window(x, self.spec, self.address, past, future), self.weight, self.bias)
+        before = None if past is None or kt == 1 else past[self.address]  # one tap remembers nothing
+        y = sum_over_taps(x, before, self.weight, self.bias)
         remember(x, kt - 1, self.address, past, future)
-        return y.permute(0, 2, 1, 3, 4)
+        return y
 
-    def _tap(
-        self, tap: int, x: Float[Tensor, "B C t H W"], bias: Float[Tensor, " O"] | None = None
-    ) -> Float[Tensor, "B t O H W"]:
-        _, kh, kw = self.spec.kernel
-        y = F.conv2d(frames_as_batch(x), self.weight[:, :, tap], bias, padding=(kh // 2, kw // 2))
-        return y.unflatten(0, (x.shape[0], x.shape[2]))
+
+def sum_over_taps(
+    x: Float[Tensor, "B C T H W"],
+    before: Float[Tensor, "B C P H W"] | None,
+    weight: Float[Tensor, "O C kt kh kw"],
+    bias: Float[Tensor, " O"] | None,
+) -> Float[Tensor, "B O T H W"]:
+    """A causal convolution, tap after tap. `before`: the kt - 1 frames before `x`; None: zeros."""
+    kt, num_frames = weight.shape[2], x.shape[2]
+    y = _tap(x, weight[:, :, kt - 1], bias)
+    for delay in range(1, kt):
+        tap = weight[:, :, kt - 1 - delay]
+        if num_frames > delay:
+            y[:, :, delay:] += _tap(x[:, :, : num_frames - delay], tap)
+        if before is not None:
+            reach = min(delay, num_frames)
+            y[:, :, :reach] += _tap(before[:, :, kt - 1 - delay : kt - 1 - delay + reach], tap)
+    return y
+
+
+def _sum_over_window(
+    window: Float[Tensor, "B C Tp H W"], weight: Float[Tensor, "O C kt kh kw"], bias: Float[Tensor, " O"] | None
+) -> Float[Tensor, "B O T H W"]:
+    """The same of frames that have their margins in time."""
+    kt = weight.shape[2]
+    num_frames = window.shape[2] - kt + 1
+    y = _tap(window[:, :, :num_frames], weight[:, :, 0], bias)
+    for tap in range(1, kt):
+        y += _tap(window[:, :, tap : tap + num_frames], weight[:, :, tap])
+    return y
+
+
+def _tap(
+    x: Float[Tensor, "B C t H W"], weight: Float[Tensor, "O C kh kw"], bias: Float[Tensor, " O"] | None = None
+) -> Float[Tensor, "B O t H W"]:
+    kh, kw = weight.shape[2:]
+    return batch_as_frames(F.conv2d(frames_as_batch(x), weight, bias, padding=(kh // 2, kw // 2)), x.shape[0])
 
 
 class StackedConv3d(Conv):

@@ -7,15 +7,17 @@ Reference: Wan 2.1 VAE; arXiv 2602.19161, section 3.2 for the operator set.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 
 Operator = Literal[
     "causal3d",
     "dwsep3d",
     "frame2d",
     "pointwise",
+    "lowrank3d",
     "tapwise3d",
     "stacked3d",
     "winograd3d",
@@ -69,6 +71,7 @@ class ConvSpec(FrozenSpec):
         dwsep3d: depthwise causal `(kt, kh, kw)`, then pointwise.
         frame2d: dense `(1, kh, kw)` on every frame by itself.
         pointwise: `(1, 1, 1)`.
+        lowrank3d: causal `(kt, 1, 1)` to `rank` channels, then pointwise.
     Exact twins (the same parameters and, up to rounding, the same outputs as the operator in brackets):
         tapwise3d [causal3d]: a sum over temporal taps of 2D convolutions; no window, no products with zeros.
         stacked3d [causal3d]: one 2D convolution to `kt` times as many channels, added up over time: few outputs.
@@ -86,6 +89,13 @@ class ConvSpec(FrozenSpec):
     kernel: Kernel
     time_padding: TimePadding = "zeros"
     space_padding: SpacePadding = "zeros"
+    rank: int | None = Field(default=None, gt=0)
+
+    @model_serializer(mode="wrap")
+    def _without_absent_rank(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Artifacts without low-rank layers stay readable for versions that do not know them."""
+        fields = handler(self)
+        return fields if self.rank is not None else {name: fields[name] for name in fields if name != "rank"}
 
     @model_validator(mode="after")
     def _kernel_fits_operator(self) -> ConvSpec:
@@ -103,6 +113,10 @@ class ConvSpec(FrozenSpec):
             raise ValueError(f"a {self.operator} layer pads zeros around frames, not {self.space_padding}")
         if self.time_padding == "edges" and self.kernel[0] % 2 == 0:
             raise ValueError(f"a centred kernel has an odd number of temporal taps, not {self.kernel[0]}")
+        if (self.operator == "lowrank3d") != (self.rank is not None):
+            raise ValueError(f"rank {self.rank} in a {self.operator} layer: lowrank3d has one, no other operator has")
+        if self.operator == "lowrank3d" and (self.kernel[1:] != (1, 1) or self.time_padding != "zeros"):
+            raise ValueError(f"a lowrank3d layer has one tap in space and pads zeros in time, not {self.kernel}")
         return self
 
     @property
@@ -129,6 +143,8 @@ class ConvSpec(FrozenSpec):
     def parameter_count(self) -> int:
         """Weights and bias."""
         kt, kh, kw = self.kernel
+        if self.rank is not None:
+            return self.rank * (self.in_width * kt + self.out_width) + self.out_width
         if self.operator == "dwsep3d":
             return self.in_width * kt * kh * kw + self.in_width * self.out_width + self.out_width
         return self.in_width * self.out_width * kt * kh * kw + self.out_width

@@ -33,7 +33,7 @@ from flashvaed_cli.decoders.tiling import TileLayout, split_addresses, tile_layo
 
 DType = Literal["float16", "bfloat16", "float32", "float64"]
 ITEM_BYTES: dict[DType, int] = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-FIXED_BYTES = 16 * 2**20  # scratch memory of the kernels, whatever the size
+FIXED_BYTES = 32 * 2**20  # code and scratch memory of the kernels, whatever the size
 UNROLLED_BELOW = 20480  # channels x frames x rows of a float32 input up to which torch unrolls 3D patches
 GAP_SHARE = 0.03  # rounding and gaps of the allocator, as a share of the tensors
 
@@ -99,6 +99,8 @@ def predict_peak_bytes(
 ) -> int:
     """Peak memory of decoding in bytes: an upper bound that is meant to be near the truth.
 
+    It counts what lives, on top of the process with torch loaded. The C library's heap can take up to twice that,
+    unless `decoders.heap` has it give back what is freed, as a runtime with a memory limit does.
     Measured on the CPU only. On CUDA the context and cuDNN's workspaces come on top.
 
     Args:
@@ -288,6 +290,9 @@ def _conv_bytes(layer: ConvSpec, passage: Passage, form: MemoryFormat) -> int:
     reordered = 0 if form.channels_last else max(window, entering)
     if layer.operator == "dwsep3d":
         return max(window + entering + reordered, entering + leaving + window)
+    if layer.rank is not None:
+        hidden = positions * layer.rank * item
+        return hidden + max(hidden, leaving) + reordered
     if layer.operator == "causal3d":
         return window + leaving + max(reordered, _unrolled_bytes(layer, passage, form))
     if layer.operator == "stacked3d":

@@ -25,10 +25,11 @@ from flashvaed_cli.decoders.convolution import (
     batch_as_frames,
     extend_with_past,
     frames_as_batch,
+    remember,
     space_window,
     time_window,
 )
-from flashvaed_cli.decoders.exact_operators import StackedConv3d, SubpixelConv2d, TapwiseConv3d
+from flashvaed_cli.decoders.exact_operators import StackedConv3d, SubpixelConv2d, TapwiseConv3d, sum_over_taps
 from flashvaed_cli.decoders.layer_spec import ConvSpec
 from flashvaed_cli.decoders.norms import ChannelLayerNorm, ChannelRMSNorm, norm_silu
 from flashvaed_cli.decoders.winograd import WinogradConv3d
@@ -101,17 +102,53 @@ class Pointwise(Conv):
         return pointwise_conv(x, self.weight, self.bias)
 
 
+class LowRankConv3d(Conv):
+    """A causal kernel of one tap in space, as a product of rank r: `reduce` `[r, C, kt, 1, 1]`, `weight` `[O, r]`.
+
+    The temporal taps come first: r (kt C + O) products a position, where r (C + kt O) would be more for O > C,
+    and what least squares of rank r gives.
+    """
+
+    def __init__(self, spec: ConvSpec, address: str) -> None:
+        assert spec.rank is not None
+        super().__init__(spec, address, (spec.out_width, spec.rank))
+        self.reduce = nn.Parameter(torch.empty(spec.rank, spec.in_width, *spec.kernel))
+        nn.init.kaiming_uniform_(self.reduce, a=math.sqrt(5))
+
+    def forward(
+        self, x: Float[Tensor, "B C T H W"], past: Past = None, future: Future = None
+    ) -> Float[Tensor, "B O T H W"]:
+        num_past = self.spec.kernel[0] - 1
+        before = None if past is None or num_past == 0 else past[self.address]
+        hidden = sum_over_taps(x, before, self.reduce, None)
+        remember(x, num_past, self.address, past, future)
+        return pointwise_conv(hidden, self.weight, self.bias)
+
+
 def pointwise_conv(
     x: Float[Tensor, "B C T H W"], weight: Float[Tensor, "O C"], bias: Float[Tensor, " O"]
 ) -> Float[Tensor, "B O T H W"]:
     """1x1x1 as a 2D convolution: of frames as a batch if channels are innermost, else of frames on top of each other.
 
-    Both are views, and the output has the layout of the input: torch's 1x1 convolution of a single image has not.
+    Both are views, and the output has the layout of the input: torch's 1x1 convolution of a single image has not, so
+    that a single channels-last frame is a matrix product.
     """
     kernel = weight[:, :, None, None]
-    if x.stride(1) == 1:
-        return batch_as_frames(F.conv2d(frames_as_batch(x), kernel, bias), x.shape[0])
-    return F.conv2d(x.flatten(2, 3), kernel, bias).unflatten(2, x.shape[2:4])
+    if x.stride(1) != 1:
+        return F.conv2d(x.flatten(2, 3), kernel, bias).unflatten(2, x.shape[2:4])
+    if x.shape[0] * x.shape[2] == 1:
+        return F.linear(x.permute(0, 2, 3, 4, 1), weight, bias).permute(0, 4, 1, 2, 3)
+    return batch_as_frames(F.conv2d(frames_as_batch(x), kernel, bias), x.shape[0])
+
+
+def dense_kernel(layer: Conv) -> Float[Tensor, "O C kt kh kw"]:
+    """The kernel of any operator as a dense one."""
+    shape = (layer.spec.out_width, layer.spec.in_width, *layer.spec.kernel)
+    if isinstance(layer, SeparableConv3d):
+        return layer.weight[:, :, None, None, None] * layer.depthwise[None, :, 0]
+    if isinstance(layer, LowRankConv3d):
+        return (layer.weight @ layer.reduce.flatten(1)).reshape(shape)
+    return layer.weight.reshape(shape)
 
 
 OPERATORS: dict[str, Callable[[ConvSpec, str], Conv]] = {
@@ -119,6 +156,7 @@ OPERATORS: dict[str, Callable[[ConvSpec, str], Conv]] = {
     "dwsep3d": SeparableConv3d,
     "frame2d": FrameConv2d,
     "pointwise": Pointwise,
+    "lowrank3d": LowRankConv3d,
     "tapwise3d": TapwiseConv3d,
     "stacked3d": StackedConv3d,
     "winograd3d": WinogradConv3d,

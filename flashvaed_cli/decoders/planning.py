@@ -59,10 +59,12 @@ def choose_plan(
         batch: clips that are decoded together.
     Raises:
         DecodeError: nothing fits; the message names the smallest that is possible.
-        SpecError: `chunk` or `tile` is below 1.
+        SpecError: `chunk`, `tile` or `max_memory_bytes` is below 1.
     """
     if chunk is not None and chunk < 1:
         raise SpecError(f"a chunk holds at least 1 latent frame, not {chunk}")
+    if max_memory_bytes is not None and max_memory_bytes < 1:
+        raise SpecError(f"a memory limit is at least 1 byte, not {max_memory_bytes}")
     planner = _Planner(spec, grid, MemoryFormat(dtype, channels_last), batch)
     layouts = list(_layouts(spec, grid, tile, may_tile=max_memory_bytes is not None))
     if max_memory_bytes is None:

@@ -11,7 +11,7 @@ import importlib.util
 import os
 import shutil
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -22,16 +22,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.cost import Grid
+from flashvaed_cli.decoders.heap import return_freed_memory
 from flashvaed_cli.decoders.layout import channels_last, use_channels_last
 from flashvaed_cli.decoders.lookahead import latent_windows
 from flashvaed_cli.decoders.memory import ITEM_BYTES, DType
 from flashvaed_cli.decoders.planning import DecodePlan, choose_plan
-from flashvaed_cli.decoders.streaming import State, check_latents
+from flashvaed_cli.decoders.streaming import State, check_latents, windows_of_parts
 from flashvaed_cli.decoders.tiling import TileLayout, Window, tile_layout
 from flashvaed_cli.errors import DecodeError
 
 Run = Callable[[Tensor, State | None, State | None], Tensor]
 """Some blocks of a decoder: their input, past and future to their output."""
+_ENDLESS = 1 << 20  # latent frames of a clip of unknown length: more than any chunk, so that its state is counted
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class DecodeSettings:
         compile: run `torch.compile`d steps. Every shape of step compiles once, at its first use (minutes for
             a full-size decoder): at most two per clip size, four with tiles.
         max_memory_bytes: limit of the predicted peak, weights included. Settles what `chunk` and `tile` leave open.
+            On the CPU freed tensors then go back to the system at once (`decoders.heap`, process-wide).
         compile_backend: `inductor` generates code; others are for debugging.
     """
 
@@ -72,6 +76,8 @@ class DecodeRuntime:
         self.device, self.dtype = parameter.device, settings.dtype or parameter.dtype
         if settings.compile and settings.compile_backend == "inductor":
             require_compiler(self.device)
+        if settings.max_memory_bytes is not None and self.device.type == "cpu":
+            return_freed_memory()
         self._decoder = _prepared(decoder, settings)
         self._sections: dict[tuple[str | None, str | None], _Section] = {}
 
@@ -83,11 +89,14 @@ class DecodeRuntime:
             SpecError: the latents, `chunk` or `tile` do not fit the decoder.
         """
         check_latents(self.spec, latents)
-        settings = self.settings
         batch, _, num_latents, height, width = latents.shape
+        return self._plan((num_latents, height, width), batch)
+
+    def _plan(self, grid: Grid, batch: int) -> DecodePlan:
+        settings = self.settings
         return choose_plan(
             self.spec,
-            (num_latents, height, width),
+            grid,
             max_memory_bytes=settings.max_memory_bytes,
             dtype=_dtype_name(self.dtype),
             chunk=settings.chunk,
@@ -95,6 +104,17 @@ class DecodeRuntime:
             channels_last=settings.memory_format == "channels-last",
             batch=batch,
         )
+
+    def open(self, height: int, width: int, *, batch: int = 1) -> DecodeStream:
+        """Begin a clip whose latents come in parts, and whose length nobody knows yet.
+
+        Args:
+            height, width: of the latents.
+        Raises:
+            DecodeError, SpecError: as `plan` does.
+        """
+        plan = self._plan((_ENDLESS, height, width), batch)
+        return DecodeStream(_Run(self, self._layout(plan, height, width)), plan)
 
     def iter_decode(self, latents: Float[Tensor, "B C T Hz Wz"]) -> Iterator[Float[Tensor, "B 3 F H W"]]:
         """Yield the frames of raw latents step by step, in the runtime's dtype, clamped to [-1, 1].
@@ -106,20 +126,37 @@ class DecodeRuntime:
             DecodeError, SpecError: as `plan` does, before the first frame.
         """
         plan = self.plan(latents)
-        layout = None
-        if plan.tile is not None and plan.split is not None:
-            layout = tile_layout(self.spec, *latents.shape[3:], tile=plan.tile, split=plan.split)
+        layout = self._layout(plan, latents.shape[3], latents.shape[4])
         if not self.spec.is_causal:
             for window in latent_windows(self.spec, latents.shape[2], plan.chunk):
-                part = latents[:, :, window.start : window.stop].to(device=self.device, dtype=self.dtype)
+                part = latents[:, :, window.start : window.stop]
                 frames = _Run(self, layout).step(part, first=True, last=True)
                 yield frames[:, :, window.keep_start : window.keep_stop]
             return
         run = _Run(self, layout)
         starts = chunk_starts(latents.shape[2], plan.chunk)
         for start, stop in pairwise([*starts, latents.shape[2]]):
-            part = latents[:, :, start:stop].to(device=self.device, dtype=self.dtype)
+            part = latents[:, :, start:stop]
             yield run.step(part, first=start == 0, last=stop == latents.shape[2])
+
+    def iter_parts(self, parts: Iterable[Float[Tensor, "B C t Hz Wz"]]) -> Iterator[Float[Tensor, "B 3 F H W"]]:
+        """Yield the frames of each part of a clip whose latents come in parts, clamped to [-1, 1].
+
+        A decoder that sees frames ahead reads as many further parts first, and takes all of a part in one step.
+
+        Raises:
+            DecodeError, SpecError: as `plan` does.
+        """
+        if self.spec.is_causal:
+            stream: DecodeStream | None = None
+            for part in parts:
+                stream = stream or self.open(*part.shape[3:], batch=part.shape[0])
+                yield stream.step(part)
+            return
+        for latents, window in windows_of_parts(self.spec, parts):
+            plan = self._plan((latents.shape[2], latents.shape[3], latents.shape[4]), latents.shape[0])
+            run = _Run(self, self._layout(plan, latents.shape[3], latents.shape[4]))
+            yield run.step(latents, first=True, last=True)[:, :, window.keep_start : window.keep_stop]
 
     def decode(self, latents: Float[Tensor, "B C T Hz Wz"]) -> Float[Tensor, "B 3 F H W"]:
         """All frames of raw latents; `iter_decode` put together without a second copy of the video."""
@@ -137,11 +174,32 @@ class DecodeRuntime:
             done += frames.shape[2]
         return cast(Tensor, video)
 
+    def _layout(self, plan: DecodePlan, height: int, width: int) -> TileLayout | None:
+        if plan.tile is None or plan.split is None:
+            return None
+        return tile_layout(self.spec, height, width, tile=plan.tile, split=plan.split)
+
     def section(self, start: str | None, stop: str | None) -> _Section:
         """The blocks from the address `start` up to but not at `stop`; built at first use."""
         if (start, stop) not in self._sections:
             self._sections[start, stop] = _Section(partial(self._decoder.run, start=start, stop=stop), self.settings)
         return self._sections[start, stop]
+
+
+class DecodeStream:
+    """One clip that is decoded as its latents come; see `DecodeRuntime.open`."""
+
+    def __init__(self, run: _Run, plan: DecodePlan) -> None:
+        self._run, self.plan = run, plan
+        self._begun = False
+
+    def step(self, latents: Float[Tensor, "B C T Hz Wz"]) -> Float[Tensor, "B 3 F H W"]:
+        """The frames of the next latents, clamped, in the runtime's dtype."""
+        frames = []
+        for part in latents.split(self.plan.chunk, dim=2):
+            frames.append(self._run.step(part, first=not self._begun, last=False))
+            self._begun = True
+        return torch.cat(frames, dim=2) if len(frames) > 1 else frames[0]
 
 
 def chunk_starts(num_latents: int, chunk: int) -> range | list[int]:
@@ -159,6 +217,7 @@ class _Run:
         self._before = runtime.section(None, split)
         self._before_state: State = {}
         self._compiles = runtime.settings.compile
+        self._device, self._dtype = runtime.device, runtime.dtype
         if self._layout is not None:
             self._tiled = runtime.section(split, None)
             self._tile_states: list[State] = [{} for _ in range(self._layout.num_tiles)]
@@ -168,7 +227,7 @@ class _Run:
         """The next frames, clamped."""
         # A compiled step always gives its state, unless there is one step only: no third graph for the last.
         keep = not last or (self._compiles and not first)
-        x = self._before(latents, self._before_state, first=first, keep=keep)
+        x = self._before(latents.to(device=self._device, dtype=self._dtype), self._before_state, first=first, keep=keep)
         return (x if self._layout is None else self._in_tiles(x, first=first, keep=keep)).clamp_(-1.0, 1.0)
 
     def _in_tiles(self, x: Tensor, *, first: bool, keep: bool) -> Tensor:

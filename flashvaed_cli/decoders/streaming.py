@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flashvaed_cli.decoders.coder import Decoder, Encoder
-from flashvaed_cli.decoders.lookahead import latent_windows, time_halo, window_of
+from flashvaed_cli.decoders.lookahead import LatentWindow, latent_windows, time_halo, window_of
 from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.errors import SpecError
 
@@ -41,7 +41,7 @@ def decode_step(
     """Decode one chunk of raw latents; returns its frames (not clamped) and the state for the next chunk.
 
     Raises:
-        SpecError: the decoder sees frames ahead, so that a chunk alone has no frames: use `decode_parts`.
+        SpecError: the decoder sees frames ahead, so that a chunk alone has no frames: use `DecodeRuntime`.
     """
     if not decoder.spec.is_causal:
         raise SpecError(
@@ -52,33 +52,26 @@ def decode_step(
     return decoder(latents, past, future), future
 
 
-def decode_parts(
-    decoder: Decoder, parts: Iterable[Float[Tensor, "_B _C _t _Hz _Wz"]]
-) -> Iterator[Float[Tensor, "_B 3 _f _H _W"]]:
-    """The frames (not clamped) of every part of a video's latents, one after another, as soon as they are settled.
+def windows_of_parts(
+    spec: DecoderSpec, parts: Iterable[Float[Tensor, "_B _C _t _Hz _Wz"]]
+) -> Iterator[tuple[Float[Tensor, "_B _C _n _Hz _Wz"], LatentWindow]]:
+    """For a decoder that sees frames ahead: what to decode for every part of a video, as soon as enough is read.
 
-    A causal decoder gives them part by part; one that sees frames ahead reads as many further parts first.
+    Yields the latents of the window, and the window: which frames of it are the part's.
     """
-    if decoder.spec.is_causal:
-        past: State | None = None
-        for part in parts:
-            frames, past = decode_step(decoder, part, past)
-            yield frames
-        return
     held: Tensor | None = None
     offset, read = 0, 0  # the first latent that is held, and the first that is not read yet
     waiting: deque[tuple[int, int]] = deque()
-    behind = time_halo(decoder.spec)[1]
+    behind = time_halo(spec)[1]
     for part in chain(parts, [None]):
         if part is not None:
             held = part if held is None else torch.cat([held, part], dim=2)
             waiting.append((read, read + part.shape[2]))
             read += part.shape[2]
         while held is not None and waiting and (part is None or waiting[0][1] + behind <= read):
-            window = window_of(decoder.spec, *waiting.popleft(), num_latents=read)
+            window = window_of(spec, *waiting.popleft(), num_latents=read)
             held, offset = held[:, :, window.start - offset :], window.start
-            frames = decoder(held[:, :, : window.stop - offset])
-            yield frames[:, :, window.keep_start : window.keep_stop]
+            yield held[:, :, : window.stop - offset], window
 
 
 def iter_decode(

@@ -16,11 +16,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.nn import functional as F
 
 from flashvaed_cli.decoders.blocks import Upsample
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.layer_spec import UpsampleSpec
-from flashvaed_cli.decoders.operators import Future, Past
+from flashvaed_cli.decoders.operators import Future, LowRankConv3d, Past, extend_with_past, pointwise_conv
 from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.errors import ExportError
 
@@ -45,6 +46,16 @@ class _AnyLengthUpsample(Upsample):
         doubled = self.temporal(unseen, None, future).chunk(2, dim=1)  # type: ignore[misc]
         rest = torch.stack(doubled, dim=3).flatten(2, 3)[:, :, 2:]  # [B, C, 2 (T - 1), H, W]
         return torch.cat([first, rest], dim=2)
+
+
+class _AnyLengthLowRank(LowRankConv3d):
+    """The same frames by a window of past and present ones: the sum over taps branches on how many there are."""
+
+    def forward(
+        self, x: Float[Tensor, "B C T H W"], past: Past = None, future: Future = None
+    ) -> Float[Tensor, "B O T H W"]:
+        window = extend_with_past(x, self.spec.kernel[0] - 1, self.address, past, future)
+        return pointwise_conv(F.conv3d(window, self.reduce), self.weight, self.bias)
 
 
 class ClipGraph(nn.Module):
@@ -83,6 +94,12 @@ def traceable_copy(decoder: Decoder, dtype: torch.dtype) -> Decoder:
             replacement = _AnyLengthUpsample(block, address)
             replacement.load_state_dict(original.state_dict())
             traceable.stages[stage][int(index)] = replacement.to(dtype).eval().requires_grad_(False)  # type: ignore[index]
+    for parent in list(traceable.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, LowRankConv3d):
+                windowed = _AnyLengthLowRank(layer.spec, layer.address)
+                windowed.load_state_dict(layer.state_dict())
+                setattr(parent, name, windowed.to(dtype).eval().requires_grad_(False))
     return traceable
 
 

@@ -232,14 +232,7 @@ def solve_ridge(
         raise ValueError(f"dampening_frac must be at least 0, not {dampening_frac}")
     gram, right = equations.gram, equations.cross
     with plain_arithmetic(gram.device):
-        energy = gram.diagonal()
-        largest = float(energy.max())
-        if not largest > 0:
-            raise CalibrationError(
-                f"{equations.label}: no unique solution: none of its inputs varies over {equations.num_rows} "
-                "positions; check the weights before it, or calibrate on other clips"
-            )
-        energy = torch.where(energy > _DEAD_SHARE * largest, energy, largest)
+        energy = damping_energy(equations)
         scale = energy.rsqrt()  # [K]
         if prior_weight is not None:
             prior = prior_weight.detach().to(device=gram.device, dtype=torch.float64)
@@ -258,6 +251,22 @@ def solve_ridge(
         num_rows=equations.num_rows,
         num_unknowns=equations.num_features + 1,
     )
+
+
+def damping_energy(equations: NormalEquations) -> Float64[Tensor, " K"]:
+    """The d of `solve_ridge`: the gram's diagonal, and its largest value for features that do not vary.
+
+    Raises:
+        CalibrationError: none varies.
+    """
+    energy = equations.gram.diagonal()
+    largest = float(energy.max())
+    if not largest > 0:
+        raise CalibrationError(
+            f"{equations.label}: no unique solution: none of its inputs varies over {equations.num_rows} "
+            "positions; check the weights before it, or calibrate on other clips"
+        )
+    return torch.where(energy > _DEAD_SHARE * largest, energy, largest)
 
 
 def solve_positive_(

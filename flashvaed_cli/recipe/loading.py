@@ -7,6 +7,7 @@ to one command; several of one command carry a `name` each, to be chosen by `--s
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,7 @@ def resolve(
     """Combine flags, recipe and defaults into the settings of one run: flags win over recipe over defaults.
 
     Mappings (`stage_keep_ratios`, `loss_weights`) are merged key by key; an empty one in `overrides` empties them.
+    A stage's ratio as a flag takes the place of the recipe's ratios for the channel groups of that stage.
 
     Args:
         model: the command's model.
@@ -133,7 +135,7 @@ def resolve(
         raise RecipeError(f"--step {step} chooses a section of a recipe: give --recipe too.")
     section = recipe.select(model.command, step) if recipe else None
     overrides = overrides or {}
-    merged = _merge(section.settings if section else {}, overrides)
+    merged = _merge(_without_overridden_groups(section.settings if section else {}, overrides), overrides)
     try:
         return model.model_validate(merged)
     except ValidationError as error:
@@ -146,9 +148,24 @@ def resolve(
                 where = ".".join([flag, *map(str, location[1:])])
             else:
                 where = _dotted((model.command, *location))
-            lines.append(f"{where}{value}: {message}")
+            names = {field: flags.get(field, "--" + field.replace("_", "-")) for field in overrides}
+            lines.append(f"{where}{value}: {_named(message, names)}")
         origin = f"flashvaed {model.command}" + (f" with {recipe.source}" if recipe else "")
         raise RecipeError(_listing(origin, lines)) from error
+
+
+def _without_overridden_groups(below: Mapping[str, object], above: Mapping[str, object]) -> dict[str, object]:
+    """The recipe less its ratios for channel groups of stages whose ratio is given as a flag."""
+    stages, groups = above.get("stage_keep_ratios"), below.get("group_keep_ratios")
+    if not isinstance(stages, Mapping) or not isinstance(groups, Mapping):
+        return dict(below)
+    left = {name: ratio for name, ratio in groups.items() if str(name).partition(".")[0] not in stages}
+    return {**below, "group_keep_ratios": left}
+
+
+def _named(message: str, flags: Mapping[str, str]) -> str:
+    """A message with its `fields` as the reader knows them: by flag where one was given, else as in the recipe."""
+    return re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[1]), message)
 
 
 def _merge(below: Mapping[str, object], above: Mapping[str, object]) -> dict[str, object]:
@@ -220,7 +237,7 @@ def _read_section(
     except ValidationError as error:
         for location, message, shown in _flatten(error, COMMAND_RECIPES[command]):
             full = (*path, *location)
-            problems.append((parsed.line(full), f"{_dotted(full)}{shown}: {message}"))
+            problems.append((parsed.line(full), f"{_dotted(full)}{shown}: {_named(message, {})}"))
     return Section(command=command, name=name, settings=settings, line=line)
 
 

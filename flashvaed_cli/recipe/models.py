@@ -66,6 +66,16 @@ class CommandRecipe(_Frozen):
         default=None,
         description="Family of the input, where its names leave that open (wan2.1 and qwen-image have the same).",
     )
+
+    def given(self, *fields: str) -> list[str]:
+        """Those of `fields` that are not at their defaults, as flags: to say that they play no role."""
+        values = {name: getattr(self, name) for name in fields}
+        return [
+            ("--no-" if value is False else "--") + name.replace("_", "-")
+            for name, value in values.items()
+            if value != type(self).model_fields[name].default
+        ]
+
     seed: WholeNumber = Field(default=0, le=2**31 - 1, description="Seed of everything random.")
     device: Device = Field(default="auto", description="Where to compute; auto takes CUDA, then MPS, then the CPU.")
     dtype: DType = Field(default="float32", description="Number format of weights and activations.")
@@ -136,9 +146,11 @@ class _RatioFields(CommandRecipe):
         groups = [name for name in self.stage_keep_ratios if "." in name]
         stages = [name for name in self.group_keep_ratios if "." not in name]
         if groups:
-            raise ValueError(f"stage_keep_ratios: {', '.join(groups)} is a channel group: give it in group_keep_ratios")
+            raise ValueError(
+                f"`stage_keep_ratios`: {', '.join(groups)} is a channel group: give it in `group_keep_ratios`"
+            )
         if stages:
-            raise ValueError(f"group_keep_ratios: {', '.join(stages)} is a stage: give it in stage_keep_ratios")
+            raise ValueError(f"`group_keep_ratios`: {', '.join(stages)} is a stage: give it in `stage_keep_ratios`")
         return self
 
     def ratios(self, shallow_stages: Sequence[str]) -> dict[str, float]:
@@ -220,7 +232,8 @@ class PruneRecipe(ReconstructingRecipe, _RatioFields):
         }
         chosen = [name for name, is_given in given.items() if is_given]
         if len(chosen) > 1 and chosen[-1].startswith("target"):
-            raise ValueError(f"{', '.join(chosen)}: a target chooses the ratios itself; give one target, or ratios")
+            listed = ", ".join(f"`{name}`" for name in chosen)
+            raise ValueError(f"{listed}: a target chooses the ratios itself; give one target, or ratios")
         return self
 
     @property
@@ -247,6 +260,11 @@ class ConvertOpsRecipe(ReconstructingRecipe):
     operators: dict[Name, StageOperator] = Field(
         default={}, description="Operator by stage name, in place of the profile's."
     )
+    time_rank: KeepRatio | None = Field(
+        default=None,
+        description="Factorise the kernels that double the frames: the fraction of their full rank that is kept. "
+        "Without it they stay whole, as in the paper.",
+    )
     num_separable_iterations: Count = Field(
         default=3, description="Alternations between the depthwise and the pointwise solve of one layer."
     )
@@ -254,8 +272,10 @@ class ConvertOpsRecipe(ReconstructingRecipe):
 
     @model_validator(mode="after")
     def _only_paper_takes_operators(self) -> ConvertOpsRecipe:
-        if self.profile != "paper" and self.operators:
-            raise ValueError(f"profile is {self.profile}, which gives every layer its operator: leave operators out")
+        given = {"operators": bool(self.operators), "time_rank": self.time_rank is not None}
+        if self.profile != "paper" and (names := [f"`{name}`" for name, is_given in given.items() if is_given]):
+            listed = " and ".join(names)
+            raise ValueError(f"`profile` is {self.profile}, which gives every layer its operator: leave {listed} out")
         return self
 
 
@@ -394,7 +414,7 @@ class DistillRecipe(_ClipFields, _RatioFields):
     def _chosen_phase_exists(self) -> DistillRecipe:
         if not self.schedule():
             listed = ", ".join(str(phase.phase) for phase in self.phases)
-            raise ValueError(f"phase is {self.phase}, but phases lists only {listed}")
+            raise ValueError(f"`phase` is {self.phase}, but `phases` lists only {listed}")
         return self
 
     def schedule(self) -> tuple[PhaseRecipe, ...]:
@@ -411,7 +431,7 @@ class DistillRecipe(_ClipFields, _RatioFields):
         return min(200, -(-phase.num_steps // 5)) if self.num_warmup_steps is None else self.num_warmup_steps
 
 
-_SPEED_ONLY = ("sizes", "frames", "compile", "tile", "max_memory", "autotune")
+_SPEED_ONLY = ("sizes", "frames", "compile", "autotune")
 
 
 class EvalRecipe(_ClipFields):
@@ -431,7 +451,7 @@ class EvalRecipe(_ClipFields):
     )
     num_clips: OptionalCount = Field(default=None, description="Judge at most so many clips.")
     num_frames: OptionalCount = Field(default=None, description="Judge at most so many frames of each clip.")
-    chunk: OptionalCount = Field(
+    chunk: Count | None = Field(
         default=None, description="Latent frames decoded at a time; bounds memory, changes no frame."
     )
     num_speed_rounds: Count = Field(
@@ -449,11 +469,11 @@ class EvalRecipe(_ClipFields):
         default=(9,), description="With --speed: frames per clip, by commas; rounded up to 1 + 4 n, whole latents."
     )
     compile: Switch = Field(default=False, description="With --speed: compile the tuned decoders with torch.compile.")
-    tile: OptionalCount = Field(
-        default=None, description="With --speed: side of the tiles in latents; bounds memory, changes no frame."
+    tile: Count | None = Field(
+        default=None, description="Side in latents of the tiles that are decoded by themselves; changes no frame."
     )
     max_memory: Memory | None = Field(
-        default=None, description="With --speed: choose chunk and tile so that decoding stays below, such as 4GB."
+        default=None, description="Choose chunk and tile so that every decoder stays below this, such as 4GB."
     )
     autotune: Switch = Field(
         default=False,
@@ -472,8 +492,8 @@ class EvalRecipe(_ClipFields):
     def _speed_settings_need_speed(self) -> EvalRecipe:
         given = [name for name in _SPEED_ONLY if getattr(self, name) != type(self).model_fields[name].default]
         if given and not self.speed:
-            flags = ", ".join("--" + name.replace("_", "-") for name in given)
-            raise ValueError(f"{flags}: only with --speed, which times decoders and judges no clip")
+            listed = ", ".join(f"`{name}`" for name in given)
+            raise ValueError(f"{listed}: only with --speed, which times decoders and judges no clip")
         return self
 
 

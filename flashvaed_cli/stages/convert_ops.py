@@ -26,10 +26,21 @@ from flashvaed_cli.stages.clips import plan_calibration
 from flashvaed_cli.stages.loading import DTYPES, Inputs, choose_device, choose_input, load_inputs
 from flashvaed_cli.stages.reconstruction import choose_reference, error_table, fit_settings, reconstruct
 from flashvaed_cli.stages.result import StageOutcome
-from flashvaed_cli.surgery.respec import converted_spec
+from flashvaed_cli.surgery.respec import converted_spec, with_time_rank
 from flashvaed_cli.surgery.transfer import transfer_weights
 
 _EXACT_CHECK_GRID = (3, 6, 8)
+_UNUSED_BY_EXACT = (
+    "data",
+    "latent_scale",
+    "num_calibration_clips",
+    "num_frames",
+    "crop_size",
+    "max_side",
+    "reconstruct",
+    "dampening_frac",
+    "num_separable_iterations",
+)
 
 
 def run_convert_ops(recipe: ConvertOpsRecipe, *, progress: Progress, force: bool, command_line: str) -> StageOutcome:
@@ -46,11 +57,17 @@ def run_convert_ops(recipe: ConvertOpsRecipe, *, progress: Progress, force: bool
     inputs = load_inputs(location, original=recipe.original, family=recipe.family, device=device, progress=progress)
     decoder = inputs.checkpoint.require_decoder()
     if recipe.profile == "exact":
-        return _convert_exactly(recipe, inputs, exact_decoder(decoder), force=force, command_line=command_line)
+        return _convert_exactly(
+            recipe, inputs, exact_decoder(decoder), progress, force=force, command_line=command_line
+        )
     if recipe.profile == "image":
-        return _convert_exactly(recipe, inputs, still_decoder(decoder), force=force, command_line=command_line)
+        return _convert_exactly(
+            recipe, inputs, still_decoder(decoder), progress, force=force, command_line=command_line
+        )
     operators: dict[str, Operator] = {**get_family(inputs.checkpoint.family).paper_operators, **recipe.operators}
     spec = converted_spec(decoder.spec, operators)
+    if recipe.time_rank is not None:
+        spec = with_time_rank(spec, recipe.time_rank)
     if spec == decoder.spec:
         raise SpecError(f"{location}: every stage has the operator asked for already; nothing to convert")
     student = transfer_weights(decoder, spec, {})
@@ -64,6 +81,7 @@ def run_convert_ops(recipe: ConvertOpsRecipe, *, progress: Progress, force: bool
         errors = reconstruct(decoder, student, reference, kept, clips, settings, progress)
     measured = {
         "operators": operators,
+        "time_ranks": {address: layer.rank for address, layer in spec.layers() if layer.rank is not None},
         "layer_errors": [vars(error) for error in errors],
     }
     tables = (_operator_table(decoder, student), *error_table(errors))
@@ -71,11 +89,24 @@ def run_convert_ops(recipe: ConvertOpsRecipe, *, progress: Progress, force: bool
 
 
 def _convert_exactly(
-    recipe: ConvertOpsRecipe, inputs: Inputs, converted: Decoder, *, force: bool, command_line: str
+    recipe: ConvertOpsRecipe,
+    inputs: Inputs,
+    converted: Decoder,
+    progress: Progress,
+    *,
+    force: bool,
+    command_line: str,
 ) -> StageOutcome:
     """The same frames with faster operators: no data, no weights solved; the difference is measured."""
-    decoder = inputs.checkpoint.require_decoder()
-    changes = exact_changes(decoder.spec, converted.spec)
+    if idle := recipe.given(*_UNUSED_BY_EXACT):
+        progress.warn(
+            f"{', '.join(idle)}: no role in --profile {recipe.profile}, which solves nothing and needs no data"
+        )
+    decoder, header = inputs.checkpoint.require_decoder(), inputs.checkpoint.header
+    stored = decoder.spec if header is None or header.decoder is None else header.decoder
+    changes = exact_changes(stored, converted.spec)
+    if not changes:
+        raise SpecError(f"{inputs.checkpoint.location}: every layer has its fastest exact operator; nothing to change")
     num_latents, height, width = _EXACT_CHECK_GRID
     latents = seeded_latents(
         decoder.spec,
@@ -153,4 +184,5 @@ def _main_operator(spec: DecoderSpec, stage: str) -> str:
     found = {
         layer.operator for address, layer in spec.layers() if address.startswith(f"{stage}.") and "conv" in address
     }
+    found |= {f"time rank {layer.rank}" for address, layer in spec.layers() if layer.rank and address.startswith(stage)}
     return ", ".join(sorted(found))

@@ -5,7 +5,7 @@ Videos are read, encoded, decoded by both and compared chunk by chunk, so memory
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -20,9 +20,8 @@ from torch import Tensor
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.cost import total_gflop
 from flashvaed_cli.decoders.exact import exact_decoder
-from flashvaed_cli.decoders.layout import use_channels_last
 from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
-from flashvaed_cli.decoders.streaming import State, decode, decode_parts, encode_step
+from flashvaed_cli.decoders.streaming import State, encode_step
 from flashvaed_cli.errors import MetricUnavailableError
 from flashvaed_cli.media.clips import usable_files
 from flashvaed_cli.media.sources import is_latent_file
@@ -33,6 +32,7 @@ from flashvaed_cli.metrics.quality import QualityAccumulator, QualityResult, mea
 from flashvaed_cli.metrics.speed import SpeedResult, speed_ratio, synchronizer, time_alternating
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.models import EvalRecipe
+from flashvaed_cli.recipe.quantities import parse_memory
 from flashvaed_cli.report.evaluation import (
     ClipFigures,
     DecoderFigures,
@@ -45,10 +45,11 @@ from flashvaed_cli.report.pictures import save_strip, select_frames, side_by_sid
 from flashvaed_cli.report.speed import SPEED_JSON
 from flashvaed_cli.stages.clips import find_data, raw_latents
 from flashvaed_cli.stages.compared import derived_decoders, distinct_names
-from flashvaed_cli.stages.folders import refuse_foreign_folder
+from flashvaed_cli.stages.folders import filled_at_the_end, moved, refuse_foreign_folder
 from flashvaed_cli.stages.loading import DTYPES, Inputs, choose_device, choose_input, load_inputs
 from flashvaed_cli.stages.result import StageOutcome
 
+REPORT_JSON = "report.json"
 VIDEO, ORIGINAL, ORIGINAL_TUNED = "video", "original", "original, exact"
 _DEFAULT_CHUNK = 4
 _NUM_STRIP_COLUMNS = 4
@@ -68,7 +69,7 @@ def run_evaluate(recipe: EvalRecipe, *, progress: Progress, force: bool, command
         FlashVaedError: the output folder holds files of something else.
     """
     output = Path(recipe.output)
-    refuse_foreign_folder(output, "report.json", SPEED_JSON, force=force)
+    refuse_foreign_folder(output, REPORT_JSON, SPEED_JSON, force=force)
     location = choose_input(recipe.input, EvalRecipe, progress)
     device = choose_device(recipe.device)
     inputs = load_inputs(location, original=recipe.original, family=recipe.family, device=device, progress=progress)
@@ -78,33 +79,42 @@ def run_evaluate(recipe: EvalRecipe, *, progress: Progress, force: bool, command
     if any(decoder.spec.still for decoder in decoders.values()) and recipe.num_frames != 1:
         recipe = recipe.model_copy(update={"num_frames": 1})
         notes.append("Of every clip the first frame is judged: there is a decoder of single images among them.")
+    runtimes = {name: _runtime(name, decoder, recipe) for name, decoder in decoders.items()}
     files, broken = usable_files(find_data(recipe.data), recipe.num_clips)
     for path, reason in broken.items():
         progress.warn(f"skipped {path}: {reason}")
         notes.append(f"skipped {path.name}: {reason}")
-    comparisons = [
-        _compare_clip(path, name, decoders, inputs, recipe, lpips, output, progress)
-        for path, name in zip(files, distinct_names(files), strict=True)
-    ]
-    figures = [_figures(name, decoder, comparisons) for name, decoder in decoders.items()]
-    figures = _timed(figures, decoders, comparisons[0].latents, recipe, device, progress)
-    report = EvaluationReport(
-        decoders=tuple(figures),
-        clips=tuple(row for comparison in comparisons for row in comparison.rows),
-        settings={
-            "command": command_line,
-            "decoder": inputs.checkpoint.location,
-            "original": inputs.original.location,
-            "device": f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type,
-            "dtype": recipe.dtype,
-            "speed": f"{recipe.num_speed_rounds} rounds in alternation, latents {list(comparisons[0].latents.shape)}",
-        },
-        notes=tuple(notes),
-        files={path.name: path.name for comparison in comparisons for path in comparison.files},
-    )
-    written = save_report(report, output)
-    paths = (written["markdown"], written["json"], *(path for comparison in comparisons for path in comparison.files))
-    return StageOutcome(paths, (summary_table(report),), {"report": str(written["json"])}, tuple(notes))
+    with filled_at_the_end(output, REPORT_JSON) as draft:
+        comparisons = [
+            _compare_clip(path, name, runtimes, inputs, recipe, lpips, draft, progress)
+            for path, name in zip(files, distinct_names(files), strict=True)
+        ]
+        figures = [_figures(name, decoder, comparisons) for name, decoder in decoders.items()]
+        figures = _timed(figures, runtimes, decoders[ORIGINAL], comparisons[0].latents, recipe, device, progress)
+        pictures = tuple(path for comparison in comparisons for path in comparison.files)
+        report = EvaluationReport(
+            decoders=tuple(figures),
+            clips=tuple(row for comparison in comparisons for row in comparison.rows),
+            settings=_settings(recipe, inputs, comparisons[0].latents, command_line),
+            notes=tuple(notes),
+            files={path.name: path.name for path in pictures},
+        )
+        written = save_report(report, draft)
+    paths = moved((written["markdown"], written["json"], *pictures), output)
+    return StageOutcome(paths, (summary_table(report),), {"report": str(output / REPORT_JSON)}, tuple(notes))
+
+
+def _settings(recipe: EvalRecipe, inputs: Inputs, timed: Tensor, command_line: str) -> dict[str, str | int | float]:
+    """How it was measured, as the report shows it. `timed`: the latents of the timing."""
+    device = inputs.device.type
+    return {
+        "command": command_line,
+        "decoder": inputs.checkpoint.location,
+        "original": inputs.original.location,
+        "device": f"{device}, {torch.get_num_threads()} threads" if device == "cpu" else device,
+        "dtype": recipe.dtype,
+        "speed": f"{recipe.num_speed_rounds} rounds in alternation, latents {list(timed.shape)}",
+    }
 
 
 def _lpips(recipe: EvalRecipe, device: torch.device, notes: list[str]) -> LpipsMetric | None:
@@ -120,15 +130,26 @@ def _lpips(recipe: EvalRecipe, device: torch.device, notes: list[str]) -> LpipsM
 
 
 def _decoders(inputs: Inputs, recipe: EvalRecipe) -> dict[str, Decoder]:
-    """The original first; then the derived ones by file name, channels-last.
+    """The original first; then the derived ones by file name, with exact operators.
 
     Raises:
         ArtifactError: a decoder to compare with cannot be loaded, or is of another original.
     """
     dtype = DTYPES[recipe.dtype]
     derived = derived_decoders(inputs, recipe, taken=(VIDEO, ORIGINAL, ORIGINAL_TUNED))
-    tuned = {name: use_channels_last(exact_decoder(decoder.to(dtype))) for name, decoder in derived.items()}
+    tuned = {name: exact_decoder(decoder.to(dtype)) for name, decoder in derived.items()}
     return {ORIGINAL: inputs.original.require_decoder().to(dtype), **tuned}
+
+
+def _runtime(name: str, decoder: Decoder, recipe: EvalRecipe) -> DecodeRuntime:
+    """How a decoder runs: within the recipe's limits, and the original as plain torch would."""
+    settings = DecodeSettings(
+        chunk=recipe.chunk,
+        tile=recipe.tile,
+        memory_format="contiguous" if name == ORIGINAL else "channels-last",
+        max_memory_bytes=None if recipe.max_memory is None else parse_memory(recipe.max_memory),
+    )
+    return DecodeRuntime(decoder, settings)
 
 
 @dataclass(frozen=True)
@@ -153,7 +174,7 @@ class _Comparison:
 def _compare_clip(
     path: Path,
     name: str,
-    decoders: dict[str, Decoder],
+    runtimes: dict[str, DecodeRuntime],
     inputs: Inputs,
     recipe: EvalRecipe,
     lpips: LpipsMetric | None,
@@ -163,9 +184,12 @@ def _compare_clip(
     chunks, num_frames, fps = _open_clip(path, inputs, recipe, progress)
     shown = set(select_frames(num_frames, _NUM_STRIP_COLUMNS))
     strips: dict[str, list[Frames]] = {}
-    quality = {key: _Judge(lpips) for key in decoders}
-    chunks, *copies = tee(chunks, 1 + len(decoders))  # a decoder that sees frames ahead reads further than others
-    streams = [_decoded(decoder, copy) for decoder, copy in zip(decoders.values(), copies, strict=True)]
+    quality = {key: _Judge(lpips) for key in runtimes}
+    chunks, *copies = tee(chunks, 1 + len(runtimes))  # a decoder that sees frames ahead reads further than others
+    streams = [
+        runtime.iter_parts(chunk.latents for chunk in copy)
+        for runtime, copy in zip(runtimes.values(), copies, strict=True)
+    ]
     first: list[Tensor] = []
     done = 0
     mp4 = output / f"{name}.mp4" if recipe.video and num_frames > 1 else None
@@ -175,10 +199,10 @@ def _compare_clip(
             if sum(part.shape[2] for part in first) < _SPEED_LATENT_FRAMES:
                 first.append(chunk.latents)
             views = {} if chunk.frames is None else {VIDEO: chunk.frames}
-            views |= {key: _as_seen(frames, chunk) for key, frames in zip(decoders, decoded, strict=True)}
+            views |= {key: _as_seen(frames, chunk) for key, frames in zip(runtimes, decoded, strict=True)}
             for key, judge in quality.items():
                 judge.update(views[key], views.get(VIDEO), views[ORIGINAL])
-            pictured = [label for label in views if label in (VIDEO, *list(decoders)[:2])]
+            pictured = [label for label in views if label in (VIDEO, *list(runtimes)[:2])]
             if writer is not None:
                 writer.write(side_by_side([(label, views[label]) for label in pictured]))
             for label in pictured:
@@ -231,14 +255,9 @@ class _Judge:
         return self._to_original.result()
 
 
-def _decoded(decoder: Decoder, chunks: Iterable[_Chunk]) -> Iterator[Float[Tensor, "1 3 F H W"]]:
-    dtype = next(decoder.parameters()).dtype
-    return decode_parts(decoder, (chunk.latents.to(dtype) for chunk in chunks))
-
-
 def _as_seen(decoded: Float[Tensor, "1 3 F H W"], chunk: _Chunk) -> Frames:
     """Frames of a chunk as they are shown and judged, without the padding of the clip."""
-    frames = decoded[0, :, : chunk.num_frames].float().clamp(-1.0, 1.0).cpu()
+    frames = decoded[0, :, : chunk.num_frames].float().cpu()
     if chunk.frames is not None:  # undo the padding of the sides
         frames = frames[..., : chunk.frames.shape[-2], : chunk.frames.shape[-1]]
     return frames
@@ -317,7 +336,8 @@ def _figures(name: str, decoder: Decoder, comparisons: list[_Comparison]) -> Dec
 @torch.no_grad()
 def _timed(
     figures: list[DecoderFigures],
-    decoders: dict[str, Decoder],
+    runtimes: dict[str, DecodeRuntime],
+    original: Decoder,
     latents: Float[Tensor, "1 C T Hz Wz"],
     recipe: EvalRecipe,
     device: torch.device,
@@ -325,20 +345,15 @@ def _timed(
 ) -> list[DecoderFigures]:
     """Frames per second of every decoder, and of the original with the exact operators that the derived ones run."""
     latents = latents.to(DTYPES[recipe.dtype])
-    settings = DecodeSettings(chunk=recipe.chunk)
-    original, *derived = decoders
-    candidates: dict[str, Callable[[], object]] = {
-        original: lambda: decode(decoders[original], latents, chunk=recipe.chunk)
-    }
-    if derived:
-        runs = {ORIGINAL_TUNED: exact_decoder(decoders[original]), **{name: decoders[name] for name in derived}}
-        for name, decoder in runs.items():
-            candidates[name] = partial(DecodeRuntime(decoder, settings).decode, latents)
+    timed = dict(runtimes)
+    if len(timed) > 1:
+        timed[ORIGINAL_TUNED] = _runtime(ORIGINAL_TUNED, exact_decoder(original), recipe)
         figures = [figures[0], DecoderFigures(name=ORIGINAL_TUNED), *figures[1:]]
+    candidates = {name: partial(runtime.decode, latents) for name, runtime in timed.items()}
     speeds = time_alternating(
         candidates, num_rounds=recipe.num_speed_rounds, synchronize=synchronizer(device), progress=progress
     )
-    num_frames = 1 + decoders[ORIGINAL].spec.temporal_factor * (latents.shape[2] - 1)
+    num_frames = 1 + original.spec.temporal_factor * (latents.shape[2] - 1)
     return [_with_speed(one, speeds, num_frames) for one in figures]
 
 

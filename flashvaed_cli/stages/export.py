@@ -10,8 +10,8 @@ import torch
 from flashvaed_cli.artifact.checkpoint import FAMILY_KEY, Checkpoint, load_checkpoint
 from flashvaed_cli.artifact.key_tables import original_layout
 from flashvaed_cli.artifact.layouts import to_foreign
-from flashvaed_cli.atomic import atomic_path
 from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.expansion import expanded_decoder
 from flashvaed_cli.decoders.families import get_family, original_like
 from flashvaed_cli.export.checkpoint_file import export_safetensors
 from flashvaed_cli.export.onnx_graph import OnnxOptions, export_onnx_clip, export_onnx_step
@@ -21,11 +21,12 @@ from flashvaed_cli.export.uniform_layout import fits_uniform_layout
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.models import ExportRecipe
 from flashvaed_cli.report.tables import Column, TableData, to_records
-from flashvaed_cli.stages.folders import refuse_foreign_folder
+from flashvaed_cli.stages.folders import filled_at_the_end, moved, refuse_foreign_folder
 from flashvaed_cli.stages.loading import DTYPES, choose_input, load_input, with_plain_operators
 from flashvaed_cli.stages.result import StageOutcome
 
 MANIFEST = "export.json"
+_EXPANDED = "safetensors: the low-rank time_conv layers are written as whole kernels, which cost what they did before"
 _CHECK_GRID = (3, 6, 8)
 
 
@@ -41,12 +42,31 @@ def run_export(recipe: ExportRecipe, *, progress: Progress, force: bool, command
     refuse_foreign_folder(output, MANIFEST, force=force)
     location = choose_input(recipe.input, ExportRecipe, progress)
     checkpoint = with_plain_operators(load_input(location, recipe.family, progress))
-    decoder = checkpoint.require_decoder()
     name = Path(location.replace(":", "-")).stem
+    with filled_at_the_end(output, MANIFEST) as draft:
+        results, skipped = _write_targets(checkpoint, draft, name, recipe, progress)
+        table = _table(results)
+        notes = tuple(dict.fromkeys([*(note for result in results for note in result.notes), *skipped]))
+        manifest = {
+            "command": command_line,
+            "decoder": location,
+            "sha256": checkpoint.sha256,
+            "files": to_records(table),
+        }
+        (draft / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    paths = moved(tuple(path for result in results for path in result.paths), output)
+    return StageOutcome((*paths, output / MANIFEST), (table,), manifest, notes)
+
+
+def _write_targets(
+    checkpoint: Checkpoint, folder: Path, name: str, recipe: ExportRecipe, progress: Progress
+) -> tuple[list[ExportResult], list[str]]:
+    """What was written, and why something was not."""
+    decoder = checkpoint.require_decoder()
     results: list[ExportResult] = []
     skipped: list[str] = []
     if "safetensors" in recipe.targets:
-        results.append(_export_original_layout(checkpoint, output / f"{name}.safetensors", recipe))
+        results.append(_export_original_layout(checkpoint, folder / f"{name}.safetensors", recipe))
     if "onnx" in recipe.targets:
         options = OnnxOptions(
             dtype=DTYPES[recipe.dtype],
@@ -55,25 +75,20 @@ def run_export(recipe: ExportRecipe, *, progress: Progress, force: bool, command
             latent_std=checkpoint.latent_std,
             seed=recipe.seed,
         )
-        results.append(export_onnx_clip(decoder, output / f"{name}.onnx", options=options, progress=progress))
+        results.append(export_onnx_clip(decoder, folder / f"{name}.onnx", options=options, progress=progress))
         if decoder.spec.still:
             skipped.append("no streaming graph: an image has no next step")
         elif decoder.spec.is_causal:
-            results.append(export_onnx_step(decoder, output / f"{name}.step.onnx", options=options, progress=progress))
+            results.append(export_onnx_step(decoder, folder / f"{name}.step.onnx", options=options, progress=progress))
         else:
             skipped.append("no streaming graph: this decoder sees frames ahead, so a step alone has no frames")
-    table = _table(results)
-    notes = tuple(dict.fromkeys([*(note for result in results for note in result.notes), *skipped]))
-    manifest = {"command": command_line, "decoder": location, "sha256": checkpoint.sha256, "files": to_records(table)}
-    with atomic_path(output / MANIFEST) as sibling:
-        sibling.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    paths = tuple(path for result in results for path in result.paths)
-    return StageOutcome((*paths, output / MANIFEST), (table,), manifest, notes)
+    return results, skipped
 
 
 def _export_original_layout(checkpoint: Checkpoint, path: Path, recipe: ExportRecipe) -> ExportResult:
     """The family's own key layout, with the encoder where the checkpoint holds one, and the latent statistics."""
-    decoder, encoder = checkpoint.require_decoder(), checkpoint.encoder
+    decoder, encoder = expanded_decoder(checkpoint.require_decoder()), checkpoint.encoder
+    expanded = () if decoder.spec == checkpoint.require_decoder().spec else (_EXPANDED,)
     family, layout = get_family(checkpoint.family), original_layout(checkpoint.family)
     tensors = to_foreign(decoder.state_dict(), decoder.spec, layout)
     if encoder is not None:
@@ -97,7 +112,7 @@ def _export_original_layout(checkpoint: Checkpoint, path: Path, recipe: ExportRe
         reload=_reload_decoder,
         decoder=decoder,
         latents=_check_latents(checkpoint, recipe.seed),
-        notes=notes,
+        notes=(*expanded, *notes),
     )
 
 

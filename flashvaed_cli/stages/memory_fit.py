@@ -47,7 +47,7 @@ def fit_to_memory(
     if bound is None:
         needed = _plan(spec, latents, limits, channels_last).predicted_bytes + _output_bytes(spec, latents, limits)
         if free is None or needed <= _USABLE_SHARE * free:
-            return Fit(limits)
+            return Fit(limits, "" if limits.tile is None else f", tiles of {limits.tile} latents")
         bound = max(1, int(_USABLE_SHARE * free) - _output_bytes(spec, latents, Limits(chunk=1)))
     bounded = replace(limits, max_memory_bytes=bound)
     try:

@@ -8,6 +8,7 @@ import torch
 
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
+from flashvaed_cli.errors import DecodeError
 from flashvaed_cli.metrics.autotune import device_name
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.models import EvalRecipe
@@ -19,13 +20,15 @@ from flashvaed_cli.stages.loading import DTYPES, choose_device, choose_input, lo
 from flashvaed_cli.stages.result import StageOutcome
 from flashvaed_cli.stages.speed_table import RESERVED_NAMES, ClipSize, SpeedSettings, time_decoders
 
+_UNUSED = ("data", "latent_scale", "num_clips", "num_frames", "max_side", "video", "lpips", "allow_download")
+
 
 def run_speed(recipe: EvalRecipe, *, progress: Progress, force: bool, command_line: str) -> StageOutcome:
     """Time the decoders at every size and length of the recipe; write speed.json and speed.md.
 
     Raises:
         ArtifactError: decoder or original cannot be loaded.
-        DecodeError: to be compiled, and this machine has no compiler.
+        DecodeError: to be compiled, and this machine has no compiler; or no decoder fits the memory at any size.
         FlashVaedError: the output folder holds files of something else.
     """
     output = Path(recipe.output)
@@ -37,12 +40,22 @@ def run_speed(recipe: EvalRecipe, *, progress: Progress, force: bool, command_li
     if recipe.compile:
         DecodeRuntime(original, DecodeSettings(compile=True))  # says at once where no compiler is at hand
     tables, notes = [], []
+    misfits: list[DecodeError] = []
+    if idle := recipe.given(*_UNUSED):
+        progress.warn(f"{', '.join(idle)}: no role with --speed, which decodes random latents and judges no clip")
     for height, width in map(parse_size, recipe.sizes):
         for num_frames in recipe.frames:
             size = _whole(ClipSize(num_frames, height, width), original, progress)
-            table, remarks = time_decoders(original, derived, size, _settings(recipe), device, progress=progress)
+            try:
+                table, remarks = time_decoders(original, derived, size, _settings(recipe), device, progress=progress)
+            except DecodeError as error:
+                misfits.append(error)
+                continue
             tables.append(table)
             notes += remarks
+    if not tables:
+        raise misfits[0]
+    notes += [str(error) for error in misfits]
     settings = {
         "command": command_line,
         "decoder": inputs.checkpoint.location,

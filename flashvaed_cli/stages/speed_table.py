@@ -6,7 +6,7 @@ Used by `flashvaed eval --speed` and by the benches alike.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,6 +15,7 @@ from flashvaed_cli.decoders.cost import total_gflop
 from flashvaed_cli.decoders.exact import exact_spec, plain_decoder
 from flashvaed_cli.decoders.layer_spec import block_layers
 from flashvaed_cli.decoders.spec import DecoderSpec
+from flashvaed_cli.errors import DecodeError
 from flashvaed_cli.metrics.autotune import Choice
 from flashvaed_cli.metrics.contest import Contestant, ContestResult, run_contest
 from flashvaed_cli.metrics.roofline import measure_rates, traffic_elements
@@ -113,6 +114,8 @@ def time_decoders(
         label: put before the size in the titles.
     Returns:
         The table and what its reader has to know.
+    Raises:
+        DecodeError: none of our decoders fits into memory.
     """
     size = size.rounded(original.spec)
     grid = size.grid(original.spec)
@@ -122,6 +125,8 @@ def time_decoders(
     entries = _baselines(plain_decoder(original), latents, settings, notes)
     for name, decoder in {EXACT: original, **derived}.items():
         entries.append(_tuned_entry(name, plain_decoder(decoder), latents, settings, notes, progress))
+    if all(entry.contestant.refusal for entry in entries if entry.contestant.name != DIFFUSERS):
+        raise DecodeError(f"{size}: none of our decoders fits into memory: {entries[-1].contestant.refusal}")
     notes += [f"{size}: {e.contestant.name}: {e.contestant.refusal}" for e in entries if e.contestant.refusal]
     contestants = [entry.contestant for entry in entries]
     before = measure_rates(device, settings.dtype)
@@ -168,6 +173,7 @@ def _tuned_entry(
 def _own_entry(name: str, decoder: Decoder, latents: Latents, choice: Choice, settings: SpeedSettings) -> _Entry:
     spec = exact_spec(decoder.spec, device_type=latents.device.type) if choice.exact else decoder.spec
     limits = Limits(choice.chunk or settings.chunk, settings.tile, settings.max_memory_bytes)
+    choice = replace(choice, chunk=limits.chunk)
     fit = fit_to_memory(spec, latents, limits, channels_last=choice.memory_format == "channels-last")
     way = "" if fit.refusal else f"{choice}{fit.remark}"
     contestant = Contestant(name, lambda: own_call(decoder, latents, choice, fit.limits), fit.refusal)

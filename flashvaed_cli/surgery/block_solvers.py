@@ -17,10 +17,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flashvaed_cli.decoders.blocks import Attention, Head, ResBlock, Upsample
-from flashvaed_cli.decoders.operators import ChannelRMSNorm, Conv, SeparableConv3d, batch_as_frames, frames_as_batch
+from flashvaed_cli.decoders.operators import (
+    ChannelRMSNorm,
+    Conv,
+    LowRankConv3d,
+    SeparableConv3d,
+    batch_as_frames,
+    dense_kernel,
+    frames_as_batch,
+)
 from flashvaed_cli.decoders.shuffle_blocks import ShuffleUpsample
 from flashvaed_cli.surgery.activations import ActivationStore
-from flashvaed_cli.surgery.channel_fit import ChannelFit, dense_kernel
+from flashvaed_cli.surgery.channel_fit import ChannelFit
 from flashvaed_cli.surgery.layer_fit import (
     DenseFit,
     FitSettings,
@@ -28,6 +36,7 @@ from flashvaed_cli.surgery.layer_fit import (
     LayerError,
     LayerFit,
     LinearFit,
+    LowRankFit,
     MeasuredOnly,
     SeparableFit,
     num_taps,
@@ -84,6 +93,9 @@ class BlockPair:
             if not isinstance(source, SeparableConv3d):
                 dense = pick(pick(dense_kernel(source), after, 0), before, 1)
             return SeparableFit(layer, dense_weight=dense, settings=self.settings)
+        if isinstance(layer, LowRankConv3d):
+            dense = pick(pick(dense_kernel(source), after, 0), before, 1)
+            return LowRankFit(layer, dense_weight=dense, settings=self.settings)
         if layer.spec == source.spec and layer.spec.in_width * num_taps(layer.spec) > MAX_UNCHANGED_FEATURES:
             return MeasuredOnly(layer)
         return DenseFit([layer], settings=self.settings)

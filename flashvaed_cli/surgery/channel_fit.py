@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flashvaed_cli.decoders.operators import Conv, SeparableConv3d
+from flashvaed_cli.decoders.operators import Conv, LowRankConv3d, SeparableConv3d
 from flashvaed_cli.numerics.least_squares import NormalEquations, relative_error, solve_ridge
+from flashvaed_cli.numerics.reduced_rank import factorise
 from flashvaed_cli.numerics.separable import frame_from_causal, separable_from_dense
 from flashvaed_cli.surgery.layer_fit import FitSettings, Input, LayerError, Positions
 from flashvaed_cli.surgery.rows import gather_rows
@@ -76,15 +77,12 @@ class ChannelFit:
             depthwise, pointwise = separable_from_dense(kernel)
             layer.depthwise.copy_(depthwise[:, None])
             layer.weight.copy_(pointwise)
+        elif isinstance(layer, LowRankConv3d):
+            outer, inner = factorise(kernel.flatten(1), layer.weight.shape[1])
+            layer.weight.copy_(outer)
+            layer.reduce.copy_(inner.reshape(layer.reduce.shape))
         else:
             if layer.spec.kernel[0] < kernel.shape[2]:
                 kernel = frame_from_causal(kernel)[:, :, None]
             layer.weight.copy_(kernel.reshape(layer.weight.shape))
         layer.bias.copy_(bias)
-
-
-def dense_kernel(layer: Conv) -> Float[Tensor, "O C kt kh kw"]:
-    """The kernel of any operator as a dense one."""
-    if isinstance(layer, SeparableConv3d):
-        return layer.weight[:, :, None, None, None] * layer.depthwise[None, :, 0]
-    return layer.weight.reshape(layer.spec.out_width, layer.spec.in_width, *layer.spec.kernel)

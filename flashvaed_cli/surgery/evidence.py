@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.groups import ChannelGroup, consumers, producers
-from flashvaed_cli.decoders.operators import SeparableConv3d
+from flashvaed_cli.decoders.operators import Conv, dense_kernel
 from flashvaed_cli.errors import CalibrationError
 from flashvaed_cli.numerics.covariance import TensorStatistics
 from flashvaed_cli.numerics.selection import ChannelEvidence
@@ -102,8 +102,6 @@ def _consumer_metric(
 def _kernel(decoder: Decoder, address: str) -> Float64[Tensor, "O C taps"]:
     """The dense weights of a layer, whatever its operator."""
     layer = decoder.at(address)
-    weight = layer.get_parameter("weight").cpu().double()  # [O, C, *taps]
-    kernel = weight.flatten(2) if weight.ndim > 2 else weight[:, :, None]
-    if isinstance(layer, SeparableConv3d):
-        kernel = kernel * layer.depthwise.cpu().double().flatten(1)  # [O, C, 1] * [C, taps]
-    return kernel
+    if isinstance(layer, Conv):
+        return dense_kernel(layer).cpu().double().flatten(2)
+    return layer.get_parameter("weight").cpu().double()[:, :, None]  # an attention's projection

@@ -15,11 +15,12 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from flashvaed_cli.decoders.layer_spec import ConvSpec
-from flashvaed_cli.decoders.operators import ChannelRMSNorm, Conv, SeparableConv3d
+from flashvaed_cli.decoders.operators import ChannelRMSNorm, Conv, LowRankConv3d, SeparableConv3d
 from flashvaed_cli.numerics.least_squares import NormalEquations, relative_error, solve_ridge
 from flashvaed_cli.numerics.norms import fit_gain
+from flashvaed_cli.numerics.reduced_rank import solve_reduced_rank
 from flashvaed_cli.numerics.separable import fit_separable
-from flashvaed_cli.surgery.rows import dense_rows_per_clip, gather_patches, gather_rows, separable_rows_per_clip
+from flashvaed_cli.surgery.rows import dense_rows_per_clip, gather_patches, separable_rows_per_clip
 
 _BLOCK_ELEMENTS = 1 << 26
 
@@ -174,6 +175,41 @@ class SeparableFit:
         return LayerError(self.address, fit.start_error, fit.relative_error, num_rows, unknowns)
 
 
+class LowRankFit:
+    """Fit of one low-rank layer: the least squares over all weights of its rank."""
+
+    def __init__(
+        self, layer: LowRankConv3d, *, dense_weight: Float[Tensor, "O C kt 1 1"], settings: FitSettings
+    ) -> None:
+        self.layer, self.settings = layer, settings
+        self.prior = dense_weight.flatten(1)
+        self.address = layer.address
+        self.equations = NormalEquations(self.prior.shape[1], layer.spec.out_width, label=layer.address)
+
+    def update(self, inputs: Sequence[Input], target: Float[Tensor, "N O"], positions: Positions) -> None:
+        """Add one clip: what the layer reads in the new decoder, and what it should give at `positions`."""
+        rows = max(_BLOCK_ELEMENTS // self.prior.shape[1], 1)
+        for part, goal in zip(positions.split(rows), target.split(rows), strict=True):
+            self.equations.update(gather_patches(inputs[0], self.layer.spec.kernel, part).flatten(1), goal)
+
+    def solve_(self) -> LayerError:
+        """Solve and write both factors and the bias into the layer.
+
+        Raises:
+            CalibrationError: too few positions, NaN, or a gram that is not positive definite.
+        """
+        layer, rank = self.layer, self.layer.weight.shape[1]
+        before = relative_error(self.equations, layer.weight @ layer.reduce.flatten(1), layer.bias)
+        outer, inner, bias = solve_reduced_rank(
+            self.equations, rank, dampening_frac=self.settings.dampening_frac, prior_weight=self.prior
+        )
+        layer.weight.copy_(outer)
+        layer.reduce.copy_(inner.reshape(layer.reduce.shape))
+        layer.bias.copy_(bias)
+        after = relative_error(self.equations, outer @ inner, bias)
+        return LayerError(self.address, before, after, self.equations.num_rows, self.equations.num_features + 1)
+
+
 class MeasuredOnly:
     """Keeps a layer's weights and only measures its error: for unchanged dense layers too large to solve."""
 
@@ -185,8 +221,12 @@ class MeasuredOnly:
 
     def update(self, inputs: Sequence[Input], target: Float[Tensor, "N O"], positions: Positions) -> None:
         """Add one clip: what the layer reads in the new decoder, and what it should give at `positions`."""
-        given = gather_rows(self.layer(inputs[0]), positions)
-        self.error += float((given - target).double().square().sum())
+        layer = self.layer
+        rows = max(_BLOCK_ELEMENTS // layer.weight[0].numel(), 1)
+        for part, goal in zip(positions.split(rows), target.split(rows), strict=True):
+            patches = gather_patches(inputs[0], layer.spec.kernel, part).flatten(1)
+            given = patches @ layer.weight.flatten(1).T + layer.bias
+            self.error += float((given - goal).double().square().sum())
         self.sums += torch.stack([target.double().sum(0), target.double().square().sum(0)]).cpu()
         self.num_rows += len(target)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from flashvaed_cli.decoders.groups import Kept, channel_groups, input_tensors, tensor_widths
@@ -101,7 +102,41 @@ def _with_gain(norm: NormSpec) -> NormSpec:
 
 
 def _resized(layer: ConvSpec, in_width: int | None, out_width: int | None) -> ConvSpec:
-    return layer.model_copy(update={"in_width": in_width or layer.in_width, "out_width": out_width or layer.out_width})
+    resized = layer.model_copy(
+        update={"in_width": in_width or layer.in_width, "out_width": out_width or layer.out_width}
+    )
+    rank = None if layer.rank is None else min(layer.rank, full_rank(resized))
+    return resized.model_copy(update={"rank": rank})
+
+
+def full_rank(layer: ConvSpec) -> int:
+    """The rank that a layer's kernel has at most."""
+    return min(layer.out_width, layer.in_width * layer.kernel[0])
+
+
+def with_time_rank(spec: DecoderSpec, ratio: float) -> DecoderSpec:
+    """The spec with every temporal upsampler's kernel as a product of a fraction of its full rank, rounded up.
+
+    Raises:
+        SpecError: the decoder has none, or a product of that rank would cost more than the kernel.
+    """
+    changed: dict[str, BlockSpec] = {}
+    for address, block in spec.blocks():
+        if not isinstance(block, UpsampleSpec) or block.temporal is None:
+            continue
+        layer = block.temporal
+        rank = math.ceil(ratio * full_rank(layer))
+        low = ConvSpec(**{**layer.model_dump(), "operator": "lowrank3d", "rank": rank})
+        dense = ConvSpec(**{**layer.model_dump(), "operator": "causal3d", "rank": None})
+        if low.parameter_count >= dense.parameter_count:
+            raise SpecError(
+                f"{address}.temporal: {rank} of rank {full_rank(layer)} cost more than the kernel itself; "
+                "give a smaller --time-rank, or leave it out"
+            )
+        changed[address] = block.model_copy(update={"temporal": low})
+    if not changed:
+        raise SpecError("this decoder has no temporal upsampler: leave --time-rank out")
+    return spec.with_blocks(changed)
 
 
 def converted_spec(spec: DecoderSpec, stage_operators: Mapping[str, Operator]) -> DecoderSpec:

@@ -17,9 +17,11 @@ from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.groups import Kept, input_tensors
 from flashvaed_cli.decoders.layer_spec import Operator, ShuffleUpsampleSpec
 from flashvaed_cli.decoders.norms import ChannelLayerNorm, ChannelRMSNorm
+from flashvaed_cli.decoders.operators import LowRankConv3d, dense_kernel
 from flashvaed_cli.decoders.shuffle_blocks import ShuffleUpsample
 from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.errors import SpecError
+from flashvaed_cli.numerics.reduced_rank import factorise
 from flashvaed_cli.numerics.separable import frame_from_causal, separable_from_dense
 
 Channels = Tensor | None
@@ -42,7 +44,8 @@ def transfer_weights(reference: Decoder, spec: DecoderSpec, kept: Kept) -> Decod
     """Build a decoder from `spec` with the reference's weights cut to the kept channels.
 
     A layer whose operator differs gets the data-free conversion: temporal taps summed for `frame2d`, the best
-    rank one per input channel for `dwsep3d`. A new 1x1 shortcut selects the channels that both sides keep.
+    rank one per input channel for `dwsep3d`, the nearest kernel of the rank for `lowrank3d`. A new 1x1 shortcut
+    selects the channels that both sides keep.
 
     Args:
         kept: tensor address to channels, as indices of the reference's.
@@ -172,7 +175,15 @@ def residual_channels(spec: ShuffleUpsampleSpec) -> Tensor:
 def _transfer_conv(source: nn.Module, layer: nn.Module, before: Channels, after: Channels) -> None:
     operators: tuple[Operator, Operator] = (source.spec.operator, layer.spec.operator)  # type: ignore[union-attr, assignment]
     weight, bias = source.weight, source.bias
-    if operators[0] == operators[1]:
+    if operators == ("lowrank3d", "lowrank3d") and source.spec.rank == layer.spec.rank:  # type: ignore[union-attr]
+        layer.weight.copy_(pick(weight, after, 0))  # type: ignore[operator, arg-type]
+        layer.reduce.copy_(pick(source.reduce, before, 1))  # type: ignore[operator, arg-type]
+    elif isinstance(layer, LowRankConv3d):
+        kernel = pick(pick(dense_kernel(source), after, 0), before, 1)  # type: ignore[arg-type]
+        outer, inner = factorise(kernel.flatten(1), layer.weight.shape[1])
+        layer.weight.copy_(outer)
+        layer.reduce.copy_(inner.reshape(layer.reduce.shape))
+    elif operators[0] == operators[1]:
         if operators[0] == "dwsep3d":
             layer.depthwise.copy_(pick(source.depthwise, before, 0))  # type: ignore[operator, arg-type]
         layer.weight.copy_(pick(pick(weight, after, 0), before, 1))  # type: ignore[operator, arg-type]

@@ -35,6 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_artifact(folder / "broken_vae.safetensors", broken, header)
     whole = (folder / "vae.safetensors").read_bytes()
     (folder / "truncated.safetensors").write_bytes(whole[: len(whole) // 2])
+    (folder / "config.json").write_text('{"dim": 96}', encoding="utf-8")
+    (folder / "graph.onnx").write_bytes(b"\x08\x07\x12\x07pytorch" * 20)
     (folder / "text.safetensors").write_text("not tensors", encoding="utf-8")
     (folder / "notes").mkdir()
     (folder / "notes" / "diary.txt").write_text("precious", encoding="utf-8")
@@ -51,7 +53,9 @@ MISTAKES = {
     "missing builtin": ("analyze builtin:huge", ["builtin:huge: no such builtin", "builtin:tiny-wan"]),
     "another family": ("prune hunyuan.safetensors", ["looks like a HunyuanVideo VAE", "families wan2.1, wan2.2"]),
     "unknown tensors": ("prune unknown.safetensors", ["not a checkpoint that this version knows", "some.weight"]),
-    "a video as VAE": ("prune clip.mp4", ["clip.mp4: not a safetensors file"]),
+    "a video as VAE": ("prune clip.mp4", ["clip.mp4: a video (MP4), not a safetensors file"]),
+    "a config as VAE": ("prune config.json", ["config.json: a JSON file, not a safetensors file"]),
+    "a graph as VAE": ("prune graph.onnx", ["graph.onnx: an ONNX graph"]),
     "truncated": ("prune truncated.safetensors", ["truncated", "Copy or download it again"]),
     "text": ("prune text.safetensors", ["not a safetensors file, or truncated"]),
     "analysis as decoder": ("prune study.safetensors", ["an analysis (statistics), not a decoder", "--analysis"]),
@@ -77,7 +81,10 @@ MISTAKES = {
     "unknown step": ("distill --recipe paper --step phase4", ["phase4", "phase1, phase2, phase3"]),
     "missing data": ("prune vae.safetensors --data nowhere.mp4", ["nowhere.mp4 does not exist"]),
     "data of no kind": ("prune vae.safetensors --data notes", ["notes holds no clip", ".mp4"]),
-    "data of a wrong kind": ("prune vae.safetensors --data notes/diary.txt", ["diary.txt is of no accepted kind"]),
+    "data of a wrong kind": ("prune vae.safetensors --data config.json", ["config.json is of no accepted kind"]),
+    "a text that lists no data": (
+        "prune vae.safetensors --data notes/diary.txt", ["diary.txt, line 1: ", "precious does not exist"]
+    ),
     "latents of another VAE": (f"eval cut.safetensors --data narrow.safetensors {JUDGING}", ["16 latent channels"]),
     "a VAE as data": ("prune vae.safetensors --data other_vae.safetensors", ["Is it a checkpoint?"]),
     "wrong original": (

@@ -48,7 +48,7 @@ class FakeStage:
     """Stands for every stage: keeps what it was called with."""
 
     calls: list[dict[str, Any]] = field(default_factory=list)
-    error: Exception | None = None
+    error: BaseException | None = None
 
     def __call__(self, recipe: Any, **settings: Any) -> FakeResult:
         self.calls.append({"recipe": recipe, **settings})
@@ -216,7 +216,8 @@ def test_json_is_one_object_on_stdout(runner: CliRunner, stage: FakeStage) -> No
         (["eval", "--speed", "--sizes", "8k"], "--sizes.0 = '8k': must be 480p, 720p, 1080p or WIDTHxHEIGHT"),
         (["eval", "--speed", "--frames", "9,x"], "--frames.1 = 'x'"),
         (["eval", "--speed", "--max-memory", "lots"], "--max-memory = 'lots': must be an amount of memory"),
-        (["eval", "--tile", "8"], "--tile: only with --speed"),
+        (["eval", "--autotune"], "--autotune: only with --speed"),
+        (["eval", "--tile", "0"], "--tile = 0: must be greater than 0"),
     ],
 )
 def test_mistakes_exit_2_with_one_message(
@@ -243,3 +244,10 @@ def test_parse_by_stage() -> None:
     assert parse_by_stage("--x", None, int) == (None, {})
     with pytest.raises(RecipeError, match="is missing"):
         parse_by_stage("--x", ["=2"], int)
+
+
+def test_an_interrupt_says_what_was_not_written(runner: CliRunner, stage: FakeStage) -> None:
+    stage.error = KeyboardInterrupt()
+    result = runner.invoke(app, ["prune", "-q", "--output", "mine.safetensors"])
+    assert result.exit_code == 130
+    assert result.stderr.endswith("Error: interrupted: nothing was written to mine.safetensors\n")

@@ -70,17 +70,27 @@ def test_tables_and_files(folder: Path, tmp_path: Path) -> None:
 
 
 def test_sizes_and_lengths_are_multiplied_and_rounded_up(folder: Path, tmp_path: Path) -> None:
-    words = f"eval vae.safetensors --speed --sizes 16x8,10x10 --frames 1,4 --max-memory 1kB -o '{tmp_path}'"
-    result = invoke(f"{words} --json", cwd=folder)  # nothing fits, nothing runs
+    words = f"eval vae.safetensors --speed --sizes 16x8,10x10 --frames 1,4 --num-speed-rounds 1 -o '{tmp_path}'"
+    result = invoke(f"{words} --json --no-video", cwd=folder)
     assert result.exit_code == 0, result.stderr
     tables = strict_json(result.stdout)["tables"]
     assert [(t["num_frames"], t["width"], t["height"]) for t in tables] == [
         (1, 16, 8), (5, 16, 8), (1, 16, 16), (5, 16, 16),
     ]  # fmt: skip
-    assert {row["failure"] for row in tables[0]["rows"]} == {"does not fit"}
     assert "4 frames of 10×10 are timed as 5 frames of 16×16" in result.stderr
-    notes = strict_json(result.stdout)["notes"]
-    assert any("original, exact: 1 x 1 x 2 latents do not decode within" in note for note in notes)
+    assert "--no-video: no role with --speed" in result.stderr
+
+
+def test_what_fits_nowhere_is_an_error(folder: Path, tmp_path: Path) -> None:
+    result = invoke(f"eval vae.safetensors {SPEED} --max-memory 1MB -o '{tmp_path / 'out'}'", cwd=folder)
+    assert result.exit_code == 2 and not (tmp_path / "out").exists()
+    assert "none of our decoders fits into memory: 2 x 3 x 2 latents do not decode within 0.001 GB" in result.stderr
+
+
+def test_every_row_of_ours_says_its_chunk(folder: Path, tmp_path: Path) -> None:
+    printed = succeed(f"eval vae.safetensors {SPEED} --chunk 1 --tile 2 -o '{tmp_path}'", cwd=folder)
+    for row in rows_of(printed).values():
+        assert row["way"].endswith(", chunk 1, tiles of 2 latents")
 
 
 def test_terminal_and_compare(folder: Path, tmp_path: Path) -> None:

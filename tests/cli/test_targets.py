@@ -118,9 +118,9 @@ def test_without_a_fitting_model_it_is_measured_on_the_fly(
         ("--target-gflops 0", ["--target-gflops = 0.0", "greater than 0"]),
         ("--target-gflops 1000000", ["asks for nothing: the decoder takes"]),
         ("--target-gflops 0.000001", ["out of reach", "convert-ops"]),
-        ("--target-speedup 2 --target-gflops 3", ["target_speedup, target_gflops", "give one target, or ratios"]),
-        ("--target-speedup 2 --ratio 0.5", ["keep_ratio, target_speedup"]),
-        ("--target-gflops 2 --ratio up3=0.5", ["stage_keep_ratios, target_gflops"]),
+        ("--target-speedup 2 --target-gflops 3", ["--target-speedup, --target-gflops:", "give one target, or ratios"]),
+        ("--target-speedup 2 --ratio 0.5", ["--ratio, --target-speedup:"]),
+        ("--target-gflops 2 --ratio up3=0.5", ["--ratio, --target-gflops:"]),
     ],
 )
 def test_targets_that_make_no_sense_are_refused(folder: Path, flags: str, parts: list[str]) -> None:

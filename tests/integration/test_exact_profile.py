@@ -58,4 +58,13 @@ def test_pruning_and_export_work_on_plain_operators(folder: Path) -> None:
 def test_operators_beside_the_profile_are_a_mistake(folder: Path) -> None:
     result = invoke("convert-ops vae.safetensors --profile exact --operator up2=frame2d", cwd=folder)
     assert result.exit_code == 2
-    assert "leave operators out" in result.stderr
+    assert "--profile is exact, which gives every layer its operator: leave --operator out" in result.stderr
+
+
+def test_its_own_output_has_nothing_to_change(folder: Path) -> None:
+    result = invoke(
+        "convert-ops exact.safetensors --profile exact --data clip.mp4 --output again.safetensors", cwd=folder
+    )
+    assert result.exit_code == 2 and not (folder / "again.safetensors").exists()
+    assert "every layer has its fastest exact operator; nothing to change" in result.stderr
+    assert "--data: no role in --profile exact" in result.stderr

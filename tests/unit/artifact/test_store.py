@@ -87,11 +87,20 @@ def test_every_truncation_is_an_error(written: Path) -> None:
                 read(written)
 
 
-@pytest.mark.parametrize("content", [b"\x89PNG" + b"\0" * 99, b"[1]" * 40, b"\x02\0\0\0\0\0\0\0[]", b"\xff" * 64])
-def test_other_files_are_named(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"\x89PNG" + b"\0" * 99, r"a picture \(PNG\), "),
+        (b"\0\0\0 ftypisom" + b"\0" * 99, r"a video \(MP4\), "),
+        (b"[1]" * 40, ""),
+        (b"\x02\0\0\0\0\0\0\0[]", ""),
+        (b"\xff" * 64, ""),
+    ],
+)
+def test_other_files_are_named(tmp_path: Path, content: bytes, kind: str) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
-    with pytest.raises(ArtifactError, match=r"x\.safetensors: not a safetensors file"):
+    with pytest.raises(ArtifactError, match=rf"x\.safetensors: {kind}not a safetensors file"):
         read_artifact(path)
 
 

@@ -16,7 +16,7 @@ from flashvaed_cli.decoders.memory import predict_peak_bytes
 from flashvaed_cli.decoders.planning import choose_plan
 from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.decoders.spec import DecoderSpec
-from flashvaed_cli.decoders.streaming import decode, decode_parts, decode_step
+from flashvaed_cli.decoders.streaming import decode, decode_step
 from flashvaed_cli.decoders.wan import wan_decoder_spec
 from flashvaed_cli.errors import SpecError
 from tests.ltx_toy import LATENT_WIDTH, VERSIONS, flash_ltx_spec, ltx_decoder, ltx_spec
@@ -52,7 +52,7 @@ def test_a_causal_decoder_hands_on_a_state(version: str) -> None:
     assert whole.shape == (1, 3, 25, 64, 64)
     for chunk in (1, 3):
         assert (decode(decoder, x, chunk=chunk) - whole).abs().max() < ROUNDING
-        parts = torch.cat(list(decode_parts(decoder, x.split(chunk, dim=2))), dim=2)
+        parts = torch.cat(list(DecodeRuntime(decoder, DecodeSettings()).iter_parts(x.split(chunk, dim=2))), dim=2)
         assert (parts.clamp(-1, 1) - whole).abs().max() < ROUNDING
 
 
@@ -67,7 +67,7 @@ def test_a_centred_decoder_gets_windows(make: Callable[..., DecoderSpec], versio
     whole = decode(decoder, x)
     assert whole.shape[2] == 1 + 8 * (num_latents - 1)
     assert (decode(decoder, x, chunk=5) - whole).abs().max() < ROUNDING
-    parts = list(decode_parts(decoder, x.split(3, dim=2)))
+    parts = list(DecodeRuntime(decoder, DecodeSettings()).iter_parts(x.split(3, dim=2)))
     assert [part.shape[2] for part in parts][:2] == [17, 24]
     assert (torch.cat(parts, dim=2).clamp(-1, 1) - whole).abs().max() < ROUNDING
     runtime = DecodeRuntime(decoder, DecodeSettings(chunk=6))

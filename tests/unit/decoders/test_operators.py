@@ -17,10 +17,12 @@ from flashvaed_cli.decoders.operators import (
     ChannelRMSNorm,
     Conv,
     FrameConv2d,
+    LowRankConv3d,
     Pointwise,
     SeparableConv3d,
     batch_as_frames,
     build_conv,
+    dense_kernel,
     frames_as_batch,
     norm_silu,
 )
@@ -30,6 +32,7 @@ KERNELS: dict[Operator, Kernel] = {
     "dwsep3d": (3, 3, 3),
     "frame2d": (1, 3, 3),
     "pointwise": (1, 1, 1),
+    "lowrank3d": (3, 1, 1),
     "tapwise3d": (3, 3, 3),
     "stacked3d": (3, 3, 3),
     "winograd3d": (3, 3, 3),
@@ -39,7 +42,9 @@ ROUNDING = 1e-12
 
 
 def layer(operator: Operator, in_width: int = 3, out_width: int = 5, kernel: Kernel | None = None) -> Conv:
-    spec = ConvSpec(operator=operator, in_width=in_width, out_width=out_width, kernel=kernel or KERNELS[operator])
+    rank = 2 if operator == "lowrank3d" else None
+    kernel = kernel or KERNELS[operator]
+    spec = ConvSpec(operator=operator, in_width=in_width, out_width=out_width, kernel=kernel, rank=rank)
     built = build_conv(spec, "here.0.conv").double().requires_grad_(False)
     built.bias.normal_()
     return built
@@ -71,6 +76,16 @@ def test_separable_equals_the_dense_composed_kernel() -> None:
     dense.weight.copy_(torch.einsum("oc,cthw->octhw", separable.weight, separable.depthwise[:, 0]))
     dense.bias.copy_(separable.bias)
     assert_same(separable(x), dense(x))
+
+
+def test_low_rank_equals_the_dense_product() -> None:
+    low, dense, x = layer("lowrank3d"), layer("causal3d", kernel=(3, 1, 1)), clip(2, 3, 4, 5, 6)
+    assert isinstance(low, LowRankConv3d)
+    dense.weight.copy_(torch.einsum("or,rcthw->octhw", low.weight, low.reduce))
+    dense.bias.copy_(low.bias)
+    assert_same(low(x), dense(x))
+    assert torch.equal(dense_kernel(low).reshape(dense.weight.shape), dense.weight)
+    assert low.spec.parameter_count == sum(p.numel() for p in low.parameters())
 
 
 def test_frame2d_equals_causal3d_with_only_the_last_tap() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flashvaed_cli.decoders import runtime as runtime_module
 from flashvaed_cli.decoders.exact import exact_spec
+from flashvaed_cli.decoders.operators import Conv
 from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings, chunk_starts
 from flashvaed_cli.decoders.streaming import decode
 from flashvaed_cli.errors import DecodeError, SpecError
@@ -45,6 +46,31 @@ def test_tiles_and_chunks_give_the_whole_clips_frames(name, size, chunk, tile, m
     latents = toy_latents(*size).double()
     runtime = DecodeRuntime(PRECISE[name], DecodeSettings(chunk=chunk, tile=tile, memory_format=memory_format))
     assert_close(runtime.decode(latents), decode(PLAIN[name.removeprefix("exact ")], latents), EXACT)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 2])
+def test_every_layer_keeps_channels_innermost(chunk: int | None) -> None:
+    """A step of a single frame too: torch loses sight of the layout where a side of one has an odd stride."""
+    runtime = DecodeRuntime(toy_decoder(SPECS["exact low-rank"]), DecodeSettings(chunk=chunk))
+    _, blocks = zip(*runtime._decoder.blocks(), strict=True)
+    lost: list[object] = []
+
+    def look(module: torch.nn.Module, _: object, y: Tensor) -> None:
+        if y.stride(1) != 1:
+            lost.append(module.address)
+
+    for module in (m for block in blocks for m in block.modules() if isinstance(m, Conv)):
+        module.register_forward_hook(look)
+    runtime.decode(toy_latents(3, 6, 8))
+    assert not lost
+
+
+def test_a_stream_gives_the_whole_clips_frames() -> None:
+    latents = toy_latents(5, 6, 7).double()
+    for settings_ in (DecodeSettings(), DecodeSettings(chunk=1, tile=3), DecodeSettings(max_memory_bytes=10**8)):
+        stream = DecodeRuntime(PRECISE["exact flash"], settings_).open(6, 7)
+        frames = [stream.step(latents[:, :, start:stop]) for start, stop in ((0, 2), (2, 3), (3, 5))]
+        assert_close(torch.cat(frames, dim=2), decode(PLAIN["flash"], latents), EXACT)
 
 
 @pytest.mark.parametrize("name", DECODER_SPECS)
@@ -133,6 +159,8 @@ def test_mistakes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         DecodeRuntime(decoder, DecodeSettings(chunk=0)).decode(toy_latents())
     with pytest.raises(SpecError, match="at least 1 latent wide, not 0"):
         DecodeRuntime(decoder, DecodeSettings(tile=0)).decode(toy_latents())
+    with pytest.raises(SpecError, match="at least 1 byte, not -1"):
+        DecodeRuntime(decoder, DecodeSettings(max_memory_bytes=-1)).decode(toy_latents())
     with pytest.raises(DecodeError, match=r"do not decode within 0.001 GB in float32: the least is 0\.\d+ GB"):
         DecodeRuntime(decoder, DecodeSettings(max_memory_bytes=10**6)).decode(toy_latents())
     monkeypatch.setattr(runtime_module.shutil, "which", lambda _: None)
@@ -145,6 +173,7 @@ import sys
 import torch
 from torch._dynamo.utils import counters
 from flashvaed_cli.decoders.exact import exact_spec
+from flashvaed_cli.decoders.operators import Conv
 from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.decoders.streaming import decode
 from tests.toy import WAN22_SPECS, flash_spec, toy_decoder, toy_latents

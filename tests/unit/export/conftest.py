@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from small_decoders import flash_spec, small_decoder
+from small_decoders import low_rank_spec, small_decoder
 
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.export.onnx_graph import OnnxOptions, export_onnx_clip, export_onnx_step
@@ -14,7 +14,7 @@ from flashvaed_cli.export.result import ExportResult
 
 @pytest.fixture(scope="session")
 def flash_decoder() -> Decoder:
-    return small_decoder(flash_spec())
+    return small_decoder(low_rank_spec())
 
 
 @pytest.fixture(scope="session")

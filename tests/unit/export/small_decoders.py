@@ -8,6 +8,7 @@ from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.layer_spec import AttentionSpec, ConvSpec, Operator, ResBlockSpec
 from flashvaed_cli.decoders.spec import DecoderSpec, StageSpec
 from flashvaed_cli.decoders.wan import wan_decoder_spec
+from flashvaed_cli.surgery.respec import with_time_rank
 
 BASE_WIDTH = 4
 
@@ -28,6 +29,11 @@ def short_spec() -> DecoderSpec:
         if stage.name not in ("up1", "up3")
     )
     return DecoderSpec(**{**dict(spec), "stages": stages})
+
+
+def low_rank_spec() -> DecoderSpec:
+    """The short decoder with its doubling of the frames at an eighth of the rank."""
+    return with_time_rank(flash_spec(), 0.125)
 
 
 def flash_spec() -> DecoderSpec:

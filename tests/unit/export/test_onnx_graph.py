@@ -8,7 +8,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from small_decoders import flash_spec
+from small_decoders import low_rank_spec
 
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.streaming import decode
@@ -78,7 +78,7 @@ def test_clip_graph_names_its_axes_and_carries_what_a_reader_needs(
     assert labels["kind"] == "onnx-clip"
     assert labels["latent_scale"] == "raw"
     assert (labels["latent_mean"], labels["latent_std"]) == tuple(list(row) for row in latent_statistics)
-    assert labels["spec"] == flash_spec().model_dump(mode="json")
+    assert labels["spec"] == low_rank_spec().model_dump(mode="json")
     assert labels["parent"] == "a hash"
 
 

@@ -138,6 +138,20 @@ def test_mappings_are_merged_and_an_empty_one_empties(load: Load) -> None:
     assert resolve(PruneRecipe, recipe, {"stage_keep_ratios": {}}).stage_keep_ratios == {}
 
 
+def test_a_stages_ratio_as_a_flag_takes_the_place_of_its_groups_ratios(load: Load) -> None:
+    recipe = load("prune: {group_keep_ratios: {up2.stream: 0.5, up3.stream: 0.5}}")
+    merged = resolve(PruneRecipe, recipe, {"stage_keep_ratios": {"up3": 0.25}})
+    assert merged.ratios(()) == {"up3": 0.25, "up2.stream": 0.5}
+    both = resolve(PruneRecipe, recipe, {"stage_keep_ratios": {"up3": 0.25}, "group_keep_ratios": {"up3.stream": 0.75}})
+    assert both.ratios(()) == {"up3": 0.25, "up2.stream": 0.5, "up3.stream": 0.75}
+
+
+def test_mistakes_of_several_fields_name_flags_and_keys(load: Load) -> None:
+    recipe = load("prune: {keep_ratio: 0.5}")
+    with pytest.raises(RecipeError, match="keep_ratio, --target-speedup: a target chooses the ratios itself"):
+        resolve(PruneRecipe, recipe, {"target_speedup": 2.0})
+
+
 def test_mistakes_in_flags_name_the_flag() -> None:
     with pytest.raises(RecipeError) as caught:
         resolve(PruneRecipe, None, {"keep_ratio": 3.0, "round_to": 0}, flags={"keep_ratio": "--ratio"})

@@ -96,8 +96,8 @@ def test_ratios_by_stage(settings: dict[str, object], expected: dict[str, float]
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"stage_keep_ratios": {"up3.stream": 0.5}}, r"up3\.stream is a channel group: give it in group_keep_ratios"),
-        ({"group_keep_ratios": {"up3": 0.5}}, "up3 is a stage: give it in stage_keep_ratios"),
+        ({"stage_keep_ratios": {"up3.stream": 0.5}}, r"up3\.stream is a channel group: give it in `group_keep_ratios`"),
+        ({"group_keep_ratios": {"up3": 0.5}}, "up3 is a stage: give it in `stage_keep_ratios`"),
     ],
 )
 def test_stages_and_groups_are_not_mixed_up(settings: dict[str, object], message: str) -> None:

@@ -71,6 +71,6 @@ def test_mistakes(settings: dict[str, object], message: str) -> None:
 
 
 def test_what_speaks_of_speed_needs_speed() -> None:
-    with pytest.raises(RecipeError, match=r"--sizes, --max-memory: only with --speed"):
-        resolve(EvalRecipe, None, {"sizes": "480p", "max_memory": "4GB"})
+    with pytest.raises(RecipeError, match=r"--sizes, --frames: only with --speed"):
+        resolve(EvalRecipe, None, {"sizes": "480p", "frames": "17"})
     assert resolve(EvalRecipe, None, {"compile": False}).speed is False  # asks for nothing

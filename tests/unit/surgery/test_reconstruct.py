@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flashvaed_cli.calibrate.statistics import collect_statistics
 from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.expansion import expanded_decoder
 from flashvaed_cli.decoders.groups import Kept, compose_kept
 from flashvaed_cli.decoders.layer_spec import ConvSpec, HeadSpec
 from flashvaed_cli.decoders.spec import DecoderSpec, StageSpec
@@ -21,7 +22,7 @@ from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.surgery import block_solvers
 from flashvaed_cli.surgery.layer_fit import FitSettings, LayerError
 from flashvaed_cli.surgery.reconstruct import first_changed_block, reconstruct_decoder
-from flashvaed_cli.surgery.respec import converted_spec, narrowed_spec
+from flashvaed_cli.surgery.respec import converted_spec, narrowed_spec, with_time_rank
 from flashvaed_cli.surgery.selection import select_channels
 from flashvaed_cli.surgery.transfer import transfer_weights
 from tests.toy import DECODER_SPECS, LATENT_WIDTH, kept_of, original_spec, toy_decoder, toy_latents
@@ -342,3 +343,28 @@ def test_unchanged_layers_that_are_too_large_keep_their_weights(monkeypatch: pyt
     left = errors["up3.0.conv1"]
     assert left.num_unknowns == 0 and left.before == left.after and 0.0 < left.after < 1.0
     assert errors["up2.0.conv1"].num_unknowns > 0  # changed: solved, however large
+
+
+def test_a_large_spatial_layer_of_an_upsampler_is_measured_as_it_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exact twin there enlarges the frames itself, which the fit has done already."""
+    monkeypatch.setattr(block_solvers, "MAX_UNCHANGED_FEATURES", 70)
+    reference = toy_decoder()
+    student = transfer_weights(reference, converted_spec(reference.spec, {"up2": "frame2d"}), {})
+    before = student.get_parameter("stages.up2.3.spatial.weight").clone()
+    errors = {error.address: error for error in reconstruct(reference, student, {}, "up2.0")}
+    assert torch.equal(student.get_parameter("stages.up2.3.spatial.weight"), before)
+    assert errors["up2.3.spatial"].num_unknowns == 0 and 0.0 < errors["up2.3.spatial"].after < 1.0
+
+
+@pytest.mark.parametrize("mode", ["full", "channel"])
+def test_a_low_rank_time_conv_is_fitted_at_its_rank(mode: str) -> None:
+    """Least squares of that rank beat the nearest kernel of that rank; a kernel that has it comes back whole."""
+    reference = toy_decoder()
+    student = transfer_weights(reference, with_time_rank(reference.spec, 0.25), {})
+    errors = {e.address: e for e in reconstruct(reference, student, {}, "up0.3", settings=FitSettings(mode=mode))}  # type: ignore[arg-type]
+    assert student.get_parameter("stages.up0.3.temporal.weight").shape == (32, 8)
+    if mode == "full":
+        assert errors["up0.3.temporal"].after < errors["up0.3.temporal"].before
+    low = transfer_weights(student, student.spec, {})
+    torch.testing.assert_close(low(HELD_OUT), student(HELD_OUT), rtol=0, atol=1e-5)
+    torch.testing.assert_close(expanded_decoder(student)(HELD_OUT), student(HELD_OUT), rtol=0, atol=1e-5)

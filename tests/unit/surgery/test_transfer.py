@@ -6,9 +6,9 @@ from torch import Tensor
 
 from flashvaed_cli.decoders.blocks import Attention, ResBlock, Upsample
 from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.operators import Pointwise, SeparableConv3d
+from flashvaed_cli.decoders.operators import LowRankConv3d, Pointwise, SeparableConv3d, dense_kernel
 from flashvaed_cli.errors import SpecError
-from flashvaed_cli.surgery.respec import converted_spec, narrowed_spec
+from flashvaed_cli.surgery.respec import converted_spec, narrowed_spec, with_time_rank
 from flashvaed_cli.surgery.transfer import transfer_weights
 from tests.toy import DECODER_SPECS, kept_of, original_spec, toy_decoder, toy_latents
 
@@ -58,6 +58,18 @@ def test_temporal_upsampler_is_cut_in_both_halves() -> None:
     left = torch.tensor([i for i in range(16) if i % 4 != 1])
     assert torch.equal(new.temporal.weight[:12], old.temporal.weight[left][:, left])
     assert torch.equal(new.temporal.weight[12:], old.temporal.weight[16 + left][:, left])
+
+
+def test_a_low_rank_upsampler_keeps_the_cut_of_its_factors() -> None:
+    reference = toy_decoder(with_time_rank(original_spec(), 0.25))
+    student = pruned(reference, "up0")
+    old, new = reference.at("up0.3"), student.at("up0.3")
+    assert isinstance(old, Upsample) and isinstance(old.temporal, LowRankConv3d)
+    assert isinstance(new, Upsample) and isinstance(new.temporal, LowRankConv3d)
+    assert new.temporal.spec.rank == old.temporal.spec.rank
+    left = torch.tensor([i for i in range(16) if i % 4 != 1])
+    cut = dense_kernel(old.temporal)[torch.cat([left, 16 + left])][:, left]
+    torch.testing.assert_close(dense_kernel(new.temporal), cut, rtol=0, atol=1e-6)  # float32, another blocking
 
 
 def test_attention_keeps_its_heads() -> None:

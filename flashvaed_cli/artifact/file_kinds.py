@@ -1,0 +1,36 @@
+"""What a file is that holds no weights which this program reads: so that a mistake can be named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_HEAD_BYTES = 512
+
+# Where in the file the bytes stand, and what it is then.
+_MAGIC: tuple[tuple[int, bytes, str], ...] = (
+    (4, b"ftyp", "a video (MP4)"),
+    (0, b"\x1a\x45\xdf\xa3", "a video (Matroska or WebM)"),
+    (8, b"AVI ", "a video (AVI)"),
+    (0, b"\x89PNG", "a picture (PNG)"),
+    (0, b"\xff\xd8\xff", "a picture (JPEG)"),
+    (0, b"GGUF", "a GGUF file"),
+    (0, b"\x1f\x8b", "a gzip archive"),
+    (0, b"<", "a web page"),
+)
+_TEXTS = {".json": "a JSON file", ".yaml": "a YAML file", ".yml": "a YAML file", ".md": "a text", ".txt": "a text"}
+
+
+def kind_of_file(path: Path) -> str | None:
+    """A name for what the first bytes, or else the suffix, say that a file is; None if they say nothing.
+
+    An empty file says nothing, whatever its suffix: it is one whose writing was cut short.
+    """
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+    if not head:
+        return None
+    if found := next((what for start, magic, what in _MAGIC if head[start:].startswith(magic)), None):
+        return found
+    if path.suffix.lower() == ".onnx":
+        return "an ONNX graph, which is made of a decoder (flashvaed export) and not the other way round"
+    return _TEXTS.get(path.suffix.lower())

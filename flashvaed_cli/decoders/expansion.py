@@ -1,0 +1,38 @@
+"""Low-rank layers as the dense kernels that they stand for: for layouts that know no factors."""
+
+from __future__ import annotations
+
+import torch
+
+from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.operators import LowRankConv3d, dense_kernel
+from flashvaed_cli.decoders.spec import BlockSpec, DecoderSpec, block_layers
+
+
+def expanded_spec(spec: DecoderSpec) -> DecoderSpec:
+    """The spec with every `lowrank3d` layer as `causal3d`."""
+    changed: dict[str, BlockSpec] = {}
+    for address, block in spec.blocks():
+        dense = {
+            name: layer.model_copy(update={"operator": "causal3d", "rank": None})
+            for name, layer in block_layers(block).items()
+            if layer.rank is not None
+        }
+        changed[address] = block.model_copy(update=dense)
+    return spec.with_blocks(changed)
+
+
+@torch.no_grad()
+def expanded_decoder(decoder: Decoder) -> Decoder:
+    """The same function with every `lowrank3d` layer as `causal3d`: the decoder itself if it has none."""
+    spec = expanded_spec(decoder.spec)
+    if spec == decoder.spec:
+        return decoder
+    dense = Decoder(spec).to(next(decoder.parameters())).eval().requires_grad_(False)
+    state = decoder.state_dict()
+    for name, module in decoder.named_modules():
+        if isinstance(module, LowRankConv3d):
+            del state[f"{name}.reduce"]
+            state[f"{name}.weight"] = dense_kernel(module)
+    dense.load_state_dict(state)
+    return dense
