@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flashvaed_cli.decoders.layer_spec import ConvSpec, TimePadding
+from flashvaed_cli.errors import SpecError
 
 Past = Mapping[str, Tensor] | None
 Future = MutableMapping[str, Tensor] | None
@@ -73,10 +74,20 @@ def time_window(
 
 
 def space_window(x: Float[Tensor, "B C T H W"], spec: ConvSpec) -> tuple[Float[Tensor, "B C T Hp Wp"], tuple[int, int]]:
-    """What a kernel reads of the frames, and the zeros that the convolution itself must add around them."""
+    """What a kernel reads of the frames, and the zeros that the convolution itself must add around them.
+
+    Raises:
+        SpecError: the frames are too small to be mirrored.
+    """
     margins = spec.kernel[1] // 2, spec.kernel[2] // 2
     if spec.space_padding == "zeros" or margins == (0, 0):
         return x, margins
+    height, width = x.shape[-2:]
+    if height <= margins[0] or width <= margins[1]:
+        raise SpecError(
+            f"this decoder mirrors frames at their borders, and {height}x{width} positions are too few for that: "
+            f"give at least {margins[0] + 1}x{margins[1] + 1} latents"
+        )
     return F.pad(x, (margins[1], margins[1], margins[0], margins[0], 0, 0), mode="reflect"), (0, 0)
 
 

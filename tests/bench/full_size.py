@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 
 from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.family import Family
 from flashvaed_cli.decoders.groups import channel_groups
 from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.decoders.wan import WAN21, wan_decoder_spec
@@ -25,9 +26,14 @@ def setting(name: str, default: int) -> int:
 
 
 def paper_layout(base_width: int, keep_ratio: float) -> DecoderSpec:
-    """What `convert-ops` and `prune --ratio` make of the original, without weights."""
-    spec = converted_spec(wan_decoder_spec(base_width), WAN21.paper_operators)
-    groups = [group for group in channel_groups(spec) if group.stage in WAN21.shallow_stages]
+    """What `convert-ops` and `prune --ratio` make of Wan 2.1, without weights."""
+    return flash_layout(wan_decoder_spec(base_width), WAN21, keep_ratio)
+
+
+def flash_layout(original: DecoderSpec, family: Family, keep_ratio: float) -> DecoderSpec:
+    """What they make of an original: the family's operators, and so much of its shallow stages."""
+    spec = converted_spec(original, family.paper_operators)
+    groups = [group for group in channel_groups(spec) if group.stage in family.shallow_stages]
     kept = {tensor: tuple(range(round(group.width * keep_ratio))) for group in groups for tensor in group.tensors}
     return narrowed_spec(spec, kept)
 

@@ -51,7 +51,7 @@ def files(folder: Path) -> dict[str, bytes]:
 MISTAKES = {
     "missing file": ("prune vae.safetensor", ["vae.safetensor: no such file", "Near it: vae.safetensors", "builtin:"]),
     "missing builtin": ("analyze builtin:huge", ["builtin:huge: no such builtin", "builtin:tiny-wan"]),
-    "another family": ("prune hunyuan.safetensors", ["looks like a HunyuanVideo VAE", "reads Wan 2.1"]),
+    "another family": ("prune hunyuan.safetensors", ["looks like a HunyuanVideo VAE", "families wan2.1, wan2.2"]),
     "unknown tensors": ("prune unknown.safetensors", ["not a checkpoint that this version knows", "some.weight"]),
     "a video as VAE": ("prune clip.mp4", ["clip.mp4: a video (MP4), not a safetensors file"]),
     "a config as VAE": ("prune config.json", ["config.json: a JSON file, not a safetensors file"]),

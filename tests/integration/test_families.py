@@ -1,109 +1,195 @@
-"""The six commands on small VAEs of Wan 2.2 and Qwen-Image, given as diffusers folders."""
+"""The six commands on small VAEs of every family, given as diffusers folders."""
 
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
 from safetensors.torch import save_file
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint, load_checkpoint
 from flashvaed_cli.artifact.layouts import Layout, to_foreign
 from flashvaed_cli.artifact.wan22_keys import WAN22_DIFFUSERS
-from flashvaed_cli.artifact.wan_keys import QWEN_DIFFUSERS, QWEN_ORIGINAL
+from flashvaed_cli.artifact.wan_keys import QWEN_DIFFUSERS, QWEN_ORIGINAL, WAN_DIFFUSERS
 from flashvaed_cli.decoders.coder import Decoder, Encoder
+from flashvaed_cli.decoders.cost import total_gflop
 from flashvaed_cli.decoders.families import get_family
+from flashvaed_cli.decoders.groups import channel_groups
+from flashvaed_cli.decoders.layer_spec import ResBlockSpec
 from flashvaed_cli.decoders.streaming import decode
 from flashvaed_cli.media.procedural import render_frames
-from tests.commands import invoke, read_report, succeed
+from tests.commands import JUDGING, invoke, read_report, succeed
+from tests.ltx_configs import ltx_config, random_ltx
 from tests.toy import fill_, write_toy_clip
 
-CALIBRATION = "--num-calibration-clips 2 --num-frames 5 --crop-size 48"
-TRAINING = "--num-clips 2 --num-frames 5 --crop-size 48 --batch-size 1 --loss-weight lpips=0 --num-steps 2"
+COMMANDS = ("analyze", "prune", "convert-ops", "distill", "eval", "export")
 
 
-def write_vae(path: Path, layout: Layout, config: dict | None) -> None:
-    """A VAE of base width 4 with random weights: a folder with its configuration, or a bare file without."""
+def random_tensors(layout: Layout) -> dict[str, torch.Tensor]:
+    """A VAE of base width 4 with random weights, in a foreign layout."""
     family = get_family(layout.family)
     tensors: dict[str, torch.Tensor] = {}
     latent_width = family.latent_width
     for coder in (Decoder(family.decoder_spec(4, latent_width)), Encoder(family.encoder_spec(4, latent_width))):
         fill_(coder.requires_grad_(False))
         tensors |= {name: value.clone() for name, value in to_foreign(coder.state_dict(), coder.spec, layout).items()}
-    if config is None:
-        save_file(tensors, path)
-        return
-    path.mkdir()
-    save_file(tensors, path / "diffusion_pytorch_model.safetensors")
-    statistics = {"latents_mean": family.latent_mean, "latents_std": family.latent_std, "z_dim": latent_width}
-    written = {"_class_name": layout.config_class, "base_dim": 4, **statistics, **config}
-    (path / "config.json").write_text(json.dumps(written))
+    return tensors
 
 
 def loaded(folder: Path, name: str) -> Checkpoint:
     return load_checkpoint(folder / name, builtins={})
 
 
-def test_wan22(tmp_path: Path) -> None:
-    write_vae(tmp_path / "vae", WAN22_DIFFUSERS, {"is_residual": True, "patch_size": 2, "decoder_base_dim": 4})
-    write_toy_clip(tmp_path / "clip.mp4", 5, 48, 56)
-    succeed(
-        f"analyze vae --data clip.mp4 {CALIBRATION} --latency-frames 5 --latency-side 32 --num-latency-rounds 1 "
-        "--width-latency-s 1",
-        cwd=tmp_path,
-    )
-    pruned = succeed(f"prune vae --target-gflops 0.012 --data clip.mp4 {CALIBRATION}", cwd=tmp_path)
-    assert "up2.3.bypass" in str(pruned) and pruned["budget"]
-    succeed(f"convert-ops --data clip.mp4 {CALIBRATION} --num-separable-iterations 1", cwd=tmp_path)
-    succeed(f"distill --data clip.mp4 {TRAINING}", cwd=tmp_path)
-    succeed("eval --data clip.mp4 --num-speed-rounds 1 --lpips off", cwd=tmp_path)
-    succeed("export --target safetensors", cwd=tmp_path)
-    vae, flash = loaded(tmp_path, "vae"), loaded(tmp_path, "flash.safetensors")
-    assert (vae.family, flash.family) == ("wan2.2", "wan2.2")
-    spec = flash.require_decoder().spec
-    assert (spec.patch, spec.spatial_factor) == (2, 16)
-    assert spec.stage("up2").bypass is not None and spec.stage("up2").bypass.conv is not None  # type: ignore[union-attr]
-    operators = {address: layer.operator for address, layer in spec.layers()}
-    assert operators["mid.0.conv1"] == operators["up1.2.conv2"] == "dwsep3d" and operators["up3.0.conv1"] == "frame2d"
-    assert {row["num_frames"] for row in read_report(tmp_path / "report")["clips"]} == {5}
-    again = loaded(tmp_path, "export/flash.safetensors")
-    assert again.family == "wan2.2" and again.require_decoder().spec == spec
+def write_wan(path: Path, layout: Layout, **config: object) -> None:
+    """A VAE of base width 4 with random weights, as a diffusers folder."""
+    family = get_family(layout.family)
+    path.mkdir()
+    save_file(random_tensors(layout), path / "diffusion_pytorch_model.safetensors")
+    statistics = {"latents_mean": family.latent_mean, "latents_std": family.latent_std, "z_dim": family.latent_width}
+    written = {"_class_name": layout.config_class, "base_dim": 4, **statistics, **config}
+    (path / "config.json").write_text(json.dumps(written))
 
 
-def test_qwen_images(tmp_path: Path) -> None:
-    from PIL import Image
+def write_ltx(path: Path, version: str) -> None:
+    pytest.importorskip("diffusers", reason="it writes the toys of LTX")
+    random_ltx(ltx_config(version, 4, 4)).save_pretrained(path)  # type: ignore[operator]
 
-    write_vae(tmp_path / "vae", QWEN_DIFFUSERS, {})
+
+def write_images(folder: Path) -> None:
     for index, frame in enumerate(render_frames(2, 48, 56)):
-        Image.fromarray(((frame + 1) * 127.5).byte().permute(1, 2, 0).numpy()).save(tmp_path / f"image{index}.png")
-    data = "--data image0.png --data image1.png"
+        pixels = ((frame + 1) * 127.5).byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(folder / f"image{index}.png")
+
+
+@dataclass(frozen=True)
+class Toy:
+    """A family's VAE and clips, both tiny, and what its commands are told.
+
+    Attributes:
+        frames, side: of the clip, which is cut no further; images where there is one frame.
+        prune: how much to keep.
+        budget: seconds for the latency of narrower widths.
+        grid: of latents, to compare costs on.
+    """
+
+    write: Callable[[Path], None]
+    frames: int
+    side: int
+    prune: str = "--ratio 0.5"
+    budget: int = 0
+    grid: tuple[int, int, int] = (2, 3, 3)
+
+    @property
+    def data(self) -> str:
+        return "--data clip.mp4" if self.frames > 1 else "--data image0.png --data image1.png"
+
+    @property
+    def vae(self) -> str:
+        return "vae" if self.frames > 1 else "images.safetensors"
+
+    def sentences(self) -> dict[str, str]:
+        """The six commands and their words."""
+        cut = f"{self.data} --num-frames {self.frames} --crop-size {self.side}"
+        calibration = f"{cut} --num-calibration-clips 2"
+        latency = (
+            f"--latency-frames {self.frames} --latency-side 64 --num-latency-rounds 1 --width-latency-s {self.budget}"
+        )
+        return {
+            "analyze": f"{self.vae} {calibration} {latency}",
+            "prune": f"{self.vae} {self.prune} {calibration}",
+            "convert-ops": f"{calibration} --num-separable-iterations 1",
+            "distill": f"{cut} --phase 3 --num-steps 2 --num-clips 2 --batch-size 1 --loss-weight lpips=0",
+            "eval": f"{self.data} {JUDGING}",
+            "export": "--target safetensors",
+        }
+
+
+TOYS = {
+    "wan2.1": Toy(lambda path: write_wan(path, WAN_DIFFUSERS), 5, 48),
+    "wan2.2": Toy(
+        lambda path: write_wan(path, WAN22_DIFFUSERS, is_residual=True, patch_size=2, decoder_base_dim=4),
+        5,
+        48,
+        prune="--target-gflops 0.05",
+        budget=1,
+    ),
+    "qwen-image": Toy(lambda path: write_wan(path, QWEN_DIFFUSERS), 1, 48, grid=(1, 3, 3)),
+    "ltx-video-0.9.0": Toy(lambda path: write_ltx(path, "0.9.0"), 9, 96),
+    "ltx-video-0.9.1": Toy(lambda path: write_ltx(path, "0.9.1"), 9, 96),
+    "ltx-video-0.9.5": Toy(lambda path: write_ltx(path, "0.9.5"), 9, 96),
+    "ltx-2": Toy(lambda path: write_ltx(path, "2"), 9, 96),
+}
+
+
+@pytest.fixture(scope="module")
+def table() -> Iterator[Table]:
+    """Family x command in seconds, printed at the end: pytest -s -p no:xdist tests/integration/test_families.py."""
+    rows = Table("family", *COMMANDS, title="seconds of each command on a toy VAE")
+    yield rows
+    Console(width=110).print(rows)
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_six_commands(name: str, tmp_path: Path, table: Table) -> None:
+    toy, family = TOYS[name], get_family(name)
+    toy.write(tmp_path / "vae")
+    if toy.frames == 1:
+        write_images(tmp_path)
+        succeed("convert-ops vae --profile image --output images.safetensors", cwd=tmp_path)
+    else:
+        write_toy_clip(tmp_path / "clip.mp4", toy.frames, toy.side, toy.side)
+    printed, seconds = {}, []
+    for command, words in toy.sentences().items():
+        start = time.perf_counter()
+        printed[command] = succeed(f"{command} {words}", cwd=tmp_path)
+        seconds.append(f"{time.perf_counter() - start:.1f}")
+    table.add_row(name, *seconds)
+    vae, original, flash = (loaded(tmp_path, place) for place in ("vae", toy.vae, "flash.safetensors"))
+    assert (vae.family, flash.family) == (name, name)
+    assert flash.latent_mean == vae.latent_mean
+    before, after = original.require_decoder().spec, flash.require_decoder().spec
+    for stage, operator in family.paper_operators.items():
+        blocks = [block for block in after.stage(stage).blocks if isinstance(block, ResBlockSpec)]
+        assert {block.conv1.operator for block in blocks} == {operator}
+    old, new = ({group.name: group.width for group in channel_groups(spec)} for spec in (before, after))
+    assert {name.split(".")[0] for name in new if new[name] < old.get(name, 0)} == set(family.shallow_stages)
+    assert total_gflop(after, toy.grid) < 0.6 * total_gflop(before, toy.grid)
+    assert {row["num_frames"] for row in read_report(tmp_path / "report")["clips"]} == {toy.frames}
+    again = loaded(tmp_path, "export/flash.safetensors")
+    assert again.family == name and again.require_decoder().spec == after
+    assert "sees frames ahead" not in str(printed["export"])  # nothing streams without being asked
+    if name == "wan2.2":
+        assert "up2.3.bypass" in str(printed["prune"]) and printed["prune"]["budget"]
+        assert (after.patch, after.spatial_factor) == (2, 16) and dict(after.layers())[
+            "up2.3.bypass"
+        ].operator == "pointwise"
+    if name == "ltx-video-0.9.5":
+        assert not after.is_causal and after.decode_timestep == 0.05
+
+
+def test_images_of_a_video_decoder(tmp_path: Path) -> None:
+    write_wan(tmp_path / "vae", QWEN_DIFFUSERS)
     converted = succeed("convert-ops vae --profile image --output images.safetensors", cwd=tmp_path)
     assert converted["max_difference_of_range"] < 1e-6
-    calibration = "--num-calibration-clips 2 --crop-size 48"
-    succeed(f"analyze images.safetensors {data} {calibration} --width-latency-s 0 --latency-side 32", cwd=tmp_path)
-    succeed(f"prune images.safetensors --ratio 0.5 {data} {calibration}", cwd=tmp_path)
-    succeed(f"convert-ops {data} {calibration} --num-separable-iterations 1", cwd=tmp_path)
-    succeed(f"distill {data} {TRAINING.replace('--num-frames 5', '')}", cwd=tmp_path)
-    succeed(f"eval {data} --num-speed-rounds 1 --lpips off", cwd=tmp_path)
-    succeed("export --target safetensors", cwd=tmp_path)
-    vae, still = loaded(tmp_path, "vae"), loaded(tmp_path, "images.safetensors")
-    assert (vae.family, still.family) == ("qwen-image", "qwen-image")
+    still = loaded(tmp_path, "images.safetensors").require_decoder()
+    assert still.spec.still and {layer.kernel[0] for _, layer in still.spec.layers()} == {1}
     latents = torch.randn(1, 16, 1, 3, 4)
-    difference = decode(still.require_decoder(), latents) - decode(vae.require_decoder(), latents)
+    difference = decode(still, latents) - decode(loaded(tmp_path, "vae").require_decoder(), latents)
     assert difference.abs().max() < 1e-5
-    flash = loaded(tmp_path, "flash.safetensors").require_decoder().spec
-    assert flash.still and {layer.kernel[0] for _, layer in flash.layers()} == {1}
-    assert dict(flash.layers())["mid.0.conv1"].operator == "dwsep3d"
-    again = loaded(tmp_path, "export/flash.safetensors")
-    assert again.require_decoder().spec == flash
-    refused = invoke("eval --speed --frames 9 --sizes 32x32", cwd=tmp_path)
+    refused = invoke("eval images.safetensors --speed --frames 9 --sizes 32x32", cwd=tmp_path)
     assert refused.exit_code == 2 and "single images takes 1 latent frame" in " ".join(refused.stderr.split())
 
 
 def test_a_bare_file_of_two_families_is_said_to_be_so(tmp_path: Path) -> None:
-    write_vae(tmp_path / "qwen.safetensors", QWEN_ORIGINAL, None)
+    save_file(random_tensors(QWEN_ORIGINAL), tmp_path / "qwen.safetensors")
     words = "convert-ops qwen.safetensors --profile image"
     told = invoke(f"{words} --output a.safetensors", cwd=tmp_path)
     assert told.exit_code == 0 and "taken as wan2.1 (--family qwen-image" in " ".join(told.stderr.split())

@@ -21,6 +21,7 @@ from flashvaed_cli.decoders.operators import build_conv
 from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.decoders.shuffle_blocks import cells_to_channels, channels_to_cells
 from flashvaed_cli.decoders.streaming import decode
+from flashvaed_cli.errors import SpecError
 from flashvaed_cli.surgery.rows import gather_patches
 from tests.ltx_toy import VERSIONS, flash_ltx_spec, ltx_decoder, ltx_spec
 from tests.toy import toy_latents
@@ -137,6 +138,8 @@ def test_a_mirrored_decoder_tiles_too() -> None:
     x = toy_latents(2, 4, 4).double()
     runtime = DecodeRuntime(decoder, DecodeSettings(tile=2, chunk=1))
     assert (runtime.decode(x) - decode(decoder, x)).abs().max() < 1e-9
+    with pytest.raises(SpecError, match="give at least 2x2 latents"):
+        decode(decoder, x[..., :1])
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -23,19 +23,20 @@ _BLOCKS_LEFT = {
 }
 
 
-def short_spec() -> DecoderSpec:
+def short_spec(base_width: int = BASE_WIDTH) -> DecoderSpec:
     """Wan's decoder with a block of each kind: tests that train are bound by the number of layers."""
+    full = wan_decoder_spec(base_width)
     stages = tuple(
-        StageSpec(name=name, blocks=tuple(FULL_SPEC.stage(name).blocks[i] for i in left))
+        StageSpec(name=name, blocks=tuple(full.stage(name).blocks[i] for i in left))
         for name, left in _BLOCKS_LEFT.items()
     )
-    return FULL_SPEC.model_copy(update={"stages": stages, "temporal_factor": 2, "spatial_factor": 4})
+    return full.model_copy(update={"stages": stages, "temporal_factor": 2, "spatial_factor": 4})
 
 
-def teacher_decoder() -> Decoder:
+def teacher_decoder(base_width: int = BASE_WIDTH) -> Decoder:
     """An original decoder with random weights."""
     torch.manual_seed(7)
-    return Decoder(short_spec()).eval()
+    return Decoder(short_spec(base_width)).eval()
 
 
 def converted_spec(spec: DecoderSpec, operators: dict[str, Operator]) -> DecoderSpec:

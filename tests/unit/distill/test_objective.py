@@ -26,7 +26,7 @@ PLAIN = TrainSettings(num_steps=1, loss_weights=WEIGHTS)
 
 def gradients(settings: TrainSettings) -> dict[str, Tensor]:
     """Of a step of phase 2, whose L_ce looks inside a block."""
-    teacher = teacher_decoder()
+    teacher = teacher_decoder(base_width=8)  # norms over two channels come near zero and blow rounding up
     torch.manual_seed(8)
     student = Decoder(teacher.spec)  # far from its teacher: no difference of frames is itself only rounding
     plan = phase_2(student)
@@ -55,8 +55,8 @@ def test_exact_operators_give_the_gradients_of_the_plain_ones(monkeypatch: pytes
     exact, exact_half = gradients(PLAIN), gradients(half_precision)
     monkeypatch.setattr(objective_module, "exact_decoder", lambda decoder, **_: decoder)
     plain, plain_half = gradients(PLAIN), gradients(half_precision)
-    # Norms over two channels come near zero and blow rounding up: 5e-6 at the width of builtin:tiny-wan.
-    assert exact.keys() == plain.keys() and relative_difference(exact, plain) < 2e-3
+    assert exact.keys() == plain.keys()
+    assert relative_difference(exact, plain) < 5e-5  # of float32; 2e-6 was measured
     # Rounding to 8 bits costs what it costs with plain operators: no transform loses further digits.
     assert relative_difference(exact_half, plain) < 1.5 * relative_difference(plain_half, plain)
 

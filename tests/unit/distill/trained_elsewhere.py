@@ -43,7 +43,7 @@ def phase_3(student: Decoder) -> PhasePlan:
 
 def phase_2(student: Decoder) -> PhasePlan:
     """L_ce on a stream and on the inside of a block."""
-    return plan_phase_2(student.spec, teacher_decoder().spec, to_keep={"up2.0": (1, 2), "up2.0.conv1": (0, 3)})
+    return plan_phase_2(student.spec, student.spec, to_keep={"up2.0": (1, 2), "up2.0.conv1": (0, 3)})
 
 
 def settings(num_steps: int) -> TrainSettings:

@@ -1,0 +1,98 @@
+"""Every family at full size, random weights: parameters, cost and speed of the Flash decoder against the original.
+
+Flash is the family's own layout (`Family.paper_operators` and `paper_keep_ratio`). Three decoders take turns: the
+original with plain operators, run eagerly; the original with exact operators; Flash. One family at a time: the
+largest needs about 10 GB. Prints one table; nothing is asserted about times.
+
+`FLASHVAED_BENCH_FAMILIES=wan2.2,ltx-2` chooses, `FLASHVAED_BENCH_ROUNDS` is the number of rounds (3),
+`FLASHVAED_BENCH_SIDE` the side of the frames (256).
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+
+import jaxtyping
+import pytest
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from flashvaed_cli.decoders.cost import total_gflop
+from flashvaed_cli.decoders.exact import exact_spec
+from flashvaed_cli.decoders.families import FAMILIES, get_family
+from flashvaed_cli.decoders.family import Family
+from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
+from flashvaed_cli.decoders.spec import DecoderSpec
+from flashvaed_cli.decoders.still import still_spec
+from flashvaed_cli.metrics.speed import speed_ratio, time_alternating
+from tests.bench.full_size import flash_layout, random_decoder, setting
+
+ROUNDS, SIDE = setting("ROUNDS", 3), setting("SIDE", 256)
+CHOSEN = os.environ.get("FLASHVAED_BENCH_FAMILIES", ",".join(FAMILIES)).split(",")
+
+
+@pytest.fixture(autouse=True)
+def _as_users_run_it() -> Iterator[None]:
+    """Two threads, and no checks of shapes."""
+    num_threads, checked = torch.get_num_threads(), not jaxtyping.config.jaxtyping_disable
+    torch.set_num_threads(min(2, len(os.sched_getaffinity(0))))
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", not checked)
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="module")
+def table() -> Iterator[Table]:
+    rows = Table(title=f"Flash against the original, float32, {SIDE} x {SIDE}, random weights, {ROUNDS} rounds")
+    rows.add_column("family")
+    for name in ("frames", "M parameters", "GFLOP", "eager s", "exact s", "Flash s", "x eager", "x exact"):
+        rows.add_column(name, justify="right")
+    yield rows
+    Console(width=150).print(rows)
+
+
+def num_frames(family: Family, original: DecoderSpec) -> int:
+    """A few latents of a video; one image of a family of images."""
+    return 1 if family.name == "qwen-image" else 1 + 2 * original.temporal_factor
+
+
+def runtime(spec: DecoderSpec, *, plain: bool = False) -> DecodeRuntime:
+    """A decoder as it is run: the original as it comes, or with the exact operators of this machine."""
+    decoder = random_decoder(spec if plain else exact_spec(spec, device_type="cpu"), "cpu")
+    return DecodeRuntime(decoder, DecodeSettings(memory_format="contiguous" if plain else "channels-last"))
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize("name", CHOSEN)
+@torch.no_grad()
+def test_flash_against_its_original(name: str, table: Table) -> None:
+    family = get_family(name)
+    original = family.decoder_spec(family.released_base_width, family.latent_width)
+    frames = num_frames(family, original)
+    reference = still_spec(original) if frames == 1 else original  # what `convert-ops --profile image` starts with
+    flash = flash_layout(reference, family, family.paper_keep_ratio)
+    side = SIDE // original.spatial_factor
+    grid = (original.num_latents(frames), side, side)
+    torch.manual_seed(0)
+    latents = torch.randn(1, family.latent_width, *grid)
+    runners = {"eager": runtime(original, plain=True), "exact": runtime(reference), "flash": runtime(flash)}
+    speeds = time_alternating(
+        {key: lambda chosen=chosen: chosen.decode(latents) for key, chosen in runners.items()}, num_rounds=ROUNDS
+    )
+    over = [speed_ratio(speeds[key], speeds["flash"]) for key in ("eager", "exact")]
+    parameters = [random_decoder(spec, "meta").parameter_count / 1e6 for spec in (original, flash)]
+    table.add_row(
+        name,
+        str(frames),
+        " → ".join(f"{count:.1f}" for count in parameters),
+        " → ".join(f"{total_gflop(spec, grid):.0f}" for spec in (original, flash)),
+        *(f"{speeds[key].median:.3g}" for key in runners),
+        *(f"{ratio.median:.1f} ({ratio.min:.1f}–{ratio.max:.1f})" for ratio in over),
+    )
+    assert total_gflop(flash, grid) < total_gflop(original, grid)
+    runners.clear()
+    gc.collect()
