@@ -124,7 +124,7 @@ def _tell_of_prepared(prepared: Kept, kept: Kept, progress: Progress) -> None:
     if others:
         first = others[0]
         progress.warn(
-            f"phase 2 has prepared {len(prepared[first])} channels of {first} to stay, and {len(kept[first])} are asked "
+            f"phase 2 has prepared {len(prepared[first])} channels of {first} to stay, {len(kept[first])} are asked "
             "for: they are chosen anew. Without --ratio the prepared ones stay"
         )
     elif prepared:
