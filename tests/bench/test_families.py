@@ -85,7 +85,7 @@ def test_flash_against_its_original(name: str, table: Table) -> None:
     )
     over = [speed_ratio(speeds[key], speeds["flash"]) for key in ("eager", "exact")]
     parameters = [random_decoder(spec, "meta").parameter_count / 1e6 for spec in (original, flash)]
-    table.add_row(
+    row = (
         name,
         str(frames),
         " → ".join(f"{count:.1f}" for count in parameters),
@@ -93,6 +93,8 @@ def test_flash_against_its_original(name: str, table: Table) -> None:
         *(f"{speeds[key].median:.3g}" for key in runners),
         *(f"{ratio.median:.1f} ({ratio.min:.1f}–{ratio.max:.1f})" for ratio in over),
     )
+    print("", *row, sep=" | ", flush=True)  # a long run shows what it has
+    table.add_row(*row)
     assert total_gflop(flash, grid) < total_gflop(original, grid)
     runners.clear()
     gc.collect()
