@@ -1,3 +1,3 @@
 """flashvaed: turn the decoder of a video VAE into a fast drop-in decoder for the same latents."""
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

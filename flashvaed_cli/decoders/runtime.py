@@ -139,7 +139,9 @@ class DecodeRuntime:
             part = latents[:, :, start:stop]
             yield run.step(part, first=start == 0, last=stop == latents.shape[2])
 
-    def iter_parts(self, parts: Iterable[Float[Tensor, "B C t Hz Wz"]]) -> Iterator[Float[Tensor, "B 3 F H W"]]:
+    def iter_parts(
+        self, parts: Iterable[Float[Tensor, "_B _C _t _Hz _Wz"]]
+    ) -> Iterator[Float[Tensor, "_B 3 _f _H _W"]]:
         """Yield the frames of each part of a clip whose latents come in parts, clamped to [-1, 1].
 
         A decoder that sees frames ahead reads as many further parts first, and takes all of a part in one step.

@@ -75,7 +75,13 @@ def train_to_the_end(
 
     student = pruned_student()
     result = train(
-        student, teacher_decoder(BASE_WIDTH), phase_3(student), batches, settings(num_steps), checkpoint_path=path, resume=True
+        student,
+        teacher_decoder(BASE_WIDTH),
+        phase_3(student),
+        batches,
+        settings(num_steps),
+        checkpoint_path=path,
+        resume=True,
     )
     return student, result
 
