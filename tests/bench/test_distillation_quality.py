@@ -74,7 +74,8 @@ class Bench:
         folder = FOLDER / f"{path.stem}-report"
         words = [*SCALE, "--num-frames", "17", "--no-video", "--lpips", "off", "--num-speed-rounds", "1"]
         self.run("eval", str(path), *self.judged, *words, "--output", str(folder))
-        judged = json.loads((folder / "report.json").read_text(encoding="utf-8"))["decoders"][-1]  # behind the originals
+        decoders = json.loads((folder / "report.json").read_text(encoding="utf-8"))["decoders"]
+        judged = decoders[-1]  # the originals come first
         shares = judged["retention_percent"]
         return judged["to_original"]["psnr_db"], shares["psnr_db"], shares["sharpness_ratio"]
 
