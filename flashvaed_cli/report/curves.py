@@ -113,12 +113,12 @@ def plot_latency(path: Path, latency_ms: Mapping[str, Mapping[str, float]], *, t
     return _save(figure, path)
 
 
-def plot_losses(path: Path, losses: Mapping[str, Points], *, title: str = "") -> Path:
+def plot_losses(path: Path, losses: Mapping[str, Points], *, title: str = "", x_label: str = "step") -> Path:
     """Training curves: every term faint as it was, and smoothed over a twentieth of the run.
 
     Args:
         path: PNG to write.
-        losses: name to points (step, value). Values that are not finite leave a gap.
+        losses: name to points (step or what `x_label` says, value). Values that are not finite leave a gap.
         title: above all panels; one panel per name, since the terms differ in scale.
     """
     figure, panels = _panels(len(losses), title or "Training")
@@ -131,7 +131,7 @@ def plot_losses(path: Path, losses: Mapping[str, Points], *, title: str = "") ->
         if seen.size and seen.min() > 0 and seen.max() > 20 * seen.min():
             axes.set_yscale("log")
         last = f": {_smoothed(y)[-1]:.4g} at the end" if seen.size else ": nothing yet"
-        _dress(axes, name + last, "step", "")
+        _dress(axes, name + last, x_label, "")
     return _save(figure, path)
 
 
