@@ -1,7 +1,8 @@
-"""What every test gets: checked tensor shapes, few threads, fixed seeds."""
+"""What every test gets: checked tensor shapes, few threads, fixed seeds, a Ctrl-C that interrupts."""
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 from jaxtyping import install_import_hook
@@ -24,6 +25,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 hypothesis.settings.register_profile("flashvaed", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.load_profile("flashvaed")
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # what a shell hands to its background jobs
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
