@@ -27,6 +27,7 @@ from flashvaed_cli.decoders.ltx import DECODE_TIMESTEP, configured
 from flashvaed_cli.decoders.noise import injected_noise
 from flashvaed_cli.decoders.streaming import encode
 from tests.ltx_configs import FAMILIES, VERSIONS, ltx_config, random_ltx
+from tests.parity.oracles import share_of_range
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle; pip install '.[dev]'")
 
@@ -68,11 +69,6 @@ def pair_of(oracle: nn.Module, **config: Any) -> Pair:
 
 def small_pair(version: str, *, causal: bool = False) -> Pair:
     return pair_of(random_ltx(ltx_config(version, BASE_WIDTH, LATENT_WIDTH, decoder_causal=causal)))
-
-
-def share_of_range(found: Tensor, expected: Tensor) -> float:
-    assert found.shape == expected.shape
-    return float((found - expected).abs().max() / (expected.max() - expected.min()))
 
 
 @torch.no_grad()
