@@ -69,8 +69,18 @@ def time_window(
     """
     if not spec.num_ahead:
         return extend_with_past(x, spec.num_past, address, past, future, spec.time_padding)
-    margins = _repeated(x[:, :, :1], spec.num_past), _repeated(x[:, :, -1:], spec.num_ahead)
-    return torch.cat([margins[0], x, margins[1]], dim=2)
+    return torch.cat(time_clips(x, spec, address, past), dim=2)
+
+
+def time_clips(
+    x: Float[Tensor, "B C T H W"], spec: ConvSpec, address: str, past: Past = None
+) -> list[Float[Tensor, "B C _ H W"]]:
+    """The frames of `time_window` as clips that follow each other, none of them copied; zeros are left out."""
+    if spec.num_ahead:
+        return [_repeated(x[:, :, :1], spec.num_past), x, _repeated(x[:, :, -1:], spec.num_ahead)]
+    if spec.num_past == 0 or (past is None and spec.time_padding == "zeros"):
+        return [x]
+    return [_repeated(x[:, :, :1], spec.num_past) if past is None else past[address], x]
 
 
 def space_window(x: Float[Tensor, "B C T H W"], spec: ConvSpec) -> tuple[Float[Tensor, "B C T Hp Wp"], tuple[int, int]]:
@@ -82,16 +92,32 @@ def space_window(x: Float[Tensor, "B C T H W"], spec: ConvSpec) -> tuple[Float[T
     margins = spec.kernel[1] // 2, spec.kernel[2] // 2
     if spec.space_padding == "zeros" or margins == (0, 0):
         return x, margins
+    require_mirrored(x, margins)
+    return F.pad(x, (margins[1], margins[1], margins[0], margins[0], 0, 0), mode="reflect"), (0, 0)
+
+
+def require_mirrored(x: Float[Tensor, "B C T H W"], margins: tuple[int, int]) -> None:
+    """Refuse frames with fewer positions than are mirrored.
+
+    Raises:
+        SpecError: the frames are too small.
+    """
     height, width = x.shape[-2:]
     if height <= margins[0] or width <= margins[1]:
         raise SpecError(
             f"this decoder mirrors frames at their borders, and {height}x{width} positions are too few for that: "
             f"give at least {margins[0] + 1}x{margins[1] + 1} latents"
         )
-    return F.pad(x, (margins[1], margins[1], margins[0], margins[0], 0, 0), mode="reflect"), (0, 0)
 
 
-def remember(x: Float[Tensor, "B C T H W"], num_past: int, address: str, past: Past, future: Future) -> None:
+def remember(
+    x: Float[Tensor, "B C T H W"],
+    num_past: int,
+    address: str,
+    past: Past,
+    future: Future,
+    padding: TimePadding = "zeros",
+) -> None:
     """Write what the next chunk must know, as `extend_with_past` does, without the window that spans both."""
     if num_past == 0 or future is None:
         return
@@ -99,9 +125,13 @@ def remember(x: Float[Tensor, "B C T H W"], num_past: int, address: str, past: P
     if num_frames >= num_past:
         future[address] = x[:, :, num_frames - num_past :].clone()
         return
-    b, c, _, h, w = x.shape
-    before = x.new_zeros(b, c, num_past, h, w) if past is None else past[address]
-    future[address] = torch.cat([before[:, :, num_frames:], x], dim=2)
+    if past is not None:
+        before = past[address][:, :, num_frames:]
+    elif padding == "zeros":
+        before = torch.zeros_like(x[:, :, :1]).expand(-1, -1, num_past - num_frames, -1, -1)
+    else:
+        before = _repeated(x[:, :, :1], num_past - num_frames)
+    future[address] = torch.cat([before, x], dim=2)
 
 
 class Conv(nn.Module):

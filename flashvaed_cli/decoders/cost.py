@@ -155,10 +155,11 @@ def _tapwise_multiplies(layer: ConvSpec, grid: Grid) -> int:
 def _winograd_multiplies(layer: ConvSpec, grid: Grid) -> int:
     """36 products per 4x4 tile, and the transforms of kernel, input and output as the matrix products they are."""
     t, h, w = grid
-    tiles = -(-h // 4) * -(-w // 4)
+    kt, tiles = layer.kernel[0], -(-h // 4) * -(-w // 4)
     channels = layer.in_width * layer.out_width
-    transforms = 36 * 36 * layer.in_width * t * tiles + 16 * 36 * layer.out_width * t * tiles
-    return 36 * channels * _num_taps(layer, t) * tiles + transforms + 36 * 9 * layer.kernel[0] * channels
+    inputs = t if layer.time_padding == "zeros" else t + kt - 1
+    transforms = 36 * 36 * layer.in_width * inputs * tiles + 16 * 36 * layer.out_width * t * tiles
+    return 36 * channels * _num_taps(layer, t) * tiles + transforms + 36 * 9 * min(kt, inputs) * channels
 
 
 def _low_rank_multiplies(layer: ConvSpec, grid: Grid) -> int:

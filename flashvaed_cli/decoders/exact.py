@@ -14,9 +14,22 @@ of 16 to 256 pixels; milliseconds of the plain operator / the twin, float32 and 
     upsampler's frame2d, 192 to 96 subpixel2d    109 / 54      55 / 30
     upsampler's frame2d, 24 to 12  subpixel2d     11 / 5.5    6.2 / 3.1
 
-winograd3d falls back to the sum over taps for half precision and for few tiles. No twin of dwsep3d, pointwise
-and a residual block's frame2d was faster than these are. For CUDA nothing was measured: only the upsamplers
-change there, which spares products and memory on any device.
+And for LTX (3x3x3, 2 to 17 frames of 8 to 64 pixels, one core of an AMD EPYC with AVX-512, processor time of the
+plain operator over that of the twin; edge frames repeated, zeros / mirrored around the frames; with the first frame
+repeated or a past 1.2 to 2.4):
+
+    layer                          twin          float32      bfloat16
+    1024 to 1024, 2 of 8x8         one product   1.7 / 1.8    2.1 / 2.2
+    512 to 4096, 4 of 8x8          one product   1.4 / 1.2    1.3 / 1.5
+    512 to 512, 5 of 16x16         winograd3d    1.5 / 1.6    1.0
+    256 to 256, 9 of 32x32         winograd3d    2.3 / 2.5    1.0
+    128 to 128, 17 of 64x64        winograd3d    1.8 / 1.9    1.0
+    128 to 48, 17 of 64x64         winograd3d    1.3 / 1.4    1.0
+
+winograd3d falls back to tapwise3d for half precision and for few tiles; that one takes, of frames with their margins
+in time, one product of patches (few positions, wide kernel) or the plain form (other wide kernels, half precision).
+No twin of dwsep3d, pointwise and a residual block's frame2d was faster than these are. For CUDA nothing was measured:
+only the upsamplers change there, which spares products and memory on any device.
 """
 
 from __future__ import annotations
@@ -105,8 +118,6 @@ def _plain(_block: BlockSpec, _name: str, layer: ConvSpec) -> Operator:
 
 
 def _fastest_on_cpu(block: BlockSpec, name: str, layer: ConvSpec) -> Operator:
-    if layer.space_padding != "zeros":
-        return layer.operator  # the twins know no other padding
     if layer.operator != "causal3d" or layer.kernel[0] == 1:
         return _fastest_elsewhere(block, name, layer)
     if layer.out_width <= STACKED_WIDTH and layer.in_width >= 2 * layer.out_width and layer.time_padding == "zeros":
@@ -119,4 +130,5 @@ def _fastest_on_cpu(block: BlockSpec, name: str, layer: ConvSpec) -> Operator:
 def _fastest_elsewhere(block: BlockSpec, name: str, layer: ConvSpec) -> Operator:
     # Not measured on CUDA: GPU libraries have tuned 3D kernels, so only the upsamplers change.
     folds = isinstance(block, UpsampleSpec) and name == "spatial" and layer.kernel == (1, 3, 3)
+    folds = folds and layer.space_padding == "zeros"
     return "subpixel2d" if folds and layer.operator == "frame2d" else layer.operator

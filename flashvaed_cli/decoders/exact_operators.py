@@ -20,19 +20,27 @@ from flashvaed_cli.decoders.convolution import (
     batch_as_frames,
     frames_as_batch,
     remember,
+    space_window,
     time_window,
 )
 from flashvaed_cli.decoders.layer_spec import ConvSpec
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 
+WIDE_KERNEL = 1 << 18
+"""Products of widths from which torch's convolutions spend their time on the kernel, which they lay out again."""
+
+FEW_POSITIONS = 256
+"""Positions up to which patches, with one matrix product, are cheaper than that: 1.6 times at 192 of 512 to 4096."""
+
 
 class TapwiseConv3d(Conv):
     """causal3d as a sum over temporal taps of convolutions of single frames. Weight `[O, C, kt, kh, kw]`.
 
-    No window of past and present frames is built, no frame of zeros is multiplied, and torch's CPU
-    backend always finds its fast 2D kernel (its conv3d falls to a slow float32 one for small inputs).
-    Half precision with a past has neither zeros nor a slow kernel: there the plain form is faster, and taken.
+    No window of past and present frames is built where zeros come before the first frame, no frame of zeros is
+    multiplied, and torch's CPU backend always finds its fast 2D kernel (its conv3d falls to a slow float32 one for
+    small inputs). Half precision with a past has neither zeros nor a slow kernel, and a wide kernel costs more than
+    its products: there the plain form is faster, and taken.
     """
 
     def __init__(self, spec: ConvSpec, address: str) -> None:
@@ -41,16 +49,21 @@ class TapwiseConv3d(Conv):
     def forward(
         self, x: Float[Tensor, "B C T H W"], past: Past = None, future: Future = None
     ) -> Float[Tensor, "B O T H W"]:
-        kt, kh, kw = self.spec.kernel
-        if x.dtype in HALF_PRECISION and (past is not None or self.spec.time_padding != "zeros"):
-            window = time_window(x, self.spec, self.address, past, future)
-            return F.conv3d(window, self.weight, self.bias, padding=(0, kh // 2, kw // 2))
-        if self.spec.time_padding != "zeros":
-            return _sum_over_window(time_window(x, self.spec, self.address, past, future), self.weight, self.bias)
-        before = None if past is None or kt == 1 else past[self.address]  # one tap remembers nothing
-        y = sum_over_taps(x, before, self.weight, self.bias)
+        kt = self.spec.kernel[0]
+        if self.spec.time_padding != "zeros" or (x.dtype in HALF_PRECISION and past is not None):
+            window, margins = space_window(time_window(x, self.spec, self.address, past, future), self.spec)
+            return _conv_over_window(window, self.weight, self.bias, margins)
+        before = None
+        if past is not None and kt > 1:  # one tap remembers nothing
+            before, _ = space_window(past[self.address], self.spec)
+        frames, margins = space_window(x, self.spec)
+        y = sum_over_taps(frames, before, self.weight, self.bias, margins)
         remember(x, kt - 1, self.address, past, future)
         return y
+
+
+Margins = tuple[int, int]
+"""Zeros that a convolution adds above and below the frames, and to their left and right."""
 
 
 def sum_over_taps(
@@ -58,37 +71,64 @@ def sum_over_taps(
     before: Float[Tensor, "B C P H W"] | None,
     weight: Float[Tensor, "O C kt kh kw"],
     bias: Float[Tensor, " O"] | None,
-) -> Float[Tensor, "B O T H W"]:
+    margins: Margins = (0, 0),
+) -> Float[Tensor, "B O T Ho Wo"]:
     """A causal convolution, tap after tap. `before`: the kt - 1 frames before `x`; None: zeros."""
     kt, num_frames = weight.shape[2], x.shape[2]
-    y = _tap(x, weight[:, :, kt - 1], bias)
+    y = _tap(x, weight[:, :, kt - 1], bias, margins)
     for delay in range(1, kt):
         tap = weight[:, :, kt - 1 - delay]
         if num_frames > delay:
-            y[:, :, delay:] += _tap(x[:, :, : num_frames - delay], tap)
+            y[:, :, delay:] += _tap(x[:, :, : num_frames - delay], tap, None, margins)
         if before is not None:
             reach = min(delay, num_frames)
-            y[:, :, :reach] += _tap(before[:, :, kt - 1 - delay : kt - 1 - delay + reach], tap)
+            y[:, :, :reach] += _tap(before[:, :, kt - 1 - delay : kt - 1 - delay + reach], tap, None, margins)
     return y
 
 
-def _sum_over_window(
-    window: Float[Tensor, "B C Tp H W"], weight: Float[Tensor, "O C kt kh kw"], bias: Float[Tensor, " O"] | None
-) -> Float[Tensor, "B O T H W"]:
-    """The same of frames that have their margins in time."""
-    kt = weight.shape[2]
-    num_frames = window.shape[2] - kt + 1
-    y = _tap(window[:, :, :num_frames], weight[:, :, 0], bias)
-    for tap in range(1, kt):
-        y += _tap(window[:, :, tap : tap + num_frames], weight[:, :, tap])
+def _conv_over_window(
+    window: Float[Tensor, "B C Tp H W"],
+    weight: Float[Tensor, "O C kt kh kw"],
+    bias: Float[Tensor, " O"],
+    margins: Margins,
+) -> Float[Tensor, "B O T Ho Wo"]:
+    """The same of frames that have their margins in time, in the way that is fastest for the size."""
+    b, _, *inputs = window.shape
+    num_frames, height, width = (
+        side - taps + 1 + 2 * margin for side, taps, margin in zip(inputs, weight.shape[2:], (0, *margins), strict=True)
+    )
+    wide = weight.shape[0] * weight.shape[1] >= WIDE_KERNEL
+    if wide and weight.stride(1) == 1 and b * num_frames * height * width <= FEW_POSITIONS:
+        return _unrolled(window, weight, bias, margins)
+    if wide or window.dtype in HALF_PRECISION:
+        return F.conv3d(window, weight, bias, padding=(0, *margins))
+    y = _tap(window[:, :, :num_frames], weight[:, :, 0], bias, margins)
+    for tap in range(1, weight.shape[2]):
+        y += _tap(window[:, :, tap : tap + num_frames], weight[:, :, tap], None, margins)
     return y
+
+
+def _unrolled(
+    window: Float[Tensor, "B C Tp H W"],
+    weight: Float[Tensor, "O C kt kh kw"],
+    bias: Float[Tensor, " O"],
+    margins: Margins,
+) -> Float[Tensor, "B O T Ho Wo"]:
+    """As one matrix product, which reads a channels-last kernel as it lies."""
+    frames = F.pad(window.permute(0, 2, 3, 4, 1), (0, 0, margins[1], margins[1], margins[0], margins[0]))
+    for axis, taps in enumerate(weight.shape[2:], start=1):
+        frames = frames.unfold(axis, taps, 1)
+    patches = frames.permute(0, 1, 2, 3, 5, 6, 7, 4).flatten(4)  # [B, T, Ho, Wo, K]
+    return F.linear(patches, weight.permute(0, 2, 3, 4, 1).flatten(1), bias).permute(0, 4, 1, 2, 3)
 
 
 def _tap(
-    x: Float[Tensor, "B C t H W"], weight: Float[Tensor, "O C kh kw"], bias: Float[Tensor, " O"] | None = None
-) -> Float[Tensor, "B O t H W"]:
-    kh, kw = weight.shape[2:]
-    return batch_as_frames(F.conv2d(frames_as_batch(x), weight, bias, padding=(kh // 2, kw // 2)), x.shape[0])
+    x: Float[Tensor, "B C t H W"],
+    weight: Float[Tensor, "O C kh kw"],
+    bias: Float[Tensor, " O"] | None,
+    margins: Margins,
+) -> Float[Tensor, "B O t Ho Wo"]:
+    return batch_as_frames(F.conv2d(frames_as_batch(x), weight, bias, padding=margins), x.shape[0])
 
 
 class StackedConv3d(Conv):
@@ -106,13 +146,15 @@ class StackedConv3d(Conv):
     ) -> Float[Tensor, "B O T H W"]:
         kt = self.spec.kernel[0]
         num_frames = x.shape[2]
-        taps = self._taps(x, kt)
+        frames, margins = space_window(x, self.spec)
+        taps = self._taps(frames, kt, margins)
         y = taps[:, :, kt - 1] + self.bias.to(taps.dtype)[:, None, None]  # [B, T, O, H, W]
         for delay in range(1, kt):
             if num_frames > delay:
                 y[:, delay:] += taps[:, : num_frames - delay, kt - 1 - delay]
         if past is not None:
-            taps = self._taps(past[self.address], kt - 1)
+            before, _ = space_window(past[self.address], self.spec)
+            taps = self._taps(before, kt - 1, margins)
             for delay in range(1, kt):
                 reach = min(delay, num_frames)
                 first = kt - 1 - delay
@@ -120,11 +162,10 @@ class StackedConv3d(Conv):
         remember(x, kt - 1, self.address, past, future)
         return y.to(x.dtype).permute(0, 2, 1, 3, 4)
 
-    def _taps(self, x: Float[Tensor, "B C T H W"], num_taps: int) -> Float[Tensor, "B T K O H W"]:
+    def _taps(self, x: Float[Tensor, "B C T H W"], num_taps: int, margins: Margins) -> Float[Tensor, "B T K O Ho Wo"]:
         """What each of the first `num_taps` temporal taps makes of each frame."""
-        _, kh, kw = self.spec.kernel
         weight = self.weight[:, :, :num_taps].permute(2, 0, 1, 3, 4).flatten(0, 1)  # [K O, C, kh, kw]
-        y = F.conv2d(frames_as_batch(x), weight, padding=(kh // 2, kw // 2))
+        y = F.conv2d(frames_as_batch(x), weight, padding=margins)
         wide = y if y.dtype == torch.float64 else y.float()
         return wide.unflatten(0, (x.shape[0], x.shape[2])).unflatten(2, (num_taps, self.spec.out_width))
 

@@ -30,6 +30,7 @@ from flashvaed_cli.decoders.layer_spec import (
 from flashvaed_cli.decoders.lookahead import widest_window
 from flashvaed_cli.decoders.spec import BypassSpec, DecoderSpec
 from flashvaed_cli.decoders.tiling import TileLayout, split_addresses, tile_layout
+from flashvaed_cli.decoders.winograd_strips import MIN_TILES, working_elements
 
 DType = Literal["float16", "bfloat16", "float32", "float64"]
 ITEM_BYTES: dict[DType, int] = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
@@ -283,10 +284,22 @@ def _normed_conv_bytes(layer: ConvSpec, passage: Passage, form: MemoryFormat) ->
 
 def _conv_bytes(layer: ConvSpec, passage: Passage, form: MemoryFormat) -> int:
     """What a layer needs beside its input: the input with its past, temporaries, output."""
-    item, past = form.item_bytes, layer.kernel[0] - 1
-    positions, width = passage.frames * passage.area, layer.in_width
-    leaving, entering = positions * layer.out_width * item, positions * width * item
-    window = entering + past * passage.area * width * item if past else 0
+    past = layer.kernel[0] - 1
+    frame = passage.area * layer.in_width * form.item_bytes
+    window = (passage.frames + past) * frame if past else 0
+    if layer.space_padding == "zeros":
+        return _reading_bytes(layer, passage, form, window)
+    rows, columns = (
+        side + taps - 1 for side, taps in zip((passage.rows, passage.columns), layer.kernel[1:], strict=True)
+    )
+    mirrored = (passage.frames + past) * rows * columns * layer.in_width * form.item_bytes
+    return max(window + mirrored, _reading_bytes(layer, passage, form, mirrored))  # stands in the window's place
+
+
+def _reading_bytes(layer: ConvSpec, passage: Passage, form: MemoryFormat, window: int) -> int:
+    """The same of a layer that reads so many bytes (0: its input itself), those included."""
+    item, positions = form.item_bytes, passage.frames * passage.area
+    leaving, entering = positions * layer.out_width * item, positions * layer.in_width * item
     reordered = 0 if form.channels_last else max(window, entering)
     if layer.operator == "dwsep3d":
         return max(window + entering + reordered, entering + leaving + window)
@@ -295,11 +308,25 @@ def _conv_bytes(layer: ConvSpec, passage: Passage, form: MemoryFormat) -> int:
         return hidden + max(hidden, leaving) + reordered
     if layer.operator == "causal3d":
         return window + leaving + max(reordered, _unrolled_bytes(layer, passage, form))
+    mirrored = window if layer.space_padding != "zeros" else 0
     if layer.operator == "stacked3d":
-        return 2 * layer.kernel[0] * positions * layer.out_width * 4 + reordered
-    if layer.plain_operator == "causal3d" or layer.enlarges:
-        return 2 * leaving + reordered  # a tap and the sum; the phases and the frames that they make up
-    return leaving + reordered
+        return mirrored + 2 * layer.kernel[0] * positions * layer.out_width * 4 + reordered
+    if layer.operator == "winograd3d" and item > 2 and _num_tiles(passage) >= MIN_TILES:
+        return leaving + _winograd_bytes(layer, passage, form) + reordered
+    if layer.plain_operator == "causal3d":  # a tap and the sum
+        return (mirrored if layer.time_padding == "zeros" else window) + 2 * leaving + reordered
+    return mirrored + (2 if layer.enlarges else 1) * leaving + reordered  # the phases, and the frames that they make up
+
+
+def _num_tiles(passage: Passage) -> int:
+    return passage.frames * ceil(passage.rows / 4) * ceil(passage.columns / 4)
+
+
+def _winograd_bytes(layer: ConvSpec, passage: Passage, form: MemoryFormat) -> int:
+    row = (passage.frames + layer.kernel[0] - 1) * ceil(passage.columns / 4)
+    kernel = 36 * layer.kernel[0] * layer.in_width * layer.out_width
+    elements = working_elements(ceil(passage.rows / 4), row, layer.in_width, layer.out_width, kernel)
+    return elements * form.item_bytes
 
 
 def _unrolled_bytes(layer: ConvSpec, passage: Passage, form: MemoryFormat) -> int:

@@ -4,6 +4,8 @@ A 6x6 tile of the input (tiles overlap by two) is transformed by small integers,
 transformed kernel, and transformed back to 4x4 outputs; a causal kernel's temporal taps are added up between
 the transforms, so that these are paid once for three taps.
 
+Frames come in strips or kernels in parts, see `winograd_strips`. Mirrored borders are written into the patches.
+
 Float32 loses about one digit (1e-5 of the largest output). Half precision would lose all its digits in the
 transforms, so half-precision input takes the sum over taps instead.
 
@@ -12,13 +14,17 @@ Reference: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, ar
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from flashvaed_cli.decoders.convolution import Future, Past, remember, time_window
+from flashvaed_cli.decoders.convolution import Future, Past, remember, require_mirrored, time_clips
 from flashvaed_cli.decoders.exact_operators import HALF_PRECISION, TapwiseConv3d
+from flashvaed_cli.decoders.layer_spec import SpacePadding
+from flashvaed_cli.decoders.winograd_strips import MIN_TILES, outputs_at_once, rows_per_strip
 
 Matrix = tuple[tuple[int, ...], ...]
 
@@ -45,15 +51,6 @@ _OUTPUT: Matrix = (
     (0, 1, -1, 8, -8, 1),
 )
 
-STRIP_ELEMENTS = 1 << 20
-"""Elements of the transformed input that are in work at once: they should stay in the cache."""
-
-STRIP_POSITIONS = 192
-"""Rows of the matrix products below which these would be slow, cache or not."""
-
-MIN_TILES = 128
-"""Tiles of one call below which transforming the kernel costs more than it spares (one frame of 32x32: 64)."""
-
 
 def winograd_conv(
     frames: list[Float[Tensor, "B C _ H W"]],
@@ -61,8 +58,9 @@ def winograd_conv(
     bias: Float[Tensor, " O"],
     *,
     num_outputs: int,
+    space_padding: SpacePadding = "zeros",
 ) -> Float[Tensor, "B O T H W"]:
-    """Valid in time, zero-padded in space: the last `num_outputs` frames' outputs; frames before the list are zero.
+    """Valid in time: the last `num_outputs` frames' outputs; frames before the list are zero.
 
     Args:
         frames: clips that follow each other in time; past frames and the chunk's own need not be one tensor.
@@ -70,17 +68,21 @@ def winograd_conv(
     b, _, _, height, width = frames[-1].shape
     num_inputs = sum(clip.shape[2] for clip in frames)
     rows, columns = -(-height // 4), -(-width // 4)
-    transform, inverse = _plane(_INPUT, weight), _plane(_OUTPUT, weight)
-    kernel = _fold(weight)
-    strip = rows if torch.compiler.is_compiling() else _rows_per_strip(num_inputs * b * columns, weight.shape[1])
+    weight = weight[:, :, -num_inputs:]  # earlier taps see zeros only
+    transform = _plane(_INPUT, weight)
+    strip, at_once = rows, weight.shape[0]
+    if not torch.compiler.is_compiling():  # a graph has no loops
+        strip = rows_per_strip(rows, num_inputs * b * columns, weight.shape[1], 4 * weight.numel())
+        at_once = outputs_at_once(at_once, 4 * weight.numel(), one_strip=strip == rows)
+    folded = (_fold(part) for part in weight.split(at_once))
+    kernels = folded if strip == rows else list(folded)
     out = None if strip == rows or torch.is_grad_enabled() else _empty(frames[-1], num_outputs, bias)
     strips = []
     for top in range(0, rows, strip):
         count = min(strip, rows - top)
-        patches = _patches(frames, 4 * top - 1, count, columns)  # [36, T' B n C]
-        tiles = (transform @ patches).view(36, num_inputs, -1, weight.shape[1])
-        products = _multiply(tiles, kernel, num_outputs)  # [36, T B n, O]
-        pixels = (inverse @ products.flatten(1)).view(4, 4, num_outputs, b, count, columns, -1)
+        tiles = transform @ _patches(frames, 4 * top - 1, count, columns, space_padding)  # [36, T' B n C]
+        tiles = tiles.view(36, num_inputs, -1, weight.shape[1])
+        pixels = _outputs(tiles, kernels, num_outputs).view(4, 4, num_outputs, b, count, columns, -1)
         pixels = pixels.permute(3, 2, 4, 0, 5, 1, 6).reshape(b, num_outputs, 4 * count, 4 * columns, -1)
         pixels = pixels[:, :, : height - 4 * top, :width]
         if out is None:
@@ -96,12 +98,6 @@ def _empty(clip: Float[Tensor, "B C t H W"], num_frames: int, bias: Float[Tensor
     return clip.new_empty(b, num_frames, height, width, bias.shape[0])
 
 
-def _rows_per_strip(positions_per_row: int, in_width: int) -> int:
-    """Tile rows that are worked on at once."""
-    fitting = STRIP_ELEMENTS // (36 * in_width * positions_per_row)
-    return max(fitting, -(-STRIP_POSITIONS // positions_per_row))
-
-
 def _plane(matrix: Matrix, like: Tensor) -> Float[Tensor, "P Q"]:
     """A transform of both axes of a tile, as one matrix."""
     one = torch.tensor(matrix, dtype=like.dtype, device=like.device)
@@ -111,14 +107,17 @@ def _plane(matrix: Matrix, like: Tensor) -> Float[Tensor, "P Q"]:
 def _fold(weight: Float[Tensor, "O C kt 3 3"]) -> Float[Tensor, "36 kt C O"]:
     """The transformed kernel; cheap beside the products, so it is made on every call and may change in place."""
     o, c, kt = weight.shape[:3]
-    taps = weight.permute(3, 4, 2, 1, 0).reshape(9, kt * c * o)
-    return (_plane(_KERNEL, weight).div(24 * 24) @ taps).view(36, kt, c, o)
+    taps = weight.permute(3, 4, 2, 0, 1).reshape(9, kt * o * c)  # whole runs of channels, where they are innermost
+    return (_plane(_KERNEL, weight).div(24 * 24) @ taps).view(36, kt, o, c).transpose(2, 3)
 
 
-def _patches(frames: list[Float[Tensor, "B C _ H W"]], top: int, count: int, columns: int) -> Float[Tensor, "36 N"]:
+def _patches(
+    frames: list[Float[Tensor, "B C _ H W"]], top: int, count: int, columns: int, space_padding: SpacePadding
+) -> Float[Tensor, "36 N"]:
     """The 6x6 patches, four pixels apart, of a strip of tiles whose first patch begins at row `top`.
 
-    Zeros beyond the border. Row-major inside a patch; then frame, clip, row and column of the tile, channel.
+    Row-major inside a patch; then frame, clip, row and column of the tile, channel. What lies farther beyond the
+    border than one pixel is zero: no kept output reads it.
     """
     height, width = frames[-1].shape[3:]
     bottom, right = top + 4 * count + 2, 4 * columns + 2
@@ -126,8 +125,36 @@ def _patches(frames: list[Float[Tensor, "B C _ H W"]], top: int, count: int, col
     padding = (0, 0, 1, right - 1 - width, inside.start - top, bottom - inside.stop)
     clips = [clip[:, :, :, inside].permute(2, 0, 3, 4, 1) for clip in frames]  # [t, B, rows, W, C]
     padded = torch.cat([F.pad(clip, padding) for clip in clips]) if len(clips) > 1 else F.pad(clips[0], padding)
+    if space_padding == "reflect":
+        _mirror_(padded, height - top, width + 1, at_top=top < 0)
     patches = padded.unfold(2, 6, 4).unfold(3, 6, 4)  # [T', B, rows, columns, C, 6, 6]
     return patches.permute(5, 6, 0, 1, 2, 3, 4).reshape(36, -1)
+
+
+def _mirror_(padded: Float[Tensor, "T B Hp Wp C"], below: int, right: int, *, at_top: bool) -> None:
+    """Write the mirrored pixels into the margins, in place: rows first, since the columns' ends are of them.
+
+    Args:
+        below, right: row below the frame (perhaps not in this strip) and column to the right of it.
+    """
+    if at_top:
+        padded[:, :, 0] = padded[:, :, 2]
+    if below < padded.shape[2]:
+        padded[:, :, below] = padded[:, :, below - 2]
+    padded[:, :, :, 0] = padded[:, :, :, 2]
+    padded[:, :, :, right] = padded[:, :, :, right - 2]
+
+
+def _outputs(
+    tiles: Float[Tensor, "36 Ti N C"], kernels: Iterable[Float[Tensor, "36 kt C _o"]], num_outputs: int
+) -> Float[Tensor, "16 TN O"]:
+    """The 4x4 outputs of every tile. `kernels`: of some channels of the output after the other."""
+    inverse = _plane(_OUTPUT, tiles)
+    parts = []
+    for kernel in kernels:
+        products = _multiply(tiles, kernel, num_outputs)  # [36, T N, o]
+        parts.append((inverse @ products.flatten(1)).view(16, -1, kernel.shape[3]))
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
 def _multiply(
@@ -156,11 +183,11 @@ class WinogradConv3d(TapwiseConv3d):
         b, _, t, h, w = x.shape
         if x.dtype in HALF_PRECISION or b * t * -(-h // 4) * -(-w // 4) < MIN_TILES:
             return super().forward(x, past, future)
-        if self.spec.time_padding != "zeros":
-            window = time_window(x, self.spec, self.address, past, future)
-            return winograd_conv([window], self.weight, self.bias, num_outputs=t)
-        num_past = self.spec.kernel[0] - 1
-        frames = [x] if past is None or num_past == 0 else [past[self.address], x]
-        y = winograd_conv(frames, self.weight, self.bias, num_outputs=x.shape[2])
-        remember(x, num_past, self.address, past, future)
+        spec = self.spec
+        if spec.space_padding == "reflect":
+            require_mirrored(x, (1, 1))
+        clips = time_clips(x, spec, self.address, past)
+        y = winograd_conv(clips, self.weight, self.bias, num_outputs=t, space_padding=spec.space_padding)
+        if not spec.num_ahead:
+            remember(x, spec.num_past, self.address, past, future, spec.time_padding)
         return y

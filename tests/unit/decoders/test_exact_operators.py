@@ -12,10 +12,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from flashvaed_cli.decoders import winograd
+from flashvaed_cli.decoders import exact_operators, winograd, winograd_strips
 from flashvaed_cli.decoders.exact_operators import fold_phases
-from flashvaed_cli.decoders.layer_spec import PLAIN_OPERATORS, ConvSpec, Kernel, Operator
+from flashvaed_cli.decoders.layer_spec import (
+    PLAIN_OPERATORS,
+    ConvSpec,
+    Kernel,
+    Operator,
+    SpacePadding,
+    TimePadding,
+)
+from flashvaed_cli.decoders.layout import channels_last, use_channels_last
 from flashvaed_cli.decoders.operators import Conv, Future, Past, batch_as_frames, build_conv, frames_as_batch
+from flashvaed_cli.errors import SpecError
 
 TWINS: list[tuple[Operator, Kernel]] = [
     ("tapwise3d", (3, 3, 3)),
@@ -42,16 +51,46 @@ def _small_clips_count() -> Iterator[None]:
         yield
 
 
-def pair(operator: Operator, kernel: Kernel, in_width: int = 3, out_width: int = 5) -> tuple[Conv, Conv]:
+def pair(
+    operator: Operator,
+    kernel: Kernel,
+    in_width: int = 3,
+    out_width: int = 5,
+    *,
+    time_padding: TimePadding = "zeros",
+    space_padding: SpacePadding = "zeros",
+) -> tuple[Conv, Conv]:
     """A plain layer and its twin over the same parameters, in float64."""
+    spec = ConvSpec(
+        operator=operator,
+        in_width=in_width,
+        out_width=out_width,
+        kernel=kernel,
+        time_padding=time_padding,
+        space_padding=space_padding,
+    )
     plain, twin = (
-        build_conv(ConvSpec(operator=name, in_width=in_width, out_width=out_width, kernel=kernel), "here").double()
+        build_conv(spec.model_copy(update={"operator": name}), "here").double()
         for name in (PLAIN_OPERATORS[operator], operator)
     )
     assert isinstance(plain, Conv) and isinstance(twin, Conv)
     plain.bias.data.normal_()
     twin.load_state_dict(plain.state_dict())  # the same names and shapes
     return plain, twin
+
+
+def paddings(operator: Operator, kernel: Kernel) -> list[tuple[TimePadding, SpacePadding]]:
+    """All that a twin knows."""
+    in_time: list[TimePadding] = ["zeros", "first", "edges"]
+    if kernel[0] == 1 or operator == "stacked3d":
+        in_time = ["zeros"]
+    elif kernel[0] % 2 == 0:
+        in_time = ["zeros", "first"]
+    in_space: list[SpacePadding] = ["zeros"] if operator == "subpixel2d" else ["zeros", "reflect"]
+    return [(time, space) for time in in_time for space in in_space]
+
+
+PADDED = [(operator, kernel, *padding) for operator, kernel in TWINS for padding in paddings(operator, kernel)]
 
 
 def run_plain(plain: Conv, twin: Conv, x: Tensor, past: Past = None, future: Future = None) -> Tensor:
@@ -66,27 +105,30 @@ def assert_same(found: Tensor, expected: Tensor, bound: float = DOUBLE) -> None:
 
 
 @given(
-    twin=st.sampled_from(TWINS),
+    twin=st.sampled_from(PADDED),
     widths=st.tuples(st.integers(1, 5), st.integers(1, 5)),
     shape=st.tuples(st.integers(1, 2), st.integers(1, 5), st.integers(1, 9), st.integers(1, 9)),
     channels_last=st.booleans(),
     later_chunk=st.booleans(),
 )
 def test_same_frames_and_state(
-    twin: tuple[Operator, Kernel],
+    twin: tuple[Operator, Kernel, TimePadding, SpacePadding],
     widths: tuple[int, int],
     shape: tuple[int, int, int, int],
     channels_last: bool,
     later_chunk: bool,
 ) -> None:
-    plain, exact = pair(*twin, *widths)
+    operator, kernel, in_time, in_space = twin
+    plain, exact = pair(operator, kernel, *widths, time_padding=in_time, space_padding=in_space)
     b, t, h, w = shape
+    if in_space == "reflect":
+        h, w = h + 1, w + 1  # one position has no neighbour to be mirrored
     x = torch.randn(b, widths[0], t, h, w, dtype=torch.float64)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last_3d)
     past: dict[str, Tensor] | None = None
-    if later_chunk:
-        past = {"here": torch.randn(b, widths[0], twin[1][0] - 1, h, w, dtype=torch.float64)}
+    if later_chunk and in_time != "edges":
+        past = {"here": torch.randn(b, widths[0], kernel[0] - 1, h, w, dtype=torch.float64)}
     expected_future: dict[str, Tensor] = {}
     future: dict[str, Tensor] = {}
     with torch.no_grad():
@@ -96,9 +138,14 @@ def test_same_frames_and_state(
     assert all(torch.equal(future[key], expected_future[key]) for key in future)
 
 
-@given(twin=st.sampled_from(TWINS), chunks=st.lists(st.integers(1, 4), min_size=1, max_size=4))
-def test_chunks_give_the_frames_of_the_whole(twin: tuple[Operator, Kernel], chunks: list[int]) -> None:
-    _, exact = pair(*twin)
+@given(
+    twin=st.sampled_from([twin for twin in PADDED if twin[2] != "edges"]),
+    chunks=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+)
+def test_chunks_give_the_frames_of_the_whole(
+    twin: tuple[Operator, Kernel, TimePadding, SpacePadding], chunks: list[int]
+) -> None:
+    _, exact = pair(*twin[:2], time_padding=twin[2], space_padding=twin[3])
     x = torch.randn(1, 3, sum(chunks), 5, 4, dtype=torch.float64)
     found = []
     past: Past = None
@@ -109,6 +156,28 @@ def test_chunks_give_the_frames_of_the_whole(twin: tuple[Operator, Kernel], chun
         for kept in future.values():
             assert kept.untyped_storage().nbytes() == kept.numel() * kept.element_size()  # no view of the chunk
     assert_same(torch.cat(found, dim=2), exact(x))
+
+
+@pytest.mark.parametrize("operator", ["tapwise3d", "winograd3d", "stacked3d"])
+def test_frames_too_small_to_be_mirrored_are_refused(operator: Operator) -> None:
+    _, exact = pair(operator, (3, 3, 3), space_padding="reflect")
+    with pytest.raises(SpecError, match="1x6 positions are too few"):
+        exact(torch.zeros(1, 3, 2, 1, 6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("few", [0, 1000])
+@pytest.mark.parametrize("space_padding", ["zeros", "reflect"])
+def test_wide_kernels_are_not_laid_out_again(
+    monkeypatch: pytest.MonkeyPatch, space_padding: SpacePadding, few: int
+) -> None:
+    monkeypatch.setattr(exact_operators, "WIDE_KERNEL", 1)
+    monkeypatch.setattr(exact_operators, "FEW_POSITIONS", few)
+    for kernel in ((3, 3, 3), (2, 3, 1)):
+        plain, exact = pair("tapwise3d", kernel, time_padding="first", space_padding=space_padding)
+        x = torch.randn(2, 3, 4, 5, 6, dtype=torch.float64)
+        expected = plain(x)
+        assert_same(use_channels_last(exact)(channels_last(x)), expected)
+        assert_same(exact(x), expected)
 
 
 @twins
@@ -147,13 +216,29 @@ def test_bfloat16(operator: Operator, kernel: Kernel) -> None:
 
 
 @pytest.mark.parametrize("grad", [False, True])
-def test_strips_do_not_show(monkeypatch: pytest.MonkeyPatch, grad: bool) -> None:
-    plain, exact = pair("winograd3d", (3, 3, 3))
-    x = torch.randn(1, 3, 2, 27, 6, dtype=torch.float64)
-    monkeypatch.setattr(winograd, "STRIP_ELEMENTS", 1)
-    monkeypatch.setattr(winograd, "STRIP_POSITIONS", 9)  # of 4 per row of tiles: strips of 3, the last of 1
+@pytest.mark.parametrize("space_padding", ["zeros", "reflect"])
+@pytest.mark.parametrize("height", [9, 12, 25, 27])
+def test_strips_do_not_show(
+    monkeypatch: pytest.MonkeyPatch, height: int, space_padding: SpacePadding, grad: bool
+) -> None:
+    plain, exact = pair("winograd3d", (3, 3, 3), space_padding=space_padding)
+    x = torch.randn(1, 3, 2, height, 6, dtype=torch.float64)
+    monkeypatch.setattr(winograd_strips, "STRIP_ELEMENTS", 1)
+    monkeypatch.setattr(winograd_strips, "STRIP_POSITIONS", 9)  # of 4 per row of tiles: strips of 3, the last of 1
+    assert winograd_strips.rows_per_strip(7, 4, 3, 36 * 3 * 15) == 3
     with torch.set_grad_enabled(grad):
         assert_same(exact(x), plain(x))
+
+
+def test_parts_of_a_large_kernel_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, exact = pair("winograd3d", (3, 3, 3), 2, 40)
+    x = torch.randn(1, 2, 2, 9, 6, dtype=torch.float64)
+    monkeypatch.setattr(winograd_strips, "WHOLE_KERNEL_ELEMENTS", 0)
+    monkeypatch.setattr(winograd_strips, "STRIP_POSITIONS", 1)
+    monkeypatch.setattr(winograd_strips, "STRIP_ELEMENTS", 1)
+    monkeypatch.setattr(winograd_strips, "OUTPUTS_AT_ONCE", 16)  # parts of 16, 16 and 8
+    assert winograd_strips.rows_per_strip(3, 4, 2, 36 * 3 * 80) == 3  # else one row at a time
+    assert_same(exact(x), plain(x))
 
 
 def test_few_tiles_are_summed_over_taps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,7 @@ from pathlib import Path
 import torch
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.exact import exact_spec
+from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.decoders.wan import wan_decoder_spec
 from flashvaed_cli.decoders.wan22 import wan22_decoder_spec
@@ -63,13 +64,14 @@ def num_bytes(key):
 torch.set_num_threads(1)
 layout, width, chunk, tile, dtype = json.loads(sys.argv[1])
 build = {"flash": lambda w: paper_layout(w, 0.125), "wan2.2": lambda w: wan22_decoder_spec(w, 16)}
+build["ltx-2"] = lambda w: get_family("ltx-2").decoder_spec(w, 16)
 spec = build.get(layout, wan_decoder_spec)(width)
 decoder = Decoder(exact_spec(spec)).requires_grad_(False)
 settings = DecodeSettings(chunk=chunk, tile=tile, dtype=getattr(torch, dtype), max_memory_bytes=10**12)
 runtime = DecodeRuntime(decoder, settings)
 weights = decoder.parameter_count * settings.dtype.itemsize
 del decoder
-latents = torch.randn(1, 16, 2, 24, 40)
+latents = torch.randn(1, 16, 2, *((12, 20) if layout == "ltx-2" else (24, 40)))
 predicted = runtime.plan(latents).predicted_bytes
 Path("/proc/self/clear_refs").write_text("5")
 before = num_bytes("VmRSS") - weights
@@ -82,6 +84,7 @@ CASES = [
     ("original", 16, None, None, "bfloat16"),
     ("flash", 32, 1, None, "float32"),
     ("wan2.2", 8, None, None, "float32"),
+    ("ltx-2", 16, None, None, "float32"),
 ]
 
 
