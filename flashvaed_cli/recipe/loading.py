@@ -9,14 +9,15 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from flashvaed_cli.errors import RecipeError
-from flashvaed_cli.recipe.models import COMMAND_RECIPES, CommandRecipe
+from flashvaed_cli.recipe.commands import COMMAND_RECIPES
+from flashvaed_cli.recipe.settings import CommandRecipe
 from flashvaed_cli.recipe.yaml_source import YamlSource, parse_yaml
 
 CommandRecipeT = TypeVar("CommandRecipeT", bound=CommandRecipe)
@@ -28,12 +29,16 @@ SHIPPED_FOLDERS = (_PACKAGE / "shipped", _PACKAGE.parent.parent / "recipes")
 
 @dataclass(frozen=True)
 class Section:
-    """The settings that a recipe gives to one run of one command; the rest are defaults."""
+    """The settings that a recipe gives to one run of one command; the rest are defaults.
+
+    `lines` are those of the settings, and of the keys in them, by their path.
+    """
 
     command: str
     name: str | None
     settings: Mapping[str, object]
     line: int
+    lines: Mapping[tuple[str, ...], int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ def resolve(
     overrides = overrides or {}
     merged = _merge(_without_overridden_groups(section.settings if section else {}, overrides), overrides)
     try:
-        return model.model_validate(merged)
+        settings = model.model_validate(merged)
     except ValidationError as error:
         flags = flags or {}
         lines = []
@@ -152,6 +157,27 @@ def resolve(
             lines.append(f"{where}{value}: {_named(message, names)}")
         origin = f"flashvaed {model.command}" + (f" with {recipe.source}" if recipe else "")
         raise RecipeError(_listing(origin, lines)) from error
+    if recipe is not None and section is not None:
+        settings.remember_origins(_origins(recipe, section, merged, overrides))
+    return settings
+
+
+def _origins(
+    recipe: Recipe, section: Section, merged: Mapping[str, object], overrides: Mapping[str, object]
+) -> dict[tuple[str, ...], str]:
+    """Where the recipe says what it decides, by field or by field and key."""
+
+    def decides(path: tuple[str, ...]) -> bool:
+        above, left = overrides.get(path[0]), merged.get(path[0])
+        if len(path) == 1:
+            return path[0] not in overrides
+        return isinstance(left, Mapping) and path[1] in left and not (isinstance(above, Mapping) and path[1] in above)
+
+    return {
+        path: f"{recipe.source}, line {line}: {_dotted((section.command, *path))}"
+        for path, line in section.lines.items()
+        if decides(path)
+    }
 
 
 def _without_overridden_groups(below: Mapping[str, object], above: Mapping[str, object]) -> dict[str, object]:
@@ -238,7 +264,18 @@ def _read_section(
         for location, message, shown in _flatten(error, COMMAND_RECIPES[command]):
             full = (*path, *location)
             problems.append((parsed.line(full), f"{_dotted(full)}{shown}: {_named(message, {})}"))
-    return Section(command=command, name=name, settings=settings, line=line)
+    return Section(command=command, name=name, settings=settings, line=line, lines=_lines(parsed, path, settings))
+
+
+def _lines(
+    parsed: YamlSource, path: tuple[str | int, ...], settings: Mapping[object, object]
+) -> dict[tuple[str, ...], int]:
+    found: dict[tuple[str, ...], int] = {}
+    for field_name, value in settings.items():
+        keys = value if isinstance(value, Mapping) else ()
+        for inner in ((field_name,), *((field_name, key) for key in keys)):
+            found[tuple(map(str, inner))] = parsed.line((*path, *map(_key, inner)))
+    return found
 
 
 def _check_names(sections: Sequence[Section], problems: list[tuple[int, str]]) -> None:

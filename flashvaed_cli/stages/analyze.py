@@ -33,11 +33,11 @@ from flashvaed_cli.numerics.covariance import TensorStatistics
 from flashvaed_cli.numerics.independence import effective_rank
 from flashvaed_cli.numerics.selection import select_greedy_r2, unvarying_channels
 from flashvaed_cli.progress import Progress
-from flashvaed_cli.recipe.models import AnalyzeRecipe
+from flashvaed_cli.recipe.analyze import AnalyzeRecipe
 from flashvaed_cli.report.curves import plot_latency, plot_r2_curves, plot_spectra
 from flashvaed_cli.report.tables import Column, TableData
 from flashvaed_cli.stages.clips import plan_calibration
-from flashvaed_cli.stages.latency_model import TimedClip, latency_model_record
+from flashvaed_cli.stages.latency_model import TimedClip, latency_model_record, whole_clip
 from flashvaed_cli.stages.loading import DTYPES, choose_device, choose_input, load_inputs
 from flashvaed_cli.stages.result import StageOutcome
 from flashvaed_cli.surgery.evidence import pooled_evidence
@@ -58,20 +58,22 @@ def run_analyze(recipe: AnalyzeRecipe, *, progress: Progress, force: bool, comma
     device = choose_device(recipe.device)
     inputs = load_inputs(location, original=None, family=recipe.family, device=device, progress=progress)
     decoder = inputs.checkpoint.require_decoder()
+    timed = TimedClip(recipe.latency_frames, recipe.latency_side, device, recipe.dtype)
+    timed = whole_clip(timed, decoder.spec, recipe, progress)
     clips = plan_calibration(
         inputs.original, recipe, recipe.num_calibration_clips, device, progress, still=decoder.spec.still
     )
     statistics = collect_statistics(decoder, clips, num_clips=len(clips), progress=progress)
     groups = _group_records(decoder, statistics, progress)
-    stages = _stage_records(decoder, groups, recipe, device, progress)
+    stages = _stage_records(decoder, groups, recipe, timed, progress)
     measured = {
         "stages": stages,
         "groups": groups,
         "clips": {
             "num_clips": len(clips),
             "positions": {address: one.count for address, one in statistics.items()},
-            "latency_frames": recipe.latency_frames,
-            "latency_side": recipe.latency_side,
+            "latency_frames": timed.num_frames,
+            "latency_side": timed.side,
             "device": device.type,
             "dtype": recipe.dtype,
         },
@@ -79,19 +81,14 @@ def run_analyze(recipe: AnalyzeRecipe, *, progress: Progress, force: bool, comma
     if recipe.width_latency_s is not None:
         measured["width_latency"] = latency_model_record(
             decoder,
-            timed_clip(recipe, device),
+            timed,
             budget_s=float(recipe.width_latency_s),
             seed=recipe.seed,
             progress=progress,
         )
     output = _write(recipe, inputs.checkpoint, statistics, measured, force, command_line)
     plots = draw_plots(measured, output) if recipe.plots else []
-    return StageOutcome((output, *plots), (_stage_table(stages, recipe), _group_table(groups)), measured)
-
-
-def timed_clip(recipe: AnalyzeRecipe, device: torch.device) -> TimedClip:
-    """The clip whose decoding is timed."""
-    return TimedClip(recipe.latency_frames, recipe.latency_side, device, recipe.dtype)
+    return StageOutcome((output, *plots), (_stage_table(stages, timed), _group_table(groups)), measured)
 
 
 def _group_records(
@@ -129,13 +126,12 @@ def _spectrum(covariance: Float64[Tensor, "C C"]) -> list[float]:
 
 
 def _stage_records(
-    decoder: Decoder, groups: list[dict[str, Any]], recipe: AnalyzeRecipe, device: torch.device, progress: Progress
+    decoder: Decoder, groups: list[dict[str, Any]], recipe: AnalyzeRecipe, clip: TimedClip, progress: Progress
 ) -> list[dict[str, Any]]:
     spec = decoder.spec
-    clip = timed_clip(recipe, device)
     dtype = DTYPES[recipe.dtype]
-    profile = partial(profile_modules, num_rounds=recipe.num_latency_rounds, synchronize=synchronizer(device))
-    progress.log(f"latency: {recipe.latency_frames} frames of {recipe.latency_side} x {recipe.latency_side}")
+    profile = partial(profile_modules, num_rounds=recipe.num_latency_rounds, synchronize=synchronizer(clip.device))
+    progress.log(f"latency: {clip.num_frames} frames of {clip.side} x {clip.side}")
     latency = measure_latency(decoder.to(dtype), clip.latents(spec, recipe.seed), profile)
     decoder.float()
     streams = {record["stage"]: record for record in groups if record["group"].endswith(".stream")}
@@ -191,7 +187,7 @@ def draw_plots(measured: Mapping[str, Any], output: Path) -> list[Path]:
     ]
 
 
-def _stage_table(stages: list[dict[str, Any]], recipe: AnalyzeRecipe) -> TableData:
+def _stage_table(stages: list[dict[str, Any]], clip: TimedClip) -> TableData:
     total = sum(sum(record["latency_ms"].values()) for record in stages)
     rows = []
     for record in stages:
@@ -221,7 +217,7 @@ def _stage_table(stages: list[dict[str, Any]], recipe: AnalyzeRecipe) -> TableDa
         Column("activations MiB", ".1f"),
         Column("components for 99 %"),
     )
-    title = f"Stages, {recipe.latency_frames} frames of {recipe.latency_side} x {recipe.latency_side}, {recipe.dtype}"
+    title = f"Stages, {clip.num_frames} frames of {clip.side} x {clip.side}, {clip.dtype}"
     return TableData(title, columns, tuple(rows))
 
 

@@ -28,9 +28,10 @@ from flashvaed_cli.decoders.layout import channels_last, use_channels_last
 from flashvaed_cli.metrics.speed import speed_ratio, synchronizer, time_alternating
 from flashvaed_cli.numerics.covariance import TensorStatistics
 from flashvaed_cli.progress import Progress
-from flashvaed_cli.recipe.models import AnalyzeRecipe, PruneRecipe
+from flashvaed_cli.recipe.analyze import AnalyzeRecipe
+from flashvaed_cli.recipe.prune import PruneRecipe
 from flashvaed_cli.report.tables import Column, TableData
-from flashvaed_cli.stages.latency_model import TimedClip, latency_model_record, stored_model
+from flashvaed_cli.stages.latency_model import TimedClip, latency_model_record, stored_model, whole_clip
 from flashvaed_cli.stages.loading import DTYPES
 from flashvaed_cli.surgery.budget import WidthPlan, gflop_cost, group_curves, plan_gflops, plan_speedup
 
@@ -63,7 +64,7 @@ def plan_budget(
     """
     size = stored or {"num_frames": _DEFAULTS.latency_frames, "side": _DEFAULTS.latency_side}
     num_frames, side = recipe.latency_frames or size["num_frames"], recipe.latency_side or size["side"]
-    clip = TimedClip(num_frames, side, device, recipe.dtype)
+    clip = whole_clip(TimedClip(num_frames, side, device, recipe.dtype), decoder.spec, recipe, progress)
     stages = get_family(decoder.spec.family).shallow_stages
     curves = group_curves(decoder, statistics, stages, rule=recipe.rule, seed=recipe.seed)
     if recipe.target_gflops is not None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint
 from flashvaed_cli.errors import MediaError
+from flashvaed_cli.media.cache_key import CacheKey, stamp_file
 from flashvaed_cli.media.cuts import (
     Bucket,
     ClipCut,
@@ -28,14 +29,14 @@ from flashvaed_cli.media.cuts import (
     none_usable,
     plan_cuts,
 )
-from flashvaed_cli.media.latent_cache import CacheKey, stamp_file
 from flashvaed_cli.media.sources import is_latent_file
 from flashvaed_cli.media.video import from_bytes
 from flashvaed_cli.media.workers import FileWorkers, default_num_workers
 from flashvaed_cli.progress import Progress
+from flashvaed_cli.recipe.distill import DistillRecipe
 from flashvaed_cli.recipe.fields import LatentScale
-from flashvaed_cli.recipe.models import DistillRecipe
 from flashvaed_cli.stages.clips import encode_clip, find_data, to_raw
+from flashvaed_cli.stages.fitted_clips import latent_grid
 from flashvaed_cli.stages.loading import Inputs
 from flashvaed_cli.stages.validation import validation_files
 
@@ -130,7 +131,7 @@ class ClipSource:
     def _plan(self, progress: Progress, workers: FileWorkers, settings: CutSettings) -> CutPlan:
         order = file_order(self.paths, settings.seed)
         total = len(order) if len(order) <= settings.num_clips else None  # else it ends when there are enough
-        measure = partial(measure_file, max_side=settings.max_side, latent_width=len(self.vae.latent_mean))
+        measure = partial(measure_file, max_side=settings.max_side, latent_width=self.vae.latent_width)
         with progress.task("looking at files", total) as task:
 
             def measured() -> Iterator[tuple]:
@@ -145,7 +146,7 @@ class ClipSource:
     ) -> Iterator[tuple[ClipCut, np.ndarray | str]]:
         if any(not is_latent_file(cut.path) for cut in cuts):
             self.vae.require_encoder()
-        load = partial(load_cuts, max_side=max_side, latent_width=len(self.vae.latent_mean))
+        load = partial(load_cuts, max_side=max_side, latent_width=self.vae.latent_width)
         for job, loaded in workers.map(load, decoding_jobs(cuts), lambda job: str(job[0].path)):
             yield from zip(job, loaded, strict=True)
 
@@ -154,12 +155,6 @@ class ClipSource:
         if is_latent_file(path):
             return to_raw(torch.from_numpy(loaded)[None], self.latent_scale, self.vae)[0]
         return encode_clip(self.vae, from_bytes(torch.from_numpy(loaded)), self.device)[0].cpu()
-
-
-def latent_grid(vae: Checkpoint) -> LatentGrid:
-    """What the VAE compresses by."""
-    spec = vae.require_decoder().spec
-    return LatentGrid(spec.temporal_factor, spec.spatial_factor)
 
 
 def training_buckets(recipe: DistillRecipe, grid: LatentGrid, *, still: bool = False) -> tuple[Bucket, ...]:

@@ -18,7 +18,8 @@ from flashvaed_cli.media.padding import pad_clip
 from flashvaed_cli.media.sources import find_clips, is_latent_file, load_latents
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.fields import LatentScale
-from flashvaed_cli.recipe.models import CalibratedRecipe
+from flashvaed_cli.recipe.settings import CalibratedRecipe
+from flashvaed_cli.stages.fitted_clips import fitted_to_vae
 from flashvaed_cli.zoo.builtin import DEMO_CLIP
 
 
@@ -29,14 +30,18 @@ def find_data(data: Sequence[str]) -> list[Path]:
 
 def raw_latents(path: Path, scale: LatentScale, vae: Checkpoint) -> Float[Tensor, "B C T Hz Wz"]:
     """A latent file in the scale that decoders take."""
-    return to_raw(load_latents(path, latent_width=len(vae.latent_mean)), scale, vae)
+    return to_raw(load_latents(path, latent_width=vae.latent_width), scale, vae)
 
 
 def to_raw(latents: Float[Tensor, "B C T Hz Wz"], scale: LatentScale, vae: Checkpoint) -> Float[Tensor, "B C T Hz Wz"]:
-    """Latents of a scale in the one that decoders take: raw = normalized * std + mean."""
+    """Latents of a scale in the one that decoders take: raw = normalized * std + mean.
+
+    Raises:
+        ArtifactError: normalized ones, and the VAE has no statistics.
+    """
     if scale == "raw":
         return latents
-    std, mean = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.latent_std, vae.latent_mean))
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in vae.require_statistics())
     return latents * std + mean
 
 
@@ -72,18 +77,18 @@ class CalibrationClips:
         """The first frames, and the middle of each, as large as a clip cut from a video would be."""
         spec = self.vae.require_decoder().spec
         num_frames = 1 + (self.num_frames - 1) // spec.temporal_factor
-        side = max(latents.shape[-2:]) if self.crop_size is None else max(self.crop_size // spec.spatial_factor, 1)
+        side = max(latents.shape[-2:]) if self.crop_size is None else self.crop_size // spec.spatial_factor
         top, left = (max((size - side) // 2, 0) for size in latents.shape[-2:])
         return latents[:, :, :num_frames, top : top + side, left : left + side]
 
 
 @torch.no_grad()
 def encode_clip(vae: Checkpoint, clip: Float[Tensor, "3 T H W"], device: torch.device) -> Float[Tensor, "1 C T Hz Wz"]:
-    """Encode the largest part of a clip that is 1 + 4 n frames; sides are padded to what the encoder takes."""
+    """Encode the most frames of a clip that are whole latents; sides are padded to what the encoder takes."""
     encoder = vae.require_encoder()
     step = encoder.spec.temporal_factor
     clip = clip[:, : 1 + (clip.shape[1] - 1) // step * step]
-    padded, _ = pad_clip(clip, temporal_factor=step, spatial_factor=encoder.spec.spatial_factor)
+    padded = pad_clip(clip, temporal_factor=step, spatial_factor=encoder.spec.spatial_factor)
     return encode(encoder, padded[None].to(device))
 
 
@@ -98,23 +103,25 @@ def plan_calibration(
 ) -> CalibrationClips:
     """Choose the clips. Broken videos are named and left out; latent files are cut to the same size.
 
+    Sizes that the VAE does not take are rounded down, which is said.
+
     Args:
         still: single frames, whatever the recipe says: for a decoder of single images.
     Raises:
-        MediaError: nothing found, or nothing readable.
+        MediaError: nothing found, nothing readable, or sides that hold no latent.
         ArtifactError: videos are given, but there is no encoder.
     """
+    recipe = fitted_to_vae(recipe, vae, progress, still=still)
     paths = find_data(recipe.data)
     latent_files = [path for path in paths if is_latent_file(path)][:num_clips]
     videos = [path for path in paths if not is_latent_file(path)]
     requests: list[ClipRequest] = []
-    num_frames = 1 if still else recipe.num_frames
     if videos and len(latent_files) < num_clips:
         vae.require_encoder()
         requests, broken = plan_clips(
             videos,
             num_clips=num_clips - len(latent_files),
-            num_frames=num_frames,
+            num_frames=recipe.num_frames,
             max_side=recipe.max_side,
             crop_size=None if recipe.crop_size is None else (recipe.crop_size, recipe.crop_size),
             seed=recipe.seed,
@@ -128,7 +135,7 @@ def plan_calibration(
         tuple(requests),
         tuple(latent_files),
         latent_scale=recipe.latent_scale,
-        num_frames=num_frames,
+        num_frames=recipe.num_frames,
         crop_size=recipe.crop_size,
         device=device,
         progress=progress,

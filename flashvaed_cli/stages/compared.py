@@ -8,7 +8,7 @@ from pathlib import Path
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.errors import ArtifactError
 from flashvaed_cli.progress import SilentProgress
-from flashvaed_cli.recipe.models import EvalRecipe
+from flashvaed_cli.recipe.evaluate import EvalRecipe
 from flashvaed_cli.stages.loading import Inputs, load_inputs
 
 

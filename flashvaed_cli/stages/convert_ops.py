@@ -20,8 +20,9 @@ from flashvaed_cli.decoders.still import still_decoder
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.export.parity import seeded_latents
 from flashvaed_cli.progress import Progress
-from flashvaed_cli.recipe.models import ConvertOpsRecipe
+from flashvaed_cli.recipe.convert_ops import ConvertOpsRecipe
 from flashvaed_cli.report.tables import Column, TableData
+from flashvaed_cli.stages.asked_names import require_known_operators
 from flashvaed_cli.stages.clips import plan_calibration
 from flashvaed_cli.stages.loading import DTYPES, Inputs, choose_device, choose_input, load_inputs
 from flashvaed_cli.stages.reconstruction import choose_reference, error_table, fit_settings, reconstruct
@@ -64,6 +65,7 @@ def run_convert_ops(recipe: ConvertOpsRecipe, *, progress: Progress, force: bool
         return _convert_exactly(
             recipe, inputs, still_decoder(decoder), progress, force=force, command_line=command_line
         )
+    require_known_operators(recipe, decoder.spec)
     operators: dict[str, Operator] = {**get_family(inputs.checkpoint.family).paper_operators, **recipe.operators}
     spec = converted_spec(decoder.spec, operators)
     if recipe.time_rank is not None:
@@ -112,8 +114,8 @@ def _convert_exactly(
         decoder.spec,
         (1 if converted.spec.still else num_latents, height, width),
         seed=recipe.seed,
-        latent_mean=inputs.checkpoint.latent_mean,
-        latent_std=inputs.checkpoint.latent_std,
+        latent_mean=inputs.checkpoint.latent_mean or None,
+        latent_std=inputs.checkpoint.latent_std or None,
     ).to(inputs.device)
     with torch.no_grad():
         difference = float((converted(latents) - decoder(latents)).abs().max()) / 2.0

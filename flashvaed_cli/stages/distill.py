@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,11 +36,14 @@ from flashvaed_cli.errors import DistillationError, MetricUnavailableError
 from flashvaed_cli.metrics.lpips_metric import load_lpips
 from flashvaed_cli.numerics.independence import reconstruction_map
 from flashvaed_cli.progress import Progress, SilentProgress
-from flashvaed_cli.recipe.models import DistillRecipe, PhaseRecipe
+from flashvaed_cli.recipe.distill import DistillRecipe, PhaseRecipe
+from flashvaed_cli.stages.asked_names import require_known_ratios
 from flashvaed_cli.stages.clip_source import NUM_STATISTICS_CLIPS
+from flashvaed_cli.stages.fitted_clips import fitted_to_vae
 from flashvaed_cli.stages.loading import Inputs, choose_device, choose_input, load_inputs
 from flashvaed_cli.stages.result import StageOutcome
 from flashvaed_cli.stages.training_data import TrainingData, training_data
+from flashvaed_cli.stages.training_files import TrainingFiles, describe_checkpoints
 from flashvaed_cli.stages.training_report import PhaseResult, draw_curves, phase_record, phase_table
 from flashvaed_cli.stages.training_watch import SampleStrips, TensorBoardLog, TrainingLog, TrainingWatch
 from flashvaed_cli.stages.validation import Validation, open_validation
@@ -64,25 +68,53 @@ def run_distill(recipe: DistillRecipe, *, progress: Progress, force: bool, comma
     refuse_overwrite(output, force=force, source=recipe.input)
     if recipe.dtype not in _COMPUTE_DTYPES:
         raise DistillationError(f"--dtype {recipe.dtype} does not train: use {' or '.join(_COMPUTE_DTYPES)}")
-    with joined_ranks(choose_device(recipe.device)) as (ranks, device):
-        progress = progress if ranks.is_main else SilentProgress()
-        job = _prepare(recipe, ranks, device, progress)
-        results, prepared = _train_phases(job, output, progress)
-        measured = {
-            "data": job.data.record(),
-            "phases": [phase_record(phase, result) for phase, result in results],
-            "num_processes": ranks.count,
-            "prepared_channels": prepared,
-        }
-        header = derived_header(
-            job.inputs.checkpoint,
-            recipe=recipe.model_dump(mode="json"),
-            command_line=command_line,
-            seed=recipe.seed,
-            measured=measured,
-        )
-        curves = ranks.from_main(lambda: _finish(output, header, job, results, force=force))
-    return StageOutcome((output, curves, _log_path(output)), (phase_table(results),), measured)
+    files = TrainingFiles(output)
+    with joined_ranks(choose_device(recipe.device)) as (ranks, device), ExitStack() as until_the_end:
+        ranks.from_main(lambda: until_the_end.enter_context(files.alone()))
+        try:
+            return _run_alone(recipe, ranks, device, files, progress, force=force, command_line=command_line)
+        except KeyboardInterrupt as error:
+            _note_what_is_kept(error, recipe, files)
+            raise
+
+
+def _run_alone(
+    recipe: DistillRecipe,
+    ranks: Ranks,
+    device: torch.device,
+    files: TrainingFiles,
+    progress: Progress,
+    *,
+    force: bool,
+    command_line: str,
+) -> StageOutcome:
+    progress = progress if ranks.is_main else SilentProgress()
+    job = _prepare(recipe, ranks, device, progress)
+    results, prepared = _train_phases(job, files, progress)
+    measured = {
+        "data": job.data.record(),
+        "phases": [phase_record(phase, result) for phase, result in results],
+        "num_processes": ranks.count,
+        "prepared_channels": prepared,
+    }
+    header = derived_header(
+        job.inputs.checkpoint,
+        recipe=recipe.model_dump(mode="json"),
+        command_line=command_line,
+        seed=recipe.seed,
+        measured=measured,
+    )
+    curves = ranks.from_main(lambda: _finish(files, header, job, results, force=force))
+    return StageOutcome((files.output, curves, files.log), (phase_table(results),), measured)
+
+
+def _note_what_is_kept(error: KeyboardInterrupt, recipe: DistillRecipe, files: TrainingFiles) -> None:
+    """Tell who reports the interruption that the run can go on."""
+    if kept := files.checkpoints(len(recipe.schedule())):
+        how = "run again" if recipe.resume == "auto" else "run without --resume never"
+        error.add_note(f"{how} to go on from {describe_checkpoints(kept[-1:])}")
+    if recipe.cache_latents is not None and Path(recipe.cache_latents).expanduser().exists():
+        error.add_note(f"what was encoded is kept in {recipe.cache_latents}")
 
 
 @dataclass(frozen=True)
@@ -107,6 +139,14 @@ def _prepare(recipe: DistillRecipe, ranks: Ranks, device: torch.device, progress
     if next(teacher.parameters()) is next(student.parameters()):
         teacher = copy.deepcopy(teacher)  # an original is trained towards itself: phase 2 prepares it for pruning
     phases = choose_phases(recipe, inputs, progress)
+    unused = {"crop_size": bool(recipe.buckets), "num_frames": bool(recipe.buckets) and not recipe.validation_data}
+    recipe = fitted_to_vae(
+        recipe,
+        inputs.original,
+        progress,
+        still=student.spec.still,
+        unused=[name for name, is_unused in unused.items() if is_unused],
+    )
     clips_per_step = recipe.batch_size * recipe.gradient_accumulation * ranks.count
     validation = open_validation(recipe, inputs, student, teacher, progress) if ranks.is_main else None
     data = training_data(
@@ -121,13 +161,14 @@ def _prepare(recipe: DistillRecipe, ranks: Ranks, device: torch.device, progress
     return _Job(recipe, ranks, inputs, student, teacher, phases, data, perceptual, validation)
 
 
-def _train_phases(job: _Job, output: Path, progress: Progress) -> tuple[list[PhaseResult], Kept]:
+def _train_phases(job: _Job, files: TrainingFiles, progress: Progress) -> tuple[list[PhaseResult], Kept]:
     """One phase after the other, each with a checkpoint of its own: a finished one is not trained again.
 
     Returns what each gave, and the channels that phase 2 has prepared the decoder to keep.
     """
     recipe, ranks = job.recipe, job.ranks
-    watch = _open_watch(job, output, progress) if ranks.is_main else None
+    watch = _open_watch(job, files, progress) if ranks.is_main else None
+    given_up = _given_up(job, files, progress) if ranks.is_main else []
     results: list[PhaseResult] = []
     prepared: Kept = {}
     done = 0
@@ -146,8 +187,9 @@ def _train_phases(job: _Job, output: Path, progress: Progress) -> tuple[list[Pha
             plan,
             batches,
             _settings(recipe, phase),
-            checkpoint_path=_checkpoint_path(output, index),
+            checkpoint_path=files.checkpoint(index),
             resume=recipe.resume == "auto",
+            replaces=[path for path in given_up if path != files.checkpoint(index)],
             run_key=_run_key(job, index),
             perceptual=job.perceptual,
             progress=progress,
@@ -158,35 +200,41 @@ def _train_phases(job: _Job, output: Path, progress: Progress) -> tuple[list[Pha
         results.append((phase, result))
         prepared |= plan.to_keep
         done += result.num_steps
+        given_up = []  # what has these names now is of this run
     return results, prepared
 
 
-def _finish(output: Path, header: ArtifactHeader, job: _Job, results: list[PhaseResult], *, force: bool) -> Path:
-    save_checkpoint(output, header, decoder=job.student, force=force)
-    curves = draw_curves(output, results)
-    for index in range(1, len(results) + 1):
-        _checkpoint_path(output, index).unlink(missing_ok=True)
+def _given_up(job: _Job, files: TrainingFiles, progress: Progress) -> list[Path]:
+    """The checkpoints that are there and not to be gone on from; says so."""
+    if job.recipe.resume == "auto" or not (found := files.checkpoints(len(job.phases))):
+        return []
+    progress.warn(
+        f"resume is never: starting anew. The first checkpoint of this run takes the place of "
+        f"{describe_checkpoints(found)}; until then, running without --resume never goes on from there"
+    )
+    return found
+
+
+def _finish(
+    files: TrainingFiles, header: ArtifactHeader, job: _Job, results: list[PhaseResult], *, force: bool
+) -> Path:
+    save_checkpoint(files.output, header, decoder=job.student, force=force)
+    curves = draw_curves(files.output, results)
+    for path in files.checkpoints(len(results)):
+        path.unlink(missing_ok=True)
     return curves
 
 
-def _checkpoint_path(output: Path, index: int) -> Path:
-    return output.with_suffix(f".phase{index}.ckpt")
-
-
-def _log_path(output: Path) -> Path:
-    return output.with_suffix(".log.jsonl")
-
-
-def _open_watch(job: _Job, output: Path, progress: Progress) -> TrainingWatch:
+def _open_watch(job: _Job, files: TrainingFiles, progress: Progress) -> TrainingWatch:
     recipe = job.recipe
-    resumes = recipe.resume == "auto" and _checkpoint_path(output, 1).exists()
-    log = TrainingLog(_log_path(output), _run_key(job, 0), resumes=resumes)
+    resumes = recipe.resume == "auto" and files.checkpoint(1).exists()
+    log = TrainingLog(files.log, _run_key(job, 0), resumes=resumes)
     board = None if recipe.tensorboard is None else TensorBoardLog(Path(recipe.tensorboard))
     strips = None
     if recipe.sample_every_minutes is not None:
         (latents,) = job.data.first(1)
         every_s = 60 * recipe.sample_every_minutes
-        strips = SampleStrips(output.with_suffix(".samples"), latents, job.student, job.teacher, every_s=every_s)
+        strips = SampleStrips(files.samples, latents, job.student, job.teacher, every_s=every_s)
     return TrainingWatch(progress, log, board, strips)
 
 
@@ -195,6 +243,7 @@ def choose_phases(recipe: DistillRecipe, inputs: Inputs, progress: Progress) -> 
 
     Raises:
         DistillationError: none fits.
+        SpecError: phase 2 is to prepare a stage or channel group that the decoder lacks.
     """
     schedule = recipe.schedule()
     family = get_family(inputs.checkpoint.family)
@@ -210,6 +259,8 @@ def choose_phases(recipe: DistillRecipe, inputs: Inputs, progress: Progress) -> 
         if phase.phase in misfits:
             progress.log(f"phase {phase.phase} is left out: {misfits[phase.phase]}")
     fitting = tuple(phase for phase in schedule if phase.phase not in misfits)
+    if any(phase.phase == 2 for phase in fitting):
+        require_known_ratios(recipe, inputs.checkpoint.require_decoder().spec)
     if not fitting:
         raise DistillationError("no phase of the recipe fits this decoder: " + "; ".join(misfits.values()))
     return fitting

@@ -31,7 +31,7 @@ from flashvaed_cli.metrics.lpips_metric import LpipsMetric, load_lpips
 from flashvaed_cli.metrics.quality import QualityAccumulator, QualityResult, mean_quality
 from flashvaed_cli.metrics.speed import SpeedResult, speed_ratio, synchronizer, time_alternating
 from flashvaed_cli.progress import Progress
-from flashvaed_cli.recipe.models import EvalRecipe
+from flashvaed_cli.recipe.evaluate import EvalRecipe
 from flashvaed_cli.recipe.quantities import parse_memory
 from flashvaed_cli.report.evaluation import (
     ClipFigures,
@@ -45,6 +45,7 @@ from flashvaed_cli.report.pictures import save_strip, select_frames, side_by_sid
 from flashvaed_cli.report.speed import SPEED_JSON
 from flashvaed_cli.stages.clips import find_data, raw_latents
 from flashvaed_cli.stages.compared import derived_decoders, distinct_names
+from flashvaed_cli.stages.fitted_clips import latent_grid, whole_side
 from flashvaed_cli.stages.folders import filled_at_the_end, moved, refuse_foreign_folder
 from flashvaed_cli.stages.loading import DTYPES, Inputs, choose_device, choose_input, load_inputs
 from flashvaed_cli.stages.result import StageOutcome
@@ -64,7 +65,7 @@ def run_evaluate(recipe: EvalRecipe, *, progress: Progress, force: bool, command
 
     Raises:
         ArtifactError: decoder or original cannot be loaded.
-        MediaError: no readable clip.
+        MediaError: no readable clip, or sides that hold no latent.
         MetricUnavailableError: `lpips: on` without the backbone's weights.
         FlashVaedError: the output folder holds files of something else.
     """
@@ -73,6 +74,8 @@ def run_evaluate(recipe: EvalRecipe, *, progress: Progress, force: bool, command
     location = choose_input(recipe.input, EvalRecipe, progress)
     device = choose_device(recipe.device)
     inputs = load_inputs(location, original=recipe.original, family=recipe.family, device=device, progress=progress)
+    if recipe.max_side is not None:
+        whole_side("max_side", recipe.max_side, latent_grid(inputs.original))  # refuses what holds no latent
     notes: list[str] = []
     lpips = _lpips(recipe, device, notes)
     decoders = _decoders(inputs, recipe)
@@ -277,22 +280,31 @@ def _open_clip(
         longest = latents.shape[2] if recipe.num_frames is None else spec.num_latents(recipe.num_frames)
         latents = latents[:1, :, :longest].to(inputs.device)
         num_frames = 1 + spec.temporal_factor * (latents.shape[2] - 1)
-        return _latent_chunks(latents, chunk, spec.temporal_factor), num_frames, _LATENT_FPS
+        num_frames = min(num_frames, recipe.num_frames or num_frames)
+        return _latent_chunks(latents, num_frames, chunk, spec.temporal_factor), num_frames, _LATENT_FPS
     num_frames = count_frames(path)
     num_frames = min(num_frames, recipe.num_frames or num_frames)
     return _video_chunks(path, num_frames, chunk, inputs, recipe), num_frames, probe_video(path).fps
 
 
-def _latent_chunks(latents: Float[Tensor, "1 C T Hz Wz"], chunk: int, factor: int) -> Iterator[_Chunk]:
+def _latent_chunks(latents: Float[Tensor, "1 C T Hz Wz"], num_frames: int, chunk: int, factor: int) -> Iterator[_Chunk]:
+    """Chunks of latents; of the last one, only the frames up to `num_frames` count."""
+    done = 0
     for start in range(0, latents.shape[2], chunk):
         part = latents[:, :, start : start + chunk]
-        yield _Chunk(None, part, factor * part.shape[2] - (factor - 1 if start == 0 else 0))
+        count = min(factor * part.shape[2] - (factor - 1 if start == 0 else 0), num_frames - done)
+        yield _Chunk(None, part, count)
+        done += count
 
 
 def _video_chunks(path: Path, num_frames: int, chunk: int, inputs: Inputs, recipe: EvalRecipe) -> Iterator[_Chunk]:
-    """Frames cut on latent borders, the last chunk filled up by repeating its last frame, and encoded."""
+    """Frames cut on latent borders, the last chunk filled up by repeating its last frame, and encoded.
+
+    An encoder that sees frames ahead takes the whole clip as one chunk.
+    """
     encoder = inputs.original.require_encoder()
     factor, multiple = encoder.spec.temporal_factor, encoder.spec.spatial_factor
+    chunk = chunk if encoder.spec.is_causal else encoder.spec.num_latents(num_frames)
     frames = iter_frames(path, start=0, stop=num_frames, max_side=recipe.max_side)
     past: State | None = None
     while True:

@@ -19,7 +19,7 @@ from flashvaed_cli.export.parity import seeded_latents
 from flashvaed_cli.export.result import ExportResult
 from flashvaed_cli.export.uniform_layout import fits_uniform_layout
 from flashvaed_cli.progress import Progress
-from flashvaed_cli.recipe.models import ExportRecipe
+from flashvaed_cli.recipe.export import ExportRecipe
 from flashvaed_cli.report.tables import Column, TableData, to_records
 from flashvaed_cli.stages.folders import filled_at_the_end, moved, refuse_foreign_folder
 from flashvaed_cli.stages.loading import DTYPES, choose_input, load_input, with_plain_operators
@@ -71,8 +71,8 @@ def _write_targets(
         options = OnnxOptions(
             dtype=DTYPES[recipe.dtype],
             opset=recipe.opset,
-            latent_mean=checkpoint.latent_mean,
-            latent_std=checkpoint.latent_std,
+            latent_mean=checkpoint.latent_mean or None,
+            latent_std=checkpoint.latent_std or None,
             seed=recipe.seed,
         )
         results.append(export_onnx_clip(decoder, folder / f"{name}.onnx", options=options, progress=progress))
@@ -98,15 +98,15 @@ def _export_original_layout(checkpoint: Checkpoint, path: Path, recipe: ExportRe
     notes = fit.notes(None if encoder is None else encoder.spec.stages[0].blocks[0].conv.out_width)  # type: ignore[union-attr]
     if fit.base_width is not None and family.uniform_note is not None:
         notes = (family.uniform_note.format(base_width=fit.base_width),)
-    described = family.described(decoder.spec)
+    described = {key: value for one in (decoder, encoder) if one for key, value in family.described(one.spec).items()}
+    statistics = {"latents_mean": checkpoint.latent_mean, "latents_std": checkpoint.latent_std}
     return export_safetensors(
         {name: tensor.to(dtype) for name, tensor in tensors.items()},
         path,
         {
             "format": "pt",
             FAMILY_KEY: checkpoint.family,
-            "latents_mean": json.dumps(checkpoint.latent_mean),
-            "latents_std": json.dumps(checkpoint.latent_std),
+            **{key: json.dumps(values) for key, values in statistics.items() if values},
             **({"config": json.dumps(described)} if described else {}),
         },
         reload=_reload_decoder,
@@ -124,7 +124,8 @@ def _check_latents(checkpoint: Checkpoint, seed: int) -> torch.Tensor:
     spec = checkpoint.require_decoder().spec
     num_latents, height, width = _CHECK_GRID
     grid = (1 if spec.still else num_latents, height, width)
-    return seeded_latents(spec, grid, seed=seed, latent_mean=checkpoint.latent_mean, latent_std=checkpoint.latent_std)
+    mean, std = checkpoint.latent_mean or None, checkpoint.latent_std or None
+    return seeded_latents(spec, grid, seed=seed, latent_mean=mean, latent_std=std)
 
 
 def _table(results: list[ExportResult]) -> TableData:

@@ -14,7 +14,7 @@ The record `measured.width_latency` of an analysis:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,8 @@ from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.metrics.module_times import profile_modules
 from flashvaed_cli.metrics.speed import synchronizer
 from flashvaed_cli.progress import Progress
+from flashvaed_cli.recipe.analyze import AnalyzeRecipe
+from flashvaed_cli.recipe.prune import PruneRecipe
 from flashvaed_cli.stages.loading import DTYPES
 from flashvaed_cli.surgery.respec import spec_of_widths
 
@@ -68,6 +70,24 @@ class TimedClip:
             "dtype": self.dtype,
             "layout": LAYOUT,
         }
+
+
+def whole_clip(
+    clip: TimedClip, spec: DecoderSpec, recipe: AnalyzeRecipe | PruneRecipe, progress: Progress
+) -> TimedClip:
+    """The clip with frames and side rounded up to whole latents: what is decoded. What was asked for is said."""
+    num_latents, side, _ = clip.grid(spec)
+    whole = replace(clip, num_frames=1 + spec.temporal_factor * (num_latents - 1), side=spec.spatial_factor * side)
+    said, reasons = [], []
+    if whole.num_frames != clip.num_frames and recipe.given("latency_frames"):
+        said.append(f"--latency-frames {clip.num_frames} is timed as {whole.num_frames}")
+        reasons.append("single frames" if spec.still else f"1 + {spec.temporal_factor} n frames")
+    if whole.side != clip.side:
+        said.append(f"--latency-side {clip.side} is timed as {whole.side}")
+        reasons.append(f"sides that {spec.spatial_factor} divides")
+    if said:
+        progress.warn(f"{' and '.join(said)}: this decoder takes {' and '.join(reasons)}")
+    return whole
 
 
 def latency_model_record(

@@ -13,7 +13,7 @@ from flashvaed_cli.decoders.exact import plain_decoder
 from flashvaed_cli.decoders.still import still_decoder
 from flashvaed_cli.errors import ArtifactError, FlashVaedError
 from flashvaed_cli.progress import Progress
-from flashvaed_cli.recipe.models import CommandRecipe
+from flashvaed_cli.recipe.settings import CommandRecipe
 from flashvaed_cli.zoo.builtin import BUILTINS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -71,6 +71,8 @@ def load_inputs(
     """
     checkpoint = with_plain_operators(load_input(location, family, progress))
     parent = with_plain_operators(load_original(checkpoint, original, BUILTINS, needs_encoder=False))
+    if parent.location != checkpoint.location:
+        _warn_of(parent, progress)
     for loaded in (checkpoint, parent):
         _require_finite_weights(loaded)
         for coder in (loaded.decoder, loaded.encoder):
@@ -82,6 +84,9 @@ def load_inputs(
 def load_input(location: str, family: str | None, progress: Progress) -> Checkpoint:
     """Load a checkpoint; where names and configuration leave several families open, say so and which one is taken.
 
+    What the checkpoint lacks is a warning.
+
+
     Raises:
         ArtifactError: not found, unreadable or not of that family.
     """
@@ -92,7 +97,13 @@ def load_input(location: str, family: str | None, progress: Progress) -> Checkpo
             f"{location}: {checkpoint.family} and {others} name their tensors alike; taken as {checkpoint.family} "
             f"(--family {checkpoint.twins[0]} if it is that)"
         )
+    _warn_of(checkpoint, progress)
     return checkpoint
+
+
+def _warn_of(checkpoint: Checkpoint, progress: Progress) -> None:
+    for note in checkpoint.notes:
+        progress.warn(f"{checkpoint.location}: {note}")
 
 
 def with_plain_operators(checkpoint: Checkpoint) -> Checkpoint:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,15 @@ from flashvaed_cli.artifact.store import read_artifact, read_header, refuse_over
 from flashvaed_cli.calibrate.statistics import collect_statistics
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.families import get_family
-from flashvaed_cli.decoders.groups import Kept, channel_groups, compose_kept
+from flashvaed_cli.decoders.groups import ChannelGroup, Kept, channel_groups, compose_kept
 from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.errors import ArtifactError, SpecError
 from flashvaed_cli.numerics.covariance import TensorStatistics
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.fields import ANALYSIS_FILE
-from flashvaed_cli.recipe.models import PruneRecipe
+from flashvaed_cli.recipe.prune import PruneRecipe
 from flashvaed_cli.report.tables import Column, TableData
+from flashvaed_cli.stages.asked_names import require_known_ratios
 from flashvaed_cli.stages.budget import budget_table, judge_budget, plan_budget
 from flashvaed_cli.stages.clips import CalibrationClips, plan_calibration
 from flashvaed_cli.stages.loading import DTYPES, choose_device, choose_input, load_inputs
@@ -45,6 +46,7 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
     device = choose_device(recipe.device)
     inputs = load_inputs(location, original=recipe.original, family=recipe.family, device=device, progress=progress)
     decoder = inputs.checkpoint.require_decoder()
+    require_known_ratios(recipe, decoder.spec)
     clips = plan_calibration(
         inputs.original, recipe, recipe.num_calibration_clips, device, progress, still=decoder.spec.still
     )
@@ -67,8 +69,11 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
         prepared=prepared,
     )
     _tell_of_prepared(prepared, kept, progress)
+    unpruned = _unpruned(channel_groups(decoder.spec), ratios, kept, round_to)
     if not kept:
-        raise SpecError(f"nothing to prune: the ratios {ratios} keep every channel")
+        raise SpecError(f"nothing to prune: {unpruned or f'the ratios {ratios} keep every channel'}")
+    if unpruned:
+        progress.warn(unpruned)
     _warn_of_unvarying(selections, progress)
     student = transfer_weights(decoder, narrowed_spec(decoder.spec, kept), kept)
     errors = []
@@ -104,6 +109,21 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
     if budget is not None:
         tables.append(budget_table(measured["budget"]))
     return StageOutcome((output,), tuple(tables), measured)
+
+
+def _unpruned(groups: Sequence[ChannelGroup], ratios: Mapping[str, float], kept: Kept, round_to: int) -> str | None:
+    """Which groups have a ratio below 1 and yet keep all their channels, why, and what to do; None if none does."""
+    asked = [(group, ratios.get(group.name, ratios.get(group.stage, 1.0))) for group in groups]
+    whole = [(group, ratio) for group, ratio in asked if ratio < 1 and group.tensors[0] not in kept]
+    if not whole:
+        return None
+    named = ", ".join(f"{group.name} ({ratio:g} of {group.width})" for group, ratio in whole[:_NUM_SHOWN])
+    if len(whole) > _NUM_SHOWN:
+        named += f" and {len(whole) - _NUM_SHOWN} more"
+    reason, mending = "the nearest whole number of channels is all of them", "a smaller --ratio"
+    if round_to > 1:
+        reason, mending = f"the nearest multiple of --round-to {round_to} is all of them", "a smaller --round-to"
+    return f"{named}: {reason}, so they stay as they are. Give {mending} to prune them"
 
 
 def _prepared_channels(checkpoint: Checkpoint) -> Kept:

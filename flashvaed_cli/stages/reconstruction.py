@@ -5,7 +5,7 @@ from __future__ import annotations
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.groups import Kept, compose_kept, tensor_widths
 from flashvaed_cli.progress import Progress
-from flashvaed_cli.recipe.models import ReconstructingRecipe
+from flashvaed_cli.recipe.settings import ReconstructingRecipe
 from flashvaed_cli.report.tables import Column, TableData
 from flashvaed_cli.stages.clips import CalibrationClips
 from flashvaed_cli.stages.loading import Inputs

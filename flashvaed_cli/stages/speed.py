@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.errors import DecodeError
 from flashvaed_cli.metrics.autotune import device_name
 from flashvaed_cli.progress import Progress
-from flashvaed_cli.recipe.models import EvalRecipe
+from flashvaed_cli.recipe.evaluate import EvalRecipe
 from flashvaed_cli.recipe.quantities import parse_memory, parse_size
 from flashvaed_cli.report.speed import SPEED_JSON, SpeedReport, all_notes, save_speed, speed_document, speed_tables
 from flashvaed_cli.stages.compared import derived_decoders
@@ -20,6 +21,7 @@ from flashvaed_cli.stages.loading import DTYPES, choose_device, choose_input, lo
 from flashvaed_cli.stages.result import StageOutcome
 from flashvaed_cli.stages.speed_table import RESERVED_NAMES, ClipSize, SpeedSettings, time_decoders
 
+_DEFAULT_FRAMES = 9
 _UNUSED = ("data", "latent_scale", "num_clips", "num_frames", "max_side", "video", "lpips", "allow_download")
 
 
@@ -28,7 +30,8 @@ def run_speed(recipe: EvalRecipe, *, progress: Progress, force: bool, command_li
 
     Raises:
         ArtifactError: decoder or original cannot be loaded.
-        DecodeError: to be compiled, and this machine has no compiler; or no decoder fits the memory at any size.
+        DecodeError: several frames for a decoder of single images; to be compiled, and this machine has no compiler;
+            or no decoder fits the memory at any size.
         FlashVaedError: the output folder holds files of something else.
     """
     output = Path(recipe.output)
@@ -37,6 +40,7 @@ def run_speed(recipe: EvalRecipe, *, progress: Progress, force: bool, command_li
     device = choose_device(recipe.device)
     inputs = load_inputs(location, original=recipe.original, family=recipe.family, device=device, progress=progress)
     original, derived = inputs.original.require_decoder(), derived_decoders(inputs, recipe, taken=RESERVED_NAMES)
+    lengths = _lengths(recipe, {inputs.original.location: original, **derived})
     if recipe.compile:
         DecodeRuntime(original, DecodeSettings(compile=True))  # says at once where no compiler is at hand
     tables, notes = [], []
@@ -44,7 +48,7 @@ def run_speed(recipe: EvalRecipe, *, progress: Progress, force: bool, command_li
     if idle := recipe.given(*_UNUSED):
         progress.warn(f"{', '.join(idle)}: no role with --speed, which decodes random latents and judges no clip")
     for height, width in map(parse_size, recipe.sizes):
-        for num_frames in recipe.frames:
+        for num_frames in lengths:
             size = _whole(ClipSize(num_frames, height, width), original, progress)
             try:
                 table, remarks = time_decoders(original, derived, size, _settings(recipe), device, progress=progress)
@@ -69,6 +73,21 @@ def run_speed(recipe: EvalRecipe, *, progress: Progress, force: bool, command_li
     written = save_speed(report, output)
     figures = {"speed": str(written["json"]), "tables": speed_document(report)["tables"]}
     return StageOutcome((written["markdown"], written["json"]), speed_tables(report), figures, all_notes(report))
+
+
+def _lengths(recipe: EvalRecipe, decoders: Mapping[str, Decoder]) -> tuple[int, ...]:
+    """Frames of the clips to time: those asked for, or what suits all decoders.
+
+    Raises:
+        DecodeError: several frames are asked for, and one of the decoders takes single images.
+    """
+    stills = [name for name, decoder in decoders.items() if decoder.spec.still]
+    if recipe.frames is None:
+        return (1 if stills else _DEFAULT_FRAMES,)
+    if stills and (several := [num_frames for num_frames in recipe.frames if num_frames > 1]):
+        listed = ",".join(map(str, several))
+        raise DecodeError(f"--frames {listed}: {stills[0]} decodes single images; give --frames 1, or leave it out")
+    return recipe.frames
 
 
 def describe_device(device: torch.device) -> str:

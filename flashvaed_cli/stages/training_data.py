@@ -14,10 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flashvaed_cli.errors import MediaError
+from flashvaed_cli.media.cache_key import CacheKey
 from flashvaed_cli.media.cuts import ClipSize, CutSettings
 from flashvaed_cli.media.latent_cache import (
     CachedLatents,
-    CacheKey,
     CacheWriter,
     claim_folder,
     drop_shards,
@@ -27,8 +27,9 @@ from flashvaed_cli.media.latent_cache import (
     sole_writer,
 )
 from flashvaed_cli.progress import Progress
-from flashvaed_cli.recipe.models import DistillRecipe
-from flashvaed_cli.stages.clip_source import ClipSource, latent_grid, warn_of_skipped
+from flashvaed_cli.recipe.distill import DistillRecipe
+from flashvaed_cli.stages.clip_source import ClipSource, warn_of_skipped
+from flashvaed_cli.stages.fitted_clips import latent_grid
 from flashvaed_cli.stages.loading import Inputs
 
 _STEP_STRIDE = 1_000_003  # a prime: steps of runs with neighbouring seeds do not share random numbers
@@ -175,7 +176,7 @@ def training_data(
             raise
     wait()
     stored = read_key(folder)
-    cached = None if stored is None else read_cache(folder, stored)
+    cached = None if stored is None else read_cache(folder, stored, progress.warn)
     if stored is None or cached is None:
         raise MediaError(f"{folder} holds no complete latent cache: every machine must see the same folder.")
     return _collect(cached, cached.skipped, source, recipe, num_encoded=num_encoded, stored=stored)
@@ -184,7 +185,7 @@ def training_data(
 def _complete_cache(folder: Path, source: ClipSource, progress: Progress) -> int:
     """Write what the cache lacks; returns the number of clips that were encoded for it."""
     stored = claim_folder(folder, source.key)
-    cached = read_cache(folder, stored)
+    cached = read_cache(folder, stored, progress.warn)
     if cached is not None and not _drop_damaged(cached, progress):
         progress.log(f"latents from the cache {folder}: {len(cached.sizes)} clips")
         warn_of_skipped(progress, cached.skipped)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flashvaed_cli.distill.loop import TrainResult
-from flashvaed_cli.recipe.models import PhaseRecipe
+from flashvaed_cli.recipe.distill import PhaseRecipe
 from flashvaed_cli.report.curves import plot_losses
 from flashvaed_cli.report.tables import Column, TableData
 

@@ -28,7 +28,8 @@ class TrainingLog:
     """`NAME.log.jsonl`: one line per entry of the history, only ever appended to.
 
     A resumed run goes through steps again that were logged before it was killed: what is there is not written
-    twice. The first line names the run, so that another run's log is replaced.
+    twice. The first line names the run, so that another run's log is replaced: with the first entry, which a run that
+    is refused does not come to.
     """
 
     def __init__(self, path: Path, run_key: str, *, resumes: bool) -> None:
@@ -41,14 +42,17 @@ class TrainingLog:
         for line in lines[1:]:
             entry = json.loads(line)
             self._last = max(self._last, (entry["index"], entry["step"]))
-        with atomic_path(path) as sibling:
-            sibling.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        self._begun: list[str] | None = lines
 
     def append(self, index: int, phase: int, entry: HistoryEntry) -> None:
         """Add an entry of the `index`th phase (from 1) that was run."""
         place = (index, int(entry["step"]))
         if place <= self._last:
             return
+        if self._begun is not None:
+            with atomic_path(self._path) as sibling:
+                sibling.write_text("".join(f"{line}\n" for line in self._begun), encoding="utf-8")
+            self._begun = None
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"index": index, "phase": phase, **entry}) + "\n")
         self._last = place
@@ -131,7 +135,7 @@ class TrainingWatch:
         def after_step(step: int, entry: HistoryEntry | None) -> None:
             if entry is not None:
                 self._attempt("log", lambda: self._log.append(index, phase, entry))
-                if (board := self._board) is not None:
+                if (board := self._board) is not None and entry["step"] == step:  # it keeps what is past
                     self._attempt("TensorBoard", lambda: board.append(done_before, phase, entry))
             if (strips := self._strips) is not None:
                 self._attempt("sample strips", lambda: strips.draw_if_due(phase, step))

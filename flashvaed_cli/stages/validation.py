@@ -15,7 +15,8 @@ from flashvaed_cli.decoders.exact import exact_decoder
 from flashvaed_cli.decoders.streaming import decode
 from flashvaed_cli.metrics.quality import compare_frames, mean_quality
 from flashvaed_cli.progress import Progress
-from flashvaed_cli.recipe.models import CalibratedRecipe, DistillRecipe
+from flashvaed_cli.recipe.distill import DistillRecipe
+from flashvaed_cli.recipe.settings import CalibratedRecipe
 from flashvaed_cli.stages.clips import find_data, plan_calibration
 from flashvaed_cli.stages.loading import Inputs
 

@@ -17,7 +17,7 @@ from flashvaed_cli.media import latent_cache
 from flashvaed_cli.media.cuts import ClipSize
 from flashvaed_cli.media.video import read_clip
 from flashvaed_cli.progress import SilentProgress
-from flashvaed_cli.recipe.models import DistillRecipe
+from flashvaed_cli.recipe.distill import DistillRecipe
 from flashvaed_cli.stages import clip_source
 from flashvaed_cli.stages.loading import Inputs, load_inputs
 from flashvaed_cli.stages.training_data import LatentPool, TrainingData, training_data
@@ -299,6 +299,19 @@ def test_a_damaged_shard_is_made_anew(
     assert ["shard-00001.safetensors is damaged" in warning for warning in progress.warnings] == [True]
     assert mended.record()["num_encoded"] == 2
     assert_same_draws(written, mended)
+
+
+def test_a_damaged_index_encodes_nothing_again(inputs: Inputs, videos: Path, tmp_path: Path) -> None:
+    recipe = settings(videos, cache_latents=str(tmp_path / "cache"))
+    written = training_data(recipe, inputs, SilentProgress())
+    index = tmp_path / "cache/index.json"
+    index.write_bytes(index.read_bytes()[:-100])
+    progress = SilentProgress()
+    mended = training_data(recipe, without_encoder(inputs), progress)
+    assert ["index.json is damaged" in warning for warning in progress.warnings] == [True]
+    assert mended.record()["num_encoded"] == 0
+    assert_same_draws(written, mended)
+    assert training_data(recipe, without_encoder(inputs), silent := SilentProgress()) and silent.warnings == []
 
 
 def test_changed_data_is_refused(inputs: Inputs, videos: Path, tmp_path: Path) -> None:

@@ -42,8 +42,7 @@ def test_a_full_disk_ends_the_log_and_not_the_training(tmp_path: Path) -> None:
     path = tmp_path / "logs" / "flash.log.jsonl"
     progress = SilentProgress()
     watch = TrainingWatch(progress, TrainingLog(path, "a", resumes=False), None, None)
-    path.unlink()
-    path.mkdir()  # an OSError, as a full disk is
+    path.mkdir(parents=True)  # an OSError, as a full disk is
     after_step = watch.for_phase(1, 3, 0)
     for step in (5, 10):
         after_step(step, {"step": step, "loss": 1.0})

@@ -1,0 +1,183 @@
+"""The settings of `flashvaed distill`: the phases, the weights of the loss, and the run as a whole."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from flashvaed_cli.recipe.fields import (
+    BUILTIN_VAE,
+    CONVERTED_FILE,
+    FLASH_FILE,
+    PRUNED_FILE,
+    Buckets,
+    CacheDType,
+    Count,
+    Name,
+    Names,
+    NonNegative,
+    OptionalCount,
+    OptionalPositive,
+    PhaseChoice,
+    Positive,
+    Switch,
+    WholeNumber,
+    int_as_text,
+)
+from flashvaed_cli.recipe.settings import ClipFields, FrozenModel, RatioFields
+
+
+class LossWeights(FrozenModel):
+    """Weight of every term of the distillation loss; 0 switches a term off.
+
+    Reference: arXiv 2602.19161 for L1, LPIPS, feature, SSIM and L_ce; the others are ours.
+    """
+
+    l1: NonNegative = Field(default=10.0, description="Mean absolute difference of pixels.")
+    mse: NonNegative = Field(default=0.0, description="Mean squared difference of pixels; of the order of 1e-3.")
+    lpips: NonNegative = Field(default=2.0, description="Perceptual distance; needs the backbone's weights.")
+    feature: NonNegative = Field(default=1.0, description="Mean absolute difference of stage features.")
+    ssim: NonNegative = Field(default=5.0, description="1 - SSIM.")
+    l_ce: NonNegative = Field(default=1.0, description="1 - R2 of all channels given the kept ones; phase 2 only.")
+    sharpness: NonNegative = Field(default=0.0, description="Difference of Laplacian pyramids.")
+    energy: NonNegative = Field(
+        default=0.0,
+        description="Logarithm of the ratio of Laplacian energies, against softness; 0.002 beside mse 1, say.",
+    )
+    temporal: NonNegative = Field(default=0.0, description="Difference of frame-to-frame changes.")
+
+
+class PhaseRecipe(FrozenModel):
+    """One phase of distillation."""
+
+    phase: Literal[1, 2, 3] = Field(
+        description="1: converted deep stages. 2: the whole, before pruning, with L_ce. 3: the whole, after pruning."
+    )
+    num_steps: Count = Field(default=100, description="Optimizer steps.")
+    learning_rate: Positive = Field(default=3e-4, description="Learning rate of the optimizer.")
+
+
+class DistillRecipe(ClipFields, RatioFields):
+    """Settings of `flashvaed distill`; the ratios and the rule name the channels that phase 2 prepares for pruning."""
+
+    command: ClassVar[str] = "distill"
+    default_inputs: ClassVar[tuple[str, ...]] = (CONVERTED_FILE, PRUNED_FILE, BUILTIN_VAE)
+
+    input: Name | None = Field(
+        default=None, description="Decoder to train: a file, folder, hf:// address or builtin:NAME."
+    )
+    original: Name | None = Field(
+        default=None, description="The original VAE, where it is not the one that the input remembers."
+    )
+    phases: Annotated[tuple[PhaseRecipe, ...], Field(min_length=1)] = Field(
+        default=(PhaseRecipe(phase=1), PhaseRecipe(phase=2), PhaseRecipe(phase=3)), description="The phases, in order."
+    )
+    phase: Annotated[PhaseChoice, BeforeValidator(int_as_text)] = Field(
+        default="all",
+        description="Train this phase only; all takes those that fit the decoder (2 needs an unpruned one).",
+    )
+    num_steps: Count | None = Field(
+        default=None, description="Optimizer steps of every phase, in place of the phases' own."
+    )
+    learning_rate: Positive | None = Field(
+        default=None, description="Learning rate of every phase, in place of the phases' own."
+    )
+    optimizer: Literal["soap", "adamw"] = Field(
+        default="soap",
+        description="soap: Adam in the eigenbasis of the gradients, gentle with weights solved by least squares and "
+        "faster per step of training. adamw: the paper's.",
+    )
+    weight_decay: NonNegative = Field(default=1e-4, description="Weight decay.")
+    gradient_clip_norm: Positive = Field(default=1.0, description="Longest gradient that is let through unscaled.")
+    max_relative_step: OptionalPositive = Field(
+        default=0.01,
+        description="With adamw: longest step of a weight tensor as a fraction of its root mean square; it lowers the "
+        "learning rate of tensors with tiny weights only. 0 sets no limit, as in the paper.",
+    )
+    learning_rate_schedule: Literal["cosine", "constant"] = Field(
+        default="cosine", description="After the warm-up: fall to a twentieth in half a cosine, or stay."
+    )
+    num_warmup_steps: WholeNumber | None = Field(
+        default=None,
+        description="Steps over which the learning rate of a phase rises; by default a fifth of them, at most 200.",
+    )
+    ema_decay: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = Field(
+        default=None, description="End each phase with the moving average of its weights; 0.999 for long runs."
+    )
+    gradient_accumulation: Count = Field(
+        default=1, description="Batches per step, one after the other: more clips per step in the same memory."
+    )
+    checkpoint_activations: Switch = Field(
+        default=False, description="Recompute activations in the backward pass: less memory, about a third more time."
+    )
+    compile: Switch = Field(default=False, description="Compile both decoders with torch.compile.")
+    num_clips: Count = Field(default=64, description="Clips to cut from the data and train on; encoded once.")
+    batch_size: Count = Field(default=2, description="Clips per step.")
+    num_frames: Count = Field(default=9, description="Frames per training clip, rounded down to what the VAE takes.")
+    crop_size: OptionalCount = Field(
+        default=96, description="Side in pixels of the square cut from each clip, whole latents; 0 takes all."
+    )
+    buckets: Buckets = Field(
+        default=(),
+        description="In place of num_frames and crop_size: sizes of clip to train on, frames x height x width; "
+        "all clips of a step are of one. Repeatable.",
+    )
+    num_workers: WholeNumber | None = Field(
+        default=None,
+        description="Processes that decode videos while this one encodes; 0 decodes in this one. By default at most 4, "
+        "one core less than there are, and none for few clips.",
+    )
+    cache_latents: Name | None = Field(
+        default=None,
+        description="Folder to keep encoded clips in: written once, taken up by later runs on the same data.",
+    )
+    cache_dtype: CacheDType = Field(
+        default="float32",
+        description="Number format of that folder; float16 takes half the room and rounds latents to 11 bits.",
+    )
+    loss_weights: LossWeights = Field(default=LossWeights(), description="Weight of every loss term.")
+    allow_download: Switch = Field(
+        default=False, description="Fetch the backbone of the LPIPS term if its weights are absent."
+    )
+    validation_data: Names = Field(
+        default=(),
+        description="Videos, folders or latent files that are not trained on, even if data names them too: at most 8 "
+        "clips of num_frames whole frames (of at most max_side, or else 512, pixels), to follow PSNR to the original's "
+        "output and sharpness; repeatable.",
+    )
+    validate_every_steps: Count = Field(default=100, description="Steps between two looks at the validation data.")
+    checkpoint_every_steps: Count = Field(default=50, description="Steps between two checkpoints.")
+    checkpoint_every_minutes: OptionalPositive = Field(
+        default=10.0, description="Minutes between two checkpoints, where that is sooner; 0 counts steps only."
+    )
+    sample_every_minutes: OptionalPositive = Field(
+        default=10.0, description="Minutes between two strips of a sample clip in NAME.samples/; 0 draws none."
+    )
+    tensorboard: Name | None = Field(default=None, description="Folder to log to for TensorBoard.")
+    resume: Literal["auto", "never"] = Field(
+        default="auto",
+        description="auto goes on from the checkpoint of an interrupted run of the same recipe; never starts anew, "
+        "and the old checkpoint stays until the first new one.",
+    )
+    output: Name = Field(default=FLASH_FILE, description="Decoder artifact to write.")
+
+    @model_validator(mode="after")
+    def _chosen_phase_exists(self) -> DistillRecipe:
+        if not self.schedule():
+            listed = ", ".join(str(phase.phase) for phase in self.phases)
+            raise ValueError(f"`phase` is {self.phase}, but `phases` lists only {listed}")
+        return self
+
+    def schedule(self) -> tuple[PhaseRecipe, ...]:
+        """The phases to train, with `phase`, `num_steps` and `learning_rate` applied."""
+        overrides = {"num_steps": self.num_steps, "learning_rate": self.learning_rate}
+        given = {name: value for name, value in overrides.items() if value is not None}
+        return tuple(phase.model_copy(update=given) for phase in self.phases if self.phase in ("all", str(phase.phase)))
+
+    def warmup_steps(self, phase: PhaseRecipe) -> int:
+        """Steps over which the learning rate of a phase rises.
+
+        AdamW's first steps are as long as the learning rate in every weight, however small the gradient.
+        """
+        return min(200, -(-phase.num_steps // 5)) if self.num_warmup_steps is None else self.num_warmup_steps

@@ -1,0 +1,91 @@
+"""The settings of `flashvaed eval`, and what goes together."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from flashvaed_cli.recipe.fields import (
+    BUILTIN_VAE,
+    CONVERTED_FILE,
+    FLASH_FILE,
+    PRUNED_FILE,
+    Count,
+    Counts,
+    Memory,
+    Name,
+    Names,
+    OptionalCount,
+    Sizes,
+    Switch,
+)
+from flashvaed_cli.recipe.quantities import NAMED_SIZES
+from flashvaed_cli.recipe.settings import ClipFields
+
+_SPEED_ONLY = ("sizes", "frames", "compile", "autotune")
+
+
+class EvalRecipe(ClipFields):
+    """Settings of `flashvaed eval`."""
+
+    command: ClassVar[str] = "eval"
+    default_inputs: ClassVar[tuple[str, ...]] = (FLASH_FILE, CONVERTED_FILE, PRUNED_FILE, BUILTIN_VAE)
+
+    input: Name | None = Field(
+        default=None, description="Decoder to judge: a file, folder, hf:// address or builtin:NAME."
+    )
+    original: Name | None = Field(
+        default=None, description="The original VAE, where it is not the one that the input remembers."
+    )
+    compare: Names = Field(
+        default=(), description="Further decoders of the same original, for more columns in the tables; repeatable."
+    )
+    num_clips: OptionalCount = Field(default=None, description="Judge at most so many clips.")
+    num_frames: OptionalCount = Field(default=None, description="Judge at most so many frames of each clip.")
+    chunk: Count | None = Field(
+        default=None, description="Latent frames decoded at a time; bounds memory, changes no frame."
+    )
+    num_speed_rounds: Count = Field(
+        default=5, description="Timed rounds of all decoders in alternation, after a warm-up."
+    )
+    speed: Switch = Field(
+        default=False,
+        description="Only time the decoders, on random latents, against the original eager and tuned; no clips.",
+    )
+    sizes: Sizes = Field(
+        default=("256x256",),
+        description=f"With --speed: frame sizes, by commas; {', '.join(NAMED_SIZES)} or WIDTHxHEIGHT.",
+    )
+    frames: Counts | None = Field(
+        default=None,
+        description="With --speed: frames per clip, by commas; rounded up to whole latents (1 + 4 n for Wan, 1 + 8 n "
+        "for LTX). By default 9, and 1 where a decoder is one of single images.",
+    )
+    compile: Switch = Field(default=False, description="With --speed: compile the tuned decoders with torch.compile.")
+    tile: Count | None = Field(
+        default=None, description="Side in latents of the tiles that are decoded by themselves; changes no frame."
+    )
+    max_memory: Memory | None = Field(
+        default=None, description="Choose chunk and tile so that every decoder stays below this, such as 4GB."
+    )
+    autotune: Switch = Field(
+        default=False,
+        description="With --speed: try layouts, operators, chunks (and --compile) first; remembered per machine.",
+    )
+    video: Switch = Field(default=True, description="Write a side-by-side MP4 (a PNG for single frames).")
+    lpips: Literal["auto", "on", "off"] = Field(
+        default="auto", description="auto reports LPIPS when the backbone's weights are there; on fails without them."
+    )
+    allow_download: Switch = Field(default=False, description="Fetch the LPIPS backbone's weights if they are absent.")
+    output: Name = Field(
+        default="report", description="Folder to write report.json, report.md and pictures (speed.json, speed.md) to."
+    )
+
+    @model_validator(mode="after")
+    def _speed_settings_need_speed(self) -> EvalRecipe:
+        given = [name for name in _SPEED_ONLY if getattr(self, name) != type(self).model_fields[name].default]
+        if given and not self.speed:
+            listed = ", ".join(f"`{name}`" for name in given)
+            raise ValueError(f"{listed}: only with --speed, which times decoders and judges no clip")
+        return self

@@ -1,0 +1,66 @@
+"""Names of stages and channel groups that a recipe or a flag asks for: refused before any work where they are none."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from flashvaed_cli.decoders.families import get_family
+from flashvaed_cli.decoders.groups import channel_groups
+from flashvaed_cli.decoders.layer_spec import ResBlockSpec
+from flashvaed_cli.decoders.spec import DecoderSpec
+from flashvaed_cli.errors import SpecError
+from flashvaed_cli.recipe.convert_ops import ConvertOpsRecipe
+from flashvaed_cli.recipe.settings import CommandRecipe, RatioFields
+
+
+def require_known_ratios(recipe: RatioFields, spec: DecoderSpec) -> None:
+    """Refuse ratios for stages and channel groups that the decoder lacks.
+
+    Raises:
+        SpecError: names who asked (a recipe file and its key, or the flag), what there is, and how to mend it.
+    """
+    groups = channel_groups(spec)
+    shallow = get_family(spec.family).shallow_stages
+    stages = [stage.name for stage in spec.stages if any(group.stage == stage.name for group in groups)]
+    for field, kind, known in (
+        ("stage_keep_ratios", "stage", stages),
+        ("group_keep_ratios", "channel group", [group.name for group in groups]),
+    ):
+        ratios = getattr(recipe, field)
+        for name in _unknown(ratios, known):
+            mending = "give one of these"
+            if recipe.origin(field, name) is not None:
+                mending = (
+                    f"change it there, or replace all ratios of the recipe by --ratio {ratios[name]:g}, which is for "
+                    f"{_listed(shallow)}, the stages that are pruned in {spec.family}"
+                )
+            raise _refusal(recipe, field, name, f"--ratio {name}={ratios[name]:g}", kind, known, mending)
+
+
+def require_known_operators(recipe: ConvertOpsRecipe, spec: DecoderSpec) -> None:
+    """Refuse operators for stages that the decoder lacks, or that have nothing to convert.
+
+    Raises:
+        SpecError: as above.
+    """
+    stages = [stage.name for stage in spec.stages if any(isinstance(b, ResBlockSpec) for b in stage.blocks)]
+    for name in _unknown(recipe.operators, stages):
+        asked_by_flag = recipe.origin("operators", name) is None
+        mending = "give one of these" if asked_by_flag else "change it there; the profile has an operator for each"
+        flag = f"--operator {name}={recipe.operators[name]}"
+        raise _refusal(recipe, "operators", name, flag, "stage to convert", stages, mending)
+
+
+def _unknown(names: Iterable[str], known: Collection[str]) -> list[str]:
+    return [name for name in names if name not in known]
+
+
+def _refusal(
+    recipe: CommandRecipe, field: str, name: str, flag: str, kind: str, known: Iterable[str], mending: str
+) -> SpecError:
+    asked = recipe.origin(field, name) or flag
+    return SpecError(f"{asked}: this decoder has no {kind} '{name}', but {', '.join(known)}: {mending}")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return " and ".join(names)

@@ -1,0 +1,66 @@
+"""What a training writes beside its output: checkpoints, log, strips, and the lock that keeps a second run away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from flashvaed_cli.distill.checkpoint import checkpoint_state
+from flashvaed_cli.errors import DistillationError
+from flashvaed_cli.locks import exclusive_lock
+
+
+@dataclass(frozen=True)
+class TrainingFiles:
+    """The places, all of them named after the output."""
+
+    output: Path
+
+    def checkpoint(self, index: int) -> Path:
+        """Of the `index`th phase (from 1) that is run."""
+        return self.output.with_suffix(f".phase{index}.ckpt")
+
+    @property
+    def log(self) -> Path:
+        """The log of lines."""
+        return self.output.with_suffix(".log.jsonl")
+
+    @property
+    def samples(self) -> Path:
+        """The folder of strips."""
+        return self.output.with_suffix(".samples")
+
+    def checkpoints(self, num_phases: int) -> list[Path]:
+        """Those of the first phases that are there."""
+        places = map(self.checkpoint, range(1, num_phases + 1))
+        return [path for path in places if path.exists()]
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other runs from training the same output while the block runs.
+
+        Raises:
+            DistillationError: another one does.
+        """
+        with exclusive_lock(
+            self.output.with_name(f".{self.output.stem}.lock"),
+            lambda holder: DistillationError(
+                f"another run is training {self.output} ({holder}): wait until it has ended, or give this one another "
+                "--output"
+            ),
+        ):
+            yield
+
+
+def describe_checkpoints(paths: list[Path]) -> str:
+    """`flash.phase1.ckpt (phase 1, 40 of 100 steps)`, and so on."""
+    return ", ".join(f"{path} ({_describe(path)})" for path in paths)
+
+
+def _describe(path: Path) -> str:
+    try:
+        return str(checkpoint_state(path))
+    except DistillationError:
+        return "unreadable"
