@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -12,7 +13,8 @@ from typer.core import TyperGroup
 
 from flashvaed_cli import __version__
 from flashvaed_cli.cli import analyze, convert_ops, distill, evaluate, export, prune
-from flashvaed_cli.cli.running import ARGV_KEY
+from flashvaed_cli.cli.interruption import interruption, sigterm_raises
+from flashvaed_cli.cli.running import ARGV_KEY, DONE_KEY
 from flashvaed_cli.errors import FlashVaedError
 
 HELP = "Turn the decoder of a video VAE into a fast drop-in decoder for the same latents."
@@ -38,7 +40,8 @@ class _Program(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with sigterm_raises(), _interrupts_told(ctx):
+                return super().invoke(ctx)
         except FlashVaedError as error:
             from flashvaed_cli.cli.console import print_error
 
@@ -53,6 +56,16 @@ class _Program(TyperGroup):
             place = f"{error.filename}: " if error.filename else ""
             print_error(f"{place}{error.strerror}. Free the space, or choose another place with --output.")
             raise typer.Exit(FlashVaedError.exit_code) from error
+
+
+@contextmanager
+def _interrupts_told(ctx: Any) -> Iterator[None]:
+    """Those outside of a stage: while a command loads what it needs, or prints its result."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        done = ctx.meta.get(DONE_KEY, False)
+        raise interruption(error, "all was written" if done else "nothing was written") from error
 
 
 _BOXES_NEED_COLUMNS = 100  # in narrower terminals rich cuts off the names of long flags

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shlex
-import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -16,14 +14,14 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from flashvaed_cli.cli.console import open_progress, stdout_console
-from flashvaed_cli.errors import Interrupted
+from flashvaed_cli.cli.interruption import OutputWatch, interruption, is_main_process
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe import CommandRecipe, find_recipe, load_recipe, resolve
 
 CommandRecipeT = TypeVar("CommandRecipeT", bound=CommandRecipe)
 ContravariantRecipeT = TypeVar("ContravariantRecipeT", bound=CommandRecipe, contravariant=True)
 
-ARGV_KEY = "flashvaed.argv"
+ARGV_KEY, DONE_KEY = "flashvaed.argv", "flashvaed.done"
 
 # Fields whose parameter has another name than they: what the flag is called in errors.
 PARSED_FLAGS = {
@@ -91,18 +89,20 @@ def run_stage(context: typer.Context, stage: StageFunction[CommandRecipeT], reci
     Of the processes that a launcher started together, the main one prints.
 
     Raises:
-        Interrupted: Ctrl-C, outside of a training that saves first.
+        Interrupted: Ctrl-C or SIGTERM, outside of a training that saves first.
     """
+    output = OutputWatch(getattr(recipe, "output", None))
     try:
         with open_progress(quiet=context.params["quiet"]) as progress:
             result = stage(recipe, progress=progress, force=context.params["force"], command_line=command_line(context))
     except KeyboardInterrupt as error:  # stages write their output whole, at the end
-        output = getattr(recipe, "output", "the output")
-        interrupted = Interrupted(f"interrupted: nothing was written to {output}", signal.SIGINT)
-        interrupted.is_told_elsewhere = not _is_main_process()
-        raise interrupted from error
-    if not _is_main_process():
-        return
+        raise interruption(error, output.outcome()) from error
+    context.meta[DONE_KEY] = True
+    if is_main_process():
+        _print_result(context, result)
+
+
+def _print_result(context: typer.Context, result: StageResult) -> None:
     if context.params["json_output"]:
         document = {**result.as_dict(), "paths": [str(path) for path in result.paths]}
         typer.echo(json.dumps(_finite(document), indent=2, allow_nan=False))
@@ -111,11 +111,6 @@ def run_stage(context: typer.Context, stage: StageFunction[CommandRecipeT], reci
     console.print(result.table())
     for path in result.paths:
         console.print(Text(f"wrote {path}"), soft_wrap=True)
-
-
-def _is_main_process() -> bool:
-    """What torchrun and `accelerate launch` say; true where there is no launcher."""
-    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def command_line(context: typer.Context) -> str:

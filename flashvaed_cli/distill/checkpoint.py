@@ -131,18 +131,31 @@ def load_checkpoint(state: TrainState, path: Path) -> int:
     return content["num_ranks"]
 
 
-def checkpoint_run_key(path: Path) -> str:
-    """The run that a checkpoint belongs to, for callers that decide whether to take it up.
+@dataclass(frozen=True)
+class CheckpointState:
+    """How far the run of a checkpoint is."""
+
+    phase: int
+    step: int
+    num_steps: int
+
+    def __str__(self) -> str:
+        return f"phase {self.phase}, {self.step} of {self.num_steps} steps"
+
+
+def checkpoint_state(path: Path) -> CheckpointState:
+    """What a checkpoint holds, without loading its tensors.
 
     Raises:
         DistillationError: missing or damaged.
     """
-    return _read(path)["run_key"]
+    content = _read(path, mmap=True)
+    return CheckpointState(content["phase"], content["counters"]["step"], content["settings"]["num_steps"])
 
 
-def _read(path: Path) -> dict:
+def _read(path: Path, *, mmap: bool = False) -> dict:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DistillationError(
@@ -168,5 +181,5 @@ def _require_same_run(content: dict, state: TrainState, path: Path) -> None:
     if reasons:
         raise DistillationError(
             f"{path} belongs to another run ({'; '.join(reasons)}). Give the settings it was made with to go on, "
-            "or delete it to start anew."
+            "or delete it (or set resume to never) to start anew."
         )

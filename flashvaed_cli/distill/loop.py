@@ -36,7 +36,10 @@ Validate = Callable[[], Mapping[str, float]]
 """Figures of the student on clips that it does not train on, for the history."""
 
 AfterStep = Callable[[int, HistoryEntry | None], None]
-"""Told, on the main rank, how many steps are done, and the entry of the history that was just closed, if one was."""
+"""Told, on the main rank, how many steps are done, and the entry of the history that was just closed, if one was.
+
+At the start it is told of every entry there is already, so that a log which lacks some is made whole.
+"""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ def train(
     *,
     checkpoint_path: Path | None = None,
     resume: bool = False,
+    replaces: Sequence[Path] = (),
     run_key: str = "",
     perceptual: Perceptual | None = None,
     progress: Progress | None = None,
@@ -91,6 +95,8 @@ def train(
         checkpoint_path: where to save; the file of a finished phase stays (resuming it does no step)
             and is the caller's to delete. All ranks read it, the main one writes it.
         resume: go on from `checkpoint_path` if it is there.
+        replaces: files of an earlier run that are given up: the main rank removes them when the first checkpoint of
+            this one is on disk.
         run_key: names the run in the checkpoint; see `TrainState`.
         perceptual: the LPIPS term; without it the term is absent, and the result says so.
         ranks: the processes that train together.
@@ -110,8 +116,9 @@ def train(
     ranks.share(state.trained)
     if validate is not None and ranks.is_main and state.step == 0:
         state.history.append({"step": 0, **validate(), "seconds": 0.0})
-        if after_step is not None:
-            after_step(0, state.history[-1])
+    if after_step is not None and ranks.is_main:
+        for entry in state.history:
+            after_step(state.step, entry)
     saved_at = time.monotonic()
     title = f"distill phase {plan.number}"
     with (
@@ -152,7 +159,7 @@ def train(
 
             stop_signal, is_late = _agree(ranks, state, wish.signal_number, saved_at)
             if checkpoint_path is not None and _checkpoint_is_due(state, stop_signal, is_late=is_late):
-                _save(state, checkpoint_path, ranks)
+                _save(state, checkpoint_path, ranks, replaces)
                 saved_at = time.monotonic()
             if after_step is not None and ranks.is_main:
                 after_step(state.step, entry)
@@ -202,9 +209,12 @@ def _agree(ranks: Ranks, state: TrainState, signal_number: int | None, saved_at:
     return next((number for number in range(1, signal.NSIG) if agreed[number]), None), bool(agreed[signal.NSIG])
 
 
-def _save(state: TrainState, path: Path, ranks: Ranks) -> None:
+def _save(state: TrainState, path: Path, ranks: Ranks, replaces: Sequence[Path]) -> None:
     ranks.from_main(lambda: save_checkpoint(state, path))
     state.saved_step = state.step
+    if ranks.is_main:
+        for old in replaces:
+            old.unlink(missing_ok=True)
 
 
 def _start(student: Decoder, plan: PhasePlan, settings: TrainSettings, run_key: str, ranks: Ranks) -> TrainState:

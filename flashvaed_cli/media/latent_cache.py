@@ -9,9 +9,10 @@ of mantissa, half the room). Shards are memory-mapped, so a reader holds only wh
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
+import itertools
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,6 +29,8 @@ from torch import Tensor
 
 from flashvaed_cli.atomic import atomic_path
 from flashvaed_cli.errors import MediaError
+from flashvaed_cli.locks import exclusive_lock
+from flashvaed_cli.media.cache_key import CacheKey, FileStamp, cache_misfits, digest_of
 from flashvaed_cli.media.cuts import Bucket, ClipSize, CutSettings
 
 FORMAT = 1
@@ -35,49 +38,11 @@ SHARD_BYTES = 64_000_000
 SHARD_CLIPS = 256
 SHARD_SECONDS = 60.0  # a shard is closed early, so that a kill costs at most a minute
 _KEY_FILE, _INDEX_FILE, _LOCK_FILE = "key.json", "index.json", ".lock"
+_MARK, _MARK_VALUE = "flashvaed", "latent-cache"  # a file of ours, which no search for latents takes for data
+_SHARD_NAME = re.compile(r"shard-\d{5,}\.safetensors")
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 _MAX_OPEN_SHARDS = 64
 _MAX_NAMES_SHOWN = 3
-
-
-@dataclass(frozen=True)
-class FileStamp:
-    """A data file as it was: absolute path, size in bytes, time of its last change. Size -1: not there."""
-
-    path: str
-    num_bytes: int
-    changed_ns: int
-
-
-def stamp_file(path: Path) -> FileStamp:
-    """The stamp of a file, without reading it."""
-    path = path.absolute()
-    try:
-        status = path.stat()
-    except OSError:
-        return FileStamp(str(path), -1, 0)
-    return FileStamp(str(path), status.st_size, status.st_mtime_ns)
-
-
-@dataclass(frozen=True)
-class CacheKey:
-    """What decides the content of a cache.
-
-    Attributes:
-        vae: SHA-256 of the VAE that encodes.
-        latent_scale: of latent files among `files`; None where there are none.
-    """
-
-    vae: str
-    files: tuple[FileStamp, ...]
-    latent_scale: str | None
-    cut: CutSettings
-    dtype: str
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the key."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -122,30 +87,6 @@ class CachedLatents:
         return part.float()
 
 
-def cache_misfits(stored: CacheKey, wanted: CacheKey) -> list[str]:
-    """Why a run cannot take its clips from a cache; empty if it can: it may want fewer and smaller clips."""
-    reasons = []
-    plain = {
-        "VAE (SHA-256)": (stored.vae[:12], wanted.vae[:12]),
-        "latent scale": (stored.latent_scale, wanted.latent_scale),
-        "longest side": (stored.cut.max_side, wanted.cut.max_side),
-        "seed": (stored.cut.seed, wanted.cut.seed),
-        "number format": (stored.dtype, wanted.dtype),
-    }
-    reasons += [f"{name} {old} instead of {new}" for name, (old, new) in plain.items() if old != new]
-    if files := _file_changes(stored.files, wanted.files):
-        reasons.append(files)
-    if stored.cut.num_clips < wanted.cut.num_clips:
-        reasons.append(f"{stored.cut.num_clips} clips instead of {wanted.cut.num_clips}")
-    listed = ", ".join(str(bucket) for bucket in stored.cut.buckets)
-    reasons += [
-        f"clips of {listed}, of which none covers {bucket}"
-        for bucket in wanted.cut.buckets
-        if not any(_covers(one, bucket) for one in stored.cut.buckets)
-    ]
-    return reasons
-
-
 def claim_folder(folder: Path, wanted: CacheKey) -> CacheKey:
     """The key of the cache in a folder; an empty or absent folder becomes a cache with the wanted one.
 
@@ -181,10 +122,10 @@ def read_key(folder: Path) -> CacheKey | None:
     Raises:
         MediaError: unreadable, or of another version.
     """
-    content = _read_json(folder / _KEY_FILE)
-    if content is None:
-        return None
     try:
+        content = _read_json(folder / _KEY_FILE)
+        if content is None:
+            return None
         if content.pop("format") != FORMAT:
             raise ValueError("another format")
         cut = content.pop("cut")
@@ -195,25 +136,37 @@ def read_key(folder: Path) -> CacheKey | None:
         raise _unreadable(folder / _KEY_FILE, error) from error
 
 
-def read_cache(folder: Path, key: CacheKey) -> CachedLatents | None:
+def read_cache(folder: Path, key: CacheKey, warn: Callable[[str], None]) -> CachedLatents | None:
     """The complete cache of a folder, its shards not yet checked; None if it is not complete.
 
+    A damaged index is one that is missing: `CacheWriter` makes it anew from the shards. `warn` is told.
+
     Raises:
-        MediaError: the index cannot be read.
+        MediaError: the index is there and may not be read.
     """
-    content = _read_json(folder / _INDEX_FILE)
-    if content is None:
-        return None
+    path = folder / _INDEX_FILE
     try:
+        content = _read_json(path)
+        if content is None:
+            return None
+        stated = content.pop("sha256", None)  # absent in the first caches
+        if stated is not None and stated != digest_of(content):
+            raise ValueError("its content does not have the checksum that it states")
         if content["key"] != key.digest:
             return None
-        shards = tuple(
-            Shard(s["name"], s["num_bytes"], s["sha256"], {int(n): ClipSize(*size) for n, size in s["clips"].items()})
-            for s in content["shards"]
-        )
+        shards = tuple(_shard_of_record(record) for record in content["shards"])
         return CachedLatents(folder, key, shards, dict(content["skipped"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _unreadable(folder / _INDEX_FILE, error) from error
+        reason = str(error) or type(error).__name__
+        warn(f"{path} is damaged ({reason}): it is made anew from the shards, and what they lack is encoded again")
+        return None
+
+
+def _shard_of_record(record: Mapping[str, Any]) -> Shard:
+    if not _SHARD_NAME.fullmatch(record["name"]):
+        raise ValueError(f"{record['name']!r} is no shard")
+    clips = {int(number): ClipSize(*size) for number, size in record["clips"].items()}
+    return Shard(record["name"], record["num_bytes"], record["sha256"], clips)
 
 
 def is_intact(folder: Path, shard: Shard, *, content: bool = True) -> bool:
@@ -231,16 +184,13 @@ def sole_writer(folder: Path) -> Iterator[None]:
     Raises:
         MediaError: another process writes it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK_FILE).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise MediaError(
-                f"Another process is writing the latents of {folder}. Wait until it is done, or give another folder."
-            ) from error
-        except OSError:
-            pass  # a file system without locks
+    with exclusive_lock(
+        folder / _LOCK_FILE,
+        lambda holder: MediaError(
+            f"Another process is writing the latents of {folder} ({holder}). Wait until it is done, or give another "
+            "folder."
+        ),
+    ):
         yield
 
 
@@ -261,11 +211,13 @@ class CacheWriter:
             path.unlink()
         for path in sorted(folder.glob("shard-*.safetensors")):
             shard = _scan_shard(path, key)
-            if shard is None:
+            if shard is not None:
+                self.shards.append(shard)
+            elif _is_ours(path):
                 warn(f"{path} is damaged or of another cache: its clips are encoded anew")
                 path.unlink()
             else:
-                self.shards.append(shard)
+                warn(f"{path} is no file of this cache: it is left alone")
 
     def __enter__(self) -> CacheWriter:
         return self
@@ -295,33 +247,33 @@ class CacheWriter:
         """Write the index: the cache is complete."""
         self._flush()
         shards = [
-            {**asdict(shard), "clips": {n: [s.num_frames, s.height, s.width] for n, s in shard.clips.items()}}
+            {**asdict(shard), "clips": {str(n): [s.num_frames, s.height, s.width] for n, s in shard.clips.items()}}
             for shard in self.shards
         ]
         document = {"format": FORMAT, "key": self.key.digest, "shards": shards, "skipped": dict(skipped)}
-        _write_json(self.folder / _INDEX_FILE, document)
+        _write_json(self.folder / _INDEX_FILE, {**document, "sha256": digest_of(document)})
         return CachedLatents(self.folder, self.key, tuple(self.shards), dict(skipped))
 
     def _flush(self) -> None:
         if not self._pending:
             return
-        taken = {shard.name for shard in self.shards}
-        place = next(i for i in range(len(taken) + 1) if _shard_name(i) not in taken)
-        path = self.folder / _shard_name(place)
-        # The key "flashvaed" marks a file of ours, which no search for latents takes for data.
-        metadata = {"flashvaed": "latent-cache", "key": self.key.digest}
+        path = next(p for p in map(self._path, itertools.count()) if not p.exists())
+        metadata = {_MARK: _MARK_VALUE, "key": self.key.digest}
         try:
             with atomic_path(path) as sibling:
                 save_file({_name(number): one for number, one in self._pending.items()}, sibling, metadata=metadata)
         except (SafetensorError, OSError) as error:
             raise MediaError(
-                f"{path} cannot be written ({error}); the {len(taken)} shards before it are kept. Make room, or give "
-                "--cache-latents another folder, and run again."
+                f"{path} cannot be written ({error}); the {len(self.shards)} shards before it are kept. Make room, or "
+                "give --cache-latents another folder, and run again."
             ) from error
         clips = {number: ClipSize(*one.shape[1:]) for number, one in self._pending.items()}
         self.shards.append(Shard(path.name, path.stat().st_size, _sha256(path), clips))
         self._pending = {}
         self._flushed_at = time.monotonic()
+
+    def _path(self, place: int) -> Path:
+        return self.folder / f"shard-{place:05d}.safetensors"
 
 
 def _scan_shard(path: Path, key: CacheKey) -> Shard | None:
@@ -334,6 +286,19 @@ def _scan_shard(path: Path, key: CacheKey) -> Shard | None:
     except (SafetensorError, OSError, ValueError, TypeError):
         return None
     return Shard(path.name, path.stat().st_size, _sha256(path), clips)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file with the name of a shard is one, of whatever cache; an unreadable one is a damaged shard."""
+    if not _SHARD_NAME.fullmatch(path.name):
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get(_MARK) == _MARK_VALUE
+    except SafetensorError:
+        return True
+    except OSError:
+        return False
 
 
 def drop_shards(folder: Path, shards: Sequence[Shard]) -> None:
@@ -349,37 +314,21 @@ def _open_shard(path: Path, sha256: str) -> Any:
     return safe_open(path, framework="pt").__enter__()
 
 
-def _file_changes(stored: tuple[FileStamp, ...], wanted: tuple[FileStamp, ...]) -> str:
-    old, new = ({stamp.path: stamp for stamp in stamps} for stamps in (stored, wanted))
-    groups = {
-        "not in it": [path for path in new if path not in old],
-        "only in it": [path for path in old if path not in new],
-        "changed since": [path for path in new if path in old and new[path] != old[path]],
-    }
-    texts = []
-    for what, paths in groups.items():
-        if paths:
-            shown = ", ".join(paths[:_MAX_NAMES_SHOWN]) + (", ..." if len(paths) > _MAX_NAMES_SHOWN else "")
-            texts.append(f"{len(paths)} data file{'s' if len(paths) > 1 else ''} {what} ({shown})")
-    return "; ".join(texts)
-
-
-def _covers(stored: Bucket, wanted: Bucket) -> bool:
-    sides = ((stored.height, wanted.height), (stored.width, wanted.width))
-    return stored.num_frames >= wanted.num_frames and all(
-        old is None or (new is not None and old >= new) for old, new in sides
-    )
-
-
 def _read_json(path: Path) -> dict[str, Any] | None:
+    """The object of a JSON file; None if there is none.
+
+    Raises:
+        MediaError: it may not be read.
+        ValueError: it is damaged.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise _unreadable(path, error) from error
     if not isinstance(content, dict):
-        raise _unreadable(path, ValueError("no JSON object"))
+        raise ValueError("no JSON object")
     return content
 
 
@@ -401,7 +350,3 @@ def _sha256(path: Path) -> str:
 
 def _name(number: int) -> str:
     return f"{number:08d}"
-
-
-def _shard_name(place: int) -> str:
-    return f"shard-{place:05d}.safetensors"

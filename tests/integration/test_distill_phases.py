@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from flashvaed_cli.artifact.store import read_artifact
+from flashvaed_cli.distill.checkpoint import checkpoint_state
 from flashvaed_cli.errors import MediaError
 from flashvaed_cli.stages.training_data import TrainingData
+from flashvaed_cli.stages.training_files import TrainingFiles
 from tests.commands import TRAINING, invoke, succeed
 from tests.toy import write_toy_clip, write_toy_vae
 
@@ -86,6 +90,92 @@ def test_a_run_killed_in_its_second_phase_keeps_the_first(folder: Path, monkeypa
     assert {"loss", "psnr_db", "l_ce", "gradient_norm"} <= set(log[0])
     # An original moves away from what it was, which its teacher remains.
     assert log[1]["l1"] > 0 and log[1]["psnr_db"] < 100
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.fixture
+def killed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a run that was killed in the last step of its second phase."""
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingData, "draw", dying_in(2, 2, TrainingData.draw))
+        assert "killed" in invoke(DISTILL, cwd=folder).stderr
+    return folder
+
+
+def test_a_phase_put_in_front_does_not_take_up_the_checkpoint_of_another(killed: Path) -> None:
+    first = "        - {phase: 2, num_steps: 2, learning_rate: 1e-3}\n"
+    (killed / "two.yaml").write_text(RECIPE.replace(first, 2 * first), encoding="utf-8")
+    before = contents(killed)
+    result = invoke(DISTILL, cwd=killed)
+    assert result.exit_code == 2
+    assert "flash.phase1.ckpt belongs to another run (another recipe, decoder or data)" in result.stderr
+    assert "resume to never" in result.stderr
+    assert contents(killed) == before  # the log too
+
+
+def test_starting_anew_says_what_it_gives_up_and_keeps_it_until_its_first_checkpoint(
+    killed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(killed)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingData, "draw", dying_in(1, 0, TrainingData.draw))
+        result = invoke(f"{DISTILL} --resume never", cwd=killed)
+    assert (
+        "Warning: resume is never: starting anew. The first checkpoint of this run takes the place of "
+        "flash.phase1.ckpt (phase 2, 2 of 2 steps), flash.phase2.ckpt (phase 3, 2 of 3 steps)"
+    ) in result.stderr
+    assert contents(killed) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingData, "draw", dying_in(1, 1, TrainingData.draw))
+        invoke(f"{DISTILL} --resume never", cwd=killed)
+    assert {path.name for path in killed.glob("*.ckpt")} == {"flash.phase1.ckpt"}
+    assert checkpoint_state(killed / "flash.phase1.ckpt").step == 1
+    with monkeypatch.context() as patch:  # the first phase's checkpoint is this run's when the second one saves
+        patch.setattr(TrainingData, "draw", dying_in(2, 1, TrainingData.draw))
+        result = invoke(f"{DISTILL} --resume never", cwd=killed)
+    assert "takes the place of flash.phase1.ckpt (phase 2, 1 of 2 steps);" in result.stderr
+    assert {path.name for path in killed.glob("*.ckpt")} == {"flash.phase1.ckpt", "flash.phase2.ckpt"}
+    resumed = succeed(DISTILL, cwd=killed)
+    assert [phase["resumed_from"] for phase in resumed["phases"]] == [2, 1]
+
+
+def test_a_log_that_lacks_what_the_checkpoints_know_is_made_whole(killed: Path) -> None:
+    (killed / "flash.log.jsonl").unlink()
+    succeed(DISTILL, cwd=killed)
+    assert [(entry["index"], entry["step"]) for entry in log_of(killed)] == [(1, 2), (2, 3)]
+
+
+def test_a_second_run_on_the_same_output_is_refused(folder: Path) -> None:
+    with TrainingFiles(folder / "flash.safetensors").alone():
+        before = contents(folder)
+        result = invoke(DISTILL, cwd=folder)
+        assert result.exit_code == 2
+        assert "another run is training flash.safetensors (process " in result.stderr
+        assert contents(folder) == before
+        succeed(f"{DISTILL} --phase 3 --num-steps 1 --output other.safetensors", cwd=folder)
+    succeed(f"{DISTILL} --phase 3 --num-steps 1", cwd=folder)
+    assert not list(folder.glob(".*"))
+
+
+def test_sigterm_between_two_phases_says_what_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = TrainingData.draw
+
+    def terminated(data: TrainingData, *, seed: int, **settings: int) -> Callable:
+        if seed == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return draw(data, seed=seed, **settings)
+
+    monkeypatch.setattr(TrainingData, "draw", terminated)
+    result = invoke(f"{DISTILL} --quiet --cache-latents cache", cwd=folder)
+    assert result.exit_code == 143
+    assert result.stderr == (
+        "Error: terminated: nothing was written to flash.safetensors; run again to go on from flash.phase1.ckpt "
+        "(phase 2, 2 of 2 steps); what was encoded is kept in cache\n"
+    )
+    assert not list(folder.glob(".*"))  # the lock is gone
 
 
 def test_a_strip_is_drawn_when_it_is_time(folder: Path) -> None:

@@ -89,6 +89,17 @@ def test_killed_at_random_over_an_older_result(folder: Path) -> None:
     assert header.seed == 1 or (folder / "pruned.safetensors").read_bytes() == before
 
 
+def test_sigterm_outside_of_training_says_that_nothing_was_written(folder: Path) -> None:
+    process = start(COMMANDS["pruned.safetensors"] + " --json", folder)
+    assert process.stderr is not None
+    assert process.stderr.readline()  # it has started to work
+    process.send_signal(signal.SIGTERM)
+    printed, errors = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 143, errors
+    assert printed == b"" and errors.endswith(b"Error: terminated: nothing was written to pruned.safetensors\n")
+    assert {path.name for path in folder.iterdir()} == {"vae.safetensors", "clip.mp4"}
+
+
 def test_a_killed_distillation_goes_on_to_the_same_weights(folder: Path) -> None:
     output, checkpoint = folder / "flash.safetensors", folder / "flash.phase1.ckpt"
     process = start(DISTILL, folder)

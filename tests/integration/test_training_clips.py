@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from flashvaed_cli.progress import SilentProgress
-from flashvaed_cli.recipe.models import DistillRecipe
+from flashvaed_cli.recipe.distill import DistillRecipe
 from flashvaed_cli.stages.loading import load_inputs
 from flashvaed_cli.stages.training_data import training_data
 from tests.commands import invoke, succeed

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.distill import checkpoint as checkpoint_module
-from flashvaed_cli.distill.checkpoint import checkpoint_run_key
+from flashvaed_cli.distill.checkpoint import CheckpointState, checkpoint_state
 from flashvaed_cli.distill.interrupts import stop_wish
 from flashvaed_cli.distill.loop import TrainResult, train
 from flashvaed_cli.distill.losses import LossWeights
@@ -45,10 +45,21 @@ def phase_3(student: Decoder) -> PhasePlan:
     return plan_phase_3(student.spec, TEACHER.spec, projections=maps)
 
 
-def run(path: Path | None, *, resume: bool = True, source=batches, **changes) -> tuple[Decoder, TrainResult]:
+def run(
+    path: Path | None, *, resume: bool = True, source=batches, replaces=(), after_step=None, **changes
+) -> tuple[Decoder, TrainResult]:
     student = pruned_student()
-    settings = replace(SETTINGS, **changes)
-    result = train(student, TEACHER, phase_3(student), source, settings, checkpoint_path=path, resume=resume)
+    result = train(
+        student,
+        TEACHER,
+        phase_3(student),
+        source,
+        replace(SETTINGS, **changes),
+        checkpoint_path=path,
+        resume=resume,
+        replaces=replaces,
+        after_step=after_step,
+    )
     return student, result
 
 
@@ -92,11 +103,26 @@ def test_a_finished_phase_resumes_without_a_step(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True))
 
 
-def test_without_resume_the_checkpoint_is_not_read(tmp_path: Path) -> None:
-    path = tmp_path / "phase3.ckpt"
-    path.write_bytes(b"rubbish")
-    _, result = run(path, resume=False)
-    assert result.resumed_from is None and checkpoint_run_key(path) == ""
+def test_without_resume_the_checkpoint_is_not_read_and_stays_until_the_first_new_one(tmp_path: Path) -> None:
+    path, later = tmp_path / "flash.phase1.ckpt", tmp_path / "flash.phase2.ckpt"
+    run(path, num_steps=1)
+    later.write_bytes(b"of the run that is given up")
+    before = path.read_bytes()
+    with pytest.raises(Killed):
+        run(path, resume=False, source=dying_at(1), replaces=[later])
+    assert path.read_bytes() == before and later.exists()
+    with pytest.raises(Killed):
+        run(path, resume=False, source=dying_at(2), replaces=[later])
+    assert checkpoint_state(path) == CheckpointState(phase=3, step=2, num_steps=7)
+    assert not later.exists()
+
+
+def test_what_is_past_is_told_again(tmp_path: Path) -> None:
+    path, told = tmp_path / "phase3.ckpt", []
+    with pytest.raises(Killed):
+        run(path, source=dying_at(6), log_every_steps=2)
+    run(path, log_every_steps=2, after_step=lambda step, entry: entry and told.append((step, entry["step"])))
+    assert told == [(6, 2), (6, 4), (6, 6), (7, 7)]
 
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,24 +8,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor
 
 from flashvaed_cli.errors import MediaError
 from flashvaed_cli.media import latent_cache
+from flashvaed_cli.media.cache_key import CacheKey, FileStamp, cache_misfits, stamp_file
 from flashvaed_cli.media.cuts import Bucket, ClipSize, CutSettings
 from flashvaed_cli.media.latent_cache import (
     CachedLatents,
-    CacheKey,
     CacheWriter,
-    FileStamp,
-    cache_misfits,
     claim_folder,
     drop_shards,
     is_intact,
     read_cache,
     read_key,
     sole_writer,
-    stamp_file,
 )
 from flashvaed_cli.media.sources import find_clips
 
@@ -58,7 +57,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     written = write(tmp_path / "cache")
     stored = claim_folder(tmp_path / "cache", KEY)
-    cached = read_cache(tmp_path / "cache", stored)
+    cached = read_cache(tmp_path / "cache", stored, pytest.fail)
     assert stored == read_key(tmp_path / "cache") == KEY
     assert cached is not None and cached == written
     assert cached.skipped == {"/b.mp4": "broken"}
@@ -74,7 +73,7 @@ def test_cuts_are_prefixes_and_rectangles(
     tmp_path_factory: pytest.TempPathFactory, number: int, t: int, h: int, w: int
 ) -> None:
     folder = tmp_path_factory.getbasetemp() / "shared-cache"
-    cached = read_cache(folder, KEY) if folder.exists() else write(folder)
+    cached = read_cache(folder, KEY, pytest.fail) if folder.exists() else write(folder)
     assert cached is not None
     top, left = 5 - h, 6 - w
     assert torch.equal(cached.cut(number, ClipSize(t, h, w), top, left), clip(number)[:, :t, top:, left:])
@@ -100,7 +99,7 @@ def test_interrupted_writing_goes_on(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         write_some()
-    assert read_cache(tmp_path, claim_folder(tmp_path, KEY)) is None
+    assert read_cache(tmp_path, claim_folder(tmp_path, KEY), pytest.fail) is None
     (tmp_path / ".shard-00002.x.safetensors").write_bytes(b"a sibling that a SIGKILL left")
     with CacheWriter(tmp_path, KEY, warn=pytest.fail) as writer:
         assert writer.numbers == {0, 1, 2, 3}  # the last shard was closed on the way out
@@ -108,7 +107,7 @@ def test_interrupted_writing_goes_on(tmp_path: Path) -> None:
             writer.add(number, clip(number))
         writer.finish({})
     assert not list(tmp_path.glob(".shard*"))
-    cached = read_cache(tmp_path, KEY)
+    cached = read_cache(tmp_path, KEY, pytest.fail)
     assert cached is not None
     assert [torch.equal(cached.cut(n, size), clip(n)) for n, size in cached.sizes.items()] == [True] * 8
 
@@ -136,13 +135,72 @@ def test_damage_is_seen_and_mended(tmp_path: Path, damage: str) -> None:
         path.unlink()
     assert [is_intact(tmp_path, shard) for shard in cached.shards] == [True, False, True]
     drop_shards(tmp_path, [cached.shards[1]])
-    assert read_cache(tmp_path, KEY) is None
+    assert read_cache(tmp_path, KEY, pytest.fail) is None
     with CacheWriter(tmp_path, KEY, warn=pytest.fail) as writer:
         assert writer.numbers == {0, 1, 2, 6, 7}
         for number in (3, 4, 5):
             writer.add(number, clip(number))
         mended = writer.finish({})
     assert torch.equal(mended.cut(4, mended.sizes[4]), clip(4))
+
+
+def with_another_name(text: str) -> str:
+    """As an index without a checksum may have it: dropping damaged shards must not reach outside of the folder."""
+    document = json.loads(text.replace("shard-00001", "../precious"))
+    del document["sha256"]
+    return json.dumps(document)
+
+
+DAMAGES = {
+    "cut off": lambda text: text[: len(text) // 2],
+    "empty": lambda text: text[:0],
+    "no UTF-8": lambda text: b"\xff\xfe" + text.encode(),
+    "another number": lambda text: text.replace('"num_bytes": ', '"num_bytes": 1', 1),
+    "a name outside": with_another_name,
+    "no object": lambda text: f"[{text}]",
+    "nothing in it": lambda text: text[:0] + "{}",
+}
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_index_is_made_anew_from_the_shards(tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "cache"
+    written = write(folder, num_clips=12)  # more than ten: numbers and their texts sort differently
+    assert read_cache(folder, KEY, pytest.fail) == written
+    content = DAMAGES[damage]((folder / "index.json").read_text(encoding="utf-8"))
+    (folder / "index.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    warnings: list[str] = []
+    assert read_cache(folder, KEY, warnings.append) is None
+    assert len(warnings) == 1 and f"{folder / 'index.json'} is damaged (" in warnings[0]
+    with CacheWriter(folder, KEY, warn=pytest.fail) as writer:
+        assert writer.numbers == set(range(12))
+        writer.finish(written.skipped)
+    assert read_cache(folder, KEY, pytest.fail) == written
+
+
+def test_an_index_of_the_first_version_has_no_checksum(tmp_path: Path) -> None:
+    written = write(tmp_path)
+    document = json.loads((tmp_path / "index.json").read_text(encoding="utf-8"))
+    del document["sha256"]
+    (tmp_path / "index.json").write_text(json.dumps(document), encoding="utf-8")
+    assert read_cache(tmp_path, KEY, pytest.fail) == written
+
+
+def test_files_of_others_in_the_folder_stay(tmp_path: Path) -> None:
+    claim_folder(tmp_path, KEY)
+    names = ("shard-00000.safetensors", "shard-best.safetensors", "notes.txt")
+    for name in names[:2]:
+        save_file({"mine": torch.ones(3)}, tmp_path / name)
+    (tmp_path / names[2]).write_text("mine", encoding="utf-8")
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+    warnings: list[str] = []
+    with CacheWriter(tmp_path, KEY, warnings.append) as writer:
+        writer.add(0, clip(0))
+        cached = writer.finish({})
+    assert [shard.name for shard in cached.shards] == ["shard-00001.safetensors"]
+    assert [warning.endswith("it is left alone") for warning in warnings] == [True, True]
+    assert {name: (tmp_path / name).read_bytes() for name in names} == before
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -195,7 +253,7 @@ def test_folders_that_are_no_cache(tmp_path: Path) -> None:
         write(folder)
         (folder / ("index.json" if name == "index.json" else "key.json")).write_text(content)
         if name == "index.json":
-            assert read_cache(folder, KEY) is None  # of another key: written anew from the shards
+            assert read_cache(folder, KEY, pytest.fail) is None  # of another key: written anew from the shards
         else:
             with pytest.raises(MediaError, match="cannot be read as part of a latent cache"):
                 read_key(folder)

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flashvaed_cli.errors import FlashVaedError
+from flashvaed_cli.locks import exclusive_lock
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from flashvaed_cli.locks import exclusive_lock
+with exclusive_lock(Path(sys.argv[1]), ValueError):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_second_is_refused_and_told_who_holds_it(tmp_path: Path) -> None:
+    path = tmp_path / "new" / ".lock"
+    with exclusive_lock(path, FlashVaedError):
+        with pytest.raises(FlashVaedError, match=rf"^process {os.getpid()} on "), exclusive_lock(path, FlashVaedError):
+            pytest.fail("two hold it")
+        assert path.exists()  # the refused one has not removed it
+    assert not path.exists()
+    with exclusive_lock(path, FlashVaedError):
+        pass
+
+
+def test_an_error_gives_it_back(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    with pytest.raises(KeyboardInterrupt), exclusive_lock(path, FlashVaedError):
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_process_leaves_a_file_that_locks_nothing(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE)
+    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+    with pytest.raises(FlashVaedError, match=rf"process {holder.pid} on "), exclusive_lock(path, FlashVaedError):
+        pytest.fail("two hold it")
+    holder.send_signal(signal.SIGKILL)
+    holder.communicate()
+    assert path.exists()
+    with exclusive_lock(path, FlashVaedError):
+        assert path.read_text(encoding="utf-8").startswith(f"process {os.getpid()} on ")
+
+
+def test_a_file_that_its_holder_removes_meanwhile_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who opens the file and locks it after the holder has removed it would lock a file that nobody else sees."""
+    path, opened = tmp_path / ".lock", Path.open
+
+    def removed_after_opening(self: Path, *arguments: object, **options: object) -> object:
+        file = opened(self, *arguments, **options)  # type: ignore[call-overload]
+        monkeypatch.undo()
+        self.unlink()
+        return file
+
+    monkeypatch.setattr(Path, "open", removed_after_opening)
+    with (
+        exclusive_lock(path, FlashVaedError),
+        pytest.raises(FlashVaedError),
+        exclusive_lock(path, FlashVaedError),
+    ):
+        pytest.fail("two hold it")
