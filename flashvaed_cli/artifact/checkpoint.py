@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from flashvaed_cli.artifact.diffusers_config import check_widths, configuration, latent_statistics
+from flashvaed_cli.artifact.diffusers_config import check_keys, check_widths, configuration, latent_statistics
 from flashvaed_cli.artifact.foreign import read_foreign
 from flashvaed_cli.artifact.header import ArtifactHeader, Lineage
 from flashvaed_cli.artifact.hub import SCHEME, fetch_hub_file
@@ -32,6 +32,7 @@ BUILTIN_SCHEME = "builtin:"
 ARTIFACT_LAYOUT = "flashvaed"
 FAMILY_KEY = "flashvaed.family"
 """Where the metadata of what `export` writes in another layout names the family."""
+_NO_STATISTICS = "no latent statistics (per_channel_statistics.*, or latents_mean and latents_std)"
 _LATENT_LAYERS: tuple[tuple[Role, str], ...] = (("decoder", "post_quant.0"), ("encoder", "quant.0"))
 
 
@@ -43,10 +44,12 @@ class Checkpoint:
         location: as given.
         sha256: of the file (of the list of files for a folder).
         layout: `flashvaed`, `wan-original` or `diffusers`.
-        latent_mean: per latent channel, so that normalized = (raw - latent_mean) / latent_std.
+        latent_mean: per latent channel, so that normalized = (raw - latent_mean) / latent_std; both are empty where
+            nothing tells them.
         kept_channels: see `ArtifactHeader`; empty for foreign checkpoints.
         header: None for foreign checkpoints.
         twins: other families that it may be of as well; empty where the user, a configuration or the names tell.
+        notes: what was missing or left aside, a line each.
     """
 
     location: str
@@ -60,6 +63,24 @@ class Checkpoint:
     kept_channels: dict[str, tuple[int, ...]] = field(default_factory=dict)
     header: ArtifactHeader | None = None
     twins: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def latent_width(self) -> int:
+        """Number of latent channels."""
+        coder = self.encoder if self.decoder is None else self.decoder
+        assert coder is not None
+        return coder.spec.latent_width
+
+    def require_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation per latent channel. Raises ArtifactError if nothing tells them."""
+        if not self.latent_mean or not self.latent_std:
+            raise ArtifactError(
+                f"{self.location}: {_NO_STATISTICS}, and normalized latents are to be made raw with them. Give raw "
+                "latents (--latent-scale raw), or a checkpoint that has them: a diffusers folder, LTX's own file, or "
+                "latents_mean and latents_std in the metadata of the safetensors file."
+            )
+        return self.latent_mean, self.latent_std
 
     def require_decoder(self) -> Decoder:
         """The decoder. Raises ArtifactError if there is none."""
@@ -152,11 +173,15 @@ def _load_foreign(location: str, path: Path, family: str | None) -> Checkpoint:
     family = family or weights.metadata.get(FAMILY_KEY)
     config_class = (weights.config or {}).get("_class_name")
     layout = recognise(_shapes(weights.tensors), location, family=family, config_class=config_class)
-    coders = coders_from_foreign(weights.tensors, layout, location, configuration(weights))
+    config = configuration(weights, get_family(layout.family), location)
+    coders = coders_from_foreign(weights.tensors, layout, location, config)
     specs: dict[Role, CoderSpec] = {role: coder.spec for role, coder in coders.items()}
+    unknown = check_keys(config, specs, location)
     if weights.whole_folder:
         check_widths(weights.config or {}, specs, location)
     mean, std = latent_statistics(weights, get_family(layout.family), specs, location)
+    notes = [] if mean else [f"{_NO_STATISTICS}: latents can be read in raw scale only"]
+    notes += [f"keys of its configuration that are not known and play no role: {', '.join(unknown)}"] if unknown else []
     return Checkpoint(
         location=location,
         sha256=sha256_of_files(weights.files),
@@ -167,6 +192,7 @@ def _load_foreign(location: str, path: Path, family: str | None) -> Checkpoint:
         latent_mean=mean,
         latent_std=std,
         twins=() if family or config_class else twins(layout),
+        notes=tuple(notes),
     )
 
 
@@ -337,10 +363,10 @@ def load_original(
         )
     if needs_encoder:
         original.require_encoder()
-    if len(original.latent_mean) != len(checkpoint.latent_mean):
+    if original.latent_width != checkpoint.latent_width:
         raise ArtifactError(
-            f"{original.location} has {len(original.latent_mean)} latent channels, {checkpoint.location} has "
-            f"{len(checkpoint.latent_mean)}: not its original. Give the right one with --original."
+            f"{original.location} has {original.latent_width} latent channels, {checkpoint.location} has "
+            f"{checkpoint.latent_width}: not its original. Give the right one with --original."
         )
     return original
 

@@ -1,9 +1,9 @@
-"""What a diffusers configuration says about the weights beside it."""
+"""What the configuration of a checkpoint says about its weights: of diffusers beside them, or in their metadata."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -29,19 +29,23 @@ def latent_statistics(
     metadata of the safetensors file (JSON lists), else those of the family's release. A `scaling_factor` of the
     configuration divides the deviations.
 
+    Returns:
+        both empty where nothing tells them: latents can then be used in raw scale only.
     Raises:
-        ArtifactError: not one positive figure per latent channel.
+        ArtifactError: not one positive figure per latent channel, or one of the two without the other.
     """
     latent_width = _latent_width(specs)
     source, mean, std = f"the {family.name} release", family.latent_mean, family.latent_std
     config = weights.config or {}
-    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+    if _has_both(config, CONFIG_NAME, location):
         source, mean, std = CONFIG_NAME, config["latents_mean"], config["latents_std"]
-    elif (found := _tensor_statistics(weights.tensors)) is not None:
+    elif (found := _tensor_statistics(weights.tensors, location)) is not None:
         source, mean, std = "the file", *found
-    elif "latents_mean" in weights.metadata and "latents_std" in weights.metadata:
+    elif _has_both(weights.metadata, "its metadata", location):
         source = "its metadata"
         mean, std = (_parsed(weights.metadata[key], key, location) for key in ("latents_mean", "latents_std"))
+    elif not mean and not std:
+        return (), ()
     if len(mean) != latent_width or len(std) != latent_width or min(std, default=0) <= 0:
         raise ArtifactError(
             f"{location}: latents_mean and latents_std of {source} have {len(mean)} and {len(std)} figures; expected "
@@ -52,26 +56,46 @@ def latent_statistics(
     return tuple(map(float, mean)), tuple(float(value) / scaling for value in std)
 
 
-def _tensor_statistics(tensors: Mapping[str, Tensor]) -> tuple[list[float], list[float]] | None:
+def _has_both(given: Mapping[str, Any], source: str, location: str) -> bool:
+    """Whether `latents_mean` and `latents_std` are given. Raises ArtifactError if only one of them is."""
+    there = [key for key in ("latents_mean", "latents_std") if given.get(key) is not None]
+    if len(there) == 1:
+        raise ArtifactError(f"{location}: {source} gives {there[0]} without the other of latents_mean and latents_std.")
+    return bool(there)
+
+
+def _tensor_statistics(tensors: Mapping[str, Tensor], location: str) -> tuple[list[float], list[float]] | None:
     """Mean and deviation where a family keeps them among the weights."""
-    mean = next((tensors[name] for name in MEAN_NAMES if name in tensors), None)
-    std = next((tensors[name] for name in STD_NAMES if name in tensors), None)
-    return None if mean is None or std is None else (mean.flatten().tolist(), std.flatten().tolist())
+    found = [next((name for name in names if name in tensors), None) for names in (MEAN_NAMES, STD_NAMES)]
+    if found[0] is None and found[1] is None:
+        return None
+    if found[0] is None or found[1] is None:
+        absent = (STD_NAMES if found[1] is None else MEAN_NAMES)[0]
+        raise ArtifactError(f"{location}: holds {found[0] or found[1]} but not {absent}. Give a whole checkpoint.")
+    return tensors[found[0]].flatten().tolist(), tensors[found[1]].flatten().tolist()
 
 
-def configuration(weights: ForeignWeights) -> dict[str, Any]:
+def configuration(weights: ForeignWeights, family: Family, location: str) -> dict[str, Any]:
     """What is said of the weights beside them: the diffusers configuration, or the JSON that LTX's own files carry in
-    their metadata (key `config`, there under `vae`); `decode_timestep` of the metadata wins."""
+    their metadata (key `config`, there under `vae`); `decode_timestep` of the metadata wins.
+
+    Raises:
+        ArtifactError: a `decode_timestep` that is no number.
+    """
     config = dict(weights.config or {})
-    if not config and "config" in weights.metadata:
+    if not config and family.config_keys.in_metadata and "config" in weights.metadata:
         try:
             found = json.loads(weights.metadata["config"])
         except ValueError:
             found = None  # a note of another program
         if isinstance(found, dict):
             config = dict(found.get("vae", found)) if isinstance(found.get("vae", found), dict) else {}
-    if "decode_timestep" in weights.metadata:
-        config["decode_timestep"] = float(weights.metadata["decode_timestep"])
+    timestep = weights.metadata.get("decode_timestep", config.get("decode_timestep"))
+    if timestep is not None:
+        try:
+            config["decode_timestep"] = float(timestep)
+        except (ValueError, TypeError):
+            raise ArtifactError(f"{location}: decode_timestep is {timestep!r:.40}, which is no number.") from None
     return config
 
 
@@ -86,29 +110,94 @@ def _parsed(text: str, key: str, location: str) -> list[float]:
         raise ArtifactError(f"{location}: {key} in its metadata is no list of numbers: {text:.80}") from None
 
 
+def check_keys(config: Mapping[str, Any], specs: Mapping[Role, CoderSpec], location: str) -> tuple[str, ...]:
+    """Check that a configuration is of the network that the weights are read as.
+
+    Returns:
+        keys that this version does not know.
+    Raises:
+        ArtifactError: a value that the family does not have, or that the tensors deny; names all of them.
+    """
+    spec = next(iter(specs.values()))
+    family = get_family(spec.family)
+    keys, faults = family.config_keys, []
+    for key, supported in keys.fixed.items():
+        if key in config and not any(_agrees(key, config[key], value) for value in supported):
+            values = " or ".join(_shown(value) for value in supported)
+            faults.append(f"{key} is {_shown(config[key])}; supported for {family.name}: {values}")
+    latent_width = _latent_width(specs)
+    if config.get(keys.latent_key) not in (None, latent_width):
+        faults.append(f"{keys.latent_key} is {config[keys.latent_key]}; the weights have {latent_width}")
+    for spec in specs.values():
+        for key, said, found in keys.contradictions(spec, config):
+            faults.append(f"{key} is {_shown(said)}; the weights have {_shown(found)}")
+    if faults:
+        raise ArtifactError(
+            f"{location}: its configuration does not fit {family.name}, which its tensors are named like: "
+            f"{'; '.join(faults)}."
+        )
+    known = keys.known | {"latents_mean", "latents_std", "scaling_factor"}
+    return tuple(key for key in config if key not in known and not key.startswith("_"))
+
+
+def _agrees(key: str, said: object, supported: object) -> bool:
+    """Whether two values are the same: lists as tuples, one flag for all of a list of flags; decoders' lists are read
+    from the end, so that what they have in front of that plays no role."""
+    if not isinstance(supported, tuple):
+        return said == supported and isinstance(said, bool) == isinstance(supported, bool)
+    if isinstance(said, bool):
+        return all(value is said for value in supported)
+    if not isinstance(said, Sequence) or isinstance(said, str):
+        return False
+    is_reversed = key.startswith(("decoder_", "upsample_"))
+    return tuple(said)[-len(supported) if is_reversed and supported else 0 :] == supported
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value) if isinstance(value, bool | list | tuple | None) else str(value)
+
+
 def check_widths(config: Mapping[str, Any], specs: Mapping[Role, CoderSpec], location: str) -> None:
     """Check the widths in the weights against the configuration of the folder they are in.
 
     Raises:
         ArtifactError: they differ; names the first layer.
     """
-    base_width, latent_width = config.get("base_dim"), config.get("z_dim")
-    if base_width is None or latent_width is None:
-        return
     for role, spec in specs.items():
         family = get_family(spec.family)
-        key = "decoder_base_dim" if role == "decoder" and config.get("decoder_base_dim") else "base_dim"
+        said = _base_width(config, family, role, location)
+        if said is None:
+            continue
+        key, base_width = said
         build = family.decoder_spec if role == "decoder" else family.encoder_spec
-        promised = dict(build(config[key], latent_width).blocks())
+        promised = dict(build(base_width, _latent_width(specs)).blocks())
         for address, block in spec.blocks():
             expected = block_in_width(promised[address]), block_out_width(promised[address])
             found = block_in_width(block), block_out_width(block)
             if expected != found:
                 raise ArtifactError(
-                    f"{location}: {CONFIG_NAME} says {key} {config[key]} and z_dim {latent_width}, so "
+                    f"{location}: {CONFIG_NAME} says {key} {_shown(config[key])}, so "
                     f"{_arrow(expected)} channels in {role} {address}; the weights have {_arrow(found)}. "
                     "If the weights are right (a pruned decoder), give the weights file itself instead of the folder."
                 )
+
+
+def _base_width(config: Mapping[str, Any], family: Family, role: Role, location: str) -> tuple[str, int] | None:
+    """The key that tells the base width of a role, and what it tells; None if the configuration has none."""
+    for key, multiples in family.config_keys.widths.get(role, ()):
+        said = config.get(key)
+        if not said:
+            continue
+        if multiples is None:
+            return key, said
+        base_width = said[0] // multiples[0]
+        if tuple(said) != tuple(base_width * multiple for multiple in multiples):
+            listed = " : ".join(map(str, multiples))
+            raise ArtifactError(
+                f"{location}: {key} is {_shown(said)}; supported for {family.name}: widths as {listed}."
+            )
+        return key, base_width
+    return None
 
 
 def _arrow(widths: tuple[int, int]) -> str:

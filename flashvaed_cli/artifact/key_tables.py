@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from flashvaed_cli.artifact.layouts import Layout
 from flashvaed_cli.artifact.ltx_keys import LTX_DIFFUSERS, LTX_ORIGINALS
-from flashvaed_cli.artifact.wan22_keys import WAN22_DIFFUSERS, WAN22_ORIGINAL
+from flashvaed_cli.artifact.wan22_keys import QWEN2_DIFFUSERS, QWEN2_ORIGINAL, WAN22_DIFFUSERS, WAN22_ORIGINAL
 from flashvaed_cli.artifact.wan_keys import QWEN_DIFFUSERS, QWEN_ORIGINAL, WAN_DIFFUSERS, WAN_ORIGINAL
 
 LAYOUTS: dict[str, Layout] = {
@@ -19,6 +19,8 @@ LAYOUTS: dict[str, Layout] = {
         WAN22_DIFFUSERS,
         QWEN_ORIGINAL,
         QWEN_DIFFUSERS,
+        QWEN2_DIFFUSERS,
+        QWEN2_ORIGINAL,
         *LTX_ORIGINALS,
         *LTX_DIFFUSERS,
     )

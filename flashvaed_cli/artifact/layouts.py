@@ -35,7 +35,7 @@ from flashvaed_cli.decoders.layer_spec import (
 )
 from flashvaed_cli.decoders.spec import BypassSpec, CoderSpec, DecoderSpec, EncoderSpec, StageSpec
 from flashvaed_cli.decoders.still import still_spec
-from flashvaed_cli.errors import ArtifactError
+from flashvaed_cli.errors import ArtifactError, SpecError
 
 Role = Literal["decoder", "encoder"]
 WeightShape = tuple[int, int, Kernel]
@@ -126,10 +126,13 @@ def spec_from_shapes(
     Args:
         config: that of the checkpoint, for what shapes do not tell.
     Raises:
-        ArtifactError: layers are missing, or their widths do not fit together.
+        ArtifactError: layers are missing, their widths do not fit together, or the configuration is of another network.
     """
     reader = _ShapeReader(shapes)
-    plan = blueprint(layout, role, config)
+    try:
+        plan = blueprint(layout, role, config)
+    except SpecError as error:
+        raise ArtifactError(f"{location}: in its configuration, {error}.") from error
     if isinstance(plan, DecoderSpec) and _is_still(shapes, layout, plan):
         plan = still_spec(plan)
     stages: list[StageSpec] = []

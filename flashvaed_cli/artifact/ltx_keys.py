@@ -105,7 +105,8 @@ def _diffusers_places(spec: CoderSpec) -> dict[str, str]:
 def prepare(tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, style: str) -> dict[str, Tensor]:
     """The tensors of blocks alone, under the names of the layout: no statistics, no embedding of the timestep."""
     blocks = {name: tensor for name, tensor in tensors.items() if not _is_statistic(name)}
-    return fold_timestep(_with_inner_names(blocks, style), float(config.get("decode_timestep") or DECODE_TIMESTEP))
+    timestep = config.get("decode_timestep")
+    return fold_timestep(_with_inner_names(blocks, style), DECODE_TIMESTEP if timestep is None else float(timestep))
 
 
 def _is_statistic(name: str) -> bool:

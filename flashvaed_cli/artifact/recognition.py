@@ -48,16 +48,17 @@ def recognise(
         raise ArtifactError(f"{location}: looks like {look}. {_what_is_read()}")
     candidates = _candidates(location, family, config_class)
     shares = {layout.name: _best_share(shapes, layout) for layout in candidates}
-    best = max(candidates, key=lambda layout: shares[layout.name][0])  # the first of equals
+    # Where all names of two are there, the one with more of them; the first of equals.
+    best = max(candidates, key=lambda layout: shares[layout.name][:2])
     share = shares[best.name][0]
-    rivals = [c.name for c in candidates if shares[c.name][0] == share and c.places != best.places]
+    rivals = [c.name for c in candidates if shares[c.name][:2] == shares[best.name][:2] and c.places != best.places]
     if share >= _KNOWN_SHARE and not rivals:
         return best
     if share >= _KNOWN_SHARE:
         raise ArtifactError(
             f"{location}: its names fit {', '.join([best.name, *rivals])} alike. Say which it is with --family."
         )
-    why = "\n".join(f"  {name}: no tensor named {missing}" for name, (_, missing) in shares.items())
+    why = "\n".join(f"  {name}: no tensor named {missing}" for name, (*_, missing) in shares.items())
     sample = ", ".join(list(shapes)[:4])
     if _LTX(shapes):
         why += "\nIt has names of an LTX-Video VAE, but not the blocks of a version that is known."
@@ -111,16 +112,18 @@ def _landmarks(layout: Layout, role: Role) -> list[str]:
     return [slot.foreign for slot in names if slot.ours.endswith((".gamma", ".spatial.weight"))]
 
 
-def _best_share(shapes: Shapes, layout: Layout) -> tuple[float, str]:
-    """The larger share of the landmarks found for one role, and the first one that is missing."""
+def _best_share(shapes: Shapes, layout: Layout) -> tuple[float, int, str]:
+    """The larger share of the landmarks found for one role, how many these are, and the first one that is missing."""
     if layout.by_blocks:
-        return _share_of_blocks(shapes, layout)
-    found: list[tuple[float, str]] = []
+        share, missing = _share_of_blocks(shapes, layout)
+        return share, 0, missing
+    found: list[tuple[float, int, str]] = []
     for role in ROLES:
         landmarks = _landmarks(layout, role)
         missing = [name for name in landmarks if name not in shapes]
-        found.append((1 - len(missing) / len(landmarks), missing[0] if missing else ""))
-    return max(found, key=lambda pair: pair[0])
+        there = len(landmarks) - len(missing)
+        found.append((there / len(landmarks), there, missing[0] if missing else ""))
+    return max(found, key=lambda entry: entry[:2])
 
 
 def _share_of_blocks(shapes: Shapes, layout: Layout) -> tuple[float, str]:
@@ -172,12 +175,6 @@ _OTHERS: tuple[tuple[str, Callable[[Shapes], bool]], ...] = (
         _all_of(_has(r"^model\.diffusion_model\."), _has(r"^(vae|first_stage_model)\.")),
     ),
     ("an adapter (LoRA), not a VAE", _has(r"\.lora_(A|B|up|down)\b|lora_unet")),
-    (
-        "a Qwen-Image 2 VAE (64 latent channels)",
-        _all_of(
-            _has(r"^decoder\.up_blocks\.4\.resnets\.0\.norm1\.gamma$"), _has(r"^decoder\.up_blocks\.0\.upsampler\.")
-        ),
-    ),
     ("a CogVideoX VAE", _has(r"^decoder\..*norm1\.conv_y\.")),
     (
         "a HunyuanVideo VAE",

@@ -1,29 +1,36 @@
-"""Where Wan 2.2's blocks live in foreign checkpoints: as in Wan 2.1, but every stage has a name of its own.
+"""Where the blocks of Wan 2.2 and Qwen-Image 2 live in foreign checkpoints: as in Wan 2.1, but every stage has a name.
 
 `wan2.2-original`: Wan's own `.pth` and ComfyUI's `.safetensors`. `wan2.2-diffusers`: `AutoencoderKLWan` with
-`is_residual`. A bypass has weights in pruned decoders only, under the name of the shortcut that has none.
+`is_residual`. `qwen-image-2-diffusers`: `AutoencoderKLQwenImage21`; other files of it have the same names. A bypass has
+weights in pruned decoders only, under the name of the shortcut that has none.
 
 Reference: the key names of those files (facts only).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
 
 from flashvaed_cli.artifact.layouts import Layout
 from flashvaed_cli.artifact.wan_keys import WAN_DIFFUSERS, WAN_ORIGINAL
+from flashvaed_cli.decoders.qwen_image2 import MULTIPLIERS as QWEN2_MULTIPLIERS
+from flashvaed_cli.decoders.qwen_image2 import NAME as QWEN2_NAME
 from flashvaed_cli.decoders.wan22 import NAME
 
 _RUNS = {"decoder": ("up", 3, "upsamples", "up_blocks", "upsampler")}
 _RUNS["encoder"] = ("down", 2, "downsamples", "down_blocks", "downsampler")
 
 
-def _places(role: str, base: Layout, *, is_original: bool) -> dict[str, str]:
+def _places(role: str, base: Layout, *, is_original: bool, num_stages: int = 4) -> dict[str, str]:
     """The places of a role: `base`'s outside the stages that change size."""
     stage, num_resblocks, run, diffusers_run, resampler = _RUNS[role]
     shared = base.places["decoder" if role == "decoder" else "encoder"]
     places = {address: place for address, place in shared.items() if not address.startswith(stage)}
-    for i in range(4):
+    for i in range(num_stages):
         at = f"{role}.{run}.{i}" if is_original else f"{role}.{diffusers_run}.{i}"
         for j in range(num_resblocks):
             places[f"{stage}{i}.{j}"] = f"{at}.{run}.{j}" if is_original else f"{at}.resnets.{j}"
@@ -39,3 +46,24 @@ def _layout(name: str, base: Layout, *, is_original: bool) -> Layout:
 
 WAN22_ORIGINAL = _layout("wan2.2-original", WAN_ORIGINAL, is_original=True)
 WAN22_DIFFUSERS = _layout("wan2.2-diffusers", WAN_DIFFUSERS, is_original=False)
+
+
+def _opaque_images(tensors: Mapping[str, Tensor], _config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Without what only videos would need, and without the output for opacity."""
+    kept = {name: tensor for name, tensor in tensors.items() if ".time_conv." not in name}
+    outputs = ("decoder.conv_out.weight", "decoder.conv_out.bias")
+    return {**kept, **{name: kept[name][:3] for name in outputs if name in kept}}
+
+
+QWEN2_DIFFUSERS = replace(
+    WAN_DIFFUSERS,
+    name="qwen-image-2-diffusers",
+    family=QWEN2_NAME,
+    config_class="AutoencoderKLQwenImage21",
+    places={
+        role: _places(role, WAN_DIFFUSERS, is_original=False, num_stages=len(QWEN2_MULTIPLIERS))
+        for role in WAN_DIFFUSERS.places
+    },
+    prepare=_opaque_images,
+)
+QWEN2_ORIGINAL = replace(QWEN2_DIFFUSERS, name="qwen-image-2-original", config_class=None)

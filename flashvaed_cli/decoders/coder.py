@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from flashvaed_cli.decoders.blocks import build_block
 from flashvaed_cli.decoders.bypass import Bypass
@@ -97,6 +98,8 @@ class Coder(nn.Module):
         """
         if self.spec.still:
             self.spec.require_length(x.shape[2])
+        if isinstance(self.spec, EncoderSpec) and self.spec.opaque:
+            x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, 1), value=1.0)  # [B, 4, T, H, W]
         return patchify(x, self.spec.patch) if self.spec.role == "encoder" else x
 
     def leave(self, x: Float[Tensor, "B Cp F Hp Wp"]) -> Float[Tensor, "B O F H W"]:

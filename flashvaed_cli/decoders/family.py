@@ -2,20 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from flashvaed_cli.decoders.layer_spec import Operator
-from flashvaed_cli.decoders.spec import DecoderSpec, EncoderSpec
+from flashvaed_cli.decoders.spec import CoderSpec, DecoderSpec, EncoderSpec
 
 
 def _as_it_is(spec: DecoderSpec | EncoderSpec, _config: Mapping[str, Any]) -> DecoderSpec | EncoderSpec:
     return spec
 
 
-def _nothing(_spec: DecoderSpec) -> dict[str, Any]:
+def _nothing(_spec: CoderSpec) -> dict[str, Any]:
     return {}
+
+
+def _none(_spec: CoderSpec, _config: Mapping[str, Any]) -> Iterable[Contradiction]:
+    return ()
+
+
+class Contradiction(NamedTuple):
+    """A key of a configuration, what it says, and what the tensors say."""
+
+    key: str
+    said: object
+    found: object
+
+
+@dataclass(frozen=True)
+class ConfigKeys:
+    """What the configuration of a family's checkpoints may say.
+
+    Attributes:
+        fixed: the values that the network of this family has, by key; any other is refused.
+        read: keys that `configured` or `contradictions` look at.
+        idle: keys that change nothing that this program does, or nothing that shapes do not tell.
+        latent_key: what the number of latent channels is called.
+        widths: per role, the keys that tell the base width, the first that is given counts: its value, or, with
+            multiples, a list of those multiples of it.
+        contradictions: what a configuration says and the tensors of a coder deny.
+        in_metadata: the family's own files carry a configuration in their metadata.
+    """
+
+    fixed: Mapping[str, tuple[Any, ...]]
+    read: frozenset[str] = frozenset()
+    idle: frozenset[str] = frozenset()
+    latent_key: str = "z_dim"
+    widths: Mapping[str, tuple[tuple[str, tuple[int, ...] | None], ...]] = field(default_factory=dict)
+    contradictions: Callable[[CoderSpec, Mapping[str, Any]], Iterable[Contradiction]] = _none
+    in_metadata: bool = False
+
+    @property
+    def known(self) -> frozenset[str]:
+        """All keys that play a role here, or none that matters."""
+        widths = {key for keys in self.widths.values() for key, _ in keys}
+        return frozenset(self.fixed) | self.read | self.idle | widths | {self.latent_key}
 
 
 @dataclass(frozen=True)
@@ -25,8 +67,9 @@ class Family:
     `decoder_spec` and `encoder_spec` take the base width and the latent width. `shallow_stages` are those
     that the paper prunes, `paper_keep_ratio` the fraction of channels that it keeps there, and
     `paper_operators` the operator of each stage's residual blocks after conversion. `configured` puts what a
-    checkpoint's configuration says, and its shapes do not, into a spec; `described` gives it back. `uniform_note`
-    says where a decoder that is the original at another base width loads (None: as Wan's do).
+    checkpoint's configuration says, and its shapes do not, into a spec; `described` gives it back. `config_keys` are
+    what a configuration may say. `uniform_note` says where a decoder that is the original at another base width loads
+    (None: as Wan's do).
     """
 
     name: str
@@ -39,6 +82,7 @@ class Family:
     shallow_stages: tuple[str, ...]
     paper_keep_ratio: float
     paper_operators: Mapping[str, Operator]
+    config_keys: ConfigKeys
     configured: Callable[[DecoderSpec | EncoderSpec, Mapping[str, Any]], DecoderSpec | EncoderSpec] = _as_it_is
-    described: Callable[[DecoderSpec], dict[str, Any]] = _nothing
+    described: Callable[[CoderSpec], dict[str, Any]] = _nothing
     uniform_note: str | None = None

@@ -109,7 +109,7 @@ class ConvSpec(FrozenSpec):
             raise ValueError(f"a layer with one temporal tap pads nothing in time, not {self.time_padding}")
         if self.operator == "stacked3d" and self.time_padding != "zeros":
             raise ValueError(f"a stacked3d layer pads zeros in time, not {self.time_padding}")
-        if self.operator in PLAIN_OPERATORS and self.space_padding != "zeros":
+        if self.enlarges and self.space_padding != "zeros":
             raise ValueError(f"a {self.operator} layer pads zeros around frames, not {self.space_padding}")
         if self.time_padding == "edges" and self.kernel[0] % 2 == 0:
             raise ValueError(f"a centred kernel has an odd number of temporal taps, not {self.kernel[0]}")

@@ -13,10 +13,9 @@ Reference: LTX-Video, arXiv 2501.00103; arXiv 2602.19161, table of the operator 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar, cast
 
 from flashvaed_cli.decoders.family import Family
 from flashvaed_cli.decoders.layer_spec import (
@@ -33,9 +32,9 @@ from flashvaed_cli.decoders.layer_spec import (
     StridedDownsampleSpec,
     TimePadding,
     UnshuffleDownsampleSpec,
-    block_layers,
 )
-from flashvaed_cli.decoders.spec import CoderSpec, DecoderSpec, EncoderSpec, StageSpec
+from flashvaed_cli.decoders.ltx_config import config_keys, configured, described, with_space_padding
+from flashvaed_cli.decoders.spec import DecoderSpec, EncoderSpec, StageSpec
 
 LATENT_WIDTH = 128
 PATCH = 4
@@ -45,8 +44,6 @@ DECODE_TIMESTEP = 0.05
 
 PLAIN_NORM = NormSpec(eps=1e-8, gain=False)
 CONDITIONED_NORM = NormSpec(eps=1e-8, gain=True, shift=True)
-
-SpecT = TypeVar("SpecT", bound=CoderSpec)
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,6 @@ class _Version:
     conditioned: bool
     down: tuple[_DownStage, ...]
     encoder_mid_blocks: int
-    causal: bool = False
     space_padding: SpacePadding = "zeros"
 
 
@@ -122,8 +118,8 @@ V095 = _Version(
     down=_FOLDING_ENCODER,
     encoder_mid_blocks=2,
 )
-# LTX-2 has the blocks of 0.9.5, not conditioned, causal, and mirrors frames at their borders.
-V2 = replace(V095, name="ltx-2", conditioned=False, causal=True, space_padding="reflect")
+# LTX-2 has the blocks of 0.9.5, not conditioned, and mirrors frames at their borders.
+V2 = replace(V095, name="ltx-2", conditioned=False, space_padding="reflect")
 
 
 def _conv(in_width: int, out_width: int, padding: TimePadding) -> ConvSpec:
@@ -147,7 +143,7 @@ def _resblock(
 
 def _decoder_spec(version: _Version, base_width: int, latent_width: int) -> DecoderSpec:
     """The original decoder at a base width (128: the releases)."""
-    padding: TimePadding = "first" if version.causal else "edges"
+    padding: TimePadding = "edges"
     norm = CONDITIONED_NORM if version.conditioned else PLAIN_NORM
     width = version.mid_multiplier * base_width
     mid = [_resblock(width, width, padding, norm) for _ in range(version.mid_blocks)]
@@ -208,72 +204,13 @@ def _encoder_spec(version: _Version, base_width: int, latent_width: int) -> Enco
     )
 
 
-def with_time_padding(spec: SpecT, padding: TimePadding) -> SpecT:
-    """The spec with every kernel that spans frames padded in another way: the same weights, other frames."""
-    return _with_layers(spec, {"time_padding": padding}, lambda layer: layer.kernel[0] > 1)
-
-
-def with_space_padding(spec: SpecT, padding: SpacePadding) -> SpecT:
-    """The spec with every kernel that spans pixels padded in another way."""
-    return _with_layers(spec, {"space_padding": padding}, lambda layer: layer.kernel[1:] != (1, 1))
-
-
-def _with_layers(spec: SpecT, update: dict[str, Any], applies: Callable[[ConvSpec], bool]) -> SpecT:
-    changed: dict[str, BlockSpec] = {}
-    for address, block in spec.blocks():
-        layers = {name: layer for name, layer in block_layers(block).items() if applies(layer)}
-        changed[address] = block.model_copy(
-            update={name: layer.model_copy(update=update) for name, layer in layers.items()}
-        )
-    return cast(SpecT, spec.with_blocks(changed))
-
-
-def configured(spec: SpecT, config: Mapping[str, Any]) -> SpecT:
-    """What a checkpoint's configuration says and its shapes do not: causality, residuals, the timestep.
-
-    Knows the names of diffusers and of LTX's own files.
-    """
-    if spec.role == "encoder":
-        return spec
-    causal = config.get("decoder_causal", config.get("causal_decoder"))
-    if causal is not None:
-        spec = with_time_padding(spec, "first" if causal else "edges")
-    residual = config.get("upsample_residual")
-    if isinstance(residual, Sequence) and not isinstance(residual, str):
-        spec = _with_residuals(spec, [bool(flag) for flag in reversed(residual)])
-    in_space = config.get("decoder_spatial_padding_mode", config.get("spatial_padding_mode"))
-    if in_space in ("zeros", "reflect"):
-        spec = with_space_padding(spec, in_space)
-    if config.get("timestep_conditioning") is False:
-        spec = spec.model_copy(update={"decode_timestep": None})
-    timestep = config.get("decode_timestep")
-    if timestep is not None and isinstance(spec, DecoderSpec) and spec.decode_timestep is not None:
-        spec = spec.model_copy(update={"decode_timestep": float(timestep)})
-    return spec
-
-
-def described(spec: DecoderSpec) -> dict[str, Any]:
-    """What `configured` needs to give back what shapes do not tell of a decoder."""
-    stages = [stage for stage in spec.stages if stage.name.startswith("up")]
-    residual = [any(isinstance(b, ShuffleUpsampleSpec) and b.residual for b in stage.blocks) for stage in stages]
-    mirrors = any(layer.space_padding == "reflect" for _, layer in spec.layers())
-    found: dict[str, Any] = {
-        "causal_decoder": spec.is_causal,
-        "spatial_padding_mode": "reflect" if mirrors else "zeros",
-        "upsample_residual": residual[::-1],
-        "timestep_conditioning": spec.decode_timestep is not None,
-    }
-    return found if spec.decode_timestep is None else {**found, "decode_timestep": spec.decode_timestep}
-
-
-def _with_residuals(spec: SpecT, residual: Sequence[bool]) -> SpecT:
-    """One flag per stage from up0 on, as in diffusers."""
-    changed: dict[str, BlockSpec] = {}
-    for address, block in spec.blocks():
-        stage = address.split(".")[0]
-        if isinstance(block, ShuffleUpsampleSpec) and int(stage.removeprefix("up")) < len(residual):
-            changed[address] = block.model_copy(update={"residual": residual[int(stage.removeprefix("up"))]})
-    return cast(SpecT, spec.with_blocks(changed))
+def _listed_widths(version: _Version) -> dict[str, tuple[int, ...]]:
+    """The multiples of the base width that diffusers' configurations list."""
+    up = tuple(stage.multiplier * (2 if version.divides else 1) for stage in reversed(version.up))
+    down = tuple(stage.multiplier for stage in version.down)
+    if version.down[-1].fold is not None:
+        down = (*down, 2 * down[-1])
+    return {"decoder": up, "encoder": down[1:] if version is V2 else down}
 
 
 def _family(version: _Version, operators: Mapping[str, Operator], shallow_stages: tuple[str, ...]) -> Family:
@@ -288,6 +225,9 @@ def _family(version: _Version, operators: Mapping[str, Operator], shallow_stages
         shallow_stages=shallow_stages,
         paper_keep_ratio=0.25,
         paper_operators=operators,
+        config_keys=config_keys(
+            _decoder_spec(version, 8, LATENT_WIDTH), _encoder_spec(version, 8, LATENT_WIDTH), _listed_widths(version)
+        ),
         configured=configured,  # type: ignore[arg-type]
         described=described,
         uniform_note=(

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flashvaed_cli.decoders.convolution import Future, Past, extend_with_past
+from flashvaed_cli.decoders.convolution import Future, Past, extend_with_past, space_window, time_window
 from flashvaed_cli.decoders.layer_spec import (
     Factor,
     ShuffleUpsampleSpec,
@@ -53,14 +53,17 @@ class StridedDownsample(nn.Module):
         self.conv = build_conv(spec.conv, f"{address}.conv")
 
     def forward(self, x: Clip, past: Past = None, future: Future = None) -> MappedClip:
+        window, margins = space_window(self._time_window(x, past, future), self.spec.conv)
+        return F.conv3d(window, self.conv.weight, self.conv.bias, stride=self.spec.factor, padding=(0, *margins))
+
+    def _time_window(self, x: Clip, past: Past, future: Future) -> MappedClip:
         spec = self.spec.conv
-        _, kh, kw = spec.kernel
+        if spec.num_ahead:
+            return time_window(x, spec, self.conv.address)
         num_past = spec.num_past if past is None else spec.num_past - self.spec.factor[0] + 1
-        window = extend_with_past(x, num_past, self.conv.address, past, None, spec.time_padding)
         if future is not None:
             future[self.conv.address] = x[:, :, x.shape[2] - spec.num_past + self.spec.factor[0] - 1 :].clone()
-        padding = (0, kh // 2, kw // 2)
-        return F.conv3d(window, self.conv.weight, self.conv.bias, stride=self.spec.factor, padding=padding)
+        return extend_with_past(x, num_past, self.conv.address, past, None, spec.time_padding)
 
 
 class UnshuffleDownsample(nn.Module):

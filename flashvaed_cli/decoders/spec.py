@@ -213,10 +213,12 @@ class EncoderSpec(CoderSpec):
     """An encoder: pixels to latent mean and log-variance, concatenated on the channel axis.
 
     `shared_variance`: one channel of log-variance for all latent channels, instead of one for each.
+    `opaque`: the first layer reads the opacity of pixels as a fourth colour: 1 for all.
     """
 
     role: Literal["encoder"] = "encoder"
     shared_variance: bool = False
+    opaque: bool = False
 
     @property
     def latent_width(self) -> int:

@@ -129,8 +129,14 @@ def encode_step(
     """Encode one chunk (as `frame_chunks` cuts them) to raw latents, the posterior's mean; returns the next state.
 
     Raises:
-        SpecError: the chunk is not cut on a latent border, or its sides are no multiple of the spatial factor.
+        SpecError: the chunk is not cut on a latent border, its sides are no multiple of the spatial factor, or it is
+            not the first and the encoder sees frames ahead: that one takes a video at once.
     """
+    if past is not None and not encoder.spec.is_causal:
+        raise SpecError(
+            f"the encoder of {encoder.spec.family} sees frames ahead (its kernels are centred in time), "
+            "so it takes a video at once, not in chunks"
+        )
     kt, ks = encoder.spec.temporal_factor, encoder.spec.spatial_factor
     extra = (pixels.shape[2] - 1) % kt if past is None else pixels.shape[2] % kt
     if extra or pixels.shape[3] % ks or pixels.shape[4] % ks:
@@ -146,9 +152,14 @@ def encode_step(
 def encode(
     encoder: Encoder, pixels: Float[Tensor, "B 3 F H W"], *, chunk: int | None = None
 ) -> Float[Tensor, "B C T Hz Wz"]:
-    """Encode frames in [-1, 1] to raw latents, `chunk` latent frames at a time (None: all at once)."""
+    """Encode frames in [-1, 1] to raw latents, `chunk` latent frames at a time (None: all at once, as do encoders that
+    see frames ahead)."""
     kt = encoder.spec.temporal_factor
-    chunks = [pixels] if chunk is None else frame_chunks(pixels, temporal_factor=kt, chunk=chunk)
+    chunks = (
+        [pixels]
+        if chunk is None or not encoder.spec.is_causal
+        else frame_chunks(pixels, temporal_factor=kt, chunk=chunk)
+    )
     latents: list[Tensor] = []
     past: State | None = None
     for part in chunks:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from flashvaed_cli.decoders.family import Family
+from flashvaed_cli.decoders.family import ConfigKeys, Family
 from flashvaed_cli.decoders.layer_spec import (
     AttentionSpec,
     BlockSpec,
@@ -74,14 +74,29 @@ def mid_stage(width: int) -> StageSpec:
     return StageSpec(name="mid", blocks=(wan_resblock(width, width), attention, wan_resblock(width, width)))
 
 
+def stages_behind_latents(latent_width: int, width: int) -> list[StageSpec]:
+    """What a decoder begins with: a 1x1 layer on the latents, the entry, attention."""
+    return [
+        StageSpec(name="post_quant", blocks=(ConvBlockSpec(conv=point_conv(latent_width, latent_width)),)),
+        StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=causal_conv(latent_width, width)),)),
+        mid_stage(width),
+    ]
+
+
+def stages_before_latents(width: int, latent_width: int) -> list[StageSpec]:
+    """What an encoder ends with: attention, then mean and log-variance of every latent channel."""
+    moments = 2 * latent_width
+    return [
+        mid_stage(width),
+        StageSpec(name="head", blocks=(HeadSpec(conv=causal_conv(width, moments)),)),
+        StageSpec(name="quant", blocks=(ConvBlockSpec(conv=point_conv(moments, moments)),)),
+    ]
+
+
 def wan_decoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> DecoderSpec:
     """The original decoder at a base width (96: the released Wan 2.1)."""
     widths = [base_width * m for m in (MULTIPLIERS[-1], *reversed(MULTIPLIERS))]
-    stages = [
-        StageSpec(name="post_quant", blocks=(ConvBlockSpec(conv=point_conv(latent_width, latent_width)),)),
-        StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=causal_conv(latent_width, widths[0])),)),
-        mid_stage(widths[0]),
-    ]
+    stages = stages_behind_latents(latent_width, widths[0])
     for i, (previous, width) in enumerate(pairwise(widths)):
         in_width = previous if i == 0 else previous // 2
         blocks: list[BlockSpec] = [wan_resblock(w, width) for w in (in_width, width, width)]
@@ -105,15 +120,27 @@ def wan_encoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> Encod
             temporal = time_conv(width, width) if i > 0 else None
             blocks.append(DownsampleSpec(spatial=frame_conv(width, width), temporal=temporal))
         stages.append(StageSpec(name=f"down{i}", blocks=tuple(blocks)))
-    stages += [
-        mid_stage(widths[-1]),
-        StageSpec(name="head", blocks=(HeadSpec(conv=causal_conv(widths[-1], 2 * latent_width)),)),
-        StageSpec(name="quant", blocks=(ConvBlockSpec(conv=point_conv(2 * latent_width, 2 * latent_width)),)),
-    ]
+    stages += stages_before_latents(widths[-1], latent_width)
     return EncoderSpec(
         family=NAME, stages=tuple(stages), temporal_factor=TEMPORAL_FACTOR, spatial_factor=SPATIAL_FACTOR
     )
 
+
+CONFIG_KEYS = ConfigKeys(
+    fixed={
+        "dim_mult": (MULTIPLIERS,),
+        "num_res_blocks": (2,),
+        "attn_scales": ((),),
+        "temperal_downsample": ((False, True, True),),
+        "is_residual": (False,),
+        "in_channels": (3,),
+        "input_channels": (3,),
+        "out_channels": (3,),
+        "patch_size": (None, 1),
+    },
+    idle=frozenset({"dropout", "clip_output", "scale_factor_temporal", "scale_factor_spatial"}),
+    widths={"decoder": (("decoder_base_dim", None), ("base_dim", None)), "encoder": (("base_dim", None),)},
+)
 
 WAN21 = Family(
     name=NAME,
@@ -126,4 +153,5 @@ WAN21 = Family(
     shallow_stages=("up2", "up3"),
     paper_keep_ratio=0.125,
     paper_operators={"mid": "dwsep3d", "up0": "dwsep3d", "up1": "dwsep3d", "up2": "frame2d", "up3": "frame2d"},
+    config_keys=CONFIG_KEYS,
 )

@@ -8,18 +8,20 @@ Reference: Wan 2.2 VAE. The paper has no layout for it: stages, ratio and operat
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 from flashvaed_cli.decoders.family import Family
 from flashvaed_cli.decoders.layer_spec import BlockSpec, ConvBlockSpec, DownsampleSpec, HeadSpec, UpsampleSpec
 from flashvaed_cli.decoders.spec import BypassSpec, DecoderSpec, EncoderSpec, StageSpec
 from flashvaed_cli.decoders.wan import (
+    CONFIG_KEYS,
     MULTIPLIERS,
     WAN21,
     causal_conv,
     frame_conv,
-    mid_stage,
-    point_conv,
+    stages_before_latents,
+    stages_behind_latents,
     time_conv,
     wan_resblock,
 )
@@ -51,11 +53,7 @@ LATENT_STD = (
 def wan22_decoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> DecoderSpec:
     """The original decoder at a base width (256: the released Wan 2.2)."""
     widths = [base_width * m for m in (MULTIPLIERS[-1], *reversed(MULTIPLIERS))]
-    stages = [
-        StageSpec(name="post_quant", blocks=(ConvBlockSpec(conv=point_conv(latent_width, latent_width)),)),
-        StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=causal_conv(latent_width, widths[0])),)),
-        mid_stage(widths[0]),
-    ]
+    stages = stages_behind_latents(latent_width, widths[0])
     for i, (in_width, width) in enumerate(pairwise(widths)):
         blocks: list[BlockSpec] = [wan_resblock(w, width) for w in (in_width, width, width)]
         bypass = None
@@ -99,11 +97,7 @@ def wan22_encoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> Enc
             spatial_factor=2 if halves_size else 1,
         )
         stages.append(StageSpec(name=f"down{i}", blocks=tuple(blocks), bypass=bypass))
-    stages += [
-        mid_stage(widths[-1]),
-        StageSpec(name="head", blocks=(HeadSpec(conv=causal_conv(widths[-1], 2 * latent_width)),)),
-        StageSpec(name="quant", blocks=(ConvBlockSpec(conv=point_conv(2 * latent_width, 2 * latent_width)),)),
-    ]
+    stages += stages_before_latents(widths[-1], latent_width)
     return EncoderSpec(
         family=NAME,
         stages=tuple(stages),
@@ -124,6 +118,16 @@ WAN22 = Family(
     shallow_stages=WAN21.shallow_stages,
     paper_keep_ratio=WAN21.paper_keep_ratio,
     paper_operators=WAN21.paper_operators,
+    config_keys=replace(
+        CONFIG_KEYS,
+        fixed={
+            **CONFIG_KEYS.fixed,
+            "is_residual": (True,),
+            "in_channels": (3 * PATCH**2,),
+            "out_channels": (3 * PATCH**2,),
+            "patch_size": (PATCH,),
+        },
+    ),
     uniform_note="diffusers loads it as AutoencoderKLWan with is_residual, patch_size 2 and "
     "decoder_base_dim={base_width}; ComfyUI takes Wan 2.2 at its released widths only",
 )

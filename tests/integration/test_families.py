@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint, load_checkpoint
 from flashvaed_cli.artifact.layouts import Layout, to_foreign
-from flashvaed_cli.artifact.wan22_keys import WAN22_DIFFUSERS
+from flashvaed_cli.artifact.wan22_keys import QWEN2_DIFFUSERS, WAN22_DIFFUSERS
 from flashvaed_cli.artifact.wan_keys import QWEN_DIFFUSERS, QWEN_ORIGINAL, WAN_DIFFUSERS
 from flashvaed_cli.decoders.coder import Decoder, Encoder
 from flashvaed_cli.decoders.cost import total_gflop
@@ -63,8 +63,8 @@ def write_ltx(path: Path, version: str) -> None:
     random_ltx(ltx_config(version, 4, 4)).save_pretrained(path)  # type: ignore[operator]
 
 
-def write_images(folder: Path) -> None:
-    for index, frame in enumerate(render_frames(2, 48, 56)):
+def write_images(folder: Path, side: int) -> None:
+    for index, frame in enumerate(render_frames(2, side, side + 8)):
         pixels = ((frame + 1) * 127.5).byte().permute(1, 2, 0).numpy()
         Image.fromarray(pixels).save(folder / f"image{index}.png")
 
@@ -75,6 +75,7 @@ class Toy:
 
     Attributes:
         frames, side: of the clip, which is cut no further; images where there is one frame.
+        is_still: the family is one of single images, and needs no conversion to that.
         prune: how much to keep.
         budget: seconds for the latency of narrower widths.
         grid: of latents, to compare costs on.
@@ -83,6 +84,7 @@ class Toy:
     write: Callable[[Path], None]
     frames: int
     side: int
+    is_still: bool = False
     prune: str = "--ratio 0.5"
     budget: int = 0
     grid: tuple[int, int, int] = (2, 3, 3)
@@ -93,7 +95,7 @@ class Toy:
 
     @property
     def vae(self) -> str:
-        return "vae" if self.frames > 1 else "images.safetensors"
+        return "vae" if self.frames > 1 or self.is_still else "images.safetensors"
 
     def sentences(self) -> dict[str, str]:
         """The six commands and their words."""
@@ -122,6 +124,7 @@ TOYS = {
         budget=1,
     ),
     "qwen-image": Toy(lambda path: write_wan(path, QWEN_DIFFUSERS), 1, 48, grid=(1, 3, 3)),
+    "qwen-image-2": Toy(lambda path: write_wan(path, QWEN2_DIFFUSERS), 1, 80, is_still=True, grid=(1, 3, 3)),
     "ltx-video-0.9.0": Toy(lambda path: write_ltx(path, "0.9.0"), 9, 96),
     "ltx-video-0.9.1": Toy(lambda path: write_ltx(path, "0.9.1"), 9, 96),
     "ltx-video-0.9.5": Toy(lambda path: write_ltx(path, "0.9.5"), 9, 96),
@@ -142,10 +145,11 @@ def test_six_commands(name: str, tmp_path: Path, table: Table) -> None:
     toy, family = TOYS[name], get_family(name)
     toy.write(tmp_path / "vae")
     if toy.frames == 1:
-        write_images(tmp_path)
-        succeed("convert-ops vae --profile image --output images.safetensors", cwd=tmp_path)
+        write_images(tmp_path, toy.side)
     else:
         write_toy_clip(tmp_path / "clip.mp4", toy.frames, toy.side, toy.side)
+    if toy.vae != "vae":
+        succeed("convert-ops vae --profile image --output images.safetensors", cwd=tmp_path)
     printed, seconds = {}, []
     for command, words in toy.sentences().items():
         start = time.perf_counter()

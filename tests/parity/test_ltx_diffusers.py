@@ -23,7 +23,8 @@ from flashvaed_cli.artifact.layouts import to_foreign
 from flashvaed_cli.artifact.recognition import recognise
 from flashvaed_cli.decoders.coder import Decoder, Encoder
 from flashvaed_cli.decoders.families import get_family
-from flashvaed_cli.decoders.ltx import DECODE_TIMESTEP, configured
+from flashvaed_cli.decoders.ltx import DECODE_TIMESTEP
+from flashvaed_cli.decoders.ltx_config import configured
 from flashvaed_cli.decoders.noise import injected_noise
 from flashvaed_cli.decoders.streaming import encode
 from tests.ltx_configs import FAMILIES, VERSIONS, ltx_config, random_ltx
@@ -90,6 +91,18 @@ def test_small(version: str, causal: bool) -> None:
     assert pair.decoder.spec.is_causal == causal
     for num_frames, height in ((1, 96), (17, 64)):
         assert_parity(pair, num_frames, height, 64)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_encoder_that_sees_frames_ahead(version: str) -> None:
+    pair = pair_of(random_ltx(ltx_config(version, BASE_WIDTH, LATENT_WIDTH, encoder_causal=False)))
+    assert not pair.encoder.spec.is_causal
+    assert_parity(pair, 17, 64, 96)
+
+
+def test_an_encoder_that_mirrors_frames() -> None:
+    config = ltx_config("2", BASE_WIDTH, LATENT_WIDTH, encoder_spatial_padding_mode="reflect")
+    assert_parity(pair_of(random_ltx(config)), 9, 64, 96)
 
 
 @pytest.mark.bench

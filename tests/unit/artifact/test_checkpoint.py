@@ -17,6 +17,7 @@ from flashvaed_cli.artifact.checkpoint import (
 )
 from flashvaed_cli.artifact.store import read_artifact, write_artifact
 from flashvaed_cli.decoders.coder import Encoder
+from flashvaed_cli.decoders.wan import wan_decoder_spec
 from flashvaed_cli.errors import ArtifactError
 
 
@@ -165,6 +166,6 @@ def test_an_original_that_moved_with_its_student_is_found(
 
 
 def test_another_latent_space_is_refused(vae: Checkpoint) -> None:
-    student = replace(vae, header=None, latent_mean=(0.0,) * 8, latent_std=(1.0,) * 8)
+    student = replace(vae, header=None, decoder=small_decoder(wan_decoder_spec(4, 8)))
     with pytest.raises(ArtifactError, match=r"16 latent channels.*has 8"):
         load_original(student, vae.location, {})

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flashvaed_cli.artifact.checkpoint import coders_from_foreign, load_checkpoint
+from flashvaed_cli.artifact.checkpoint import coders_from_foreign, derived_header, load_checkpoint, save_checkpoint
 from flashvaed_cli.artifact.key_tables import LAYOUTS, original_layout
 from flashvaed_cli.artifact.layouts import to_foreign
 from flashvaed_cli.artifact.ltx_keys import fold_timestep
@@ -97,12 +97,29 @@ def test_a_length_that_begins_like_a_pickle(tmp_path: Path) -> None:
     assert load_checkpoint(path, builtins={}).latent_std == (1, 1, 1, 1)
 
 
-def test_a_file_without_statistics_asks_for_them(tmp_path: Path) -> None:
+def test_a_file_without_statistics_takes_raw_latents_only(tmp_path: Path) -> None:
     spec = ltx_spec()
-    tensors = tensors_of(spec, "ltx-0.9.0-original")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "x.safetensors")
-    with pytest.raises(ArtifactError, match=r"0 and 0 figures; expected 4 each"):
+    tensors = {name: tensor.contiguous() for name, tensor in tensors_of(spec, "ltx-0.9.0-original").items()}
+    save_file(tensors, tmp_path / "x.safetensors")
+    found = load_checkpoint(tmp_path / "x.safetensors", builtins={})
+    assert (found.latent_mean, found.latent_std, found.latent_width) == ((), (), 4)
+    (note,) = found.notes
+    assert note.startswith("no latent statistics (per_channel_statistics.*") and note.endswith("raw scale only")
+    with pytest.raises(ArtifactError, match=r"--latent-scale raw.*a checkpoint that has them"):
+        found.require_statistics()
+    save_checkpoint(tmp_path / "ours.safetensors", derived_header(found), decoder=found.require_decoder())
+    ours = load_checkpoint(tmp_path / "ours.safetensors", builtins={})
+    assert ours.latent_mean == () and ours.notes == ()
+
+
+def test_half_of_the_statistics_is_named(tmp_path: Path) -> None:
+    tensors = {name: tensor.contiguous() for name, tensor in tensors_of(ltx_spec(), "ltx-0.9.0-original").items()}
+    save_file(tensors, tmp_path / "x.safetensors", {"latents_std": "[1, 1, 1, 1]"})
+    with pytest.raises(ArtifactError, match=r"its metadata gives latents_std without the other"):
         load_checkpoint(tmp_path / "x.safetensors", builtins={})
+    save_file({**tensors, "per_channel_statistics.mean-of-means": torch.zeros(4)}, tmp_path / "y.safetensors")
+    with pytest.raises(ArtifactError, match=r"mean-of-means but not per_channel_statistics\.std-of-means"):
+        load_checkpoint(tmp_path / "y.safetensors", builtins={})
 
 
 def test_students_name_their_layers_without_the_inner_conv() -> None:

@@ -11,12 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from flashvaed_cli.decoders.coder import Encoder
+from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.decoders.lookahead import latent_windows, time_halo, widest_window
+from flashvaed_cli.decoders.ltx_config import with_time_padding
 from flashvaed_cli.decoders.memory import predict_peak_bytes
 from flashvaed_cli.decoders.planning import choose_plan
 from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.decoders.spec import DecoderSpec
-from flashvaed_cli.decoders.streaming import decode, decode_step
+from flashvaed_cli.decoders.streaming import decode, decode_step, encode, encode_step
 from flashvaed_cli.decoders.wan import wan_decoder_spec
 from flashvaed_cli.errors import SpecError
 from tests.ltx_toy import LATENT_WIDTH, VERSIONS, flash_ltx_spec, ltx_decoder, ltx_spec
@@ -125,3 +128,18 @@ def test_plans_know_what_windows_cost() -> None:
     assert causal < 1.1 < 20 < centred
     small, large = (predict_peak_bytes(ltx_spec(), grid, chunk=chunk) for chunk in (2, 60))
     assert predict_peak_bytes(ltx_spec(causal=True), grid, chunk=2) < small < large
+
+
+def test_an_encoder_that_sees_ahead_takes_a_video_at_once() -> None:
+    spec = with_time_padding(get_family(VERSIONS[0]).encoder_spec(2, 2), "edges")
+    encoder = Encoder(spec).eval()
+    pixels = torch.randn(1, 3, 17, 32, 32)
+    with torch.no_grad():
+        whole = encode(encoder, pixels)
+        assert torch.equal(encode(encoder, pixels, chunk=1), whole)
+        causal = Encoder(with_time_padding(spec, "first")).eval()
+        causal.load_state_dict(encoder.state_dict())
+        assert not torch.allclose(encode(causal, pixels)[:, :, :1], whole[:, :, :1])
+        _, past = encode_step(encoder, pixels[:, :, :9], None)
+        with pytest.raises(SpecError, match="takes a video at once"):
+            encode_step(encoder, pixels[:, :, 9:], past)

@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flashvaed_cli.calibrate.width_latency import _grid
+from flashvaed_cli.decoders import exact, planning, winograd
 from flashvaed_cli.decoders.convolution import Conv
 from flashvaed_cli.decoders.cost import stage_costs
-from flashvaed_cli.decoders.exact import exact_changes, exact_decoder, exact_spec
+from flashvaed_cli.decoders.exact import exact_changes, exact_decoder
 from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.decoders.groups import channel_groups
 from flashvaed_cli.decoders.latency_model import block_axes, coordinate, width_ladder
@@ -20,6 +21,7 @@ from flashvaed_cli.decoders.norms import ChannelLayerNorm, ChannelRMSNorm
 from flashvaed_cli.decoders.operators import build_conv
 from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.decoders.shuffle_blocks import cells_to_channels, channels_to_cells
+from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.decoders.streaming import decode
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.surgery.rows import gather_patches
@@ -66,9 +68,10 @@ def test_padding_by_hand(time_padding: TimePadding, space_padding: SpacePadding)
 
 
 @pytest.mark.parametrize("operator", ["tapwise3d", "winograd3d"])
+@pytest.mark.parametrize("space_padding", ["zeros", "reflect"])
 @pytest.mark.parametrize("time_padding", ["first", "edges"])
-def test_exact_twins_know_the_padding(time_padding: TimePadding, operator: str) -> None:
-    plain, twin = layer(time_padding), layer(time_padding, operator=operator)
+def test_exact_twins_know_the_padding(time_padding: TimePadding, space_padding: SpacePadding, operator: str) -> None:
+    plain, twin = (layer(time_padding, space_padding, operator=name) for name in ("causal3d", operator))
     twin.load_state_dict(plain.state_dict())
     x = torch.randn(1, 3, 3, 48, 48, dtype=torch.float64)
     assert torch.allclose(twin(x), plain(x), atol=1e-10)
@@ -83,7 +86,7 @@ def test_specs_refuse_padding_that_cannot_be() -> None:
         {"kernel": (1, 3, 3), "time_padding": "first"},
         {"kernel": (2, 3, 3), "time_padding": "edges"},
         {"operator": "stacked3d", "time_padding": "first"},
-        {"operator": "tapwise3d", "space_padding": "reflect"},
+        {"operator": "subpixel2d", "kernel": (1, 3, 3), "space_padding": "reflect"},
     ):
         given = {"operator": "causal3d", "in_width": 2, "out_width": 2, "kernel": (3, 3, 3), **changes}
         with pytest.raises(ValueError, match=r"pad|taps"):
@@ -123,23 +126,44 @@ def test_the_exact_decoder_and_tiles_give_the_same_frames(version: str) -> None:
     decoder = ltx_decoder(ltx_spec(version)).double()
     x = toy_latents(2, 4, 4).double()
     whole = decode(decoder, x)
-    exact = exact_decoder(decoder, device_type="cpu")
-    assert exact_changes(decoder.spec, exact.spec)
-    assert (decode(exact, x) - whole).abs().max() < 1e-9
+    twin = exact_decoder(decoder, device_type="cpu")
+    assert exact_changes(decoder.spec, twin.spec)
+    assert (decode(twin, x) - whole).abs().max() < 1e-9
     if version == VERSIONS[1]:
-        assert torch.equal(exact.at("up0.1").get_buffer("noise1"), decoder.at("up0.1").get_buffer("noise1"))
+        assert torch.equal(twin.at("up0.1").get_buffer("noise1"), decoder.at("up0.1").get_buffer("noise1"))
     tiled = DecodeRuntime(decoder, DecodeSettings(tile=2))
     assert (tiled.decode(x) - whole).abs().max() < 1e-9
 
 
-def test_a_mirrored_decoder_tiles_too() -> None:
-    decoder = ltx_decoder(ltx_spec(VERSIONS[3], causal=True)).double()
-    assert exact_spec(decoder.spec) == decoder.spec  # no twin mirrors
-    x = toy_latents(2, 4, 4).double()
-    runtime = DecodeRuntime(decoder, DecodeSettings(tile=2, chunk=1))
-    assert (runtime.decode(x) - decode(decoder, x)).abs().max() < 1e-9
-    with pytest.raises(SpecError, match="give at least 2x2 latents"):
-        decode(decoder, x[..., :1])
+MIRRORED: dict[str, DecoderSpec] = {
+    "original": ltx_spec(VERSIONS[3], causal=True),
+    "flash": flash_ltx_spec(VERSIONS[3], causal=True),
+}
+
+
+@pytest.mark.parametrize("name", MIRRORED)
+@pytest.mark.parametrize("split", ["up0.0", "up1.0", "up2.0", "head.0"])
+def test_a_mirrored_decoder_tiles_too(name: str, split: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile's inner border goes with the halo, so that what is mirrored there is cut away; the frame's own stays."""
+    monkeypatch.setattr(winograd, "MIN_TILES", 0)
+    monkeypatch.setattr(exact, "WINOGRAD_WIDTH", 4)
+    monkeypatch.setattr(planning, "split_addresses", lambda _: (split,))
+    decoder = ltx_decoder(MIRRORED[name]).double()
+    twin = exact_decoder(decoder, device_type="cpu")
+    mirroring = {layer.operator for _, layer in twin.spec.layers() if layer.space_padding == "reflect"}
+    assert mirroring == ({"winograd3d"} if name == "original" else {"winograd3d", "tapwise3d", "dwsep3d", "frame2d"})
+    x = toy_latents(2, 3, 4).double()
+    whole = decode(decoder, x)
+    for tile in (None, 1, 2, 3):
+        runtime = DecodeRuntime(twin, DecodeSettings(tile=tile, chunk=1))
+        assert (runtime.decode(x) - whole).abs().max() < 1e-9
+
+
+def test_a_mirrored_decoder_needs_two_latents() -> None:
+    decoder = ltx_decoder(MIRRORED["original"])
+    for refusing in (decoder, exact_decoder(decoder)):
+        with pytest.raises(SpecError, match="give at least 2x2 latents"):
+            decode(refusing, toy_latents(2, 4, 1))
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -1,0 +1,168 @@
+"""Qwen-Image 2: Wan 2.2's blocks on frames alone, five resolutions, 64 latent channels, for single images.
+
+The original sees and gives images with transparency. Here they are opaque: the encoder is told so
+(`EncoderSpec.opaque`), and the decoder is read without its fourth output. Its temporal resamplers, which no image
+reaches, are left out.
+
+Reference: Qwen-Image 2 VAE (diffusers `AutoencoderKLQwenImage21`). The paper has no layout for it: ratio and operators
+are those that it gives Wan 2.1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+from flashvaed_cli.decoders.family import Family
+from flashvaed_cli.decoders.layer_spec import (
+    AttentionSpec,
+    BlockSpec,
+    ConvBlockSpec,
+    DownsampleSpec,
+    HeadSpec,
+    ResBlockSpec,
+    UpsampleSpec,
+)
+from flashvaed_cli.decoders.spec import BypassSpec, DecoderSpec, EncoderSpec, StageSpec
+from flashvaed_cli.decoders.wan import CONFIG_KEYS, frame_conv, point_conv
+
+NAME = "qwen-image-2"
+LATENT_WIDTH = 64
+MULTIPLIERS = (1, 2, 4, 8, 8)
+COLOURS = 4  # of the original: red, green, blue and opacity
+TEMPORAL_FACTOR, SPATIAL_FACTOR = 8, 16
+# Of the transitions between resolutions, those that would double the frames of a video; their bypasses copy other
+# channels for that, even to a single image.
+DOUBLED = (False, True, True, True)
+
+# Per-channel statistics of the released Qwen-Image 2 latents (its diffusers configuration).
+LATENT_MEAN = (
+    0.5126, 0.7721, -0.0631, 1.3506, -0.7855, -2.1025, -0.3458, 1.3722,
+    1.8873, -1.7177, -0.6510, 0.2732, 0.7562, -0.6163, -1.0277, 3.8363,
+    2.0210, 0.0472, 0.9320, 2.0087, 2.4954, -0.1391, -1.4249, 1.8464,
+    -0.5236, 1.2826, 3.7046, -1.3035, 2.7286, -1.4518, -1.9036, -1.9955,
+    -0.0342, -1.0265, -0.7636, 3.0555, 0.0746, -3.0751, -0.1076, 1.7376,
+    -1.0914, -1.9435, -0.2784, -1.3680, 0.4809, -0.4433, 0.3764, 0.5729,
+    -2.0595, 1.0960, -1.3260, -2.0211, -5.0179, 0.5275, 4.0162, 1.8505,
+    0.3026, 1.9373, 1.4937, 0.2632, 0.5547, -1.7121, -0.1562, 0.0304,
+)  # fmt: skip
+LATENT_STD = (
+    3.2001, 3.2936, 3.4321, 3.0091, 3.1061, 4.0379, 4.0705, 3.7910,
+    3.0785, 3.6500, 3.9308, 3.0904, 2.8778, 3.7675, 3.7320, 5.0756,
+    3.2864, 4.0397, 3.1317, 4.0443, 2.9249, 3.9454, 3.0988, 4.2489,
+    3.4896, 3.8513, 3.9323, 3.4719, 3.7498, 4.2830, 3.5694, 4.2467,
+    3.9037, 3.2947, 5.0770, 3.5075, 3.2700, 3.4767, 2.8063, 5.1125,
+    3.5327, 4.7833, 3.1286, 4.1819, 3.8527, 3.8312, 3.5605, 4.3875,
+    3.9624, 4.0168, 3.5643, 4.0550, 5.5614, 4.2963, 4.4080, 3.4959,
+    3.8747, 3.7608, 3.5735, 3.1490, 3.7662, 3.6746, 3.4563, 3.8161,
+)  # fmt: skip
+
+
+def _resblock(in_width: int, out_width: int) -> ResBlockSpec:
+    return ResBlockSpec(
+        conv1=frame_conv(in_width, out_width),
+        conv2=frame_conv(out_width, out_width),
+        shortcut=None if in_width == out_width else point_conv(in_width, out_width),
+    )
+
+
+def _mid_stage(width: int) -> StageSpec:
+    attention = AttentionSpec(width=width, inner_width=width)
+    return StageSpec(name="mid", blocks=(_resblock(width, width), attention, _resblock(width, width)))
+
+
+def qwen2_decoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> DecoderSpec:
+    """The original decoder at a base width (144: the released Qwen-Image 2)."""
+    widths = [base_width * m for m in (MULTIPLIERS[-1], *reversed(MULTIPLIERS))]
+    stages = [
+        StageSpec(name="post_quant", blocks=(ConvBlockSpec(conv=point_conv(latent_width, latent_width)),)),
+        StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=frame_conv(latent_width, widths[0])),)),
+        _mid_stage(widths[0]),
+    ]
+    for i, (in_width, width) in enumerate(pairwise(widths)):
+        blocks: list[BlockSpec] = [_resblock(w, width) for w in (in_width, width, width)]
+        bypass = None
+        if i < len(DOUBLED):
+            blocks.append(UpsampleSpec(spatial=frame_conv(width, width)))
+            bypass = BypassSpec(
+                kind="duplicate",
+                in_width=in_width,
+                out_width=width,
+                temporal_factor=2 if DOUBLED[::-1][i] else 1,
+                spatial_factor=2,
+            )
+        stages.append(StageSpec(name=f"up{i}", blocks=tuple(blocks), bypass=bypass))
+    stages.append(StageSpec(name="head", blocks=(HeadSpec(conv=frame_conv(widths[-1], 3)),)))
+    return DecoderSpec(
+        family=NAME,
+        stages=tuple(stages),
+        temporal_factor=TEMPORAL_FACTOR,
+        spatial_factor=SPATIAL_FACTOR,
+        still=True,
+    )
+
+
+def qwen2_encoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> EncoderSpec:
+    """The original encoder at a base width (96: the released Qwen-Image 2)."""
+    widths = [base_width * m for m in (1, *MULTIPLIERS)]
+    moments = 2 * latent_width
+    stages = [StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=frame_conv(COLOURS, widths[0])),))]
+    for i, (in_width, width) in enumerate(pairwise(widths)):
+        blocks: list[BlockSpec] = [_resblock(in_width, width), _resblock(width, width)]
+        shrinks = i < len(DOUBLED)
+        if shrinks:
+            blocks.append(DownsampleSpec(spatial=frame_conv(width, width)))
+        bypass = BypassSpec(
+            kind="average",
+            in_width=in_width,
+            out_width=width,
+            temporal_factor=2 if shrinks and DOUBLED[i] else 1,
+            spatial_factor=2 if shrinks else 1,
+        )
+        stages.append(StageSpec(name=f"down{i}", blocks=tuple(blocks), bypass=bypass))
+    stages += [
+        _mid_stage(widths[-1]),
+        StageSpec(name="head", blocks=(HeadSpec(conv=frame_conv(widths[-1], moments)),)),
+        StageSpec(name="quant", blocks=(ConvBlockSpec(conv=point_conv(moments, moments)),)),
+    ]
+    return EncoderSpec(
+        family=NAME,
+        stages=tuple(stages),
+        temporal_factor=TEMPORAL_FACTOR,
+        spatial_factor=SPATIAL_FACTOR,
+        still=True,
+        opaque=True,
+    )
+
+
+QWEN_IMAGE_2 = Family(
+    name=NAME,
+    decoder_spec=qwen2_decoder_spec,
+    encoder_spec=qwen2_encoder_spec,
+    latent_width=LATENT_WIDTH,
+    latent_mean=LATENT_MEAN,
+    latent_std=LATENT_STD,
+    released_base_width=144,
+    shallow_stages=("up3", "up4"),
+    paper_keep_ratio=0.125,
+    paper_operators={
+        "mid": "dwsep3d",
+        "up0": "dwsep3d",
+        "up1": "dwsep3d",
+        "up2": "dwsep3d",
+        "up3": "frame2d",
+        "up4": "frame2d",
+    },
+    config_keys=replace(
+        CONFIG_KEYS,
+        fixed={
+            **CONFIG_KEYS.fixed,
+            "dim_mult": (MULTIPLIERS,),
+            "temperal_downsample": (DOUBLED,),
+            "is_residual": (True,),
+            "in_channels": (COLOURS,),
+            "out_channels": (COLOURS,),
+        },
+    ),
+    uniform_note="its images are opaque: other programs need this program's decoder, which has three outputs",
+)
