@@ -19,7 +19,7 @@ from flashvaed_cli.media.sources import find_clips
 from flashvaed_cli.metrics.quality import psnr_db
 from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.recipe.fields import BUILTIN_VAE
-from flashvaed_cli.recipe.models import PruneRecipe
+from flashvaed_cli.recipe.prune import PruneRecipe
 from flashvaed_cli.stages.clips import plan_calibration
 from flashvaed_cli.stages.loading import load_inputs
 

@@ -15,8 +15,8 @@ import torch
 from rich.console import Console
 
 from flashvaed_cli.progress import SilentProgress
+from flashvaed_cli.recipe.distill import DistillRecipe
 from flashvaed_cli.recipe.fields import BUILTIN_VAE
-from flashvaed_cli.recipe.models import DistillRecipe
 from flashvaed_cli.report.tables import Cell, Column, TableData, to_rich
 from flashvaed_cli.stages.loading import load_inputs
 from flashvaed_cli.stages.training_data import TrainingData, training_data

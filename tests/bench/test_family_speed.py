@@ -14,7 +14,6 @@ import gc
 import os
 from collections.abc import Iterator
 
-import jaxtyping
 import pytest
 import torch
 from rich.console import Console
@@ -34,15 +33,7 @@ ROUNDS, SIDE = setting("ROUNDS", 3), setting("SIDE", 256)
 CHOSEN = os.environ.get("FLASHVAED_BENCH_FAMILIES", ",".join(FAMILIES)).split(",")
 
 
-@pytest.fixture(autouse=True)
-def _as_users_run_it() -> Iterator[None]:
-    """Two threads, and no checks of shapes."""
-    num_threads, checked = torch.get_num_threads(), not jaxtyping.config.jaxtyping_disable
-    torch.set_num_threads(min(2, len(os.sched_getaffinity(0))))
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", not checked)
-    torch.set_num_threads(num_threads)
+pytestmark = pytest.mark.usefixtures("as_users_run_it")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +48,7 @@ def table() -> Iterator[Table]:
 
 def num_frames(family: Family, original: DecoderSpec) -> int:
     """A few latents of a video; one image of a family of images."""
-    return 1 if family.name == "qwen-image" else 1 + 2 * original.temporal_factor
+    return 1 if family.name.startswith("qwen-image") else 1 + 2 * original.temporal_factor
 
 
 def runtime(spec: DecoderSpec, *, plain: bool = False) -> DecodeRuntime:
@@ -73,7 +64,8 @@ def test_flash_against_its_original(name: str, table: Table) -> None:
     family = get_family(name)
     original = family.decoder_spec(family.released_base_width, family.latent_width)
     frames = num_frames(family, original)
-    reference = still_spec(original) if frames == 1 else original  # what `convert-ops --profile image` starts with
+    # What `convert-ops --profile image` starts with.
+    reference = still_spec(original) if frames == 1 and not original.still else original
     flash = flash_layout(reference, family, family.paper_keep_ratio)
     side = SIDE // original.spatial_factor
     grid = (original.num_latents(frames), side, side)

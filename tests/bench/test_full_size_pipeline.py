@@ -1,7 +1,7 @@
-"""Full-size Wan 2.1, random weights: time and memory of analyze, prune to an eighth and convert-ops.
+"""A full-size VAE, random weights: time and memory of analyze, prune to the paper's width and convert-ops.
 
-Prints a table for 4 calibration clips of 9 frames of 256 x 256, and the memory of 16. `FLASHVAED_BENCH_WIDTH`,
-`_SIDE` and `_CLIPS` (numbers separated by spaces) change the sizes.
+Prints a table for 4 calibration clips of 9 frames of 256 x 256, and the memory of 16. `FLASHVAED_BENCH_FAMILY` (wan2.1)
+chooses, `_WIDTH` (the released one), `_FRAMES`, `_SIDE` and `_CLIPS` (numbers separated by spaces) change the sizes.
 """
 
 from __future__ import annotations
@@ -19,18 +19,22 @@ from rich.console import Console
 from flashvaed_cli.artifact.checkpoint import save_checkpoint
 from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.decoders.coder import Decoder, Encoder
-from flashvaed_cli.decoders.wan import LATENT_MEAN, LATENT_STD, NAME, wan_decoder_spec, wan_encoder_spec
+from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.report.tables import Cell, Column, TableData, to_rich
+from tests.bench.full_size import setting
 
-WIDTH = int(os.environ.get("FLASHVAED_BENCH_WIDTH", "96"))
-SIDE = int(os.environ.get("FLASHVAED_BENCH_SIDE", "256"))
+FAMILY = get_family(os.environ.get("FLASHVAED_BENCH_FAMILY", "wan2.1"))
+WIDTH, FRAMES, SIDE = setting("WIDTH", FAMILY.released_base_width), setting("FRAMES", 9), setting("SIDE", 256)
 NUM_CLIPS = [int(n) for n in os.environ.get("FLASHVAED_BENCH_CLIPS", "4 16").split()]
 
 
 def write_random_vae(path: Path) -> Path:
     torch.manual_seed(0)
-    decoder, encoder = Decoder(wan_decoder_spec(WIDTH)).eval(), Encoder(wan_encoder_spec(WIDTH)).eval()
-    header = ArtifactHeader(kind="vae", family=NAME, latent_mean=LATENT_MEAN, latent_std=LATENT_STD)
+    decoder = Decoder(FAMILY.decoder_spec(WIDTH, FAMILY.latent_width)).eval()
+    encoder = Encoder(FAMILY.encoder_spec(WIDTH, FAMILY.latent_width)).eval()
+    mean = FAMILY.latent_mean or (0.0,) * FAMILY.latent_width
+    std = FAMILY.latent_std or (1.0,) * FAMILY.latent_width
+    header = ArtifactHeader(kind="vae", family=FAMILY.name, latent_mean=mean, latent_std=std)
     save_checkpoint(path, header, decoder=decoder, encoder=encoder)
     return path
 
@@ -53,12 +57,18 @@ def test_full_size_pipeline(tmp_path: Path) -> None:
     rows: list[tuple[Cell, ...]] = []
     peaks: dict[int, float] = {}
     for num_clips in NUM_CLIPS:
-        calibration = f"--num-calibration-clips {num_clips} --num-frames 9 --crop-size {SIDE} --quiet".split()
+        calibration = f"--num-calibration-clips {num_clips} --num-frames {FRAMES} --crop-size {SIDE} --quiet".split()
         folder = tmp_path / str(num_clips)
         folder.mkdir()
         steps = {
             "analyze": ["analyze", str(vae), *calibration],
-            "prune --ratio 0.125": ["prune", str(vae), "--ratio", "0.125", *calibration],
+            f"prune --ratio {FAMILY.paper_keep_ratio}": [
+                "prune",
+                str(vae),
+                "--ratio",
+                str(FAMILY.paper_keep_ratio),
+                *calibration,
+            ],
             "convert-ops": ["convert-ops", "pruned.safetensors", *calibration],
         }
         measured = {name: run(words, folder) for name, words in steps.items()}
@@ -68,6 +78,6 @@ def test_full_size_pipeline(tmp_path: Path) -> None:
         print(rows[-4:], flush=True)
     columns = (Column("clips", "d"), Column("command", align="left"), Column("s", ".0f"), Column("peak RSS, GB", ".2f"))
     cores = len(os.sched_getaffinity(0))
-    title = f"Wan 2.1 at base width {WIDTH}, clips of 9 frames of {SIDE} x {SIDE}, float32, {cores} cores"
+    title = f"{FAMILY.name} at base width {WIDTH}, clips of {FRAMES} frames of {SIDE} x {SIDE}, float32, {cores} cores"
     Console(width=120).print(to_rich(TableData(title, columns, tuple(rows))))
     assert max(peaks.values()) < 1.15 * min(peaks.values())  # what the allocator holds back differs from run to run

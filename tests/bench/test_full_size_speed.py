@@ -6,10 +6,6 @@ of the full-size tables, `FLASHVAED_BENCH_ROUNDS` the number of rounds, `FLASHVA
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-
-import jaxtyping
 import pytest
 import torch
 
@@ -21,15 +17,7 @@ COMPILE = bool(setting("COMPILE", 0))
 FULL_SIZE = "flash (384/24/12)"
 
 
-@pytest.fixture(autouse=True)
-def _as_users_run_it() -> Iterator[None]:
-    """All cores, and no checks of shapes, which cost small decoders a good part of their time."""
-    num_threads, checked = torch.get_num_threads(), not jaxtyping.config.jaxtyping_disable
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", not checked)
-    torch.set_num_threads(num_threads)
+pytestmark = pytest.mark.usefixtures("as_users_run_it")
 
 
 @pytest.mark.bench

@@ -21,7 +21,7 @@ from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.decoders.wan import WAN21
 from flashvaed_cli.numerics.selection import SELECTION_RULES
 from flashvaed_cli.progress import SilentProgress
-from flashvaed_cli.recipe.models import PruneRecipe
+from flashvaed_cli.recipe.prune import PruneRecipe
 from flashvaed_cli.report.tables import Cell, Column, TableData, to_rich
 from flashvaed_cli.surgery.layer_fit import FitSettings
 from flashvaed_cli.surgery.reconstruct import first_changed_block, reconstruct_decoder

@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import jaxtyping
 import pytest
 import torch
 from rich.console import Console
@@ -41,15 +39,7 @@ _COLUMNS = (
 Row = tuple[str, float, float, float, float | None]
 
 
-@pytest.fixture(autouse=True)
-def _as_users_run_it() -> Iterator[None]:
-    """All cores, and no checks of shapes."""
-    num_threads, checked = torch.get_num_threads(), not jaxtyping.config.jaxtyping_disable
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", not checked)
-    torch.set_num_threads(num_threads)
+pytestmark = pytest.mark.usefixtures("as_users_run_it")
 
 
 def print_rows(title: str, rows: Sequence[Row]) -> None:
