@@ -7,25 +7,26 @@ A location is the path of an artifact, of another program's file or diffusers fo
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from flashvaed_cli.artifact.coders import coders_from_foreign, empty_coder, fill_coder, named_tensors, shapes_of
 from flashvaed_cli.artifact.diffusers_config import check_keys, check_widths, configuration, latent_statistics
 from flashvaed_cli.artifact.foreign import read_foreign
 from flashvaed_cli.artifact.header import ArtifactHeader, Lineage
 from flashvaed_cli.artifact.hub import SCHEME, fetch_hub_file
-from flashvaed_cli.artifact.layouts import Layout, Role, fold_separable, slots, spec_from_shapes
-from flashvaed_cli.artifact.mismatch import Shape, compare_shapes
-from flashvaed_cli.artifact.recognition import ROLES, present_roles, recognise, twins
+from flashvaed_cli.artifact.layouts import Role
+from flashvaed_cli.artifact.mismatch import compare_shapes
+from flashvaed_cli.artifact.recognition import ROLES, recognise, twins
 from flashvaed_cli.artifact.store import is_artifact, read_artifact, sha256_of, sha256_of_files, write_artifact
-from flashvaed_cli.decoders.coder import Coder, Decoder, Encoder
-from flashvaed_cli.decoders.families import get_family
-from flashvaed_cli.decoders.spec import CoderSpec, DecoderSpec, EncoderSpec
+from flashvaed_cli.decoders.coder import Decoder, Encoder
+from flashvaed_cli.decoders.families import families_named, get_family
+from flashvaed_cli.decoders.spec import CoderSpec
 from flashvaed_cli.errors import ArtifactError
 
 BUILTIN_SCHEME = "builtin:"
@@ -33,7 +34,6 @@ ARTIFACT_LAYOUT = "flashvaed"
 FAMILY_KEY = "flashvaed.family"
 """Where the metadata of what `export` writes in another layout names the family."""
 _NO_STATISTICS = "no latent statistics (per_channel_statistics.*, or latents_mean and latents_std)"
-_LATENT_LAYERS: tuple[tuple[Role, str], ...] = (("decoder", "post_quant.0"), ("encoder", "quant.0"))
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Checkpoint:
             nothing tells them.
         kept_channels: see `ArtifactHeader`; empty for foreign checkpoints.
         header: None for foreign checkpoints.
-        twins: other families that it may be of as well; empty where the user, a configuration or the names tell.
+        twins: other families that it may be of as well, with the same frames; empty where the user, a configuration
+            or the names tell.
         notes: what was missing or left aside, a line each.
     """
 
@@ -107,7 +108,8 @@ def load_checkpoint(location: str | Path, *, builtins: Mapping[str, Path], famil
 
     Args:
         builtins: what `builtin:NAME` stands for.
-        family: of the checkpoint, where its names leave that open; None: told from names and configuration.
+        family: of the checkpoint, or `ltx` or `ltx-video`, all of its versions, where its names leave that open;
+            None: told from names and configuration.
     Raises:
         ArtifactError: not found, not readable, of another model or family, or tensors that do not fit.
         SpecError: an unknown family.
@@ -117,7 +119,7 @@ def load_checkpoint(location: str | Path, *, builtins: Mapping[str, Path], famil
     if not is_artifact(path):
         return _load_foreign(location, path, family)
     checkpoint = _load_artifact(location, path)
-    if family is not None and checkpoint.family != get_family(family).name:
+    if family is not None and checkpoint.family not in families_named(family):
         raise ArtifactError(f"{location}: of the family {checkpoint.family}, not {family}: leave --family out.")
     return checkpoint
 
@@ -150,10 +152,12 @@ def _load_artifact(location: str, path: Path) -> Checkpoint:
     if header.kind == "analysis":
         raise ArtifactError(f"{location}: an analysis (statistics), not a decoder. Give it with --analysis.")
     coders = {role: empty_coder(spec) for role in ROLES if (spec := getattr(header, role)) is not None}
-    expected = {f"{role}.{name}": tuple(value.shape) for role, coder in coders.items() for name, value in _named(coder)}
-    compare_shapes(expected, _shapes(tensors)).raise_if_any(location, ARTIFACT_LAYOUT)
+    expected = {
+        f"{role}.{name}": tuple(value.shape) for role, coder in coders.items() for name, value in named_tensors(coder)
+    }
+    compare_shapes(expected, shapes_of(tensors)).raise_if_any(location, ARTIFACT_LAYOUT)
     for role, coder in coders.items():
-        fill_coder(coder, {name: tensors[f"{role}.{name}"] for name, _ in _named(coder)}, location)
+        fill_coder(coder, {name: tensors[f"{role}.{name}"] for name, _ in named_tensors(coder)}, location)
     return Checkpoint(
         location=location,
         sha256=sha256_of(path),
@@ -172,7 +176,7 @@ def _load_foreign(location: str, path: Path, family: str | None) -> Checkpoint:
     weights = read_foreign(path)
     family = family or weights.metadata.get(FAMILY_KEY)
     config_class = (weights.config or {}).get("_class_name")
-    layout = recognise(_shapes(weights.tensors), location, family=family, config_class=config_class)
+    layout = recognise(shapes_of(weights.tensors), location, family=family, config_class=config_class)
     config = configuration(weights, get_family(layout.family), location)
     coders = coders_from_foreign(weights.tensors, layout, location, config)
     specs: dict[Role, CoderSpec] = {role: coder.spec for role, coder in coders.items()}
@@ -181,6 +185,7 @@ def _load_foreign(location: str, path: Path, family: str | None) -> Checkpoint:
         check_widths(weights.config or {}, specs, location)
     mean, std = latent_statistics(weights, get_family(layout.family), specs, location)
     notes = [] if mean else [f"{_NO_STATISTICS}: latents can be read in raw scale only"]
+    notes += [note for spec in specs.values() if (note := get_family(layout.family).config_keys.assumed(spec, config))]
     notes += [f"keys of its configuration that are not known and play no role: {', '.join(unknown)}"] if unknown else []
     return Checkpoint(
         location=location,
@@ -194,74 +199,6 @@ def _load_foreign(location: str, path: Path, family: str | None) -> Checkpoint:
         twins=() if family or config_class else twins(layout),
         notes=tuple(notes),
     )
-
-
-def coders_from_foreign(
-    tensors: Mapping[str, Tensor],
-    layout: Layout,
-    location: str = "checkpoint",
-    config: Mapping[str, Any] | None = None,
-) -> dict[Role, Coder]:
-    """The decoder, the encoder or both that a state dict of another layout holds.
-
-    Args:
-        config: that of the checkpoint, for what the tensors do not tell.
-    Raises:
-        ArtifactError: names all tensors that are missing, superfluous or of another shape.
-    """
-    prepared = tensors if layout.prepare is None else layout.prepare(tensors, config or {})
-    tensors = fold_separable(prepared)
-    shapes = _shapes(tensors)
-    roles = present_roles(shapes, layout)
-    specs = {role: spec_from_shapes(shapes, layout, role, location, config) for role in roles}
-    places = {role: slots(spec, layout) for role, spec in specs.items()}
-    expected = {slot.foreign: slot.shape for slots_of_role in places.values() for slot in slots_of_role}
-    # Half a VAE keeps the other half's 1x1 layer beside the latent: released students do.
-    spare = {
-        f"{layout.places[role][address]}.{end}"
-        for role, address in _LATENT_LAYERS
-        if role not in roles and address in layout.places[role]
-        for end in ("weight", "bias")
-    }
-    compare_shapes(expected, shapes, spare).raise_if_any(location, layout.name)
-    coders: dict[Role, Coder] = {}
-    for role in roles:
-        coders[role] = empty_coder(specs[role])
-        fill_coder(coders[role], {slot.ours: tensors[slot.foreign] for slot in places[role]}, location)
-    return coders
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def _named(coder: Coder) -> Iterable[tuple[str, Tensor]]:
-    return coder.state_dict().items()
-
-
-def empty_coder(spec: CoderSpec) -> Coder:
-    """The module of a spec without weights (on the meta device), to be filled."""
-    with torch.device("meta"):
-        return Encoder(spec) if isinstance(spec, EncoderSpec) else Decoder(cast(DecoderSpec, spec))
-
-
-def fill_coder(coder: Coder, tensors: Mapping[str, Tensor], location: str) -> None:
-    """Give a module its weights, as float32 copies on the CPU; axes of length 1 may differ. Eval, no gradients.
-
-    Raises:
-        ArtifactError: quantised weights.
-    """
-    state: dict[str, Tensor] = {}
-    for name, empty in _named(coder):
-        tensor = tensors[name]
-        if not tensor.is_floating_point():
-            raise ArtifactError(
-                f"{location}: {name} is {tensor.dtype}; quantised weights cannot be read. Give a float checkpoint."
-            )
-        # Always a copy: the file behind a mapped tensor may change.
-        state[name] = tensor.to(torch.float32, copy=True).reshape(empty.shape).contiguous()
-    coder.load_state_dict(state, strict=True, assign=True)
-    coder.eval().requires_grad_(False)
 
 
 def derived_header(
@@ -317,7 +254,7 @@ def save_checkpoint(
     """
     tensors: dict[str, Tensor] = {}
     for role, coder in (("decoder", decoder), ("encoder", encoder)):
-        for name, tensor in () if coder is None else _named(coder):
+        for name, tensor in () if coder is None else named_tensors(coder):
             tensors[f"{role}.{name}"] = cast_weight(tensor, dtype, f"{role}.{name}")
     specs = {
         "kind": "decoder" if encoder is None else "vae",

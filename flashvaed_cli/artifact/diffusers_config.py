@@ -77,19 +77,20 @@ def _tensor_statistics(tensors: Mapping[str, Tensor], location: str) -> tuple[li
 
 def configuration(weights: ForeignWeights, family: Family, location: str) -> dict[str, Any]:
     """What is said of the weights beside them: the diffusers configuration, or the JSON that LTX's own files carry in
-    their metadata (key `config`, there under `vae`); `decode_timestep` of the metadata wins.
+    their metadata (key `config`, there under `vae`); of both the first wins, but for `decode_timestep`.
 
     Raises:
         ArtifactError: a `decode_timestep` that is no number.
     """
-    config = dict(weights.config or {})
-    if not config and family.config_keys.in_metadata and "config" in weights.metadata:
+    config: dict[str, Any] = {}
+    if family.config_keys.in_metadata and "config" in weights.metadata:
         try:
             found = json.loads(weights.metadata["config"])
         except ValueError:
             found = None  # a note of another program
         if isinstance(found, dict):
             config = dict(found.get("vae", found)) if isinstance(found.get("vae", found), dict) else {}
+    config |= weights.config or {}
     timestep = weights.metadata.get("decode_timestep", config.get("decode_timestep"))
     if timestep is not None:
         try:
@@ -170,9 +171,11 @@ def check_widths(config: Mapping[str, Any], specs: Mapping[Role, CoderSpec], loc
             continue
         key, base_width = said
         build = family.decoder_spec if role == "decoder" else family.encoder_spec
-        promised = dict(build(base_width, _latent_width(specs)).blocks())
+        promised = _widths(build(base_width, _latent_width(specs)))
+        if role == "encoder" and family.config_keys.entry_is_latent:
+            promised = _with_entry(promised, _latent_width(specs))
         for address, block in spec.blocks():
-            expected = block_in_width(promised[address]), block_out_width(promised[address])
+            expected = promised[address]
             found = block_in_width(block), block_out_width(block)
             if expected != found:
                 raise ArtifactError(
@@ -180,6 +183,24 @@ def check_widths(config: Mapping[str, Any], specs: Mapping[Role, CoderSpec], loc
                     f"{_arrow(expected)} channels in {role} {address}; the weights have {_arrow(found)}. "
                     "If the weights are right (a pruned decoder), give the weights file itself instead of the folder."
                 )
+
+
+def _widths(spec: CoderSpec) -> dict[str, tuple[int, int]]:
+    return {address: (block_in_width(block), block_out_width(block)) for address, block in spec.blocks()}
+
+
+def _with_entry(widths: Mapping[str, tuple[int, int]], entry_width: int) -> dict[str, tuple[int, int]]:
+    """The widths with another one behind the first block, up to the block that changes it."""
+    changed = dict(widths)
+    first, *others = widths
+    kept = widths[first][1]
+    changed[first] = widths[first][0], entry_width
+    for address in others:
+        out_width = widths[address][1]
+        changed[address] = entry_width, entry_width if out_width == kept else out_width
+        if out_width != kept:
+            break
+    return changed
 
 
 def _base_width(config: Mapping[str, Any], family: Family, role: Role, location: str) -> tuple[str, int] | None:

@@ -21,6 +21,9 @@ from flashvaed_cli.errors import ArtifactError
 
 CONFIG_NAME = "config.json"
 _DIFFUSERS_STEM = "diffusion_pytorch_model"
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
+# Names of files that hold a whole model: those of its diffusion model, and the wrappers of its VAE.
+_DIFFUSION_MODEL, _VAES = "model.diffusion_model.", ("vae.", "first_stage_model.")
 # Keys under which training programs keep the weights.
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "vae", "weights")
 
@@ -65,9 +68,13 @@ def _read_folder(folder: Path) -> ForeignWeights:
         )
     files = _weight_files(folder)
     tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
     for file in files:
-        tensors.update(_read_weights(file)[0])
-    return ForeignWeights(_unwrapped(tensors), (config_path, *files), _read_config(config_path), whole_folder=True)
+        found, metadata = _read_weights(file)
+        tensors.update(found)
+    metadata = metadata if len(files) == 1 else {}  # those of a shard say nothing of the whole
+    read = (config_path, *files)
+    return ForeignWeights(_unwrapped(tensors), read, _read_config(config_path), metadata, whole_folder=True)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -84,11 +91,12 @@ def _weight_files(folder: Path) -> list[Path]:
     for name in names:
         if (folder / name).is_file():
             return [folder / name]
-    others = sorted(folder.glob("*.safetensors"))
-    if len(others) == 1:
-        return others
+    others = sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES)
+    chosen = [path for path in others if path.suffix == _SUFFIXES[0]] or others
+    if len(chosen) == 1:
+        return chosen
     listed = ", ".join(path.name for path in others) or "none"
-    raise ArtifactError(f"{folder}: no {names[0]} (safetensors files there: {listed}). Give one file by its path.")
+    raise ArtifactError(f"{folder}: no {names[0]} (weights files there: {listed}). Give one file by its path.")
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -171,7 +179,9 @@ def _weights_in(content: object, path: Path) -> dict[str, Tensor]:
 
 
 def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    if any(name.startswith("vae.per_channel_statistics.") for name in tensors):  # LTX's files hold the whole model
-        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("vae.")}
+    """The tensors less the wrapper that all names share; of a file that holds a whole model, those of its VAE."""
+    if any(name.startswith((_DIFFUSION_MODEL, "vae.per_channel_statistics.")) for name in tensors):
+        wrapper = next((part for part in _VAES if any(name.startswith(part) for name in tensors)), "")
+        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(wrapper)}
     prefix = common_prefix(tensors)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -10,6 +11,8 @@ from flashvaed_cli.errors import ArtifactError
 
 SCHEME = "hf://"
 _FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
+_VERBOSITY = "HF_HUB_VERBOSITY"  # huggingface_hub's own setting: who gives it wants its messages
+_PATIENCE_S = 10.0
 _ADDRESS = re.compile(
     r"hf://(?P<owner>[\w.-]+)/(?P<name>[\w.-]+)(@(?P<early>[^/@]+))?(/(?P<path>[^@]*?))?/?(@(?P<late>[^@]+))?"
 )
@@ -49,12 +52,15 @@ def fetch_hub_file(address: str) -> Path:
         ArtifactError: no such repository, revision or path, no permission, or no network and not in the cache.
     """
     # huggingface_hub takes a while to import and few runs need it.
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import hf_hub_download, logging, snapshot_download
 
     place = parse_hub_address(address)
+    if _VERBOSITY not in os.environ:
+        logging.set_verbosity_error()  # what goes wrong is in our own error
     try:
         if place.path.endswith(_FILE_SUFFIXES):
-            return Path(hf_hub_download(place.repo, place.path, revision=place.revision))
+            only_cached = not _answers(place)
+            return Path(hf_hub_download(place.repo, place.path, revision=place.revision, local_files_only=only_cached))
         patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
         folder = f"{place.path}/" if place.path else ""
         wanted = [folder + pattern for pattern in patterns]
@@ -64,6 +70,20 @@ def fetch_hub_file(address: str) -> Path:
     if not found.is_dir():
         raise ArtifactError(f"{address}: repository {place.repo} has no folder {place.path} with a config.json.")
     return found
+
+
+def _answers(place: HubAddress) -> bool:
+    """Whether the Hub answers at all, asked once: a download of one file asks six times over half a minute."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().repo_info(place.repo, revision=place.revision, timeout=_PATIENCE_S)
+    except HfHubHTTPError:
+        return True  # a refusal is an answer: the download says which
+    except Exception:  # offline, or any error of a network stack
+        return False
+    return True
 
 
 def _reason(error: Exception, place: HubAddress) -> str:

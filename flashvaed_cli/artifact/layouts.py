@@ -10,48 +10,25 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import ValidationError
 from torch import Tensor
 
-from flashvaed_cli.artifact.mismatch import Mismatch, Shape
+from flashvaed_cli.artifact.mismatch import Shape
 from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.decoders.layer_spec import (
     AttentionSpec,
     BlockSpec,
-    ConvBlockSpec,
     ConvSpec,
     DownsampleSpec,
     HeadSpec,
-    Kernel,
-    NormSpec,
-    Operator,
     ResBlockSpec,
-    ShuffleUpsampleSpec,
-    StridedDownsampleSpec,
-    UnshuffleDownsampleSpec,
     UpsampleSpec,
-    block_in_width,
-    block_out_width,
 )
-from flashvaed_cli.decoders.spec import BypassSpec, CoderSpec, DecoderSpec, EncoderSpec, StageSpec
-from flashvaed_cli.decoders.still import still_spec
-from flashvaed_cli.errors import ArtifactError, SpecError
+from flashvaed_cli.decoders.spec import CoderSpec, DecoderSpec, EncoderSpec
 
 Role = Literal["decoder", "encoder"]
-WeightShape = tuple[int, int, Kernel]
 
-_BLOCK_SPECS: dict[str, type] = {
-    "conv": ConvBlockSpec,
-    "resblock": ResBlockSpec,
-    "upsample": UpsampleSpec,
-    "shuffle_upsample": ShuffleUpsampleSpec,
-    "downsample": DownsampleSpec,
-    "strided_downsample": StridedDownsampleSpec,
-    "unshuffle_downsample": UnshuffleDownsampleSpec,
-    "head": HeadSpec,
-}
 # The convolutions of each kind of block.
-_CONVS: dict[str, tuple[str, ...]] = {
+CONVS: dict[str, tuple[str, ...]] = {
     "conv": ("conv",),
     "resblock": ("conv1", "conv2", "shortcut"),
     "upsample": ("temporal", "spatial"),
@@ -78,6 +55,9 @@ class Layout:
         by_blocks: no name is common to all variants; the layout is told by where its blocks lie.
         is_shifted: of a layout told by its blocks: the norms have shifts, or the tensors that these are made of.
         prepare: makes tensors as found, with the configuration, into those that this layout names.
+        finish: the way back, for files that other programs are to read.
+        statistics: what the latents' mean and deviation are called, where they stand among the weights.
+        prefix: of all names in the program's own files.
     """
 
     name: str
@@ -89,6 +69,9 @@ class Layout:
     by_blocks: bool = False
     is_shifted: bool = False
     prepare: Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, Tensor]] | None = None
+    finish: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
+    statistics: tuple[str, str] | None = None
+    prefix: str = ""
 
     def layer_place(self, role: Role, address: str, kind: str, layer: str) -> str:
         """The foreign name of a layer, less `.weight`."""
@@ -110,179 +93,6 @@ def blueprint(layout: Layout, role: Role, config: Mapping[str, Any] | None = Non
     family = get_family(layout.family)
     build = family.decoder_spec if role == "decoder" else family.encoder_spec
     return family.configured(build(8, family.latent_width), config or {})
-
-
-def spec_from_shapes(
-    shapes: Mapping[str, Shape],
-    layout: Layout,
-    role: Role,
-    location: str = "checkpoint",
-    config: Mapping[str, Any] | None = None,
-) -> DecoderSpec | EncoderSpec:
-    """Read operator, widths and kernel of every layer from the shapes.
-
-    A depthwise-separable layer without extent, (1, 1, 1), is read as the pointwise layer that it equals.
-
-    Args:
-        config: that of the checkpoint, for what shapes do not tell.
-    Raises:
-        ArtifactError: layers are missing, their widths do not fit together, or the configuration is of another network.
-    """
-    reader = _ShapeReader(shapes)
-    try:
-        plan = blueprint(layout, role, config)
-    except SpecError as error:
-        raise ArtifactError(f"{location}: in its configuration, {error}.") from error
-    if isinstance(plan, DecoderSpec) and _is_still(shapes, layout, plan):
-        plan = still_spec(plan)
-    stages: list[StageSpec] = []
-    clashes: list[str] = []
-    for stage in plan.stages:
-        blocks: list[BlockSpec] = []
-        for index, block in enumerate(stage.blocks):
-            address = f"{stage.name}.{index}"
-            place = layout.places[role][address]
-            try:
-                found = _read_block(reader, layout, role, address, block)
-            except ValidationError as error:
-                clashes.append(f"{place}: {_reasons(error)}")
-                continue
-            if found is not None:
-                blocks.append(found)
-        try:
-            bypass = _read_bypass(reader, layout, role, stage, blocks)
-            stages.append(StageSpec(name=stage.name, blocks=tuple(blocks), bypass=bypass))
-        except ValidationError as error:
-            clashes.append(_reasons(error))
-    reader.mismatch.raise_if_any(location, layout.name)
-    try:
-        if not clashes:
-            return type(plan).model_validate({**dict(plan), "stages": tuple(stages)})
-    except ValidationError as error:
-        clashes.append(_reasons(error))
-    raise ArtifactError(f"{location}: the widths of its layers do not fit together: {'; '.join(clashes[:8])}.")
-
-
-def _is_still(shapes: Mapping[str, Shape], layout: Layout, plan: DecoderSpec) -> bool:
-    """Whether nothing of a decoder works in time: its temporal resamplers are absent and its entry has a 2D kernel."""
-    temporal = [address for address, _ in plan.layers() if address.endswith(".temporal")]
-    names = []
-    for address in (*temporal, "conv_in.0.conv"):
-        place, _, layer = address.rpartition(".")
-        if place not in layout.places["decoder"]:
-            return False
-        kind = "conv" if layer == "conv" else "upsample"
-        names.append(f"{layout.layer_place('decoder', place, kind, layer)}.weight")
-    *absent, entry = names
-    return bool(temporal) and not any(name in shapes for name in absent) and len(shapes.get(entry, ())) == 4
-
-
-def _reasons(error: ValidationError) -> str:
-    return "; ".join(fault["msg"].removeprefix("Value error, ") for fault in error.errors())
-
-
-class _ShapeReader:
-    """Reads layers from shapes and collects all that is missing, so that one error can name it."""
-
-    def __init__(self, shapes: Mapping[str, Shape]) -> None:
-        self.shapes = shapes
-        self.mismatch = Mismatch()
-
-    def weight(self, place: str) -> WeightShape | None:
-        """Widths out and in, and kernel, of a weight of 2 to 5 axes; None and a note if there is none."""
-        shape = self.shapes.get(f"{place}.weight")
-        if shape is None:
-            self.mismatch.missing.append(f"{place}.weight")
-        elif not 2 <= len(shape) <= 5 or 0 in shape:
-            self.mismatch.wrong.append(f"{place}.weight (expected a kernel of 2 to 5 axes, found {list(shape)})")
-        else:
-            # A 2D kernel sees one frame: [O, C, kh, kw] is [O, C, 1, kh, kw].
-            kernel = (1, *shape[2:]) if len(shape) == 4 else (*shape[2:], 1, 1, 1)
-            return shape[0], shape[1], (kernel[0], kernel[1], kernel[2])
-        return None
-
-    def conv(self, place: str, *, optional: bool = False) -> ConvSpec | None:
-        """The convolution at a place; None if it is not there (noted unless `optional`)."""
-        if f"{place}.depthwise_conv.weight" in self.shapes:
-            depthwise, pointwise = self.weight(f"{place}.depthwise_conv"), self.weight(f"{place}.pointwise_conv")
-            if depthwise is None or pointwise is None:
-                return None
-            operator: Operator = "pointwise" if depthwise[2] == (1, 1, 1) else "dwsep3d"
-            return ConvSpec(operator=operator, in_width=depthwise[0], out_width=pointwise[0], kernel=depthwise[2])
-        if optional and f"{place}.weight" not in self.shapes:
-            return None
-        weight = self.weight(place)
-        if weight is None:
-            return None
-        out_width, in_width, kernel = weight
-        operator = "causal3d" if len(self.shapes[f"{place}.weight"]) == 5 else "frame2d"
-        if kernel == (1, 1, 1):
-            operator = "pointwise"
-        return ConvSpec(operator=operator, in_width=in_width, out_width=out_width, kernel=kernel)
-
-
-def _read_block(reader: _ShapeReader, layout: Layout, role: Role, address: str, planned: BlockSpec) -> BlockSpec | None:
-    """The block at an address; None if a layer of it is missing (noted in the reader)."""
-    places = {layer: layout.layer_place(role, address, planned.kind, layer) for layer in layout.layers[planned.kind]}
-    if isinstance(planned, AttentionSpec):
-        qkv, proj = reader.weight(places["qkv"]), reader.weight(places["proj"])
-        return None if qkv is None or proj is None else AttentionSpec(width=qkv[1], inner_width=proj[1])
-    layers: dict[str, ConvSpec | None] = {}
-    for layer in _CONVS[planned.kind]:
-        optional = _may_lack(layer, planned, layers)
-        layers[layer] = reader.conv(places[layer], optional=optional)
-        if layers[layer] is None and not optional:
-            return None
-        if layer == "temporal" and layers[layer] is not None and getattr(planned, layer) is None:
-            reader.mismatch.unexpected.append(f"{places[layer]}.weight")
-    padded = {layer: conv and _with_planned_padding(conv, getattr(planned, layer)) for layer, conv in layers.items()}
-    return _BLOCK_SPECS[planned.kind](**{**_read_extras(reader, layout, planned, places), **padded})
-
-
-def _with_planned_padding(found: ConvSpec, planned: ConvSpec | None) -> ConvSpec:
-    if planned is None or found.operator == "pointwise":
-        return found
-    in_time = planned.time_padding if found.kernel[0] > 1 else "zeros"
-    return found.model_copy(update={"time_padding": in_time, "space_padding": planned.space_padding})
-
-
-def _read_extras(
-    reader: _ShapeReader, layout: Layout, planned: BlockSpec, places: Mapping[str, str]
-) -> dict[str, object]:
-    """What a block has beside its layers: as planned, and for norms and noise as the shapes show."""
-    extras: dict[str, object] = {}
-    if isinstance(planned, ShuffleUpsampleSpec | StridedDownsampleSpec | UnshuffleDownsampleSpec):
-        extras["factor"] = planned.factor
-    if isinstance(planned, ShuffleUpsampleSpec):
-        extras["residual"] = planned.residual
-    if isinstance(planned, ResBlockSpec | HeadSpec) and planned.norm.eps is not None:
-        place = places["norm1" if isinstance(planned, ResBlockSpec) else "norm"]
-        gain, shift = f"{place}.{layout.gain}" in reader.shapes, f"{place}.bias" in reader.shapes
-        extras["norm"] = NormSpec(eps=planned.norm.eps, gain=gain, shift=shift)
-    if isinstance(planned, ResBlockSpec) and "noise1" in places:
-        extras["shortcut_norm"] = f"{places['shortcut_norm']}.weight" in reader.shapes
-        extras["noise"] = places["noise1"] in reader.shapes
-    return extras
-
-
-def _read_bypass(
-    reader: _ShapeReader, layout: Layout, role: Role, planned: StageSpec, blocks: list[BlockSpec]
-) -> BypassSpec | None:
-    """The bypass of a stage, with a layer if the file has one; None too where the stage's own blocks are not whole."""
-    if planned.bypass is None or len(blocks) < len(planned.blocks):
-        return None
-    ends = block_in_width(blocks[0]), block_out_width(blocks[-1])
-    if f"{layout.places[role][f'{planned.name}.bypass']}.weight" in reader.shapes:
-        return planned.bypass.narrowed(*ends)
-    return BypassSpec(**{**dict(planned.bypass), "in_width": ends[0], "out_width": ends[1]})
-
-
-def _may_lack(layer: str, planned: BlockSpec, layers: Mapping[str, ConvSpec | None]) -> bool:
-    """Whether a block can do without a layer: a shortcut between equal widths, a resampler that keeps the frames."""
-    if layer == "shortcut":
-        conv1, conv2 = layers["conv1"], layers["conv2"]
-        return conv1 is not None and conv2 is not None and conv1.in_width == conv2.out_width
-    return layer == "temporal" and getattr(planned, layer) is None
 
 
 def slots(spec: CoderSpec, layout: Layout) -> list[Slot]:
@@ -325,7 +135,7 @@ def _block_slots(role: Role, address: str, block: BlockSpec, layout: Layout) -> 
     on_frames = isinstance(block, UpsampleSpec | DownsampleSpec) or (
         isinstance(block, ResBlockSpec) and block.conv1.operator == "frame2d"
     )
-    for layer in _CONVS[block.kind]:
+    for layer in CONVS[block.kind]:
         conv = getattr(block, layer)
         if conv is not None:
             yield from _conv_slots(f"{ours}.{layer}", places[layer], conv, on_frames and layer != "temporal")

@@ -1,22 +1,42 @@
-"""Tell from names and shapes which layout a checkpoint has, or what else it looks like."""
+"""Tell from names and shapes which layout a checkpoint has."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 
 from flashvaed_cli.artifact.key_tables import LAYOUTS
 from flashvaed_cli.artifact.layouts import Layout, Role, blueprint, slots
-from flashvaed_cli.artifact.mismatch import Shape
-from flashvaed_cli.decoders.families import FAMILIES, get_family
+from flashvaed_cli.artifact.other_models import Shapes, looks_like
+from flashvaed_cli.decoders.families import FAMILIES, are_one_network, families_named, get_family
 from flashvaed_cli.errors import ArtifactError
-
-Shapes = Mapping[str, Shape]
 
 # Wrappers that tools put around every name of a VAE.
 PREFIXES = ("module.", "_orig_mod.", "vae.", "first_stage_model.", "model.")
 ROLES: tuple[Role, ...] = ("decoder", "encoder")
 _KNOWN_SHARE = 0.5  # of the names that every variant of a layout has
+_CONDITION = re.compile(r"time_embedder|scale_shift_table|timestep_scale_multiplier")
+_LTX = re.compile(r"per_channel_statistics\.|^latents_mean$|^decoder\.up_blocks\.\d\.res_blocks\.")
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """How well names fit a layout.
+
+    Attributes:
+        share: of what every variant of the layout has.
+        number: how many names that are; where all names of two layouts are there, the larger number decides.
+        fault: what does not fit first; "" if all does.
+    """
+
+    share: float
+    number: int
+    fault: str
+
+    @property
+    def rank(self) -> tuple[float, int]:
+        return self.share, self.number
 
 
 def common_prefix(names: Mapping[str, object]) -> str:
@@ -37,30 +57,33 @@ def recognise(
 ) -> Layout:
     """The layout whose names these are. Whether all are there is not checked here.
 
+    Of families that are one network the first is taken: nothing that is computed depends on it.
+
     Args:
-        family: the family that the user names; None: told from the names.
+        family: the family that is named, by the user or by the file, or several in one word (`ltx`); None: told from
+            the names.
         config_class: `_class_name` of the configuration beside the weights; None if there is none.
     Raises:
-        ArtifactError: another model, or none that this version knows; names the candidates and what each lacks.
+        ArtifactError: another model or family, names of several alike, or none that this version knows; names the
+            candidates and why each failed.
     """
-    look = looks_like(shapes)
-    if look is not None:
-        raise ArtifactError(f"{location}: looks like {look}. {_what_is_read()}")
-    candidates = _candidates(location, family, config_class)
-    shares = {layout.name: _best_share(shapes, layout) for layout in candidates}
-    # Where all names of two are there, the one with more of them; the first of equals.
-    best = max(candidates, key=lambda layout: shares[layout.name][:2])
-    share = shares[best.name][0]
-    rivals = [c.name for c in candidates if shares[c.name][:2] == shares[best.name][:2] and c.places != best.places]
-    if share >= _KNOWN_SHARE and not rivals:
-        return best
-    if share >= _KNOWN_SHARE:
+    _refuse_other_models(shapes, location, family, config_class)
+    fits = {name: _fit_of(shapes, layout) for name, layout in LAYOUTS.items()}
+    candidates = _candidates(family, config_class)
+    best, overall = (max(layouts, key=lambda at: fits[at.name].rank) for layouts in (candidates, LAYOUTS.values()))
+    rank, top = fits[best.name].rank, fits[overall.name].rank
+    why = _why(candidates, fits)
+    if top > rank and top[0] >= _KNOWN_SHARE:
+        said = f"of the family {family}" if family else f"of {config_class}, as its configuration says"
+        fitting = _families(layout for layout in LAYOUTS.values() if fits[layout.name].rank == top)
         raise ArtifactError(
-            f"{location}: its names fit {', '.join([best.name, *rivals])} alike. Say which it is with --family."
+            f"{location}: its tensors are not {said}: they fit {_or(fitting)}. {_flags(fitting)} reads it so.\n{why}"
         )
-    why = "\n".join(f"  {name}: no tensor named {missing}" for name, (*_, missing) in shares.items())
+    if rank[0] >= _KNOWN_SHARE:
+        _refuse_ambiguity([layout for layout in candidates if fits[layout.name].rank == rank], location)
+        return best
     sample = ", ".join(list(shapes)[:4])
-    if _LTX(shapes):
+    if any(_LTX.search(name) for name in shapes):
         why += "\nIt has names of an LTX-Video VAE, but not the blocks of a version that is known."
     named = "" if family is None else f" of the family {family}"
     raise ArtifactError(
@@ -69,30 +92,68 @@ def recognise(
     )
 
 
-def _candidates(location: str, family: str | None, config_class: str | None) -> list[Layout]:
-    """The layouts of the family that is named, by the user or by the configuration; all if none is."""
-    if family is not None:
-        get_family(family)
-        return [layout for layout in LAYOUTS.values() if layout.family == family]
-    if config_class is None:
-        return list(LAYOUTS.values())
-    families = {layout.family for layout in LAYOUTS.values() if layout.config_class == config_class}
-    if not families:
-        known = ", ".join(sorted({layout.config_class for layout in LAYOUTS.values() if layout.config_class}))
+def _refuse_other_models(shapes: Shapes, location: str, family: str | None, config_class: str | None) -> None:
+    """What the configuration says wins over what the names look like."""
+    look = looks_like(shapes)
+    known = {layout.config_class for layout in LAYOUTS.values() if layout.config_class}
+    if config_class is not None and config_class not in known and (family is None or look is not None):
+        advice = "" if look else " If the weights are of a known family all the same, name it with --family."
         raise ArtifactError(
-            f"{location}: its configuration is of {config_class}; this version reads {known}. "
-            "If the weights are of a known family all the same, name it with --family."
+            f"{location}: its configuration is of {config_class}; this version reads {', '.join(sorted(known))}."
+            f"{advice}"
         )
+    if look is not None:
+        raise ArtifactError(f"{location}: looks like {look}. {_what_is_read()}")
+
+
+def _refuse_ambiguity(equals: list[Layout], location: str) -> None:
+    """Raise if layouts that fit alike are of networks that differ."""
+    first = get_family(equals[0].family)
+    if all(are_one_network(first, get_family(layout.family)) for layout in equals[1:]):
+        return
+    raise ArtifactError(
+        f"{location}: its names and shapes fit {', '.join(layout.name for layout in equals)} alike, and these compute "
+        f"different things. Say which it is with {_flags(_families(equals))}."
+    )
+
+
+def _candidates(family: str | None, config_class: str | None) -> list[Layout]:
+    """The layouts of the family that is named, by the user or by the configuration; all if none is."""
+    families: Collection[str] = FAMILIES
+    if family is not None:
+        families = families_named(family)
+    elif config_class is not None:
+        families = {layout.family for layout in LAYOUTS.values() if layout.config_class == config_class}
     return [layout for layout in LAYOUTS.values() if layout.family in families]
 
 
 def twins(layout: Layout) -> tuple[str, ...]:
-    """Other families whose checkpoints have the very names of this layout: only a user or a configuration can tell."""
+    """Other families that are the network of this layout's, under the very names: only a user or a configuration can
+    tell, and what is computed is the same."""
+    family = get_family(layout.family)
     return tuple(
         other.family
         for other in LAYOUTS.values()
-        if other.family != layout.family and (other.places, other.layers) == (layout.places, layout.layers)
+        if other.family != layout.family
+        and (other.places, other.layers) == (layout.places, layout.layers)
+        and are_one_network(get_family(other.family), family)
     )
+
+
+def _families(layouts: Iterable[Layout]) -> list[str]:
+    return list(dict.fromkeys(layout.family for layout in layouts))
+
+
+def _or(words: list[str]) -> str:
+    return " or ".join(words)
+
+
+def _flags(families: list[str]) -> str:
+    return _or([f"--family {family}" for family in families])
+
+
+def _why(candidates: list[Layout], fits: Mapping[str, _Fit]) -> str:
+    return "\n".join(f"  {layout.name}: {fits[layout.name].fault or 'fits'}" for layout in candidates)
 
 
 def _what_is_read() -> str:
@@ -112,85 +173,40 @@ def _landmarks(layout: Layout, role: Role) -> list[str]:
     return [slot.foreign for slot in names if slot.ours.endswith((".gamma", ".spatial.weight"))]
 
 
-def _best_share(shapes: Shapes, layout: Layout) -> tuple[float, int, str]:
-    """The larger share of the landmarks found for one role, how many these are, and the first one that is missing."""
+def _fit_of(shapes: Shapes, layout: Layout) -> _Fit:
+    """By landmarks: that of the role which fits better. By blocks: that of the worse of the roles that are there."""
     if layout.by_blocks:
-        share, missing = _share_of_blocks(shapes, layout)
-        return share, 0, missing
-    found: list[tuple[float, int, str]] = []
+        roles: list[Role] = [role for role in ROLES if any(name.startswith(f"{role}.") for name in shapes)]
+        fits = [
+            _fit_of_blocks([name for name in shapes if name.startswith(f"{role}.")], layout, role) for role in roles
+        ]
+        nothing = _Fit(0.0, 0, f"no tensor named {next(iter(layout.places['decoder'].values()))}.*")
+        return min(fits, key=lambda fit: fit.rank, default=nothing)
+    found: list[_Fit] = []
     for role in ROLES:
         landmarks = _landmarks(layout, role)
         missing = [name for name in landmarks if name not in shapes]
         there = len(landmarks) - len(missing)
-        found.append((there / len(landmarks), there, missing[0] if missing else ""))
-    return max(found, key=lambda entry: entry[:2])
+        found.append(_Fit(there / len(landmarks), there, f"no tensor named {missing[0]}" if missing else ""))
+    return max(found, key=lambda fit: fit.rank)
 
 
-def _share_of_blocks(shapes: Shapes, layout: Layout) -> tuple[float, str]:
-    """The share of the blocks that are there, times that of the names that belong to one, in the worse of the roles
-    that the checkpoint has; and what does not fit first. Layers inside the blocks may be of any operator."""
-    worst = (1.0, "")
-    roles: list[Role] = [role for role in ROLES if any(name.startswith(f"{role}.") for name in shapes)]
-    for role in roles:
-        names = [name for name in shapes if name.startswith(f"{role}.")]
-        places = [f"{place}." for place in layout.places[role].values() if place != role]
-        missing = [place for place in places if not any(name.startswith(place) for name in names)]
-        known = (*places, f"{role}.conv_out.", f"{role}.norm_out.")
-        strange = [name for name in names if not name.startswith(known) and not _CONDITION.search(name)]
-        share = (1 - len(missing) / len(places)) * (1 - len(strange) / len(names))
-        why = f"{missing[0]}*" if missing else f"other than {strange[0]}" if strange else ""
-        is_shifted = any(name.endswith((".norm1.bias", ".timestep_scale_multiplier")) for name in names)
-        if role == "decoder" and is_shifted != layout.is_shifted:
-            share *= 0.5
-            why = why or f"decoder.timestep_scale_multiplier{'' if layout.is_shifted else ' was expected'}"
-        if share < worst[0]:
-            worst = (share, why)
-    return worst if roles else (0.0, f"{next(iter(layout.places['decoder'].values()))}.*")
+def _fit_of_blocks(names: list[str], layout: Layout, role: Role) -> _Fit:
+    """The share of the blocks that are there, times that of the names that belong to one.
 
-
-def looks_like(shapes: Shapes) -> str | None:
-    """What a checkpoint of another kind looks like; None if nothing known."""
-    for what, fits in _OTHERS:
-        if fits(shapes):
-            return what
-    return None
-
-
-def _has(pattern: str) -> Callable[[Shapes], bool]:
-    compiled = re.compile(pattern)
-    return lambda shapes: any(compiled.search(name) for name in shapes)
-
-
-def _all_of(*tests: Callable[[Shapes], bool]) -> Callable[[Shapes], bool]:
-    return lambda shapes: all(test(shapes) for test in tests)
-
-
-_CONDITION = re.compile(r"time_embedder|scale_shift_table|timestep_scale_multiplier")
-_LTX = _has(r"per_channel_statistics\.|^latents_mean$|^decoder\.up_blocks\.\d\.res_blocks\.")
-# First fit wins.
-_OTHERS: tuple[tuple[str, Callable[[Shapes], bool]], ...] = (
-    (
-        "an all-in-one checkpoint (a VAE together with a diffusion model); "
-        "save the tensors of its VAE to a file of their own",
-        _all_of(_has(r"^model\.diffusion_model\."), _has(r"^(vae|first_stage_model)\.")),
-    ),
-    ("an adapter (LoRA), not a VAE", _has(r"\.lora_(A|B|up|down)\b|lora_unet")),
-    ("a CogVideoX VAE", _has(r"^decoder\..*norm1\.conv_y\.")),
-    (
-        "a HunyuanVideo VAE",
-        _all_of(
-            _has(r"^decoder\.mid(_block\.resnets\.0|\.block_1)\.conv1\.conv\.weight$"),
-            _has(r"^decoder\.mid(_block\.attentions\.0|\.block_1)\."),
-        ),
-    ),
-    (
-        "a VAE for images (Stable Diffusion, Flux)",
-        _all_of(
-            _has(r"^decoder\.mid(_block\.resnets\.0|\.block_1)\.norm1\.weight$"),
-            lambda shapes: len(shapes.get("decoder.conv_in.weight", ())) == 4,
-        ),
-    ),
-    ("a tiny autoencoder (TAEHV, LightTAE)", _all_of(_has(r"^decoder\.\d+\."), _has(r"^encoder\.\d+\."))),
-    ("a diffusion transformer, not a VAE", _has(r"(^|\.)(transformer_)?blocks\.\d+\.(self_attn|attn1|cross_attn)\.")),
-    ("a diffusion model, not a VAE", _has(r"^model\.diffusion_model\.|^(down|mid)_blocks?\..*attn2")),
-)
+    Layers inside the blocks may be of any operator. Norms that are conditioned on a timestep, or shifted in its stead,
+    are of other versions than those that are not: where that differs nothing fits.
+    """
+    places = [f"{place}." for place in layout.places[role].values() if place != role]
+    missing = [place for place in places if not any(name.startswith(place) for name in names)]
+    known = (*places, f"{role}.conv_out.", f"{role}.norm_out.")
+    strange = [name for name in names if not name.startswith(known) and not _CONDITION.search(name)]
+    shifted = next((name for name in names if _CONDITION.search(name) or name.endswith(".norm1.bias")), None)
+    fault = f"no tensor named {missing[0]}*" if missing else f"no place for {strange[0]}" if strange else ""
+    if role == "decoder" and (shifted is not None) != layout.is_shifted:
+        if shifted is None:
+            other = f"no tensor named {role}.timestep_scale_multiplier, on which its norms are conditioned"
+        else:
+            other = f"no place for {shifted}: its norms are not conditioned on a timestep"
+        return _Fit(0.0, 0, fault or other)
+    return _Fit((1 - len(missing) / len(places)) * (1 - len(strange) / len(names)), 0, fault)

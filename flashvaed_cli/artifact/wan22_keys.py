@@ -13,10 +13,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flashvaed_cli.artifact.layouts import Layout
 from flashvaed_cli.artifact.wan_keys import WAN_DIFFUSERS, WAN_ORIGINAL
+from flashvaed_cli.decoders.qwen_image2 import DOUBLED
 from flashvaed_cli.decoders.qwen_image2 import MULTIPLIERS as QWEN2_MULTIPLIERS
 from flashvaed_cli.decoders.qwen_image2 import NAME as QWEN2_NAME
 from flashvaed_cli.decoders.wan22 import NAME
@@ -55,6 +57,27 @@ def _opaque_images(tensors: Mapping[str, Tensor], _config: Mapping[str, Any]) ->
     return {**kept, **{name: kept[name][:3] for name in outputs if name in kept}}
 
 
+def _with_opacity(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The way back: an output of 1 for opacity, zeros for what no image reaches, norms (alone) as for videos."""
+    finished = {
+        name: tensor.reshape(-1, 1, 1, 1) if name.endswith(".gamma") and ".attentions." not in name else tensor
+        for name, tensor in tensors.items()
+    }
+    for name in finished.keys() & {"quant_conv.weight", "post_quant_conv.weight"}:
+        finished[name] = finished[name].flatten(2).unsqueeze(3)  # [O, C, 1, 1]
+    if "decoder.conv_out.bias" in finished:
+        weight, bias = finished["decoder.conv_out.weight"], finished["decoder.conv_out.bias"]
+        finished["decoder.conv_out.weight"] = torch.cat([weight, torch.zeros_like(weight[:1])])
+        finished["decoder.conv_out.bias"] = torch.cat([bias, torch.ones_like(bias[:1])])
+    doubled = {f"encoder.down_blocks.{i}.downsampler": 1 for i, doubles in enumerate(DOUBLED) if doubles}
+    doubled |= {f"decoder.up_blocks.{i}.upsampler": 2 for i, doubles in enumerate(reversed(DOUBLED)) if doubles}
+    for place, factor in doubled.items():
+        if (bias := finished.get(f"{place}.resample.1.bias")) is not None:
+            finished[f"{place}.time_conv.weight"] = bias.new_zeros(factor * len(bias), len(bias), 1, 1)
+            finished[f"{place}.time_conv.bias"] = bias.new_zeros(factor * len(bias))
+    return finished
+
+
 QWEN2_DIFFUSERS = replace(
     WAN_DIFFUSERS,
     name="qwen-image-2-diffusers",
@@ -65,5 +88,6 @@ QWEN2_DIFFUSERS = replace(
         for role in WAN_DIFFUSERS.places
     },
     prepare=_opaque_images,
+    finish=_with_opacity,
 )
 QWEN2_ORIGINAL = replace(QWEN2_DIFFUSERS, name="qwen-image-2-original", config_class=None)

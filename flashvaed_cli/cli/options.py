@@ -86,7 +86,10 @@ StepOption = Annotated[
         rich_help_panel=_COMMON,
     ),
 ]
-FamilyOption = Annotated[str | None, flag(AnalyzeRecipe, "family", metavar="NAME", rich_help_panel=_COMMON)]
+FAMILY_DEFAULT = "told by names, shapes and configuration; ltx or ltx-video leaves only the version to them"
+FamilyOption = Annotated[
+    str | None, flag(AnalyzeRecipe, "family", default=FAMILY_DEFAULT, metavar="NAME", rich_help_panel=_COMMON)
+]
 DeviceOption = Annotated[Device | None, flag(AnalyzeRecipe, "device", rich_help_panel=_COMMON)]
 DTypeOption = Annotated[DType | None, flag(AnalyzeRecipe, "dtype", rich_help_panel=_COMMON)]
 SeedOption = Annotated[int | None, flag(AnalyzeRecipe, "seed", rich_help_panel=_COMMON)]

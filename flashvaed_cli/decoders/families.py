@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 from flashvaed_cli.decoders.family import Family
 from flashvaed_cli.decoders.ltx import LTX_090, LTX_091, LTX_095, LTX_2
 from flashvaed_cli.decoders.qwen_image import QWEN_IMAGE
 from flashvaed_cli.decoders.qwen_image2 import QWEN_IMAGE_2
-from flashvaed_cli.decoders.spec import DecoderSpec
+from flashvaed_cli.decoders.spec import DecoderSpec, EncoderSpec
 from flashvaed_cli.decoders.wan import WAN21
 from flashvaed_cli.decoders.wan22 import WAN22
 from flashvaed_cli.errors import SpecError
@@ -18,12 +19,46 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+GROUPS: dict[str, tuple[str, ...]] = {
+    "ltx-video": (LTX_090.name, LTX_091.name, LTX_095.name),
+    "ltx": (LTX_090.name, LTX_091.name, LTX_095.name, LTX_2.name),
+}
+"""Words for all versions of a family, where the tensors of a checkpoint tell which of them it is."""
+
+
 def get_family(name: str) -> Family:
     """The family of that name. Raises SpecError that lists the known ones."""
     try:
         return FAMILIES[name]
     except KeyError:
-        raise SpecError(f"unknown family '{name}'; this version knows {', '.join(FAMILIES)}") from None
+        groups = " or ".join(GROUPS)
+        raise SpecError(
+            f"unknown family '{name}'; this version knows {', '.join(FAMILIES)}, and of a checkpoint {groups} (its "
+            "tensors tell the version)"
+        ) from None
+
+
+def families_named(name: str) -> tuple[str, ...]:
+    """What `--family` may name: one family, or the versions of a group. Raises SpecError that lists the known ones."""
+    return GROUPS[name] if name in GROUPS else (get_family(name).name,)
+
+
+def are_one_network(first: Family, second: Family) -> bool:
+    """Whether two families differ in name only: the same specs, latent statistics and defaults."""
+    return _without_name(first) == _without_name(second)
+
+
+@cache
+def _specs(name: str) -> tuple[DecoderSpec | EncoderSpec, ...]:
+    """The originals at some small width, under one name."""
+    family = FAMILIES[name]
+    builds = (family.decoder_spec, family.encoder_spec)
+    return tuple(build(8, family.latent_width).model_copy(update={"family": ""}) for build in builds)
+
+
+def _without_name(family: Family) -> tuple[object, ...]:
+    defaults = family.shallow_stages, family.paper_keep_ratio, dict(family.paper_operators)
+    return *_specs(family.name), family.latent_mean, family.latent_std, *defaults
 
 
 def original_like(spec: DecoderSpec) -> Callable[[int, int], DecoderSpec]:

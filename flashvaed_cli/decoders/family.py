@@ -22,6 +22,10 @@ def _none(_spec: CoderSpec, _config: Mapping[str, Any]) -> Iterable[Contradictio
     return ()
 
 
+def _told(_spec: CoderSpec, _config: Mapping[str, Any]) -> str | None:
+    return None
+
+
 class Contradiction(NamedTuple):
     """A key of a configuration, what it says, and what the tensors say."""
 
@@ -42,6 +46,8 @@ class ConfigKeys:
         widths: per role, the keys that tell the base width, the first that is given counts: its value, or, with
             multiples, a list of those multiples of it.
         contradictions: what a configuration says and the tensors of a coder deny.
+        assumed: a warning of what is taken of a coder where neither shapes nor the configuration say it.
+        entry_is_latent: the encoder's first width is the number of latent channels, whatever the base width.
         in_metadata: the family's own files carry a configuration in their metadata.
     """
 
@@ -51,6 +57,8 @@ class ConfigKeys:
     latent_key: str = "z_dim"
     widths: Mapping[str, tuple[tuple[str, tuple[int, ...] | None], ...]] = field(default_factory=dict)
     contradictions: Callable[[CoderSpec, Mapping[str, Any]], Iterable[Contradiction]] = _none
+    assumed: Callable[[CoderSpec, Mapping[str, Any]], str | None] = _told
+    entry_is_latent: bool = False
     in_metadata: bool = False
 
     @property
@@ -68,8 +76,7 @@ class Family:
     that the paper prunes, `paper_keep_ratio` the fraction of channels that it keeps there, and
     `paper_operators` the operator of each stage's residual blocks after conversion. `configured` puts what a
     checkpoint's configuration says, and its shapes do not, into a spec; `described` gives it back. `config_keys` are
-    what a configuration may say. `uniform_note` says where a decoder that is the original at another base width loads
-    (None: as Wan's do).
+    what a configuration may say.
     """
 
     name: str
@@ -85,4 +92,3 @@ class Family:
     config_keys: ConfigKeys
     configured: Callable[[DecoderSpec | EncoderSpec, Mapping[str, Any]], DecoderSpec | EncoderSpec] = _as_it_is
     described: Callable[[CoderSpec], dict[str, Any]] = _nothing
-    uniform_note: str | None = None

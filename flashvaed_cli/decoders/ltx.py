@@ -226,17 +226,13 @@ def _family(version: _Version, operators: Mapping[str, Operator], shallow_stages
         paper_keep_ratio=0.25,
         paper_operators=operators,
         config_keys=config_keys(
-            _decoder_spec(version, 8, LATENT_WIDTH), _encoder_spec(version, 8, LATENT_WIDTH), _listed_widths(version)
+            _decoder_spec(version, 8, LATENT_WIDTH),
+            _encoder_spec(version, 8, LATENT_WIDTH),
+            _listed_widths(version),
+            entry_is_latent=version is V2,  # diffusers' class
         ),
         configured=configured,  # type: ignore[arg-type]
         described=described,
-        uniform_note=(
-            "the condition on the timestep is folded into its norms: other programs need this program's decoder"
-            if version.conditioned
-            else "diffusers loads it with decoder_block_out_channels={base_width} times (2, 4, 8)"
-            if version.divides
-            else "diffusers loads it with decoder_block_out_channels={base_width} times (1, 2, 4, 4)"
-        ),
     )
 
 

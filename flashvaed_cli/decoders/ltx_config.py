@@ -114,12 +114,29 @@ def contradictions(spec: CoderSpec, config: Mapping[str, Any]) -> Iterator[Contr
         yield Contradiction("decoder_blocks", f"inject_noise {own[::-1]}", f"inject_noise {noise[::-1]}")
 
 
-def config_keys(decoder: DecoderSpec, encoder: CoderSpec, widths: Mapping[str, tuple[int, ...]]) -> ConfigKeys:
+def assumed(spec: CoderSpec, config: Mapping[str, Any]) -> str | None:
+    """What is taken of a decoder where no configuration says how it pads: a class has defaults, bare weights none."""
+    causal = config.get("decoder_causal", config.get("causal_decoder"))
+    if not isinstance(spec, DecoderSpec) or causal is not None or "_class_name" in config:
+        return None
+    mirrors = any(layer.space_padding == "reflect" for _, layer in spec.layers())
+    taken = "centred in time (decoder_causal false)" + (" and mirrored at the borders" if mirrors else "")
+    return (
+        f"nothing in it says how its decoder pads frames, and shapes cannot: taken as {taken}, as the released ones "
+        'are. If yours is causal, put it into a folder with a config.json of {"decoder_causal": true} and give the '
+        "folder"
+    )
+
+
+def config_keys(
+    decoder: DecoderSpec, encoder: CoderSpec, widths: Mapping[str, tuple[int, ...]], *, entry_is_latent: bool = False
+) -> ConfigKeys:
     """What configurations of a version may say.
 
     Args:
         decoder, encoder: the originals.
         widths: the multiples of the base width that `decoder_block_out_channels` and `block_out_channels` list.
+        entry_is_latent: see `ConfigKeys`.
     """
     folds = [block for _, block in encoder.blocks() if isinstance(block, UnshuffleDownsampleSpec)]
     downs, ups = [stage for stage in encoder.stages if stage.name.startswith("down")], _ups(decoder)
@@ -155,6 +172,8 @@ def config_keys(decoder: DecoderSpec, encoder: CoderSpec, widths: Mapping[str, t
             "encoder": (("block_out_channels", widths["encoder"]),),
         },
         contradictions=contradictions,
+        assumed=assumed,
+        entry_is_latent=entry_is_latent,
         in_metadata=True,
     )
 

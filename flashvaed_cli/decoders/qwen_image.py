@@ -28,6 +28,4 @@ QWEN_IMAGE = replace(
     name=NAME,
     decoder_spec=qwen_decoder_spec,
     encoder_spec=qwen_encoder_spec,
-    uniform_note="diffusers (AutoencoderKLQwenImage, base_dim={base_width}) and ComfyUI load it together with an "
-    "encoder of that base width only",
 )

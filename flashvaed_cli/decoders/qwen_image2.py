@@ -164,5 +164,4 @@ QWEN_IMAGE_2 = Family(
             "out_channels": (COLOURS,),
         },
     ),
-    uniform_note="its images are opaque: other programs need this program's decoder, which has three outputs",
 )

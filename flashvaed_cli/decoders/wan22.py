@@ -128,6 +128,4 @@ WAN22 = Family(
             "patch_size": (PATCH,),
         },
     ),
-    uniform_note="diffusers loads it as AutoencoderKLWan with is_residual, patch_size 2 and "
-    "decoder_base_dim={base_width}; ComfyUI takes Wan 2.2 at its released widths only",
 )

@@ -44,9 +44,11 @@ def filled_at_the_end(folder: Path, marker: str) -> Iterator[Path]:
         if not folder.exists():
             draft.rename(folder)
             return
-        files = sorted(draft.iterdir(), key=lambda path: path.name == marker)
+        files = sorted((path for path in draft.rglob("*") if path.is_file()), key=lambda path: path == draft / marker)
         for file in files if (folder / marker).exists() else reversed(files):
-            file.replace(folder / file.name)
+            target = folder / file.relative_to(draft)
+            target.parent.mkdir(exist_ok=True)
+            file.replace(target)
     finally:
         shutil.rmtree(sibling, ignore_errors=True)
 

@@ -86,7 +86,6 @@ def load_input(location: str, family: str | None, progress: Progress) -> Checkpo
 
     What the checkpoint lacks is a warning.
 
-
     Raises:
         ArtifactError: not found, unreadable or not of that family.
     """
@@ -94,8 +93,9 @@ def load_input(location: str, family: str | None, progress: Progress) -> Checkpo
     if checkpoint.twins:
         others = " and ".join(checkpoint.twins)
         progress.log(
-            f"{location}: {checkpoint.family} and {others} name their tensors alike; taken as {checkpoint.family} "
-            f"(--family {checkpoint.twins[0]} if it is that)"
+            f"{location}: fits {checkpoint.family} and {others} alike, one network with one set of latent statistics; "
+            f"taken as {checkpoint.family} (--family {checkpoint.twins[0]} if it is that: only the name in "
+            "artifacts and the class in exports change)"
         )
     _warn_of(checkpoint, progress)
     return checkpoint

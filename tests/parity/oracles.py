@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flashvaed_cli.artifact.checkpoint import coders_from_foreign
+from flashvaed_cli.artifact.coders import coders_from_foreign
 from flashvaed_cli.artifact.layouts import Layout
 from flashvaed_cli.decoders.coder import Decoder, Encoder
 from flashvaed_cli.decoders.streaming import decode, encode

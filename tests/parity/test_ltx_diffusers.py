@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flashvaed_cli.artifact.checkpoint import coders_from_foreign, load_checkpoint
+from flashvaed_cli.artifact.checkpoint import load_checkpoint
+from flashvaed_cli.artifact.coders import coders_from_foreign
 from flashvaed_cli.artifact.key_tables import LAYOUTS
 from flashvaed_cli.artifact.layouts import to_foreign
 from flashvaed_cli.artifact.recognition import recognise
@@ -27,6 +28,7 @@ from flashvaed_cli.decoders.ltx import DECODE_TIMESTEP
 from flashvaed_cli.decoders.ltx_config import configured
 from flashvaed_cli.decoders.noise import injected_noise
 from flashvaed_cli.decoders.streaming import encode
+from flashvaed_cli.errors import ArtifactError
 from tests.ltx_configs import FAMILIES, VERSIONS, ltx_config, random_ltx
 from tests.parity.oracles import share_of_range
 
@@ -103,6 +105,21 @@ def test_an_encoder_that_sees_frames_ahead(version: str) -> None:
 def test_an_encoder_that_mirrors_frames() -> None:
     config = ltx_config("2", BASE_WIDTH, LATENT_WIDTH, encoder_spatial_padding_mode="reflect")
     assert_parity(pair_of(random_ltx(config)), 9, 64, 96)
+
+
+@pytest.mark.parametrize("latent_width", [4, 16])
+def test_the_encoder_of_ltx_2_begins_with_the_latent_width(latent_width: int, tmp_path: Path) -> None:
+    oracle = random_ltx(ltx_config("2", BASE_WIDTH, latent_width))
+    oracle.save_pretrained(tmp_path)  # type: ignore[operator]
+    found = load_checkpoint(tmp_path, builtins={})
+    encoder, decoder = found.require_encoder(), found.require_decoder()
+    assert next(layer.out_width for _, layer in encoder.spec.layers()) == latent_width
+    assert_parity(Pair(oracle, decoder, encoder), 9, 64, 64)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "block_out_channels": [32, 64, 128, 256]}))
+    expected = rf"\[32, 64, 128, 256\], so {latent_width} -> 32 channels in encoder down0"
+    with pytest.raises(ArtifactError, match=expected):
+        load_checkpoint(tmp_path, builtins={})
 
 
 @pytest.mark.bench

@@ -286,6 +286,15 @@ def test_what_describes_a_vae_reads_back() -> None:
     assert family.configured(family.encoder_spec(4, 4), both) == encoder
 
 
+def test_a_configuration_beside_weights_adds_to_that_in_their_metadata(tmp_path: Path) -> None:
+    file = ltx_file(tmp_path / "x.safetensors", "0.9.5", upsample_residual=False, causal_decoder=False)
+    assert not load(file).require_decoder().spec.is_causal
+    (tmp_path / "config.json").write_text('{"decoder_causal": true}')
+    spec = load(tmp_path).require_decoder().spec
+    assert spec.is_causal and not any(b.residual for _, b in spec.blocks() if isinstance(b, ShuffleUpsampleSpec))
+    assert load(tmp_path).latent_std == (1.0,) * 4
+
+
 def test_timestep_nought_is_a_timestep(tmp_path: Path) -> None:
     decoder = load(ltx_file(tmp_path / "x.safetensors", "0.9.5", decode_timestep=0)).require_decoder()
     assert isinstance(decoder, Decoder) and decoder.spec.decode_timestep == 0.0

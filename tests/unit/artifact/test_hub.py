@@ -101,9 +101,49 @@ def test_answers_of_the_hub(monkeypatch: pytest.MonkeyPatch, name: str, message:
     def refuse(*_: object, **__: object) -> str:
         raise error
 
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", refuse)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
     with pytest.raises(ArtifactError, match=message):
         fetch_hub_file("hf://some/repo/x.pth@v1")
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_without_network_one_question_is_asked_and_nothing_else_said(
+    snapshot: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, offline: bool
+) -> None:
+    """huggingface_hub itself asks six times and tells of each."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")  # nobody listens there
+    asked: list[float] = []
+    monkeypatch.setattr("time.sleep", asked.append)
+    (snapshot / "b.pth").write_bytes(b"x")
+    assert fetch_hub_file("hf://some/repo/b.pth").read_bytes() == b"x"
+    with pytest.raises(ArtifactError, match="HF_HOME"):
+        fetch_hub_file("hf://some/repo/c.pth")
+    assert (asked, caplog.records) == ([], [])
+
+
+@pytest.mark.parametrize(("status", "message"), [(404, "no repository some/repo"), (403, "HF_HOME")])
+def test_a_refusal_is_an_answer(monkeypatch: pytest.MonkeyPatch, status: int, message: str) -> None:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    kind = errors.RepositoryNotFoundError if status == 404 else errors.HfHubHTTPError
+    error = kind.__new__(kind)
+
+    def refuse(*_: object, **__: object) -> str:
+        raise error
+
+    def download(*_: object, local_files_only: bool, **__: object) -> str:
+        assert not local_files_only
+        raise error
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", refuse)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(ArtifactError, match=message):
+        fetch_hub_file("hf://some/repo/x.pth")
 
 
 def test_a_name_that_cannot_be_a_repository() -> None:

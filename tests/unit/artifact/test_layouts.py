@@ -13,9 +13,10 @@ from artifact_specs import (
 )
 from torch.nn import functional as F
 
-from flashvaed_cli.artifact.checkpoint import coders_from_foreign, empty_coder
+from flashvaed_cli.artifact.coders import coders_from_foreign, empty_coder
 from flashvaed_cli.artifact.key_tables import LAYOUTS
-from flashvaed_cli.artifact.layouts import Layout, fold_separable, slots, spec_from_shapes, to_foreign
+from flashvaed_cli.artifact.layouts import Layout, fold_separable, slots, to_foreign
+from flashvaed_cli.artifact.shape_reading import spec_from_shapes
 from flashvaed_cli.artifact.wan22_keys import WAN22_ORIGINAL
 from flashvaed_cli.artifact.wan_keys import WAN_DIFFUSERS, WAN_ORIGINAL
 from flashvaed_cli.decoders.coder import Coder, Decoder, Encoder

@@ -10,17 +10,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flashvaed_cli.artifact.checkpoint import coders_from_foreign, derived_header, load_checkpoint, save_checkpoint
+from flashvaed_cli.artifact.checkpoint import derived_header, load_checkpoint, save_checkpoint
+from flashvaed_cli.artifact.coders import coders_from_foreign
+from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.artifact.key_tables import LAYOUTS, original_layout
 from flashvaed_cli.artifact.layouts import to_foreign
 from flashvaed_cli.artifact.ltx_keys import fold_timestep
-from flashvaed_cli.artifact.recognition import present_roles, recognise
-from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.artifact.recognition import present_roles, recognise, twins
+from flashvaed_cli.decoders.coder import Decoder, Encoder
 from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.errors import ArtifactError
 from tests.ltx_toy import VERSIONS, flash_ltx_spec, ltx_decoder, ltx_spec
 
+ONES = torch.ones(4)
 LTX_LAYOUTS = [name for name, layout in LAYOUTS.items() if layout.family.startswith("ltx")]
 
 
@@ -45,13 +48,51 @@ def test_layouts_are_told_apart(name: str) -> None:
 
 def test_encoders_that_two_versions_share_are_ambiguous() -> None:
     """0.9.0 and 0.9.1 have one encoder: without a decoder nothing tells which it is."""
-    from flashvaed_cli.decoders.coder import Encoder
-
     spec = get_family(VERSIONS[0]).encoder_spec(4, 4)
     tensors = to_foreign(Encoder(spec).state_dict(), spec, LAYOUTS["ltx-0.9.0-diffusers"])  # type: ignore[arg-type]
     with pytest.raises(ArtifactError, match=r"fit ltx-0\.9\.0-diffusers, ltx-0\.9\.1-diffusers alike"):
         recognise(shapes_of(tensors))
     assert recognise(shapes_of(tensors), family=VERSIONS[1]).name == "ltx-0.9.1-diffusers"
+
+
+@pytest.mark.parametrize("style", ["original", "diffusers"])
+@pytest.mark.parametrize(("taken", "other"), [("ltx-video-0.9.5", "ltx-2"), ("ltx-2", "ltx-video-0.9.5")])
+def test_norms_tell_0_9_5_from_2(style: str, taken: str, other: str) -> None:
+    name = f"{taken.replace('-video', '')}-{style}"
+    shapes = shapes_of(tensors_of(ltx_spec(taken), name))
+    assert twins(LAYOUTS[name]) == ()
+    with pytest.raises(ArtifactError, match=f"not of the family {other}: they fit {taken}.*[\\s\\S]*conditioned"):
+        recognise(shapes, family=other)
+    wrong_class = next(at.config_class for at in LAYOUTS.values() if at.family == other and at.config_class)
+    with pytest.raises(ArtifactError, match=f"not of {wrong_class}, as its configuration says: they fit {taken}"):
+        recognise(shapes, config_class=wrong_class)
+
+
+def test_encoders_of_0_9_5_and_2_are_ambiguous() -> None:
+    spec = get_family("ltx-2").encoder_spec(4, 4)
+    tensors = to_foreign(Encoder(spec).state_dict(), spec, LAYOUTS["ltx-2-original"])  # type: ignore[arg-type]
+    with pytest.raises(ArtifactError, match=r"with --family ltx-video-0\.9\.5 or --family ltx-2"):
+        recognise(shapes_of(tensors))
+
+
+@pytest.mark.parametrize("group", ["ltx", "ltx-video"])
+@pytest.mark.parametrize("version", [*VERSIONS, "ltx-2"])
+def test_a_group_leaves_the_version_to_the_tensors(version: str, group: str) -> None:
+    shapes = shapes_of(tensors_of(ltx_spec(version), f"{version.replace('-video', '')}-original"))
+    if (version, group) == ("ltx-2", "ltx-video"):
+        with pytest.raises(ArtifactError, match="they fit ltx-2"):
+            recognise(shapes, family=group)
+    else:
+        assert recognise(shapes, family=group).family == version
+
+
+def test_a_group_names_artifacts_too(tmp_path: Path) -> None:
+    from artifact_specs import small_decoder
+
+    header = ArtifactHeader(kind="decoder", family="wan2.1", latent_mean=(0.0,) * 16, latent_std=(1.0,) * 16)
+    save_checkpoint(tmp_path / "x.safetensors", header, decoder=small_decoder())
+    with pytest.raises(ArtifactError, match=r"of the family wan2\.1, not ltx: leave --family out"):
+        load_checkpoint(tmp_path / "x.safetensors", builtins={}, family="ltx")
 
 
 def test_unknown_versions_say_why_each_candidate_failed() -> None:
@@ -103,13 +144,47 @@ def test_a_file_without_statistics_takes_raw_latents_only(tmp_path: Path) -> Non
     save_file(tensors, tmp_path / "x.safetensors")
     found = load_checkpoint(tmp_path / "x.safetensors", builtins={})
     assert (found.latent_mean, found.latent_std, found.latent_width) == ((), (), 4)
-    (note,) = found.notes
+    note, padding = found.notes
+    assert padding.startswith("nothing in it says how its decoder pads frames")
     assert note.startswith("no latent statistics (per_channel_statistics.*") and note.endswith("raw scale only")
     with pytest.raises(ArtifactError, match=r"--latent-scale raw.*a checkpoint that has them"):
         found.require_statistics()
     save_checkpoint(tmp_path / "ours.safetensors", derived_header(found), decoder=found.require_decoder())
     ours = load_checkpoint(tmp_path / "ours.safetensors", builtins={})
     assert ours.latent_mean == () and ours.notes == ()
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+@pytest.mark.parametrize("version", [VERSIONS[0], "ltx-2"])
+def test_what_bare_weights_leave_open_is_said_and_can_be_given(version: str, suffix: str, tmp_path: Path) -> None:
+    spec = ltx_spec(version)
+    tensors = tensors_of(spec, original_layout(version).name)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    tensors |= {"per_channel_statistics.mean-of-means": torch.zeros(4), "per_channel_statistics.std-of-means": ONES}
+    path = tmp_path / f"x.{suffix}"
+    torch.save(tensors, path) if suffix == "pth" else save_file(tensors, path)
+    bare = load_checkpoint(path, builtins={})
+    (note,) = bare.notes
+    assert "centred in time (decoder_causal false)" in note and ("mirrored" in note) == (version == "ltx-2")
+    assert not bare.require_decoder().spec.is_causal
+    for causal in (True, False):
+        (tmp_path / "config.json").write_text(json.dumps({"decoder_causal": causal}))
+        told = load_checkpoint(tmp_path, builtins={})
+        assert (told.notes, told.require_decoder().spec.is_causal) == ((), causal)
+
+
+@pytest.mark.parametrize("statistics", [True, False])
+def test_a_whole_model_is_read_as_its_vae_is(statistics: bool, tmp_path: Path) -> None:
+    tensors = {name: t.contiguous() for name, t in tensors_of(ltx_spec(), "ltx-0.9.0-original").items()}
+    if statistics:
+        tensors |= {"per_channel_statistics.mean-of-means": torch.zeros(4), "per_channel_statistics.std-of-means": ONES}
+    whole = {f"vae.{name}": tensor for name, tensor in tensors.items()}
+    whole |= {"model.diffusion_model.transformer_blocks.0.attn1.to_q.weight": torch.ones(4, 4)}
+    save_file(tensors, tmp_path / "vae.safetensors")
+    save_file(whole, tmp_path / "whole.safetensors")
+    alone, found = (load_checkpoint(tmp_path / f"{name}.safetensors", builtins={}) for name in ("vae", "whole"))
+    assert (found.notes, found.latent_std) == (alone.notes, (1,) * 4 if statistics else ())
+    assert found.require_decoder().spec == alone.require_decoder().spec
 
 
 def test_half_of_the_statistics_is_named(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from artifact_specs import DECODER_SPEC, released_shapes, specs_of
 
 from flashvaed_cli.artifact.key_tables import LAYOUTS
 from flashvaed_cli.artifact.layouts import Layout, slots
 from flashvaed_cli.artifact.recognition import common_prefix, present_roles, recognise, twins
+from flashvaed_cli.decoders.families import FAMILIES, are_one_network, get_family
 from flashvaed_cli.errors import ArtifactError, SpecError
 
 WAN_LAYOUTS = [layout for layout in LAYOUTS.values() if layout.family in ("wan2.1", "wan2.2", "qwen-image")]
@@ -34,10 +37,40 @@ def test_equal_keys_are_told_apart_by_the_configuration_only() -> None:
         recognise(shapes, config_class="AutoencoderTiny")
 
 
+@pytest.mark.parametrize("family", [None, "ltx-2"])
+def test_the_class_of_a_configuration_wins_over_a_guess(family: str | None) -> None:
+    names = {"decoder.mid.block_1.conv1.conv.weight": (8, 8, 3, 3, 3), "decoder.mid.block_1.x": (8,)}
+    with pytest.raises(ArtifactError, match="is of AutoencoderKLSound; this version reads"):
+        recognise(names, config_class="AutoencoderKLSound", family=family)
+
+
+def test_only_families_that_compute_the_same_are_taken_for_each_other() -> None:
+    alike = {(a, b) for a in FAMILIES for b in FAMILIES if a < b and are_one_network(get_family(a), get_family(b))}
+    assert alike == {("qwen-image", "wan2.1")}
+    assert {twins(layout) for layout in WAN_LAYOUTS} == {("qwen-image",), ("wan2.1",), ()}
+
+
+def test_names_of_networks_that_differ_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were Qwen-Image's latents of another scale, a bare file would have to be named."""
+    shapes = {slot.foreign: slot.shape for slot in slots(DECODER_SPEC, LAYOUTS["diffusers"])}
+    other = replace(FAMILIES["qwen-image"], latent_std=(1.0,) * 16)
+    monkeypatch.setitem(FAMILIES, "qwen-image", other)
+    with pytest.raises(ArtifactError, match=r"fit diffusers, qwen-diffusers alike.*wan2\.1 or --family qwen-image"):
+        recognise(shapes)
+    assert recognise(shapes, family="qwen-image").name == "qwen-diffusers"
+    assert twins(LAYOUTS["diffusers"]) == ()
+
+
 def test_a_family_that_the_names_contradict_is_refused() -> None:
     shapes = {slot.foreign: slot.shape for slot in slots(DECODER_SPEC, LAYOUTS["wan-original"])}
-    with pytest.raises(ArtifactError, match=r"of the family wan2\.2 .*[\s\S]*wan2\.2-original: no tensor named"):
-        recognise(shapes, family="wan2.2")
+    with pytest.raises(ArtifactError) as caught:
+        recognise(shapes, "x", family="wan2.2")
+    told, *candidates = str(caught.value).splitlines()
+    assert told == (
+        "x: its tensors are not of the family wan2.2: they fit wan2.1 or qwen-image. "
+        "--family wan2.1 or --family qwen-image reads it so."
+    )
+    assert "wan2.2-original: no tensor named" in candidates[0] and "wan2.2-diffusers" in candidates[1]
     with pytest.raises(SpecError, match="unknown family 'wan3'"):
         recognise(shapes, family="wan3")
 
@@ -61,7 +94,8 @@ def test_released_student_has_the_original_layout() -> None:
         ({"decoder.mid.block_1.norm1.weight": (8,), "decoder.conv_in.weight": (8, 4, 3, 3)}, "images"),
         ({"decoder.1.weight": (8, 8, 3, 3), "encoder.0.weight": (8, 8, 3, 3)}, "tiny autoencoder"),
         ({"blocks.0.self_attn.q.weight": (8, 8)}, "diffusion transformer"),
-        ({"model.diffusion_model.x": (1,), "first_stage_model.decoder.conv1.weight": (1,)}, "all-in-one"),
+        ({"model.diffusion_model.x": (1,)}, "diffusion model"),
+        ({"decoder.mid.block_1.conv1.conv.weight": (8, 8, 3, 3), "decoder.mid.x": (8,)}, "LTX-2's VAE for sound"),
         ({"blocks.0.self_attn.q.lora_A.weight": (8, 8)}, "LoRA"),
     ],
 )

@@ -1,0 +1,89 @@
+"""Modules filled with the weights of a file, and the modules that a state dict of another layout holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from flashvaed_cli.artifact.layouts import Layout, Role, fold_separable, slots
+from flashvaed_cli.artifact.mismatch import Shape, compare_shapes
+from flashvaed_cli.artifact.recognition import present_roles
+from flashvaed_cli.artifact.shape_reading import spec_from_shapes
+from flashvaed_cli.decoders.coder import Coder, Decoder, Encoder
+from flashvaed_cli.decoders.spec import CoderSpec, DecoderSpec, EncoderSpec
+from flashvaed_cli.errors import ArtifactError
+
+_LATENT_LAYERS: tuple[tuple[Role, str], ...] = (("decoder", "post_quant.0"), ("encoder", "quant.0"))
+
+
+def coders_from_foreign(
+    tensors: Mapping[str, Tensor],
+    layout: Layout,
+    location: str = "checkpoint",
+    config: Mapping[str, Any] | None = None,
+) -> dict[Role, Coder]:
+    """The decoder, the encoder or both that a state dict of another layout holds.
+
+    Args:
+        config: that of the checkpoint, for what the tensors do not tell.
+    Raises:
+        ArtifactError: names all tensors that are missing, superfluous or of another shape.
+    """
+    prepared = tensors if layout.prepare is None else layout.prepare(tensors, config or {})
+    tensors = fold_separable(prepared)
+    shapes = shapes_of(tensors)
+    roles = present_roles(shapes, layout)
+    specs = {role: spec_from_shapes(shapes, layout, role, location, config) for role in roles}
+    places = {role: slots(spec, layout) for role, spec in specs.items()}
+    expected = {slot.foreign: slot.shape for slots_of_role in places.values() for slot in slots_of_role}
+    # Half a VAE keeps the other half's 1x1 layer beside the latent: released students do.
+    spare = {
+        f"{layout.places[role][address]}.{end}"
+        for role, address in _LATENT_LAYERS
+        if role not in roles and address in layout.places[role]
+        for end in ("weight", "bias")
+    }
+    compare_shapes(expected, shapes, spare).raise_if_any(location, layout.name)
+    coders: dict[Role, Coder] = {}
+    for role in roles:
+        coders[role] = empty_coder(specs[role])
+        fill_coder(coders[role], {slot.ours: tensors[slot.foreign] for slot in places[role]}, location)
+    return coders
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
+    """The shapes of tensors, by name."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def named_tensors(coder: Coder) -> Iterable[tuple[str, Tensor]]:
+    """What a file holds of a module."""
+    return coder.state_dict().items()
+
+
+def empty_coder(spec: CoderSpec) -> Coder:
+    """The module of a spec without weights (on the meta device), to be filled."""
+    with torch.device("meta"):
+        return Encoder(spec) if isinstance(spec, EncoderSpec) else Decoder(cast(DecoderSpec, spec))
+
+
+def fill_coder(coder: Coder, tensors: Mapping[str, Tensor], location: str) -> None:
+    """Give a module its weights, as float32 copies on the CPU; axes of length 1 may differ. Eval, no gradients.
+
+    Raises:
+        ArtifactError: quantised weights.
+    """
+    state: dict[str, Tensor] = {}
+    for name, empty in named_tensors(coder):
+        tensor = tensors[name]
+        if not tensor.is_floating_point():
+            raise ArtifactError(
+                f"{location}: {name} is {tensor.dtype}; quantised weights cannot be read. Give a float checkpoint."
+            )
+        # Always a copy: the file behind a mapped tensor may change.
+        state[name] = tensor.to(torch.float32, copy=True).reshape(empty.shape).contiguous()
+    coder.load_state_dict(state, strict=True, assign=True)
+    coder.eval().requires_grad_(False)

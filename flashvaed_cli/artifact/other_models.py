@@ -1,0 +1,55 @@
+"""What a checkpoint of another kind looks like, by names and shapes: so that a mistake can be named."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+from flashvaed_cli.artifact.mismatch import Shape
+
+Shapes = Mapping[str, Shape]
+
+
+def looks_like(shapes: Shapes) -> str | None:
+    """What a checkpoint of another kind looks like; None if nothing known."""
+    for what, fits in _OTHERS:
+        if fits(shapes):
+            return what
+    return None
+
+
+def _has(pattern: str, *, num_axes: int | None = None) -> Callable[[Shapes], bool]:
+    """Whether a name matches, of a tensor of so many axes."""
+    compiled = re.compile(pattern)
+    return lambda shapes: any(
+        compiled.search(name) and num_axes in (None, len(shape)) for name, shape in shapes.items()
+    )
+
+
+def _all_of(*tests: Callable[[Shapes], bool]) -> Callable[[Shapes], bool]:
+    return lambda shapes: all(test(shapes) for test in tests)
+
+
+# First fit wins.
+_OTHERS: tuple[tuple[str, Callable[[Shapes], bool]], ...] = (
+    ("an adapter (LoRA), not a VAE", _has(r"\.lora_(A|B|up|down)\b|lora_unet")),
+    ("a CogVideoX VAE", _has(r"^decoder\..*norm1\.conv_y\.")),
+    ("LTX-2's VAE for sound", _has(r"^decoder\.mid\.block_1\.conv1\.conv\.weight$", num_axes=4)),
+    (
+        "a HunyuanVideo VAE",
+        _all_of(
+            _has(r"^decoder\.mid(_block\.resnets\.0|\.block_1)\.conv1\.conv\.weight$"),
+            _has(r"^decoder\.mid(_block\.attentions\.0|\.block_1)\."),
+        ),
+    ),
+    (
+        "a VAE for images (Stable Diffusion, Flux)",
+        _all_of(
+            _has(r"^decoder\.mid(_block\.resnets\.0|\.block_1)\.norm1\.weight$"),
+            _has(r"^decoder\.conv_in\.weight$", num_axes=4),
+        ),
+    ),
+    ("a tiny autoencoder (TAEHV, LightTAE)", _all_of(_has(r"^decoder\.\d+\."), _has(r"^encoder\.\d+\."))),
+    ("a diffusion transformer, not a VAE", _has(r"(^|\.)(transformer_)?blocks\.\d+\.(self_attn|attn1|cross_attn)\.")),
+    ("a diffusion model, not a VAE", _has(r"^model\.diffusion_model\.|^(down|mid)_blocks?\..*attn2")),
+)
