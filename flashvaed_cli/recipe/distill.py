@@ -27,6 +27,8 @@ from flashvaed_cli.recipe.fields import (
 )
 from flashvaed_cli.recipe.settings import ClipFields, FrozenModel, RatioFields
 
+_FEWEST_WARMUP_STEPS = 20
+
 
 class LossWeights(FrozenModel):
     """Weight of every term of the distillation loss; 0 switches a term off.
@@ -100,7 +102,8 @@ class DistillRecipe(ClipFields, RatioFields):
     )
     num_warmup_steps: WholeNumber | None = Field(
         default=None,
-        description="Steps over which the learning rate of a phase rises; by default a fifth of them, at most 200.",
+        description="Steps over which the learning rate of a phase rises; by default a fifth of them, at most 200. "
+        "Runs of under 20 steps end before its top: five steps at a sixteenth of it.",
     )
     ema_decay: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = Field(
         default=None, description="End each phase with the moving average of its weights; 0.999 for long runs."
@@ -178,6 +181,12 @@ class DistillRecipe(ClipFields, RatioFields):
     def warmup_steps(self, phase: PhaseRecipe) -> int:
         """Steps over which the learning rate of a phase rises.
 
-        AdamW's first steps are as long as the learning rate in every weight, however small the gradient.
+        The first steps of Adam and its kin are as long as the learning rate in every weight, however small the
+        gradient, and a run of few steps ends before it has made up for them. So the rise takes no fewer than 20
+        steps, and with under 20 steps in all the rate that is reached falls with the square of their number.
         """
-        return min(200, -(-phase.num_steps // 5)) if self.num_warmup_steps is None else self.num_warmup_steps
+        if self.num_warmup_steps is not None:
+            return self.num_warmup_steps
+        steps = phase.num_steps
+        slowest = _FEWEST_WARMUP_STEPS**2 // steps if steps < _FEWEST_WARMUP_STEPS else _FEWEST_WARMUP_STEPS
+        return max(slowest, min(200, -(-steps // 5)))

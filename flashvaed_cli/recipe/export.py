@@ -28,7 +28,8 @@ class ExportRecipe(CommandRecipe):
         default=None, description="Decoder to export: a file, folder, hf:// address or builtin:NAME."
     )
     targets: Annotated[tuple[ExportTarget, ...], BeforeValidator(one_as_tuple), Field(min_length=1)] = Field(
-        default=("safetensors", "onnx"), description="Formats to write; repeatable."
+        default=("safetensors", "diffusers", "onnx"),
+        description="Formats to write; repeatable. Without it, diffusers where it has a model like the decoder.",
     )
     opset: Annotated[int, Field(ge=18, strict=True)] = Field(default=18, description="ONNX operator set.")
     output: Name = Field(default="export", description="Folder to write to.")

@@ -24,7 +24,7 @@ ReconstructMode = Literal["none", "channel", "full"]
 OperatorProfile = Literal["paper", "exact", "image"]
 StageOperator = Literal["causal3d", "dwsep3d", "frame2d"]
 PhaseChoice = Literal["1", "2", "3", "all"]
-ExportTarget = Literal["safetensors", "onnx"]
+ExportTarget = Literal["safetensors", "diffusers", "onnx"]
 LatentScale = Literal["normalized", "raw"]
 CacheDType = Literal["float32", "float16"]
 

@@ -10,7 +10,7 @@ from flashvaed_cli.decoders.layer_spec import ResBlockSpec
 from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.recipe.convert_ops import ConvertOpsRecipe
-from flashvaed_cli.recipe.settings import CommandRecipe, RatioFields
+from flashvaed_cli.recipe.settings import RatioFields
 
 
 def require_known_ratios(recipe: RatioFields, spec: DecoderSpec) -> None:
@@ -34,7 +34,8 @@ def require_known_ratios(recipe: RatioFields, spec: DecoderSpec) -> None:
                     f"change it there, or replace all ratios of the recipe by --ratio {ratios[name]:g}, which is for "
                     f"{_listed(shallow)}, the stages that are pruned in {spec.family}"
                 )
-            raise _refusal(recipe, field, name, f"--ratio {name}={ratios[name]:g}", kind, known, mending)
+            asked = recipe.origin(field, name) or f"--ratio {name}={ratios[name]:g}"
+            raise SpecError(f"{asked}: this decoder has no {kind} '{name}', but {', '.join(known)}: {mending}")
 
 
 def require_known_operators(recipe: ConvertOpsRecipe, spec: DecoderSpec) -> None:
@@ -45,21 +46,16 @@ def require_known_operators(recipe: ConvertOpsRecipe, spec: DecoderSpec) -> None
     """
     stages = [stage.name for stage in spec.stages if any(isinstance(b, ResBlockSpec) for b in stage.blocks)]
     for name in _unknown(recipe.operators, stages):
-        asked_by_flag = recipe.origin("operators", name) is None
-        mending = "give one of these" if asked_by_flag else "change it there; the profile has an operator for each"
-        flag = f"--operator {name}={recipe.operators[name]}"
-        raise _refusal(recipe, "operators", name, flag, "stage to convert", stages, mending)
+        origin = recipe.origin("operators", name)
+        asked = origin or f"--operator {name}={recipe.operators[name]}"
+        exists = name in [stage.name for stage in spec.stages]
+        fault = f"stage '{name}' has no residual block to convert" if exists else f"this decoder has no stage '{name}'"
+        mending = "give one of these" if origin is None else "change it there, or leave it to the profile"
+        raise SpecError(f"{asked}: {fault}, but {', '.join(stages)}: {mending}")
 
 
 def _unknown(names: Iterable[str], known: Collection[str]) -> list[str]:
     return [name for name in names if name not in known]
-
-
-def _refusal(
-    recipe: CommandRecipe, field: str, name: str, flag: str, kind: str, known: Iterable[str], mending: str
-) -> SpecError:
-    asked = recipe.origin(field, name) or flag
-    return SpecError(f"{asked}: this decoder has no {kind} '{name}', but {', '.join(known)}: {mending}")
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -120,10 +120,10 @@ def _unpruned(groups: Sequence[ChannelGroup], ratios: Mapping[str, float], kept:
     named = ", ".join(f"{group.name} ({ratio:g} of {group.width})" for group, ratio in whole[:_NUM_SHOWN])
     if len(whole) > _NUM_SHOWN:
         named += f" and {len(whole) - _NUM_SHOWN} more"
-    reason, mending = "the nearest whole number of channels is all of them", "a smaller --ratio"
+    nearest, mending = "whole number of channels", "--ratio"
     if round_to > 1:
-        reason, mending = f"the nearest multiple of --round-to {round_to} is all of them", "a smaller --round-to"
-    return f"{named}: {reason}, so they stay as they are. Give {mending} to prune them"
+        nearest, mending = f"multiple of --round-to {round_to} above 0", "--round-to"
+    return f"{named}: the nearest {nearest} is all of them, so they stay as they are. Give a smaller {mending}"
 
 
 def _prepared_channels(checkpoint: Checkpoint) -> Kept:

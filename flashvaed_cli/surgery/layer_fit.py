@@ -224,7 +224,7 @@ class MeasuredOnly:
         layer = self.layer
         rows = max(_BLOCK_ELEMENTS // layer.weight[0].numel(), 1)
         for part, goal in zip(positions.split(rows), target.split(rows), strict=True):
-            patches = gather_patches(inputs[0], layer.spec.kernel, part).flatten(1)
+            patches = _patches(inputs[0], layer.spec, part).flatten(1)
             given = patches @ layer.weight.flatten(1).T + layer.bias
             self.error += float((given - goal).double().square().sum())
         self.sums += torch.stack([target.double().sum(0), target.double().square().sum(0)]).cpu()

@@ -135,7 +135,18 @@ def with_time_rank(spec: DecoderSpec, ratio: float) -> DecoderSpec:
             )
         changed[address] = block.model_copy(update={"temporal": low})
     if not changed:
-        raise SpecError("this decoder has no temporal upsampler: leave --time-rank out")
+        shuffling = [
+            address
+            for address, block in spec.blocks()
+            if isinstance(block, ShuffleUpsampleSpec) and block.factor[0] > 1
+        ]
+        raise SpecError(
+            f"--time-rank factorises layers that do nothing but double the frames, as Wan's time_conv; this decoder "
+            f"doubles them by shuffling channels of {', '.join(shuffling)} into time and space at once, which stay "
+            "whole: leave --time-rank out"
+            if shuffling
+            else "this decoder has no temporal upsampler: leave --time-rank out"
+        )
     return spec.with_blocks(changed)
 
 

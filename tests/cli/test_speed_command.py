@@ -14,6 +14,7 @@ from flashvaed_cli.artifact.checkpoint import derived_header, load_checkpoint, s
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.exact import exact_spec
 from flashvaed_cli.decoders.planning import choose_plan
+from flashvaed_cli.decoders.still import still_decoder
 from flashvaed_cli.decoders.wan import WAN21, wan_decoder_spec
 from flashvaed_cli.stages import contestants, memory_fit, speed_table
 from flashvaed_cli.stages.speed_table import ClipSize
@@ -79,6 +80,24 @@ def test_sizes_and_lengths_are_multiplied_and_rounded_up(folder: Path, tmp_path:
     ]  # fmt: skip
     assert "4 frames of 10×10 are timed as 5 frames of 16×16" in result.stderr
     assert "--no-video: no role with --speed" in result.stderr
+
+
+def test_decoders_of_single_images_are_timed_on_one_frame(folder: Path, tmp_path: Path) -> None:
+    vae = load_checkpoint(folder / "vae.safetensors", builtins={})
+    save_checkpoint(tmp_path / "still.safetensors", derived_header(vae), decoder=still_decoder(vae.require_decoder()))
+    words = f"eval '{tmp_path / 'still.safetensors'}' --speed --sizes 16x8 --num-speed-rounds 1"
+    for frames in ("", "--frames 1"):
+        printed = succeed(f"{words} {frames} -o '{tmp_path / 'out'}'", cwd=folder)
+        assert [table["num_frames"] for table in printed["tables"]] == [1] and printed["stderr"] == ""
+    refused = invoke(f"{words} --frames 1,5,9 -o '{tmp_path / 'refused'}'", cwd=folder)
+    assert refused.exit_code == 2 and not (tmp_path / "refused").exists()
+    assert "--frames 5,9: still decodes single images; give --frames 1, or leave it out" in refused.stderr
+    assert "timing" not in refused.stderr  # before any work
+
+
+def test_nine_frames_are_timed_by_default(folder: Path, tmp_path: Path) -> None:
+    printed = succeed(f"eval vae.safetensors --speed --sizes 8x8 --num-speed-rounds 1 -o '{tmp_path}'", cwd=folder)
+    assert [table["num_frames"] for table in printed["tables"]] == [9]
 
 
 def test_what_fits_nowhere_is_an_error(folder: Path, tmp_path: Path) -> None:

@@ -49,6 +49,37 @@ def test_what_is_rounded_is_said_once(folder: Path, tmp_path: Path, command: str
         assert f"{flag} leaves nothing: a latent covers 8 × 8 pixels. Give 8 or more" in refused.stderr
 
 
+def test_sizes_that_are_timed_are_rounded_up_and_said(folder: Path, tmp_path: Path) -> None:
+    timed = "--latency-frames 4 --latency-side 17"
+    words = f"--data clip.mp4 -o '{tmp_path / 'a.safetensors'}'"
+    analysis = succeed(f"{COMMANDS['analyze']} --num-frames 1 --crop-size 24 {timed} {words}", cwd=folder)
+    said = (
+        "Warning: --latency-frames 4 is timed as 5 and --latency-side 17 is timed as 24: this "
+        "decoder takes 1 + 4 n frames and sides that 8 divides\n"
+    )
+    assert analysis["stderr"] == said
+    assert (analysis["clips"]["latency_frames"], analysis["clips"]["latency_side"]) == (5, 24)
+    prune = "prune vae.safetensors --target-gflops 0.03 --reconstruct none --num-frames 1 --crop-size 24"
+    pruned = succeed(f"{prune} {FEW_CLIPS} {timed} {words}", cwd=folder)
+    assert pruned["stderr"] == said
+    assert (pruned["budget"]["num_frames"], pruned["budget"]["side"]) == (5, 24)
+
+
+def test_widths_that_rounding_leaves_whole_are_said(folder: Path, tmp_path: Path) -> None:
+    prune = f"prune vae.safetensors --reconstruct none {FEW_CLIPS} --num-frames 1 --crop-size 24 --data clip.mp4"
+    words = f"{prune} -o '{tmp_path / 'a.safetensors'}' -q"  # 8 channels in up2, 4 in up3
+    some = invoke(f"{words} --ratio 0.3 --round-to 4", cwd=folder)
+    assert some.exit_code == 0
+    assert "up3.stream (0.3 of 4), up3.0.inner (0.3 of 4)" in some.stderr and "up2" not in some.stderr
+    assert "the nearest multiple of --round-to 4 above 0 is all of them, so they stay as they are" in some.stderr
+    none = invoke(f"{words} --ratio 0.3 --round-to 8", cwd=folder)
+    assert none.exit_code == 2 and "nothing to prune: up2.stream (0.3 of 8)" in none.stderr
+    fine = invoke(f"{words} --ratio up3=0.9", cwd=folder)
+    assert fine.exit_code == 2 and "the nearest whole number of channels is all of them" in fine.stderr
+    meant = invoke(f"{words} --ratio up2=0.5 --ratio up3=1", cwd=folder)
+    assert meant.exit_code == 0 and meant.stderr == ""
+
+
 def test_the_rounded_sizes_are_those_that_are_taken(folder: Path, tmp_path: Path) -> None:
     """Asking for what is taken gives the same statistics, and no word is said."""
     words = f"{COMMANDS['analyze']} --data clip.mp4 -o '{tmp_path / 'a.safetensors'}'"

@@ -138,6 +138,18 @@ def test_mappings_are_merged_and_an_empty_one_empties(load: Load) -> None:
     assert resolve(PruneRecipe, recipe, {"stage_keep_ratios": {}}).stage_keep_ratios == {}
 
 
+def test_who_asked_for_a_key_is_remembered(load: Load) -> None:
+    recipe = load("steps:\n- prune:\n    stage_keep_ratios:\n      up2: 0.5\n      up3: 0.5\n    seed: 1\n")
+    alone = resolve(PruneRecipe, recipe)
+    assert alone.origin("stage_keep_ratios", "up3") == f"{recipe.source}, line 5: prune.stage_keep_ratios.up3"
+    merged = resolve(PruneRecipe, recipe, {"stage_keep_ratios": {"up3": 0.25, "up9": 0.5}})
+    assert merged.origin("stage_keep_ratios", "up2") == f"{recipe.source}, line 4: prune.stage_keep_ratios.up2"
+    assert merged.origin("stage_keep_ratios", "up3") is None  # a flag's
+    assert merged.origin("stage_keep_ratios", "up9") is None
+    assert resolve(PruneRecipe, recipe, {"stage_keep_ratios": {}}).origin("stage_keep_ratios", "up3") is None
+    assert "origins" not in alone.model_dump_json()
+
+
 def test_a_stages_ratio_as_a_flag_takes_the_place_of_its_groups_ratios(load: Load) -> None:
     recipe = load("prune: {group_keep_ratios: {up2.stream: 0.5, up3.stream: 0.5}}")
     merged = resolve(PruneRecipe, recipe, {"stage_keep_ratios": {"up3": 0.25}})

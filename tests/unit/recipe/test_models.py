@@ -19,6 +19,7 @@ from flashvaed_cli.recipe import (
     EvalRecipe,
     ExportRecipe,
     LossWeights,
+    PhaseRecipe,
     PruneRecipe,
 )
 
@@ -114,6 +115,18 @@ def test_schedule_takes_the_chosen_phase_and_the_common_values() -> None:
 def test_a_phase_that_is_not_listed_is_refused() -> None:
     with pytest.raises(ValidationError, match="lists only 1"):
         DistillRecipe.model_validate({"phase": 3, "phases": [{"phase": 1}]})
+
+
+def test_short_runs_stay_below_the_full_learning_rate() -> None:
+    def reached(num_steps: int) -> float:
+        return min(1.0, num_steps / DistillRecipe().warmup_steps(PhaseRecipe(phase=3, num_steps=num_steps)))
+
+    assert [reached(num_steps) for num_steps in (5, 10, 20, 40)] == [1 / 16, 1 / 4, 1, 1]
+    assert 0 < reached(1) < reached(2) < reached(19) < 1
+    plain = [-(-num_steps // 5) for num_steps in range(100, 1001)]  # a fifth, rounded up
+    assert [DistillRecipe().warmup_steps(PhaseRecipe(phase=3, num_steps=n)) for n in range(100, 1001)] == plain
+    assert DistillRecipe().warmup_steps(PhaseRecipe(phase=3, num_steps=20000)) == 200
+    assert DistillRecipe(num_warmup_steps=0).warmup_steps(PhaseRecipe(phase=3, num_steps=5)) == 0
 
 
 def test_loss_weights_are_the_papers() -> None:

@@ -13,6 +13,7 @@ from flashvaed_cli.decoders.layer_spec import ResBlockSpec, ShuffleUpsampleSpec
 from flashvaed_cli.decoders.spec import DecoderSpec, StageSpec
 from flashvaed_cli.distill.phases import gradient_masks, plan_phase_2
 from flashvaed_cli.progress import SilentProgress
+from flashvaed_cli.surgery import block_solvers
 from flashvaed_cli.surgery.layer_fit import FitSettings, LayerError
 from flashvaed_cli.surgery.reconstruct import reconstruct_decoder
 from flashvaed_cli.surgery.respec import converted_spec, narrowed_spec
@@ -110,3 +111,16 @@ def test_phase_2_holds_all_rows_of_a_shuffled_channel() -> None:
     plan = plan_phase_2(decoder.spec, decoder.spec, to_keep=dict.fromkeys(group.tensors, (1,)))
     mask = gradient_masks(decoder, plan)["stages.up2.1.conv.weight"].flatten()
     assert mask.nonzero().flatten().tolist() == list(range(8, 16))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_layers_too_large_to_solve_are_measured_with_their_own_padding(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unchanged decoder misses nothing."""
+    monkeypatch.setattr(block_solvers, "MAX_UNCHANGED_FEATURES", 1)
+    reference = ltx_decoder(short_spec(version))
+    student = transfer_weights(reference, reference.spec, {})
+    errors = reconstruct(reference, student, {}, "up1.0", FitSettings())
+    measured = [error for error in errors if error.num_unknowns == 0]
+    assert len(measured) > 4 and max(error.after for error in measured) < 1e-8  # float32 in two orders

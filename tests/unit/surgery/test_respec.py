@@ -15,7 +15,8 @@ from flashvaed_cli.decoders.layer_spec import (
 from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.decoders.wan import WAN21
 from flashvaed_cli.errors import SpecError
-from flashvaed_cli.surgery.respec import converted_spec, narrowed_spec
+from flashvaed_cli.surgery.respec import converted_spec, narrowed_spec, with_time_rank
+from tests.ltx_toy import ltx_spec
 from tests.toy import DECODER_SPECS, kept_of, original_spec
 
 
@@ -144,3 +145,16 @@ def test_taps_do_not_come_back() -> None:
         converted_spec(DECODER_SPECS["converted"], {"up3": "causal3d"})
     layers = dict(converted_spec(DECODER_SPECS["converted"], {"up3": "dwsep3d"}).layers())
     assert layers["up3.0.conv1"].kernel == (1, 3, 3)
+
+
+def test_a_decoder_that_doubles_frames_in_another_way_is_told_so() -> None:
+    with pytest.raises(SpecError, match=r"by shuffling channels of up1\.0, up2\.1, up3\.1 into time and space at once"):
+        with_time_rank(ltx_spec(), 0.25)
+    spec = original_spec()
+    without = spec.with_blocks({address: UpsampleSpec(spatial=block.spatial) for address, block in upsamplers(spec)})
+    with pytest.raises(SpecError, match="this decoder has no temporal upsampler: leave --time-rank out"):
+        with_time_rank(without, 0.25)
+
+
+def upsamplers(spec: DecoderSpec) -> list[tuple[str, UpsampleSpec]]:
+    return [(address, block) for address, block in spec.blocks() if isinstance(block, UpsampleSpec)]
