@@ -20,6 +20,7 @@ from flashvaed_cli.cli.options import (
     input_argument,
 )
 from flashvaed_cli.cli.running import resolve_settings, run_stage
+from flashvaed_cli.errors import ExportError
 from flashvaed_cli.recipe import ExportRecipe
 
 EPILOG = """Examples:
@@ -38,7 +39,7 @@ def export(
     context: typer.Context,
     input: Annotated[str | None, input_argument(ExportRecipe)] = None,
     targets: Annotated[
-        list[str] | None, flag(ExportRecipe, "targets", "--target", "-t", metavar="safetensors|onnx")
+        list[str] | None, flag(ExportRecipe, "targets", "--target", "-t", metavar="safetensors|diffusers|onnx")
     ] = None,
     opset: Annotated[int | None, flag(ExportRecipe, "opset")] = None,
     output: Annotated[str | None, flag(ExportRecipe, "output", "--output", "-o")] = None,
@@ -54,9 +55,13 @@ def export(
 ) -> None:
     """Write a decoder for other programs, each format checked against this one's output.
 
-    Reads a decoder; writes a folder with the chosen formats.
+    Reads a decoder; writes a folder with the chosen formats. Where one fails the others are written, and the exit
+    code is 2.
     """
     settings = resolve_settings(context, ExportRecipe)
     from flashvaed_cli.stages.export import run_export
 
-    run_stage(context, run_export, settings)
+    failed = run_stage(context, run_export, settings).as_dict().get("failed")
+    if isinstance(failed, list) and failed:
+        reasons = [str(entry["reason"]) for entry in failed]
+        raise ExportError("\n".join(["not every format could be written; the others are there:", *reasons]))

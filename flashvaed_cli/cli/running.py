@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -83,8 +84,8 @@ def resolve_settings(
     return resolve(model, recipe, given, step=params.get("step"), flags={**flags, **PARSED_FLAGS})
 
 
-def run_stage(context: typer.Context, stage: StageFunction[CommandRecipeT], recipe: CommandRecipeT) -> None:
-    """Run a stage with progress on stderr, then print its result to stdout.
+def run_stage(context: typer.Context, stage: StageFunction[CommandRecipeT], recipe: CommandRecipeT) -> StageResult:
+    """Run a stage with progress on stderr, then print its result to stdout, and return it.
 
     Of the processes that a launcher started together, the main one prints.
 
@@ -92,6 +93,8 @@ def run_stage(context: typer.Context, stage: StageFunction[CommandRecipeT], reci
         Interrupted: Ctrl-C or SIGTERM, outside of a training that saves first.
     """
     output = OutputWatch(getattr(recipe, "output", None))
+    if context.params["quiet"]:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when huggingface_hub is imported
     try:
         with open_progress(quiet=context.params["quiet"]) as progress:
             result = stage(recipe, progress=progress, force=context.params["force"], command_line=command_line(context))
@@ -100,6 +103,7 @@ def run_stage(context: typer.Context, stage: StageFunction[CommandRecipeT], reci
     context.meta[DONE_KEY] = True
     if is_main_process():
         _print_result(context, result)
+    return result
 
 
 def _print_result(context: typer.Context, result: StageResult) -> None:

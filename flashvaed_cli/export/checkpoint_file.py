@@ -1,8 +1,11 @@
-"""The decoder as safetensors in a layout that others read; the file is read back before it appears."""
+"""The decoder as safetensors in a layout that others read; what is written is read back before it appears."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,12 +17,22 @@ from flashvaed_cli.atomic import atomic_path
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.streaming import decode
 from flashvaed_cli.errors import ExportError
-from flashvaed_cli.export.parity import relative_difference, require_parity
+from flashvaed_cli.export.parity import copy_in, own_rounding, relative_difference, require_parity
 from flashvaed_cli.export.result import ExportResult
 
 # float32: equal weights through equal code, but another memory format may choose another kernel.
 # The halves: weights rounded to 11 and 8 bits, over some forty layers.
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+CONFIG_NAME, WEIGHTS_NAME = "config.json", "diffusion_pytorch_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a file must reproduce: `decoder` on raw `latents`; `reload` reads the file's layout from a path."""
+
+    decoder: Decoder
+    latents: Float[Tensor, "B C Tz Hz Wz"]
+    reload: Callable[[Path], Decoder]
 
 
 @torch.no_grad()
@@ -28,50 +41,90 @@ def export_safetensors(
     path: Path,
     metadata: Mapping[str, str],
     *,
-    reload: Callable[[Path], Decoder],
-    decoder: Decoder,
-    latents: Float[Tensor, "B C Tz Hz Wz"],
+    reference: Reference,
+    dtype: torch.dtype = torch.float32,
+    exact: frozenset[str] = frozenset(),
     notes: tuple[str, ...] = (),
 ) -> ExportResult:
     """Write tensors, read them back as a decoder and compare its frames.
 
     Args:
-        tensors: in the target's names and shapes, one floating dtype.
+        tensors: in the target's names and shapes.
         metadata: the header of the file.
-        reload: reads the target's layout from a path.
-        decoder: what the file must reproduce.
-        latents: raw, for the comparison.
+        dtype: of the weights in the file.
+        exact: names that keep their dtype.
         notes: passed on to the result (where the file fits).
     Raises:
-        ExportError: mixed or unknown dtypes, or the file read back decodes differently.
+        ExportError: an unknown dtype, weights that overflow in it, or the file read back decodes differently.
     """
-    tolerance = TOLERANCES[_dtype_of(tensors)]
     with atomic_path(path) as draft:
-        own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        save_file(own, draft, metadata=dict(metadata))
-        reloaded = decode(_at_float32(reload(draft)), latents.float().cpu())
-        difference = relative_difference(reloaded, decode(_at_float32(decoder), latents.float().cpu()))
-        require_parity(difference, tolerance, where=f"{path.name}, read back,")
+        save_file(_written(tensors, dtype, exact), draft, metadata=dict(metadata))
+        difference, allowed = _compared(reference, draft, dtype, path.name)
         size_bytes = draft.stat().st_size
-    return ExportResult(
-        target="safetensors",
-        paths=(path,),
-        size_bytes=size_bytes,
-        max_abs_difference=difference,
-        tolerance=tolerance,
-        notes=notes,
+    return ExportResult("safetensors", (path,), size_bytes, difference, allowed, notes=notes)
+
+
+@torch.no_grad()
+def export_diffusers(
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, object],
+    folder: Path,
+    *,
+    reference: Reference,
+    dtype: torch.dtype = torch.float32,
+    exact: frozenset[str] = frozenset(),
+    notes: tuple[str, ...] = (),
+) -> ExportResult:
+    """Write a folder as diffusers' `save_pretrained` does, read it back and compare. No folder is left on failure.
+
+    Args:
+        tensors: in diffusers' names and shapes.
+        config: what the class takes, with `_class_name`.
+        folder: a new one.
+        dtype, exact, notes: as of `export_safetensors`.
+    Raises:
+        ExportError: as `export_safetensors`.
+    """
+    folder.mkdir()
+    try:
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        whole = replace(reference, reload=lambda _: reference.reload(folder))
+        weights = folder / WEIGHTS_NAME
+        save_file(_written(tensors, dtype, exact), weights, metadata={"format": "pt"})
+        difference, allowed = _compared(whole, weights, dtype, f"{folder.name}/")
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    paths = (folder / CONFIG_NAME, weights)
+    size_bytes = sum(path.stat().st_size for path in paths)
+    return ExportResult("diffusers", paths, size_bytes, difference, allowed, notes=notes)
+
+
+def _written(tensors: Mapping[str, Tensor], dtype: torch.dtype, exact: frozenset[str]) -> dict[str, Tensor]:
+    """Tensors of their own, on the CPU, in the dtype of the file."""
+    if dtype not in TOLERANCES:
+        known = ", ".join(str(kind).removeprefix("torch.") for kind in TOLERANCES)
+        raise ExportError(f"a checkpoint holds one of {known}, not {str(dtype).removeprefix('torch.')}")
+    written: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        kind = tensor.dtype if name in exact else dtype
+        written[name] = tensor.detach().to("cpu", kind, copy=True).contiguous()
+        if not torch.isfinite(written[name]).all():
+            raise ExportError(f"{name} overflows in {str(kind).removeprefix('torch.')}. Write another --dtype")
+    return written
+
+
+def _compared(reference: Reference, draft: Path, dtype: torch.dtype, name: str) -> tuple[float, float]:
+    """The difference of what was written, and what was allowed."""
+    decoder, latents = copy_in(reference.decoder, torch.float32), reference.latents.float().cpu()
+    reloaded = decode(copy_in(reference.reload(draft), torch.float32), latents)
+    difference = relative_difference(reloaded, decode(decoder, latents))
+    is_half = dtype != torch.float32
+    allowed = require_parity(
+        difference,
+        TOLERANCES[dtype],
+        where=f"{name}, read back,",
+        rounding=None if is_half else lambda: own_rounding(decoder, latents),
+        advice="The weights lose too much in this format: export --dtype float32" if is_half else "",
     )
-
-
-def _dtype_of(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    dtypes = {tensor.dtype for tensor in tensors.values()}
-    if len(dtypes) != 1 or not dtypes <= TOLERANCES.keys():
-        found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) or "no tensor at all"
-        raise ExportError(f"a checkpoint holds tensors of one of float32, float16 and bfloat16, got {found}")
-    return dtypes.pop()
-
-
-def _at_float32(decoder: Decoder) -> Decoder:
-    reference = Decoder(decoder.spec).eval()
-    reference.load_state_dict(decoder.state_dict())
-    return reference
+    return difference, allowed

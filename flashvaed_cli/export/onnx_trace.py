@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from flashvaed_cli.decoders.blocks import Upsample
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.layer_spec import UpsampleSpec
+from flashvaed_cli.decoders.norms import ChannelRMSNorm
 from flashvaed_cli.decoders.operators import Future, LowRankConv3d, Past, extend_with_past, pointwise_conv
 from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.errors import ExportError
@@ -58,6 +59,19 @@ class _AnyLengthLowRank(LowRankConv3d):
         return pointwise_conv(F.conv3d(window, self.reduce), self.weight, self.bias)
 
 
+class _KeptEpsNorm(ChannelRMSNorm):
+    """The same norm with the sum in multiples of its eps.
+
+    torch's ONNX optimiser takes a summand of 1e-8 for zero and drops it: a vector of zeros then becomes NaN, and a
+    short one too long.
+    """
+
+    def _unit(self, x: Float[Tensor, "B C *P"]) -> Float[Tensor, "B C *P"]:
+        eps = self.spec.eps
+        assert eps is not None
+        return x * (torch.rsqrt(x.square().mean(1, keepdim=True) / eps + 1) * eps**-0.5)
+
+
 class ClipGraph(nn.Module):
     """Raw latents of a whole clip to its frames in [-1, 1]."""
 
@@ -85,7 +99,7 @@ class StepGraph(nn.Module):
 
 
 def traceable_copy(decoder: Decoder, dtype: torch.dtype) -> Decoder:
-    """A copy on the CPU in `dtype`, for inference, whose graph fits clips of any length."""
+    """A copy on the CPU in `dtype`, for inference, whose graph fits clips of any length and keeps every eps."""
     traceable = copy.deepcopy(decoder).to("cpu", dtype).eval().requires_grad_(False)
     for address, block in decoder.spec.blocks():
         if isinstance(block, UpsampleSpec) and block.temporal is not None:
@@ -97,9 +111,13 @@ def traceable_copy(decoder: Decoder, dtype: torch.dtype) -> Decoder:
     for parent in list(traceable.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, LowRankConv3d):
-                windowed = _AnyLengthLowRank(layer.spec, layer.address)
-                windowed.load_state_dict(layer.state_dict())
-                setattr(parent, name, windowed.to(dtype).eval().requires_grad_(False))
+                replacement = _AnyLengthLowRank(layer.spec, layer.address)
+            elif isinstance(layer, ChannelRMSNorm) and layer.spec.eps is not None:
+                replacement = _KeptEpsNorm(layer.width, layer.spec)
+            else:
+                continue
+            replacement.load_state_dict(layer.state_dict())
+            setattr(parent, name, replacement.to(dtype).eval().requires_grad_(False))
     return traceable
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Target = Literal["onnx-clip", "onnx-step", "safetensors"]
+Target = Literal["onnx-clip", "onnx-step", "safetensors", "diffusers"]
 
 
 @dataclass(frozen=True)

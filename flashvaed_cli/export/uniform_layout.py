@@ -1,12 +1,20 @@
-"""Does a decoder fit code that was written for the original? Only if it is the original at another base width."""
+"""Does a coder fit code that was written for the original? Only if it is the original at another base width."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from flashvaed_cli.decoders.layer_spec import AttentionSpec, BlockSpec, ConvSpec, HeadSpec, block_layers
-from flashvaed_cli.decoders.spec import DecoderSpec
+from flashvaed_cli.decoders.families import get_family
+from flashvaed_cli.decoders.layer_spec import (
+    AttentionSpec,
+    BlockSpec,
+    ConvBlockSpec,
+    ConvSpec,
+    HeadSpec,
+    block_layers,
+)
+from flashvaed_cli.decoders.spec import CoderSpec, DecoderSpec, EncoderSpec
 
 
 @dataclass(frozen=True)
@@ -15,26 +23,6 @@ class UniformFit:
 
     base_width: int | None
     deviation: str | None
-
-    def notes(self, encoder_base_width: int | None = None) -> tuple[str, ...]:
-        """Where a checkpoint in the original layout loads, for the export's notes.
-
-        Args:
-            encoder_base_width: that of the encoder in the same file; None if the file has none.
-        """
-        if self.base_width is None:
-            return (
-                f"not a uniform decoder ({self.deviation}): ComfyUI and diffusers need this program's decoder "
-                "in place of theirs",
-            )
-        diffusers = f"diffusers loads it with decoder_base_dim={self.base_width}"
-        if encoder_base_width == self.base_width:
-            return (diffusers, "ComfyUI loads it: encoder and decoder have the same base width")
-        lacks = "no encoder" if encoder_base_width is None else f"an encoder of base width {encoder_base_width}"
-        return (
-            diffusers,
-            f"ComfyUI does not: it wants an encoder of base width {self.base_width}, the file has {lacks}",
-        )
 
 
 def fits_uniform_layout(spec: DecoderSpec, original: Callable[[int, int], DecoderSpec]) -> UniformFit:
@@ -57,7 +45,20 @@ def fits_uniform_layout(spec: DecoderSpec, original: Callable[[int, int], Decode
     return UniformFit(None, f"against the original at the head's base width, {base_width}: {deviation}")
 
 
-def _first_deviation(spec: DecoderSpec, uniform: DecoderSpec) -> str | None:
+def encoder_base_width(spec: EncoderSpec) -> int | None:
+    """The base width at which an encoder is its family's original; None if it is another network."""
+    first, family = spec.stages[0].blocks[0], get_family(spec.family)
+    if not isinstance(first, ConvBlockSpec):
+        return None
+    base_width = first.conv.out_width
+    try:
+        uniform = family.configured(family.encoder_spec(base_width, spec.latent_width), family.described(spec))
+    except ValueError:
+        return None
+    return base_width if uniform == spec else None
+
+
+def _first_deviation(spec: CoderSpec, uniform: CoderSpec) -> str | None:
     if spec == uniform:
         return None
     found = dict(spec.blocks())
@@ -81,7 +82,9 @@ def _describe(address: str, block: BlockSpec, expected: BlockSpec) -> str:
             f"not {expected.width} and {expected.inner_width}"
         )
     ours, theirs = block_layers(block), block_layers(expected)
-    name = next(name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name))
+    name = next((name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name)), None)
+    if name is None:
+        return f"{address} has other norms, noise or factors"
     return f"{address}.{name} is {_layer(ours.get(name))}, not {_layer(theirs.get(name))}"
 
 

@@ -2,10 +2,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_decoders import short_spec
+from small_decoders import flash_spec, short_spec, small_decoder
 
 from flashvaed_cli.errors import ExportError
-from flashvaed_cli.export.parity import relative_difference, require_parity, seeded_latents
+from flashvaed_cli.export.parity import (
+    ROUNDING_FACTOR,
+    own_rounding,
+    relative_difference,
+    require_parity,
+    seeded_latents,
+)
 
 
 def test_latents_are_seeded_and_scaled_per_channel() -> None:
@@ -30,3 +36,26 @@ def test_other_shape_or_nan_is_no_parity() -> None:
     with pytest.raises(ExportError, match="nan"):
         require_parity(difference, 1e-4, where="the file")
     require_parity(1e-4, 1e-4, where="the file")
+
+
+def test_rounding_is_that_of_the_number_format() -> None:
+    decoder = small_decoder(flash_spec())
+    latents = seeded_latents(decoder.spec, (2, 3, 3))
+    single, half = (own_rounding(decoder, latents, dtype) for dtype in (torch.float32, torch.float16))
+    assert 1e-8 < single < 1e-5 < half < 1e-1
+
+
+def test_what_is_allowed() -> None:
+    asked: list[int] = []
+
+    def rounding() -> float:
+        asked.append(1)
+        return 1e-3
+
+    assert require_parity(1e-4, 1e-4, where="it", rounding=rounding) == 1e-4 and not asked
+    assert require_parity(5e-3, 1e-4, where="it", rounding=rounding) == pytest.approx(ROUNDING_FACTOR * 1e-3)
+    message = (
+        r"it differs .* 0\.009 .*tolerance 0\.008; rounding alone moves the decoder by 0\.001.* not written\. Do that"
+    )
+    with pytest.raises(ExportError, match=message):
+        require_parity(9e-3, 1e-4, where="it", rounding=rounding, advice="Do that")

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import pytest
-from small_decoders import flash_spec, layer, short_spec
+from small_decoders import layer, short_spec
 
-from flashvaed_cli.decoders.layer_spec import AttentionSpec, BlockSpec, ResBlockSpec
-from flashvaed_cli.decoders.spec import DecoderSpec, StageSpec
+from flashvaed_cli.decoders.families import FAMILIES, get_family
+from flashvaed_cli.decoders.layer_spec import AttentionSpec, BlockSpec, HeadSpec, ResBlockSpec
+from flashvaed_cli.decoders.spec import DecoderSpec, EncoderSpec, StageSpec
 from flashvaed_cli.decoders.wan import wan_decoder_spec
-from flashvaed_cli.export.uniform_layout import fits_uniform_layout
+from flashvaed_cli.export.uniform_layout import encoder_base_width, fits_uniform_layout
 
 
 @pytest.mark.parametrize(("base_width", "latent_width"), [(4, 16), (12, 16), (96, 16), (7, 8)])
@@ -59,11 +60,15 @@ def test_missing_and_superfluous_blocks_are_named() -> None:
     assert "up3.3 is one block too many" in str(fit.deviation)
 
 
-def test_notes_say_where_it_loads() -> None:
-    fit = fits_uniform_layout(wan_decoder_spec(4), wan_decoder_spec)
-    assert "decoder_base_dim=4" in fit.notes()[0]
-    assert "ComfyUI loads it" in fit.notes(encoder_base_width=4)[1]
-    assert "base width 96" in fit.notes(encoder_base_width=96)[1]
-    assert "no encoder" in fit.notes()[1]
-    (note,) = fits_uniform_layout(flash_spec(), wan_decoder_spec).notes()
-    assert "not a uniform decoder" in note
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_base_width_of_an_encoder(family: str) -> None:
+    spec = get_family(family).encoder_spec(8, 8)
+    assert encoder_base_width(spec) == 8
+    blocks = dict(spec.blocks())
+    head = blocks["head.0"]
+    assert isinstance(head, HeadSpec)
+    other: dict[str, BlockSpec] = {
+        "head.0": HeadSpec(conv=head.conv.model_copy(update={"kernel": (head.conv.kernel[0], 1, 3)}), norm=head.norm)
+    }
+    changed = spec.with_blocks(other)
+    assert isinstance(changed, EncoderSpec) and encoder_base_width(changed) is None

@@ -1,0 +1,186 @@
+"""The configuration with which diffusers builds a decoder, and an encoder beside it; which files its classes read.
+
+Values come from what the families say of configurations (`Family.config_keys`); here stand the names that each class
+takes.
+
+Reference: the constructors of diffusers' classes (facts only).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from flashvaed_cli.decoders.families import get_family, original_like
+from flashvaed_cli.decoders.family import Family
+from flashvaed_cli.decoders.layer_spec import ResBlockSpec
+from flashvaed_cli.decoders.spec import CoderSpec, DecoderSpec, EncoderSpec
+from flashvaed_cli.errors import ExportError
+from flashvaed_cli.export.uniform_layout import encoder_base_width, fits_uniform_layout
+
+_QWEN = (
+    "base_dim",
+    "z_dim",
+    "dim_mult",
+    "num_res_blocks",
+    "attn_scales",
+    "temperal_downsample",
+    "latents_mean",
+    "latents_std",
+)
+_WAN = (
+    *_QWEN,
+    "decoder_base_dim",
+    "is_residual",
+    "in_channels",
+    "out_channels",
+    "patch_size",
+    "scale_factor_temporal",
+    "scale_factor_spatial",
+)
+_LTX = (
+    "in_channels",
+    "out_channels",
+    "latent_channels",
+    "block_out_channels",
+    "down_block_types",
+    "decoder_block_out_channels",
+    "layers_per_block",
+    "decoder_layers_per_block",
+    "spatio_temporal_scaling",
+    "decoder_spatio_temporal_scaling",
+    "decoder_inject_noise",
+    "downsample_type",
+    "upsample_residual",
+    "upsample_factor",
+    "timestep_conditioning",
+    "patch_size",
+    "patch_size_t",
+    "resnet_norm_eps",
+    "scaling_factor",
+    "encoder_causal",
+    "decoder_causal",
+    "spatial_compression_ratio",
+    "temporal_compression_ratio",
+)
+_PADDING = ("encoder_spatial_padding_mode", "decoder_spatial_padding_mode")
+ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "AutoencoderKLWan": _WAN,
+    "AutoencoderKLQwenImage": _QWEN,
+    "AutoencoderKLQwenImage21": _WAN,
+    "AutoencoderKLLTXVideo": _LTX,
+    "AutoencoderKLLTX2Video": (*_LTX, "upsample_type", *_PADDING),
+}
+"""What the constructors take, of the keys that the families know."""
+
+_SINGLE_FILE_CLASSES = {"AutoencoderKLWan", "AutoencoderKLLTXVideo", "AutoencoderKLLTX2Video"}
+_UNREAD_FAMILIES = {"wan2.2"}  # of those classes: the converter knows Wan 2.1's names only
+_TOLD_BY_RELEASED_ENCODER = {"ltx-video-0.9.5"}  # the converter tells it from 0.9.1 by the encoder's last width
+
+
+def diffusers_config(
+    class_name: str,
+    decoder: DecoderSpec,
+    encoder: EncoderSpec | None,
+    statistics: tuple[tuple[float, ...], tuple[float, ...]],
+) -> dict[str, Any]:
+    """`config.json` for a decoder, with an encoder that `encoder_fault` finds nothing against; None: weights without.
+
+    Args:
+        statistics: mean and deviation per latent channel.
+    Raises:
+        ExportError: the class has no configuration for this decoder, or the statistics are not known.
+    """
+    fit = fits_uniform_layout(decoder, original_like(decoder))
+    if fit.base_width is None:
+        raise ExportError(f"{class_name} has no decoder like this one ({fit.deviation})")
+    if not all(statistics):
+        raise ExportError("a diffusers model has latent statistics, and this decoder has none")
+    own_width = None if encoder is None else encoder_base_width(encoder)
+    known = dict(_known(class_name, decoder, encoder))
+    known |= _widths(class_name, get_family(decoder.family), fit.base_width, own_width or fit.base_width)
+    known |= {"latents_mean": list(statistics[0]), "latents_std": list(statistics[1])}
+    _require_takes(class_name, known)
+    return {"_class_name": class_name} | {key: known[key] for key in ARGUMENTS[class_name]}
+
+
+def encoder_fault(class_name: str, decoder: DecoderSpec, encoder: EncoderSpec) -> str | None:
+    """Why an encoder cannot stand beside a decoder in one model of diffusers; None if it can."""
+    base_width, family = encoder_base_width(encoder), get_family(decoder.family)
+    if base_width is None or encoder.latent_width != decoder.latent_width:
+        return "its encoder is another network than the original's"
+    keys = {_width_key(class_name, family, role)[0] for role in ("encoder", "decoder")}
+    needed = fits_uniform_layout(decoder, original_like(decoder)).base_width
+    if len(keys) == 1 and needed != base_width:
+        return f"{class_name} has one {keys.pop()}, the encoder needs {base_width} and the decoder {needed}"
+    if family.config_keys.entry_is_latent and base_width != encoder.latent_width:
+        return f"{class_name} begins its encoder with {encoder.latent_width} channels, this one has {base_width}"
+    if not set(_PADDING) <= set(ARGUMENTS[class_name]) and _mirrors(encoder):
+        return f"{class_name} has no encoder that mirrors frames at their borders"
+    return None
+
+
+def single_file_note(class_name: str | None, decoder: DecoderSpec, encoder: EncoderSpec | None) -> str:
+    """Which program reads a file in the original layout, and how."""
+    fit = fits_uniform_layout(decoder, original_like(decoder))
+    if class_name is None or fit.base_width is None:
+        return f"safetensors: no original ({fit.deviation}): other programs need this program's decoder for it"
+    family = get_family(decoder.family)
+    reads = class_name in _SINGLE_FILE_CLASSES and family.name not in _UNREAD_FAMILIES
+    if not reads:
+        return f"safetensors: diffusers reads no single file of {family.name}: give it the folder of -t diffusers"
+    if encoder is None:
+        return f"safetensors: {class_name}.from_single_file wants an encoder in the file: give it that of -t diffusers"
+    if (fault := encoder_fault(class_name, decoder, encoder)) is not None:
+        return f"safetensors: diffusers does not read it: {fault}"
+    base_width = encoder_base_width(encoder)
+    if family.name in _TOLD_BY_RELEASED_ENCODER and base_width != family.released_base_width:
+        return (
+            f"safetensors: diffusers tells single files of {family.name} by an encoder of base width "
+            f"{family.released_base_width}, this has {base_width}: give it the folder of -t diffusers"
+        )
+    return f"safetensors: {class_name}.from_single_file loads it, with config= the folder of -t diffusers"
+
+
+def _known(class_name: str, decoder: DecoderSpec, encoder: EncoderSpec | None) -> Iterator[tuple[str, Any]]:
+    """What the families' keys and the specs say, under all names that some class takes."""
+    family = get_family(decoder.family)
+    for key, values in family.config_keys.fixed.items():
+        yield key, values[0]
+    yield family.config_keys.latent_key, decoder.latent_width
+    for key in ("spatial_compression_ratio", "scale_factor_spatial"):
+        yield key, decoder.spatial_factor
+    for key in ("temporal_compression_ratio", "scale_factor_temporal"):
+        yield key, decoder.temporal_factor
+    yield "scaling_factor", 1.0
+    blocks = family.config_keys.fixed.get("down_block_types", ())
+    yield "down_block_types", next((v for v in blocks if v[0].startswith("LTX2") == ("LTX2" in class_name)), None)
+    yield "downsample_type", family.config_keys.fixed.get("downsample_type", (("conv",) * 4,))[0]
+    noise = [any(isinstance(b, ResBlockSpec) and b.noise for b in stage.blocks) for stage in decoder.stages[1:-1]]
+    yield "decoder_inject_noise", noise[::-1]
+    yield from family.described(decoder).items()
+    for role, spec in (("encoder", encoder), ("decoder", decoder)):
+        yield f"{role}_causal", spec is None or spec.is_causal
+        yield f"{role}_spatial_padding_mode", "reflect" if spec is not None and _mirrors(spec) else "zeros"
+
+
+def _mirrors(spec: CoderSpec) -> bool:
+    return any(layer.space_padding == "reflect" for _, layer in spec.layers())
+
+
+def _width_key(class_name: str, family: Family, role: str) -> tuple[str, tuple[int, ...] | None]:
+    return next(entry for entry in family.config_keys.widths[role] if entry[0] in ARGUMENTS[class_name])
+
+
+def _widths(class_name: str, family: Family, decoder_width: int, encoder_width: int) -> dict[str, Any]:
+    widths: dict[str, Any] = {}
+    for role, base_width in (("encoder", encoder_width), ("decoder", decoder_width)):
+        key, multiples = _width_key(class_name, family, role)
+        widths[key] = base_width if multiples is None else [base_width * multiple for multiple in multiples]
+    return widths
+
+
+def _require_takes(class_name: str, known: Mapping[str, Any]) -> None:
+    """Raise ExportError if a value that is not the constructor's only one has no name there."""
+    if "decoder_spatial_padding_mode" not in ARGUMENTS[class_name] and known["decoder_spatial_padding_mode"] != "zeros":
+        raise ExportError(f"{class_name} has no decoder that mirrors frames at their borders")

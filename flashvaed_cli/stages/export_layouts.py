@@ -1,0 +1,170 @@
+"""The targets of `export` that hold weights under other programs' names: the family's own file, diffusers' folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flashvaed_cli.artifact.checkpoint import FAMILY_KEY, Checkpoint, load_checkpoint, load_original
+from flashvaed_cli.artifact.key_tables import LAYOUTS, original_layout
+from flashvaed_cli.artifact.layouts import Layout
+from flashvaed_cli.artifact.writing import to_program
+from flashvaed_cli.decoders.coder import Decoder, Encoder
+from flashvaed_cli.decoders.expansion import expanded_decoder
+from flashvaed_cli.decoders.families import get_family
+from flashvaed_cli.errors import ArtifactError, ExportError
+from flashvaed_cli.export.checkpoint_file import Reference, export_diffusers, export_safetensors
+from flashvaed_cli.export.diffusers_config import diffusers_config, encoder_fault, single_file_note
+from flashvaed_cli.export.parity import seeded_latents
+from flashvaed_cli.export.result import ExportResult
+from flashvaed_cli.recipe.export import ExportRecipe
+from flashvaed_cli.stages.loading import DTYPES
+from flashvaed_cli.zoo.builtin import BUILTINS
+
+DIFFUSERS_FOLDER = "diffusers"
+_CHECK_GRID = (3, 6, 8)
+_EXPANDED = "the low-rank time_conv layers are written as whole kernels, which cost what they did before"
+_DECODE_ONLY = "give it low_cpu_mem_usage=False, which makes up an encoder of random weights, and decode only"
+_NOISY = "diffusers: with its noise, which this program leaves out: frames differ by that"
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A checkpoint without what layouts do not know, and the layouts of its family."""
+
+    checkpoint: Checkpoint
+    decoder: Decoder
+    was_expanded: bool
+    original: Layout
+    diffusers: Layout | None
+
+    @property
+    def class_name(self) -> str | None:
+        return None if self.diffusers is None else self.diffusers.config_class
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return self.checkpoint.latent_mean, self.checkpoint.latent_std
+
+    def tensors(self, layout: Layout, encoder: Encoder | None) -> tuple[dict[str, Tensor], frozenset[str]]:
+        """What a file in the layout holds, and the names of it that stand for no weight."""
+        coders = [coder for coder in (self.decoder, encoder) if coder is not None]
+        tensors = to_program([(coder.state_dict(), coder.spec) for coder in coders], layout, self.statistics)
+        return tensors, frozenset(f"{layout.prefix}{name}" for name in layout.statistics or ())
+
+    def reference(self, seed: int) -> Reference:
+        return Reference(self.decoder, _check_latents(self.checkpoint, seed), _reload_decoder)
+
+    def notes(self, target: str) -> tuple[str, ...]:
+        return (f"{target}: {_EXPANDED}",) if self.was_expanded else ()
+
+
+def export_original_layout(checkpoint: Checkpoint, path: Path, recipe: ExportRecipe) -> ExportResult:
+    """The family's own key layout, with the encoder where the checkpoint holds one, and the latent statistics.
+
+    Raises:
+        ExportError: the file does not reproduce the decoder.
+    """
+    written, encoder = _prepared(checkpoint), checkpoint.encoder
+    family, decoder = get_family(checkpoint.family), written.decoder
+    tensors, exact = written.tensors(written.original, encoder)
+    described = {key: value for one in (decoder, encoder) if one for key, value in family.described(one.spec).items()}
+    statistics = dict(zip(("latents_mean", "latents_std"), written.statistics, strict=True))
+    note = single_file_note(written.class_name, decoder.spec, None if encoder is None else encoder.spec)
+    return export_safetensors(
+        tensors,
+        path,
+        {
+            "format": "pt",
+            FAMILY_KEY: checkpoint.family,
+            **{key: json.dumps(values) for key, values in statistics.items() if values},
+            **({"config": json.dumps(described)} if described else {}),
+        },
+        reference=written.reference(recipe.seed),
+        dtype=DTYPES[recipe.dtype],
+        exact=exact,
+        notes=(*written.notes("safetensors"), note),
+    )
+
+
+def export_diffusers_folder(checkpoint: Checkpoint, folder: Path, recipe: ExportRecipe) -> ExportResult:
+    """A folder for `from_pretrained`, with the encoder of the checkpoint or of its original.
+
+    Raises:
+        ExportError: diffusers has no model like the decoder, or the folder does not reproduce it.
+    """
+    written = _prepared(checkpoint)
+    spec, layout, class_name = written.decoder.spec, written.diffusers, written.class_name
+    if layout is None or class_name is None:
+        raise ExportError(f"diffusers: it has no class for {checkpoint.family}")
+    try:
+        diffusers_config(class_name, spec, None, written.statistics)  # before an original is looked for
+    except ExportError as error:
+        raise ExportError(f"diffusers: {error}") from None
+    encoder, lacks = _encoder_beside(checkpoint, class_name)
+    config = diffusers_config(class_name, spec, None if encoder is None else encoder.spec, written.statistics)
+    tensors, exact = written.tensors(layout, encoder)
+    loads = f"diffusers: {class_name}.from_pretrained loads the folder"
+    return export_diffusers(
+        tensors,
+        config,
+        folder,
+        reference=written.reference(recipe.seed),
+        dtype=DTYPES[recipe.dtype],
+        exact=exact,
+        notes=(
+            *written.notes("diffusers"),
+            f"{loads}, encoder included" if lacks is None else f"{loads}; {lacks}: {_DECODE_ONLY}",
+            *([_NOISY] if any(config.get("decoder_inject_noise", ())) else []),
+        ),
+    )
+
+
+def diffusers_obstacle(checkpoint: Checkpoint) -> str | None:
+    """Why there is no diffusers folder of a checkpoint; None if there is one."""
+    written = _prepared(checkpoint)
+    if written.class_name is None:
+        return f"no diffusers folder: it has no class for {checkpoint.family}"
+    try:
+        diffusers_config(written.class_name, written.decoder.spec, None, written.statistics)
+    except ExportError as error:
+        return f"no diffusers folder: {error}"
+    return None
+
+
+def _prepared(checkpoint: Checkpoint) -> _Written:
+    given = checkpoint.require_decoder()
+    decoder = expanded_decoder(given)
+    layouts = [layout for layout in LAYOUTS.values() if layout.family == checkpoint.family and layout.config_class]
+    own = original_layout(checkpoint.family)
+    return _Written(checkpoint, decoder, decoder.spec != given.spec, own, layouts[0] if layouts else None)
+
+
+def _encoder_beside(checkpoint: Checkpoint, class_name: str) -> tuple[Encoder | None, str | None]:
+    """The encoder for a diffusers model, or why there is none."""
+    encoder, recorded = checkpoint.encoder, None if checkpoint.header is None else checkpoint.header.original
+    if encoder is None and recorded is not None:
+        try:
+            encoder = load_original(checkpoint, None, BUILTINS, needs_encoder=False).encoder
+        except ArtifactError:
+            return None, f"its original, {recorded.location}, which has the encoder, cannot be read"
+    if encoder is None:
+        return None, "no encoder is at hand"
+    fault = encoder_fault(class_name, checkpoint.require_decoder().spec, encoder.spec)
+    return (encoder, None) if fault is None else (None, fault)
+
+
+def _reload_decoder(path: Path) -> Decoder:
+    return load_checkpoint(path, builtins={}).require_decoder()
+
+
+def _check_latents(checkpoint: Checkpoint, seed: int) -> torch.Tensor:
+    spec = checkpoint.require_decoder().spec
+    num_latents, height, width = _CHECK_GRID
+    grid = (1 if spec.still else num_latents, height, width)
+    mean, std = checkpoint.latent_mean or None, checkpoint.latent_std or None
+    return seeded_latents(spec, grid, seed=seed, latent_mean=mean, latent_std=std)
