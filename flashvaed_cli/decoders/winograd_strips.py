@@ -16,7 +16,7 @@ STRIP_ELEMENTS = 1 << 20
 STRIP_POSITIONS = 192
 """Rows of the matrix products below which these would be slow, cache or not."""
 
-WHOLE_KERNEL_ELEMENTS = 1 << 23
+WHOLE_KERNEL_ELEMENTS = 1 << 24
 """Elements of a transformed kernel that are kept: more take fresh memory on every call and leave the cache."""
 
 OUTPUTS_AT_ONCE = 64
