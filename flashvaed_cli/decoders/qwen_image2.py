@@ -15,16 +15,14 @@ from itertools import pairwise
 
 from flashvaed_cli.decoders.family import Family
 from flashvaed_cli.decoders.layer_spec import (
-    AttentionSpec,
     BlockSpec,
     ConvBlockSpec,
     DownsampleSpec,
     HeadSpec,
-    ResBlockSpec,
     UpsampleSpec,
 )
 from flashvaed_cli.decoders.spec import BypassSpec, DecoderSpec, EncoderSpec, StageSpec
-from flashvaed_cli.decoders.wan import CONFIG_KEYS, frame_conv, point_conv
+from flashvaed_cli.decoders.wan import CONFIG_KEYS, frame_conv, mid_stage, point_conv, wan_resblock
 
 NAME = "qwen-image-2"
 LATENT_WIDTH = 64
@@ -58,29 +56,16 @@ LATENT_STD = (
 )  # fmt: skip
 
 
-def _resblock(in_width: int, out_width: int) -> ResBlockSpec:
-    return ResBlockSpec(
-        conv1=frame_conv(in_width, out_width),
-        conv2=frame_conv(out_width, out_width),
-        shortcut=None if in_width == out_width else point_conv(in_width, out_width),
-    )
-
-
-def _mid_stage(width: int) -> StageSpec:
-    attention = AttentionSpec(width=width, inner_width=width)
-    return StageSpec(name="mid", blocks=(_resblock(width, width), attention, _resblock(width, width)))
-
-
 def qwen2_decoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> DecoderSpec:
     """The original decoder at a base width (144: the released Qwen-Image 2)."""
     widths = [base_width * m for m in (MULTIPLIERS[-1], *reversed(MULTIPLIERS))]
     stages = [
         StageSpec(name="post_quant", blocks=(ConvBlockSpec(conv=point_conv(latent_width, latent_width)),)),
         StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=frame_conv(latent_width, widths[0])),)),
-        _mid_stage(widths[0]),
+        mid_stage(widths[0], frame_conv),
     ]
     for i, (in_width, width) in enumerate(pairwise(widths)):
-        blocks: list[BlockSpec] = [_resblock(w, width) for w in (in_width, width, width)]
+        blocks: list[BlockSpec] = [wan_resblock(w, width, frame_conv) for w in (in_width, width, width)]
         bypass = None
         if i < len(DOUBLED):
             blocks.append(UpsampleSpec(spatial=frame_conv(width, width)))
@@ -108,7 +93,7 @@ def qwen2_encoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> Enc
     moments = 2 * latent_width
     stages = [StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=frame_conv(COLOURS, widths[0])),))]
     for i, (in_width, width) in enumerate(pairwise(widths)):
-        blocks: list[BlockSpec] = [_resblock(in_width, width), _resblock(width, width)]
+        blocks: list[BlockSpec] = [wan_resblock(in_width, width, frame_conv), wan_resblock(width, width, frame_conv)]
         shrinks = i < len(DOUBLED)
         if shrinks:
             blocks.append(DownsampleSpec(spatial=frame_conv(width, width)))
@@ -121,7 +106,7 @@ def qwen2_encoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> Enc
         )
         stages.append(StageSpec(name=f"down{i}", blocks=tuple(blocks), bypass=bypass))
     stages += [
-        _mid_stage(widths[-1]),
+        mid_stage(widths[-1], frame_conv),
         StageSpec(name="head", blocks=(HeadSpec(conv=frame_conv(widths[-1], moments)),)),
         StageSpec(name="quant", blocks=(ConvBlockSpec(conv=point_conv(moments, moments)),)),
     ]

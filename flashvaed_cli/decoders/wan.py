@@ -8,6 +8,7 @@ Reference: Wan 2.1 VAE; arXiv 2602.19161, table of the operator layout.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 from flashvaed_cli.decoders.family import ConfigKeys, Family
@@ -59,19 +60,20 @@ def point_conv(in_width: int, out_width: int) -> ConvSpec:
     return ConvSpec(operator="pointwise", in_width=in_width, out_width=out_width, kernel=(1, 1, 1))
 
 
-def wan_resblock(in_width: int, out_width: int) -> ResBlockSpec:
-    """Two dense layers; a 1x1 shortcut where the width changes."""
+def wan_resblock(in_width: int, out_width: int, conv: Callable[[int, int], ConvSpec] = causal_conv) -> ResBlockSpec:
+    """Two dense layers, built by `conv`; a 1x1 shortcut where the width changes."""
     return ResBlockSpec(
-        conv1=causal_conv(in_width, out_width),
-        conv2=causal_conv(out_width, out_width),
+        conv1=conv(in_width, out_width),
+        conv2=conv(out_width, out_width),
         shortcut=None if in_width == out_width else point_conv(in_width, out_width),
     )
 
 
-def mid_stage(width: int) -> StageSpec:
+def mid_stage(width: int, conv: Callable[[int, int], ConvSpec] = causal_conv) -> StageSpec:
     """Two residual blocks around attention."""
     attention = AttentionSpec(width=width, inner_width=width)
-    return StageSpec(name="mid", blocks=(wan_resblock(width, width), attention, wan_resblock(width, width)))
+    block = wan_resblock(width, width, conv)
+    return StageSpec(name="mid", blocks=(block, attention, block))
 
 
 def stages_behind_latents(latent_width: int, width: int) -> list[StageSpec]:
