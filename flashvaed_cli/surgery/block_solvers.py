@@ -3,7 +3,7 @@
 Every solver reads what the new decoder feeds the block and the recorded rows of the original, fits one layer
 after another and writes the weights, so that a layer sees what those before it have become.
 
-Reference: METHOD, "closed-form reconstruction".
+Reference: flashvaed_cli/README.md, "Method".
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Closed-form fits of single layers and norms: accumulate over clips, solve, write the weights.
 
-Reference: METHOD "closed-form reconstruction"; arXiv 2602.19161, section 3.1 for the least-squares view.
+Reference: flashvaed_cli/README.md, "Method"; arXiv 2602.19161, section 3.1 for the least-squares view.
 Departure: whole kernels, ridge, targets of the original and inputs of the new decoder.
 """
 

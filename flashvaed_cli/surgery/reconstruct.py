@@ -6,7 +6,7 @@ there, on the kept channels. Nothing is trained. The original runs once per bloc
 sampled positions are kept of it; what the blocks hand on lies on disk. So neither time nor memory depends on
 more than the sums of one layer and the activations of one clip.
 
-Reference: arXiv 2602.19161 trains these layers; this is a departure (METHOD, "closed-form reconstruction").
+Reference: arXiv 2602.19161 trains these layers; this is a departure (flashvaed_cli/README.md, "Method").
 """
 
 from __future__ import annotations
