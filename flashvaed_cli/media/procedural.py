@@ -1,19 +1,14 @@
-"""The demo clip that the program makes by itself, so that `make demo` needs no data.
+"""A clip that the program makes by itself: for tests, and one more source for the embedded VAE's training.
 
 One continuous shot with what a video VAE has to carry: clouds and stone with a natural 1/f spectrum,
 smooth gradients, fine repeating texture in perspective, sharp edges that turn, zoom and fly, water,
 large and small text, film grain. Everything follows from the seed.
-
-`python -m flashvaed_cli.media.procedural OUT.mp4` writes the clip that ships as `zoo/data/demo.mp4`.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
-from fractions import Fraction
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -21,14 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional
 
-from flashvaed_cli.media.writer import write_video
-
-DEMO_NUM_FRAMES = 33
-DEMO_SIDE = 256
-DEMO_FPS = Fraction(24)
-DEMO_SEED = 7
-_DEMO_CRF = 18
-
+_SEED = 7
 _HORIZON = 0.52
 _GRAIN_STD = 0.008
 _OVERSAMPLING = 2
@@ -38,8 +26,8 @@ _Plane = Float[Tensor, "H W"]
 _Picture = Float[Tensor, "3 H W"]
 
 
-def render_frames(num_frames: int, height: int, width: int, seed: int = DEMO_SEED) -> Iterator[Float[Tensor, "C H W"]]:
-    """Render the demo shot frame by frame.
+def render_frames(num_frames: int, height: int, width: int, seed: int = _SEED) -> Iterator[Float[Tensor, "C H W"]]:
+    """Render the shot frame by frame.
 
     Args:
         num_frames: at 24 per second; the motion goes on for any length.
@@ -52,12 +40,6 @@ def render_frames(num_frames: int, height: int, width: int, seed: int = DEMO_SEE
     scene = _Scene(height, width, seed)
     for index in range(num_frames):
         yield scene.frame(index).mul(2.0).sub(1.0)
-
-
-def write_demo(path: str | Path) -> None:
-    """Write the shipped clip: 33 frames of 256x256 at 24 per second."""
-    frames = render_frames(DEMO_NUM_FRAMES, DEMO_SIDE, DEMO_SIDE, DEMO_SEED)
-    write_video(path, (frame.unsqueeze(1) for frame in frames), fps=DEMO_FPS, crf=_DEMO_CRF)
 
 
 class _Scene:
@@ -292,9 +274,3 @@ def _text_mask(text: str, size: int) -> Float[Tensor, "h w"]:
     image = Image.new("L", (math.ceil(box[2]) + size // 8, math.ceil(size * 1.3)))
     ImageDraw.Draw(image).text((0, 0), text, fill=255, font=font)
     return torch.tensor(list(image.tobytes()), dtype=torch.float32).reshape(image.height, image.width) / 255
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m flashvaed_cli.media.procedural OUT.mp4")
-    write_demo(sys.argv[1])

@@ -78,7 +78,7 @@ class ClipFields(CommandRecipe):
     data: Names = Field(
         default=(),
         description="Videos or latent files, folders or patterns of them, lists (.txt, one path per line); repeatable. "
-        "Without it, the clip that ships with the program.",
+        "Without it, clips that ship with the program.",
     )
     latent_scale: LatentScale = Field(
         default="normalized",

@@ -20,12 +20,12 @@ from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.fields import LatentScale
 from flashvaed_cli.recipe.settings import CalibratedRecipe
 from flashvaed_cli.stages.fitted_clips import fitted_to_vae
-from flashvaed_cli.zoo.builtin import DEMO_CLIP
+from flashvaed_cli.zoo.builtin import FITTING_CLIPS
 
 
-def find_data(data: Sequence[str]) -> list[Path]:
-    """The files that the recipe's `data` names; the clip that ships with the program when it names none."""
-    return find_clips(data) if data else [DEMO_CLIP]
+def find_data(data: Sequence[str], default: Sequence[Path] = FITTING_CLIPS) -> list[Path]:
+    """The files that the recipe's `data` names; clips that ship with the program when it names none."""
+    return find_clips(data) if data else list(default)
 
 
 def raw_latents(path: Path, scale: LatentScale, vae: Checkpoint) -> Float[Tensor, "B C T Hz Wz"]:

@@ -49,6 +49,7 @@ from flashvaed_cli.stages.fitted_clips import latent_grid, whole_side
 from flashvaed_cli.stages.folders import filled_at_the_end, moved, refuse_foreign_folder
 from flashvaed_cli.stages.loading import DTYPES, Inputs, choose_device, choose_input, load_inputs
 from flashvaed_cli.stages.result import StageOutcome
+from flashvaed_cli.zoo.builtin import JUDGED_CLIP
 
 REPORT_JSON = "report.json"
 VIDEO, ORIGINAL, ORIGINAL_TUNED = "video", "original", "original, exact"
@@ -83,7 +84,7 @@ def run_evaluate(recipe: EvalRecipe, *, progress: Progress, force: bool, command
         recipe = recipe.model_copy(update={"num_frames": 1})
         notes.append("Of every clip the first frame is judged: there is a decoder of single images among them.")
     runtimes = {name: _runtime(name, decoder, recipe) for name, decoder in decoders.items()}
-    files, broken = usable_files(find_data(recipe.data), recipe.num_clips)
+    files, broken = usable_files(find_data(recipe.data, default=(JUDGED_CLIP,)), recipe.num_clips)
     for path, reason in broken.items():
         progress.warn(f"skipped {path}: {reason}")
         notes.append(f"skipped {path.name}: {reason}")

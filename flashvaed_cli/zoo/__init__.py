@@ -1,1 +1,1 @@
-"""The embedded default: builtin:tiny-wan and the procedural demo clip."""
+"""The embedded default: builtin:tiny-wan and the clips that ship with it."""
