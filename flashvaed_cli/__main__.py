@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+
 
 def main() -> None:
     """Run the command line."""
-    from flashvaed_cli.cli.app import main as run_program
+    try:
+        from flashvaed_cli.cli.streams import prepare_streams
 
-    run_program()
+        prepare_streams()
+        from flashvaed_cli.cli.app import main as run_program
+
+        run_program()
+    except KeyboardInterrupt:  # while the program itself is loaded; commands speak for themselves
+        print("Error: interrupted: nothing was written", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,36 +1,138 @@
-"""Write files whole or not at all: to a sibling, fsync, rename. SIGKILL leaves the old file or the new one."""
+"""Write files and folders whole or not at all: to a hidden sibling, fsync, rename.
+
+SIGKILL leaves the old file or the new one, and perhaps the sibling. Siblings are locked while their writer lives, so
+that the next run on the same output can tell which ones are left over, and removes them.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_PARTIAL = ".partial-"
+_LONGEST_STEM_BYTES = 150  # a name has 255 bytes, and the sibling's is longer
 
 
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `target` (same suffix); when the block ends well it becomes `target`.
 
-    Parent folders are made. When the block raises, the sibling is removed and `target` stays as it was.
-    A killed process can leave a hidden `.NAME.*` sibling behind, never a half-written `target`.
+    Parent folders are made. A link is followed: the file that it names is replaced, and the link stays. When the block
+    raises, the sibling is removed and `target` stays as it was. A killed process can leave the sibling behind, never a
+    half-written `target`; see `remove_leftovers`.
     """
-    target = Path(target)
+    target = real_target(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}.", suffix=target.suffix)
-    os.close(handle)
-    sibling = Path(name)
+
+    def make() -> Path:
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=_prefix(target), suffix=target.suffix)
+        os.close(handle)
+        return Path(name)
+
+    with _locked(make) as sibling:
+        try:
+            yield sibling
+            with sibling.open("rb+") as file:
+                os.fsync(file.fileno())
+            sibling.chmod(0o666 & ~_umask())
+            sibling.replace(target)
+            _sync_folder(target.parent)
+        except BaseException:
+            sibling.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def draft_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder inside a hidden sibling of `folder`; the sibling goes away when the block ends.
+
+    The draft has the rights that a new folder gets here, and so have the files in it when the block ends well.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(lambda: Path(tempfile.mkdtemp(dir=folder.parent, prefix=_prefix(folder)))) as sibling:
+        try:
+            draft = sibling / "files"  # the sibling itself is its owner's alone, and a folder given as "." has no name
+            draft.mkdir()
+            yield draft
+        finally:
+            shutil.rmtree(sibling, ignore_errors=True)
+
+
+@contextmanager
+def scratch_folder(purpose: str) -> Iterator[Path]:
+    """Yield an empty folder under TMPDIR, and remove it at the end; those that killed runs left there go first."""
+    place = Path(tempfile.gettempdir())
+    prefix = f"flashvaed-{purpose}-"
+    _remove_dead(place.glob(f"{prefix}*"))
+    with _locked(lambda: Path(tempfile.mkdtemp(prefix=prefix))) as folder:
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_leftovers(target: Path) -> None:
+    """Remove the siblings of a file or folder that killed runs have left; those of a living one stay."""
+    target = real_target(target)
+    with contextlib.suppress(OSError):
+        _remove_dead(path for path in target.parent.iterdir() if path.name.startswith(_prefix(target)))
+
+
+def real_target(target: Path) -> Path:
+    """Where a file is really written: at the end of all links."""
+    return Path(os.path.realpath(target)) if target.is_symlink() else Path(target)
+
+
+def open_to_all_allowed(folder: Path) -> None:
+    """Give the files of a folder the rights that new files get here; libraries make some for their owner alone."""
+    rights = 0o666 & ~_umask()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(rights)
+
+
+def _prefix(target: Path) -> str:
+    stem = target.stem.encode("utf-8", "surrogateescape")[:_LONGEST_STEM_BYTES].decode("utf-8", "ignore")
+    return f".{stem}{_PARTIAL}"
+
+
+@contextmanager
+def _locked(make: Callable[[], Path]) -> Iterator[Path]:
+    """Hold the kernel's lock of what `make` has made. On a file system without locks nothing is held."""
+    while True:
+        path = make()
+        descriptor = os.open(path, os.O_RDONLY)
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if path.exists():
+            break
+        os.close(descriptor)  # another run took it for a leftover between making and locking
     try:
-        yield sibling
-        with sibling.open("rb+") as file:
-            os.fsync(file.fileno())
-        sibling.chmod(0o666 & ~_umask())
-        sibling.replace(target)
-        _sync_folder(target.parent)
-    except BaseException:
-        sibling.unlink(missing_ok=True)
-        raise
+        yield path
+    finally:
+        os.close(descriptor)
+
+
+def _remove_dead(paths: Iterator[Path]) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):
+            if path.is_symlink() or path.stat().st_uid != os.geteuid():
+                continue
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+            finally:
+                os.close(descriptor)
 
 
 def _umask() -> int:

@@ -51,9 +51,9 @@ class ExportError(FlashVaedError):
 
 
 class Interrupted(FlashVaedError):
-    """The user or the system asked to stop (SIGINT, SIGTERM); what could be saved has been.
+    """The user or the system asked to stop (SIGINT, SIGTERM, SIGHUP); what could be saved has been.
 
-    `exit_code` is 128 plus the signal's number, as a shell reports it: 130 or 143.
+    `exit_code` is 128 plus the signal's number, as a shell reports it: 130, 143 or 129.
     """
 
     def __init__(self, message: str, signal_number: int) -> None:

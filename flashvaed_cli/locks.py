@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import platform
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
 
 from flashvaed_cli.errors import FlashVaedError
+
+_HOLDER = "process"
 
 
 @contextmanager
@@ -36,7 +40,7 @@ def exclusive_lock(path: Path, refusal: Callable[[str], FlashVaedError]) -> Iter
 
 def _acquire(path: Path, refusal: Callable[[str], FlashVaedError]) -> TextIOWrapper:
     while True:
-        file = path.open("a+", encoding="utf-8")
+        file = _open_own(path)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -48,14 +52,43 @@ def _acquire(path: Path, refusal: Callable[[str], FlashVaedError]) -> TextIOWrap
             return file  # no locks here
         if _is_at(path, file):
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.write(f"{_HOLDER} {os.getpid()} on {platform.node()}")
             file.flush()
             return file
         file.close()  # its holder removed it between opening and locking
 
 
+def _open_own(path: Path) -> TextIOWrapper:
+    """Open or make the file of a lock; nothing is written to what is no lock of this program.
+
+    Raises:
+        FlashVaedError: a link, a folder, a device, or a file with other content has this name.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise _not_ours(path) from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _not_ours(path)
+    file = os.fdopen(descriptor, "a+", encoding="utf-8", errors="replace")
+    file.seek(0)
+    if file.read(len(_HOLDER)) in ("", _HOLDER):
+        return file
+    file.close()
+    raise _not_ours(path)
+
+
+def _not_ours(path: Path) -> FlashVaedError:
+    return FlashVaedError(
+        f"{path} has the name of this program's lock file but is something else. Move it away, or choose another place."
+    )
+
+
 def _is_at(path: Path, file: TextIOWrapper) -> bool:
     try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+        return os.path.samestat(path.lstat(), os.fstat(file.fileno()))
     except FileNotFoundError:
         return False

@@ -23,11 +23,13 @@ from flashvaed_cli.artifact.hub import SCHEME, fetch_hub_file
 from flashvaed_cli.artifact.layouts import Role
 from flashvaed_cli.artifact.mismatch import compare_shapes
 from flashvaed_cli.artifact.recognition import ROLES, recognise, twins
-from flashvaed_cli.artifact.store import is_artifact, read_artifact, sha256_of, sha256_of_files, write_artifact
+from flashvaed_cli.artifact.store import read_artifact, sha256_of, sha256_of_files, write_artifact
 from flashvaed_cli.decoders.coder import Decoder, Encoder
 from flashvaed_cli.decoders.families import families_named, get_family
 from flashvaed_cli.decoders.spec import CoderSpec
 from flashvaed_cli.errors import ArtifactError
+from flashvaed_cli.ownership import has_own_header
+from flashvaed_cli.paths import user_path
 
 BUILTIN_SCHEME = "builtin:"
 ARTIFACT_LAYOUT = "flashvaed"
@@ -116,7 +118,7 @@ def load_checkpoint(location: str | Path, *, builtins: Mapping[str, Path], famil
     """
     location = str(location)
     path = locate(location, builtins)
-    if not is_artifact(path):
+    if not has_own_header(path):
         return _load_foreign(location, path, family)
     checkpoint = _load_artifact(location, path)
     if family is not None and checkpoint.family not in families_named(family):
@@ -138,7 +140,7 @@ def locate(location: str, builtins: Mapping[str, Path]) -> Path:
         if name not in builtins:
             raise ArtifactError(f"{location}: no such builtin; this version ships: {listed}.")
         return builtins[name]
-    path = Path(location).expanduser()
+    path = user_path(location)
     if path.exists():
         return path
     folder = path.parent
@@ -311,7 +313,7 @@ def load_original(
 def _load_recorded(checkpoint: Checkpoint, recorded: Lineage, builtins: Mapping[str, Path]) -> Checkpoint:
     """Load the recorded original from where it was, or, if the artifact was moved with it, from beside it."""
     location = recorded.location
-    if "://" not in location and not location.startswith(BUILTIN_SCHEME) and not Path(location).expanduser().exists():
+    if "://" not in location and not location.startswith(BUILTIN_SCHEME) and not user_path(location).exists():
         beside = Path(checkpoint.location).parent / location
         location = str(beside) if beside.exists() else location
     try:

@@ -16,7 +16,6 @@ from flashvaed_cli import __version__
 from flashvaed_cli.decoders.spec import DecoderSpec, EncoderSpec
 from flashvaed_cli.errors import ArtifactError
 
-HEADER_KEY = "flashvaed"
 SCHEMA_VERSION = 1
 
 

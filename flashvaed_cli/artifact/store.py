@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flashvaed_cli.artifact.file_kinds import kind_of_file
-from flashvaed_cli.artifact.header import HEADER_KEY, ArtifactHeader, dump_header, parse_header
+from flashvaed_cli.artifact.header import ArtifactHeader, dump_header, parse_header
 from flashvaed_cli.atomic import atomic_path
 from flashvaed_cli.errors import ArtifactError
+from flashvaed_cli.ownership import HEADER_KEY, has_own_header
 
 _CHUNK_BYTES = 1 << 20
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
@@ -33,7 +34,12 @@ def write_artifact(
         ArtifactError: the file is somebody else's and `force` is not set, or it cannot be written.
     """
     path = Path(path)
-    refuse_overwrite(path, force=force)
+    if path.is_dir():
+        raise ArtifactError(f"{path} is a folder; give the name of a file.")
+    if path.exists() and not force and not has_own_header(path):
+        raise ArtifactError(
+            f"{path} exists and was not written by flashvaed. Choose another name, or replace it with --force."
+        )
     plain = _plain_tensors(tensors)
     try:
         with atomic_path(path) as sibling:
@@ -44,23 +50,6 @@ def write_artifact(
             f"cannot write {path} ({size_mb:.1f} MB): {error}. "
             "What was there before is untouched; free the space or choose another place with --output."
         ) from error
-
-
-def refuse_overwrite(path: Path, *, force: bool, source: str | None = None) -> None:
-    """Raise ArtifactError if writing to `path` would replace the command's own input, or what flashvaed did not write.
-
-    Commands call it before long work too, so that nobody waits for a result that cannot be saved.
-    """
-    if path.is_dir():
-        raise ArtifactError(f"{path} is a folder; give the name of a file.")
-    if blocked := next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None):
-        raise ArtifactError(f"cannot write {path}: {blocked} is a file, not a folder.")
-    if not force and source is not None and path.exists() and Path(source).resolve() == path.resolve():
-        raise ArtifactError(f"{path} is the input itself. Choose another --output, or replace it with --force.")
-    if not force and path.exists() and not is_artifact(path):
-        raise ArtifactError(
-            f"{path} exists and was not written by flashvaed. Choose another name, or replace it with --force."
-        )
 
 
 def read_artifact(path: str | Path) -> tuple[ArtifactHeader, dict[str, Tensor]]:
@@ -129,16 +118,6 @@ def _read_index(path: Path) -> tuple[dict, int]:
             f"{path}: not a safetensors file, or truncated within its index ({path.stat().st_size} bytes). "
             "Check the path, or copy it again."
         ) from None
-
-
-def is_artifact(path: Path) -> bool:
-    """Whether flashvaed wrote this file; a truncated artifact counts."""
-    try:
-        index, _ = _read_index(path)
-    except ArtifactError:
-        return False
-    metadata = index.get("__metadata__")
-    return isinstance(metadata, dict) and HEADER_KEY in metadata
 
 
 def _plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from flashvaed_cli import __version__
 from flashvaed_cli.cli import analyze, convert_ops, distill, evaluate, export, prune
-from flashvaed_cli.cli.interruption import interruption, sigterm_raises
+from flashvaed_cli.cli.interruption import interruption, signals_raise
 from flashvaed_cli.cli.running import ARGV_KEY, DONE_KEY
 from flashvaed_cli.errors import FlashVaedError
 
@@ -25,8 +25,19 @@ EPILOG = (
 )
 
 
-# What a disk or a folder refuses; every other OSError is a bug.
-_STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+# What an OSError asks the user to do; every other one is a bug.
+_FULL = "Free the space, or choose another place with --output"
+_CLOSED = "Check its permissions, or choose another place with --output"
+_GONE = "Was it moved or removed meanwhile? Check the path, and run again"
+_ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FULL),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), _CLOSED),
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ESTALE), _GONE),
+    **dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP), "Give another path"),
+    **dict.fromkeys((errno.EIO, errno.ENXIO), "The disk or the network does not answer: check it, and run again"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "Raise the limit (ulimit -n), or give fewer files"),
+    errno.ENOMEM: "Give the program more memory, or smaller clips",
+}
 
 
 class _Program(TyperGroup):
@@ -40,7 +51,7 @@ class _Program(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            with sigterm_raises(), _interrupts_told(ctx):
+            with signals_raise(), _interrupts_told(ctx):
                 return super().invoke(ctx)
         except FlashVaedError as error:
             from flashvaed_cli.cli.console import print_error
@@ -49,12 +60,12 @@ class _Program(TyperGroup):
                 print_error(str(error))
             raise typer.Exit(error.exit_code) from error
         except OSError as error:
-            if error.errno not in _STORAGE_FAULTS:
+            if error.errno not in _ADVICE:
                 raise
             from flashvaed_cli.cli.console import print_error
 
             place = f"{error.filename}: " if error.filename else ""
-            print_error(f"{place}{error.strerror}. Free the space, or choose another place with --output.")
+            print_error(f"{place}{error.strerror}. {_ADVICE[error.errno]}.")
             raise typer.Exit(FlashVaedError.exit_code) from error
 
 

@@ -16,10 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.text import Text
 
+from flashvaed_cli.printable import printable
 from flashvaed_cli.progress import Progress, Task
 
 PLAIN_WIDTH = 120
 PLAIN_INTERVAL_S = 5.0
+LONGEST_MESSAGE = 2000
 
 
 def stdout_console() -> Console:
@@ -34,7 +36,7 @@ def stderr_console() -> Console:
 
 def print_error(message: str) -> None:
     """One red message."""
-    stderr_console().print(Text(f"Error: {message}", style="bold red"))
+    stderr_console().print(Text(f"Error: {printable(message, LONGEST_MESSAGE)}", style="bold red"))
 
 
 @contextmanager
@@ -80,7 +82,7 @@ class PlainProgress:
         task.finish()
 
     def log(self, message: str) -> None:
-        self._console.print(Text(message))
+        self._console.print(Text(printable(message, LONGEST_MESSAGE)))
 
     def warn(self, message: str) -> None:
         _print_warning(self._console, message)
@@ -111,14 +113,14 @@ class RichProgress:
 
     @contextmanager
     def task(self, description: str, total: int | None = None) -> Iterator[Task]:
-        task_id = self._bars.add_task(description, total=total, info="")
+        task_id = self._bars.add_task(printable(description), total=total, info="")
         try:
             yield _RichTask(self._bars, task_id)
         finally:
             self._bars.remove_task(task_id)
 
     def log(self, message: str) -> None:
-        self._console.print(Text(message))
+        self._console.print(Text(printable(message, LONGEST_MESSAGE)))
 
     def warn(self, message: str) -> None:
         _print_warning(self._console, message)
@@ -191,4 +193,4 @@ def format_info(info: Mapping[str, object]) -> str:
 
 
 def _print_warning(console: Console, message: str) -> None:
-    console.print(Text(f"Warning: {message}", style="yellow"))
+    console.print(Text(f"Warning: {printable(message, LONGEST_MESSAGE)}", style="yellow"))

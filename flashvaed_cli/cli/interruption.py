@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the same message and the same cleaning up, each with its exit code."""
+"""Ctrl-C, SIGTERM and SIGHUP: the same message and the same cleaning up, each with its exit code."""
 
 from __future__ import annotations
 
@@ -12,37 +12,47 @@ from types import FrameType
 
 from flashvaed_cli.errors import Interrupted
 
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+_NAMES = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "the terminal was closed"}
+
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, raised where the program is at that moment: whoever cleans up after Ctrl-C cleans up after it."""
+    """SIGTERM or SIGHUP, raised where the program is at that moment: what cleans up after Ctrl-C cleans up after it."""
+
+    def __init__(self, number: signal.Signals = signal.SIGTERM) -> None:
+        super().__init__()
+        self.number = number
 
 
 @contextmanager
-def sigterm_raises() -> Iterator[None]:
-    """Let SIGTERM raise `Terminated` while the block runs; a second one ends the process at once.
+def signals_raise() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise `Terminated` while the block runs; a second one ends the process at once.
 
-    Only where it would have ended the process, and only in the main one of a launch: the others may wait for it inside
-    of a library, where no exception reaches them.
+    Only where they would have ended the process (under nohup SIGHUP does not), and only in the main one of a launch:
+    the others may wait for it inside of a library, where no exception reaches them.
     """
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or not is_main_process() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    caught = [number for number in _ENDING if signal.getsignal(number) is signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread() or not is_main_process() or not caught:
         yield
         return
 
-    def on_sigterm(_number: int, _frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        raise Terminated
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Terminated(signal.Signals(number))
 
-    signal.signal(signal.SIGTERM, on_sigterm)
+    for number in caught:
+        signal.signal(number, on_signal)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in caught:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def interruption(error: KeyboardInterrupt, outcome: str) -> Interrupted:
     """What the user is told: how it ended, what came of it, and what was noted on the way out."""
-    name, number = ("terminated", signal.SIGTERM) if isinstance(error, Terminated) else ("interrupted", signal.SIGINT)
+    number = error.number if isinstance(error, Terminated) else signal.SIGINT
+    name = _NAMES[number]
     interrupted = Interrupted("; ".join([f"{name}: {outcome}", *getattr(error, "__notes__", ())]), number)
     interrupted.is_told_elsewhere = not is_main_process()
     return interrupted

@@ -16,6 +16,8 @@ from rich.text import Text
 
 from flashvaed_cli.cli.console import open_progress, stdout_console
 from flashvaed_cli.cli.interruption import OutputWatch, interruption, is_main_process
+from flashvaed_cli.cli.streams import reader_may_leave
+from flashvaed_cli.printable import printable
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe import CommandRecipe, find_recipe, load_recipe, resolve
 
@@ -102,7 +104,8 @@ def run_stage(context: typer.Context, stage: StageFunction[CommandRecipeT], reci
         raise interruption(error, output.outcome()) from error
     context.meta[DONE_KEY] = True
     if is_main_process():
-        _print_result(context, result)
+        with reader_may_leave():
+            _print_result(context, result)
     return result
 
 
@@ -114,7 +117,7 @@ def _print_result(context: typer.Context, result: StageResult) -> None:
     console = stdout_console()
     console.print(result.table())
     for path in result.paths:
-        console.print(Text(f"wrote {path}"), soft_wrap=True)
+        console.print(Text(printable(f"wrote {path}")), soft_wrap=True)
 
 
 def command_line(context: typer.Context) -> str:

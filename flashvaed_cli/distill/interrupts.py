@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a wish to stop at the next good moment, not as an exception anywhere."""
+"""SIGINT, SIGTERM and SIGHUP as a wish to stop at the next good moment, not as an exception anywhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass
@@ -21,7 +21,7 @@ class StopWish:
 
 @contextmanager
 def stop_wish() -> Iterator[StopWish]:
-    """Collect SIGINT and SIGTERM while the block runs. The second one acts as it would have without the block.
+    """Collect the signals while the block runs. The second one acts as it would have without the block.
 
     Outside the main thread, where Python cannot catch signals, the wish is never set.
     """
@@ -30,6 +30,7 @@ def stop_wish() -> Iterator[StopWish]:
         yield wish
         return
     before = {number: signal.getsignal(number) for number in _SIGNALS}
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}  # nohup
 
     def restore() -> None:
         for number, handler in before.items():
@@ -39,7 +40,7 @@ def stop_wish() -> Iterator[StopWish]:
         wish.signal_number = number
         restore()
 
-    for number in _SIGNALS:
+    for number in before:
         signal.signal(number, on_signal)
     try:
         yield wish

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,8 @@ from torch import Tensor
 
 from flashvaed_cli.errors import MediaError
 from flashvaed_cli.media.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from flashvaed_cli.ownership import is_own_file
+from flashvaed_cli.paths import user_path
 
 LATENT_SUFFIXES = frozenset({".safetensors", ".pt", ".pth", ".npy"})
 LIST_SUFFIX = ".txt"
@@ -25,7 +26,6 @@ ACCEPTED = (
 )
 _LATENT_NAMES = ("latents", "latent", "latent_tensor", "samples", "z")
 _MAX_NAMES_SHOWN = 6
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
 
 def is_latent_file(path: str | Path) -> bool:
@@ -46,7 +46,7 @@ def find_clips(inputs: Sequence[str | Path]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for item in inputs:
-        path = Path(item).expanduser()
+        path = user_path(item)
         is_list = path.suffix.lower() == LIST_SUFFIX and path.is_file()
         found.update(dict.fromkeys(_expand_list(path) if is_list else _expand(path)))
     if not found:
@@ -89,7 +89,7 @@ def _expand(path: Path) -> list[Path]:
     if not glob.has_magic(str(path)):
         raise MediaError(f"{path} does not exist. Give a file, a folder or a pattern of {ACCEPTED}.")
     matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207 (absolute patterns)
-    clips = [p for p in matches if p.is_file() and _has_accepted_suffix(p)]
+    clips = [p for p in matches if p.is_file() and _has_accepted_suffix(p) and not is_own_file(p)]
     if not clips:
         raise MediaError(f"The pattern {path} matches no clip. Accepted are {ACCEPTED}.")
     return clips
@@ -100,7 +100,7 @@ def _expand_list(path: Path) -> list[Path]:
     for number, line in enumerate(_read_lines(path), start=1):
         if not line or line.startswith("#"):
             continue
-        entry = path.parent / Path(line).expanduser()
+        entry = path.parent / user_path(line)
         if _has_accepted_suffix(entry) and not entry.exists() and not glob.has_magic(str(entry)):
             clips.append(entry)
             continue
@@ -127,20 +127,7 @@ def _has_accepted_suffix(path: Path) -> bool:
 def _is_clip_in_folder(path: Path, folder: Path) -> bool:
     if any(part.startswith(".") for part in path.relative_to(folder).parts):
         return False
-    return path.is_file() and _has_accepted_suffix(path) and not _is_own_artifact(path)
-
-
-def _is_own_artifact(path: Path) -> bool:
-    """Whether the safetensors header carries our key: a VAE or an analysis is no clip."""
-    if path.suffix.lower() != ".safetensors":
-        return False
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, _MAX_HEADER_BYTES)))
-        return "flashvaed" in header.get("__metadata__", {})
-    except (OSError, ValueError, AttributeError):
-        return False  # unreadable: stays in the list, so that loading it says what is wrong
+    return path.is_file() and _has_accepted_suffix(path) and not is_own_file(path)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

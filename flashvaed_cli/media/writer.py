@@ -50,13 +50,16 @@ class VideoWriter:
     Use as a context manager; leaving it by an exception discards the file.
     """
 
-    def __init__(self, path: str | Path, *, fps: Fraction | float | int, crf: int = 16) -> None:
+    def __init__(
+        self, path: str | Path, *, fps: Fraction | float | int, crf: int = 16, comment: str | None = None
+    ) -> None:
         self.path = Path(path)
         self.num_frames = 0
         self._fps = Fraction(fps).limit_denominator(1001)
         if not 0 < self._fps <= MAX_FPS:
             raise MediaError(f"{fps} frames per second cannot be written to {path}: give a rate above 0, up to 1000.")
         self._crf = crf
+        self._comment = comment
         self._size: tuple[int, int] | None = None
         self._atomic = contextlib.ExitStack()
         self._container: av.container.OutputContainer | None = None
@@ -67,6 +70,8 @@ class VideoWriter:
             sibling = self._atomic.enter_context(atomic_path(self.path))
             try:
                 self._container = av.open(f"file:{sibling}", "w", format="mp4", options={"movflags": "+faststart"})
+                if self._comment is not None:
+                    self._container.metadata["comment"] = self._comment
             except BaseException as failure:
                 self._discard(failure)
                 raise

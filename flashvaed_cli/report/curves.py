@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from flashvaed_cli.atomic import atomic_path
+from flashvaed_cli.ownership import SOFTWARE
 
 Points = Sequence[tuple[float, float]]
 
@@ -189,5 +190,5 @@ def _columns(points: Points) -> tuple[np.ndarray, np.ndarray]:
 
 def _save(figure: Figure, path: Path) -> Path:
     with atomic_path(path) as sibling:
-        figure.savefig(sibling, format="png", dpi=_DPI)
+        figure.savefig(sibling, format="png", dpi=_DPI, metadata={"Software": SOFTWARE})
     return path

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from flashvaed_cli.atomic import atomic_path
+from flashvaed_cli.ownership import SOFTWARE
 
 LabelledClip = tuple[str, Tensor]
 
@@ -99,7 +101,9 @@ def save_strip(
     cell = _Cell(max(1, round(width * scale)), max(1, round(height * scale)))
     sheet = _draw_sheet(shown, numbers, cell, _find_close_up(difference.mean(dim=0), cell))
     with atomic_path(path) as sibling:
-        sheet.save(sibling, format="PNG")
+        mark = PngInfo()
+        mark.add_text("Software", SOFTWARE)
+        sheet.save(sibling, format="PNG", pnginfo=mark)
     return path
 
 

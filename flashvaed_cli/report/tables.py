@@ -10,6 +10,8 @@ from typing import Literal
 from rich.table import Table
 from rich.text import Text
 
+from flashvaed_cli.printable import printable
+
 Cell = str | int | float | None
 MISSING = "–"
 
@@ -68,7 +70,7 @@ def to_rich(table: TableData) -> Table:
         # numbers broken over two lines cannot be read, names can
         view.add_column(Text(column.name), justify=column.align, no_wrap=column.align == "right")
     for texts in table.texts():
-        view.add_row(*(Text(text) for text in texts))
+        view.add_row(*(Text(printable(text)) for text in texts))
     return view
 
 

@@ -21,7 +21,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint, derived_header
-from flashvaed_cli.artifact.store import refuse_overwrite, write_artifact
+from flashvaed_cli.artifact.store import write_artifact
 from flashvaed_cli.calibrate.latency import measure_latency
 from flashvaed_cli.calibrate.statistics import collect_statistics
 from flashvaed_cli.decoders.coder import Decoder
@@ -39,6 +39,7 @@ from flashvaed_cli.report.tables import Column, TableData
 from flashvaed_cli.stages.clips import plan_calibration
 from flashvaed_cli.stages.latency_model import TimedClip, latency_model_record, whole_clip
 from flashvaed_cli.stages.loading import DTYPES, choose_device, choose_input, load_inputs
+from flashvaed_cli.stages.outputs import claim_file
 from flashvaed_cli.stages.result import StageOutcome
 from flashvaed_cli.surgery.evidence import pooled_evidence
 
@@ -53,8 +54,10 @@ def run_analyze(recipe: AnalyzeRecipe, *, progress: Progress, force: bool, comma
         MediaError: no readable clip.
         CalibrationError: NaN or dead activations.
     """
-    refuse_overwrite(Path(recipe.output), force=force)
     location = choose_input(recipe.input, AnalyzeRecipe, progress)
+    output = claim_file(
+        recipe.output, force=force, reads=(location,), beside=plot_files(Path(recipe.output)) if recipe.plots else ()
+    )
     device = choose_device(recipe.device)
     inputs = load_inputs(location, original=None, family=recipe.family, device=device, progress=progress)
     decoder = inputs.checkpoint.require_decoder()
@@ -86,7 +89,7 @@ def run_analyze(recipe: AnalyzeRecipe, *, progress: Progress, force: bool, comma
             seed=recipe.seed,
             progress=progress,
         )
-    output = _write(recipe, inputs.checkpoint, statistics, measured, force, command_line)
+    _write(output, recipe, inputs.checkpoint, statistics, measured, force, command_line)
     plots = draw_plots(measured, output) if recipe.plots else []
     return StageOutcome((output, *plots), (_stage_table(stages, timed), _group_table(groups)), measured)
 
@@ -150,13 +153,14 @@ def _stage_records(
 
 
 def _write(
+    output: Path,
     recipe: AnalyzeRecipe,
     checkpoint: Checkpoint,
     statistics: Mapping[str, TensorStatistics],
     measured: dict[str, Any],
     force: bool,
     command_line: str,
-) -> Path:
+) -> None:
     header = derived_header(
         checkpoint,
         kind="analysis",
@@ -167,9 +171,16 @@ def _write(
     )
     tensors = {f"covariance.{address}": one.covariance for address, one in statistics.items()}
     tensors |= {f"mean.{address}": one.mean for address, one in statistics.items()}
-    output = Path(recipe.output)
     write_artifact(output, tensors, header, force=force)
-    return output
+
+
+def plot_files(output: Path) -> tuple[Path, Path, Path]:
+    """Where the plots of an analysis go: R2 curves, spectra, latency."""
+    return (
+        output.with_suffix(".r2.png"),
+        output.with_suffix(".spectra.png"),
+        output.with_suffix(".latency.png"),
+    )
 
 
 def draw_plots(measured: Mapping[str, Any], output: Path) -> list[Path]:
@@ -180,10 +191,11 @@ def draw_plots(measured: Mapping[str, Any], output: Path) -> list[Path]:
         curves.setdefault(record["stage"], {})[record["group"]] = points
     spectra = {r["stage"]: r["spectrum"] for r in measured["groups"] if r["group"].endswith(".stream")}
     latency = {record["stage"]: record["latency_ms"] for record in measured["stages"]}
+    r2_file, spectra_file, latency_file = plot_files(output)
     return [
-        plot_r2_curves(output.with_suffix(".r2.png"), curves),
-        plot_spectra(output.with_suffix(".spectra.png"), spectra),
-        plot_latency(output.with_suffix(".latency.png"), latency),
+        plot_r2_curves(r2_file, curves),
+        plot_spectra(spectra_file, spectra),
+        plot_latency(latency_file, latency),
     ]
 
 

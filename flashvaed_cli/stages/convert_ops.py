@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from flashvaed_cli.artifact.checkpoint import derived_header, save_checkpoint
-from flashvaed_cli.artifact.store import refuse_overwrite
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.cost import total_gflop
 from flashvaed_cli.decoders.exact import exact_changes, exact_decoder
@@ -19,12 +17,14 @@ from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.decoders.still import still_decoder
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.export.parity import seeded_latents
+from flashvaed_cli.paths import user_path
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.convert_ops import ConvertOpsRecipe
 from flashvaed_cli.report.tables import Column, TableData
 from flashvaed_cli.stages.asked_names import require_known_operators
 from flashvaed_cli.stages.clips import plan_calibration
 from flashvaed_cli.stages.loading import DTYPES, Inputs, choose_device, choose_input, load_inputs
+from flashvaed_cli.stages.outputs import claim_file
 from flashvaed_cli.stages.reconstruction import choose_reference, error_table, fit_settings, reconstruct
 from flashvaed_cli.stages.result import StageOutcome
 from flashvaed_cli.surgery.respec import converted_spec, with_time_rank
@@ -53,7 +53,7 @@ def run_convert_ops(recipe: ConvertOpsRecipe, *, progress: Progress, force: bool
         CalibrationError: too few positions or NaN.
     """
     location = choose_input(recipe.input, ConvertOpsRecipe, progress)
-    refuse_overwrite(Path(recipe.output), force=force, source=location)
+    claim_file(recipe.output, force=force, reads=(location, recipe.original))
     device = choose_device(recipe.device)
     inputs = load_inputs(location, original=recipe.original, family=recipe.family, device=device, progress=progress)
     decoder = inputs.checkpoint.require_decoder()
@@ -149,7 +149,7 @@ def _written(
         seed=recipe.seed,
         measured=measured,
     )
-    output = Path(recipe.output)
+    output = user_path(recipe.output)
     save_checkpoint(output, header, decoder=converted, dtype=DTYPES[recipe.dtype], force=force)
     return StageOutcome((output,), tables, measured)
 

@@ -14,7 +14,6 @@ import torch
 
 from flashvaed_cli.artifact.checkpoint import derived_header, save_checkpoint
 from flashvaed_cli.artifact.header import ArtifactHeader
-from flashvaed_cli.artifact.store import refuse_overwrite
 from flashvaed_cli.calibrate.statistics import collect_statistics
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.families import get_family
@@ -35,12 +34,14 @@ from flashvaed_cli.distill.settings import TrainSettings
 from flashvaed_cli.errors import DistillationError, MetricUnavailableError
 from flashvaed_cli.metrics.lpips_metric import load_lpips
 from flashvaed_cli.numerics.independence import reconstruction_map
+from flashvaed_cli.paths import user_path
 from flashvaed_cli.progress import Progress, SilentProgress
 from flashvaed_cli.recipe.distill import DistillRecipe, PhaseRecipe
 from flashvaed_cli.stages.asked_names import require_known_ratios
 from flashvaed_cli.stages.clip_source import NUM_STATISTICS_CLIPS
 from flashvaed_cli.stages.fitted_clips import fitted_to_vae
 from flashvaed_cli.stages.loading import Inputs, choose_device, choose_input, load_inputs
+from flashvaed_cli.stages.outputs import claim_file
 from flashvaed_cli.stages.result import StageOutcome
 from flashvaed_cli.stages.training_data import TrainingData, training_data
 from flashvaed_cli.stages.training_files import TrainingFiles, describe_checkpoints
@@ -64,14 +65,20 @@ def run_distill(recipe: DistillRecipe, *, progress: Progress, force: bool, comma
         DistillationError: no phase fits the decoder, or training diverged.
         Interrupted: SIGINT or SIGTERM, after saving.
     """
-    output = Path(recipe.output)
-    refuse_overwrite(output, force=force, source=recipe.input)
+    location = choose_input(recipe.input, DistillRecipe, progress)
+    output = claim_file(
+        recipe.output,
+        force=force,
+        reads=(location, recipe.original),
+        beside=TrainingFiles(user_path(recipe.output)).replaced(),
+    )
     if recipe.dtype not in _COMPUTE_DTYPES:
         raise DistillationError(f"--dtype {recipe.dtype} does not train: use {' or '.join(_COMPUTE_DTYPES)}")
     files = TrainingFiles(output)
     with joined_ranks(choose_device(recipe.device)) as (ranks, device), ExitStack() as until_the_end:
         ranks.from_main(lambda: until_the_end.enter_context(files.alone()))
         try:
+            recipe = recipe.model_copy(update={"input": location})
             return _run_alone(recipe, ranks, device, files, progress, force=force, command_line=command_line)
         except KeyboardInterrupt as error:
             _note_what_is_kept(error, recipe, files)
@@ -113,7 +120,7 @@ def _note_what_is_kept(error: KeyboardInterrupt, recipe: DistillRecipe, files: T
     if kept := files.checkpoints(len(recipe.schedule())):
         how = "run again" if recipe.resume == "auto" else "run without --resume never"
         error.add_note(f"{how} to go on from {describe_checkpoints(kept[-1:])}")
-    if recipe.cache_latents is not None and Path(recipe.cache_latents).expanduser().exists():
+    if recipe.cache_latents is not None and user_path(recipe.cache_latents).exists():
         error.add_note(f"what was encoded is kept in {recipe.cache_latents}")
 
 

@@ -30,6 +30,7 @@ from flashvaed_cli.media.writer import VideoWriter
 from flashvaed_cli.metrics.lpips_metric import LpipsMetric, load_lpips
 from flashvaed_cli.metrics.quality import QualityAccumulator, QualityResult, mean_quality
 from flashvaed_cli.metrics.speed import SpeedResult, speed_ratio, synchronizer, time_alternating
+from flashvaed_cli.ownership import SOFTWARE
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.evaluate import EvalRecipe
 from flashvaed_cli.recipe.quantities import parse_memory
@@ -46,8 +47,8 @@ from flashvaed_cli.report.speed import SPEED_JSON
 from flashvaed_cli.stages.clips import find_data, raw_latents
 from flashvaed_cli.stages.compared import derived_decoders, distinct_names
 from flashvaed_cli.stages.fitted_clips import latent_grid, whole_side
-from flashvaed_cli.stages.folders import filled_at_the_end, moved, refuse_foreign_folder
 from flashvaed_cli.stages.loading import DTYPES, Inputs, choose_device, choose_input, load_inputs
+from flashvaed_cli.stages.outputs import claim_folder, filled_at_the_end, moved, refuse_to_replace
 from flashvaed_cli.stages.result import StageOutcome
 from flashvaed_cli.zoo.builtin import JUDGED_CLIP
 
@@ -70,8 +71,7 @@ def run_evaluate(recipe: EvalRecipe, *, progress: Progress, force: bool, command
         MetricUnavailableError: `lpips: on` without the backbone's weights.
         FlashVaedError: the output folder holds files of something else.
     """
-    output = Path(recipe.output)
-    refuse_foreign_folder(output, REPORT_JSON, SPEED_JSON, force=force)
+    output = claim_folder(recipe.output, REPORT_JSON, SPEED_JSON, force=force)
     location = choose_input(recipe.input, EvalRecipe, progress)
     device = choose_device(recipe.device)
     inputs = load_inputs(location, original=recipe.original, family=recipe.family, device=device, progress=progress)
@@ -88,10 +88,13 @@ def run_evaluate(recipe: EvalRecipe, *, progress: Progress, force: bool, command
     for path, reason in broken.items():
         progress.warn(f"skipped {path}: {reason}")
         notes.append(f"skipped {path.name}: {reason}")
-    with filled_at_the_end(output, REPORT_JSON) as draft:
+    names = distinct_names(files)
+    reads = (location, recipe.original, *recipe.compare, *files)
+    refuse_to_replace((output / f"{name}{suffix}" for name in names for suffix in (".png", ".mp4")), reads)
+    with filled_at_the_end(output, REPORT_JSON, reads) as draft:
         comparisons = [
             _compare_clip(path, name, runtimes, inputs, recipe, lpips, draft, progress)
-            for path, name in zip(files, distinct_names(files), strict=True)
+            for path, name in zip(files, names, strict=True)
         ]
         figures = [_figures(name, decoder, comparisons) for name, decoder in decoders.items()]
         figures = _timed(figures, runtimes, decoders[ORIGINAL], comparisons[0].latents, recipe, device, progress)
@@ -198,7 +201,7 @@ def _compare_clip(
     done = 0
     mp4 = output / f"{name}.mp4" if recipe.video and num_frames > 1 else None
     with ExitStack() as stack, progress.task(f"eval {name}", num_frames) as task:
-        writer = None if mp4 is None else stack.enter_context(VideoWriter(mp4, fps=fps))
+        writer = None if mp4 is None else stack.enter_context(VideoWriter(mp4, fps=fps, comment=f"{SOFTWARE} eval"))
         for chunk, *decoded in zip(chunks, *streams, strict=True):
             if sum(part.shape[2] for part in first) < _SPEED_LATENT_FRAMES:
                 first.append(chunk.latents)

@@ -20,8 +20,8 @@ from flashvaed_cli.stages.export_layouts import (
     export_diffusers_folder,
     export_original_layout,
 )
-from flashvaed_cli.stages.folders import filled_at_the_end, refuse_foreign_folder
 from flashvaed_cli.stages.loading import DTYPES, choose_input, load_input, with_plain_operators
+from flashvaed_cli.stages.outputs import claim_folder, filled_at_the_end
 from flashvaed_cli.stages.result import StageOutcome
 
 MANIFEST = "export.json"
@@ -52,14 +52,14 @@ def run_export(recipe: ExportRecipe, *, progress: Progress, force: bool, command
         ExportError: no target could be written.
         FlashVaedError: the output folder holds files of something else.
     """
-    output = Path(recipe.output)
-    refuse_foreign_folder(output, MANIFEST, force=force)
+    output = claim_folder(recipe.output, MANIFEST, force=force)
     location = choose_input(recipe.input, ExportRecipe, progress)
     checkpoint = with_plain_operators(load_input(location, recipe.family, progress))
-    with filled_at_the_end(output, MANIFEST) as draft:
+    with filled_at_the_end(output, MANIFEST, reads=(location,)) as draft:
         course = _write_targets(checkpoint, draft, export_name(location), recipe, progress)
         table = _table(course.results, draft)
         manifest = {
+            "kind": "flashvaed-export",
             "command": command_line,
             "decoder": location,
             "sha256": checkpoint.sha256,

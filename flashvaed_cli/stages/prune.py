@@ -8,7 +8,7 @@ from typing import Any
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint, derived_header, save_checkpoint
 from flashvaed_cli.artifact.header import Lineage
-from flashvaed_cli.artifact.store import read_artifact, read_header, refuse_overwrite, sha256_of
+from flashvaed_cli.artifact.store import read_artifact, read_header, sha256_of
 from flashvaed_cli.calibrate.statistics import collect_statistics
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.families import get_family
@@ -42,7 +42,7 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
         CalibrationError: too few positions, NaN or dead channels.
     """
     location = choose_input(recipe.input, PruneRecipe, progress)
-    refuse_overwrite(Path(recipe.output), force=force, source=location)
+    output = claim_file(recipe.output, force=force, reads=(location, recipe.original, recipe.analysis))
     device = choose_device(recipe.device)
     inputs = load_inputs(location, original=recipe.original, family=recipe.family, device=device, progress=progress)
     decoder = inputs.checkpoint.require_decoder()
@@ -103,7 +103,6 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
         parents=parents,
         measured=measured,
     )
-    output = Path(recipe.output)
     save_checkpoint(output, header, decoder=student, dtype=DTYPES[recipe.dtype], force=force)
     tables = [_selection_table(selections, decoder, student), *error_table(errors)]
     if budget is not None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from flashvaed_cli.printable import printable
 from flashvaed_cli.report.tables import TableData, to_rich
 
 
@@ -23,7 +24,7 @@ class StageOutcome:
 
     def table(self) -> RenderableType:
         """All tables, one below the other, then the notes."""
-        return Group(*(to_rich(table) for table in self.tables), *(Text(note) for note in self.notes))
+        return Group(*(to_rich(table) for table in self.tables), *(Text(printable(note)) for note in self.notes))
 
     def as_dict(self) -> Mapping[str, object]:
         """The figures."""

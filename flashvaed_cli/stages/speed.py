@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 
@@ -16,8 +15,8 @@ from flashvaed_cli.recipe.evaluate import EvalRecipe
 from flashvaed_cli.recipe.quantities import parse_memory, parse_size
 from flashvaed_cli.report.speed import SPEED_JSON, SpeedReport, all_notes, save_speed, speed_document, speed_tables
 from flashvaed_cli.stages.compared import derived_decoders
-from flashvaed_cli.stages.folders import refuse_foreign_folder
 from flashvaed_cli.stages.loading import DTYPES, choose_device, choose_input, load_inputs
+from flashvaed_cli.stages.outputs import claim_folder
 from flashvaed_cli.stages.result import StageOutcome
 from flashvaed_cli.stages.speed_table import RESERVED_NAMES, ClipSize, SpeedSettings, time_decoders
 
@@ -34,8 +33,7 @@ def run_speed(recipe: EvalRecipe, *, progress: Progress, force: bool, command_li
             or no decoder fits the memory at any size.
         FlashVaedError: the output folder holds files of something else.
     """
-    output = Path(recipe.output)
-    refuse_foreign_folder(output, SPEED_JSON, "report.json", force=force)
+    output = claim_folder(recipe.output, SPEED_JSON, "report.json", force=force)
     location = choose_input(recipe.input, EvalRecipe, progress)
     device = choose_device(recipe.device)
     inputs = load_inputs(location, original=recipe.original, family=recipe.family, device=device, progress=progress)

@@ -26,6 +26,7 @@ from flashvaed_cli.media.latent_cache import (
     read_key,
     sole_writer,
 )
+from flashvaed_cli.paths import user_path
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.distill import DistillRecipe
 from flashvaed_cli.stages.clip_source import ClipSource, warn_of_skipped
@@ -166,7 +167,7 @@ def training_data(
         clips: dict[int, Tensor] = {}
         skipped = source.encode(progress, clips.__setitem__, source.key.cut)
         return _collect(LatentPool(clips), skipped, source, recipe, num_encoded=len(clips), stored=source.key)
-    folder = Path(recipe.cache_latents).expanduser()
+    folder = user_path(recipe.cache_latents)
     num_encoded = 0
     if is_main:
         try:

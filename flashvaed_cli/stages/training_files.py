@@ -32,6 +32,15 @@ class TrainingFiles:
         """The folder of strips."""
         return self.output.with_suffix(".samples")
 
+    @property
+    def curves(self) -> Path:
+        """The plot of the losses."""
+        return self.output.with_suffix(".losses.png")
+
+    def replaced(self) -> tuple[Path, ...]:
+        """What a run may replace beside its output."""
+        return self.log, self.curves, self.samples
+
     def checkpoints(self, num_phases: int) -> list[Path]:
         """Those of the first phases that are there."""
         places = map(self.checkpoint, range(1, num_phases + 1))

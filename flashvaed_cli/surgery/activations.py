@@ -6,14 +6,16 @@ Memory then does not grow with the number of clips; the folder goes away with th
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
 from jaxtyping import Float, Shaped
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from flashvaed_cli.atomic import scratch_folder
 
 Stored = Shaped[Tensor, "..."]
 
@@ -22,7 +24,8 @@ class ActivationStore:
     """Named tensors of every clip, loaded one clip at a time. A context manager."""
 
     def __init__(self, device: str) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="flashvaed-")
+        self._until_the_end = ExitStack()
+        self._folder = self._until_the_end.enter_context(scratch_folder("activations"))
         self._device = device
 
     def __enter__(self) -> ActivationStore:
@@ -31,7 +34,7 @@ class ActivationStore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._folder.cleanup()
+        self._until_the_end.close()
 
     def save(self, clip: int, name: str, tensors: Mapping[str, Stored]) -> None:
         """Keep tensors of a clip under a name; what was there before is replaced."""
@@ -54,4 +57,4 @@ class ActivationStore:
         return self.load(clip, decoder)["x"].permute(0, 4, 1, 2, 3)
 
     def _path(self, clip: int, name: str) -> Path:
-        return Path(self._folder.name) / f"{clip}.{name}.safetensors"
+        return self._folder / f"{clip}.{name}.safetensors"

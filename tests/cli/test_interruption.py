@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flashvaed_cli.cli.app import app
-from flashvaed_cli.cli.interruption import OutputWatch, Terminated, sigterm_raises
+from flashvaed_cli.cli.interruption import OutputWatch, Terminated, signals_raise
 from flashvaed_cli.recipe import COMMAND_RECIPES
 
 SIGNALS = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}
@@ -101,16 +101,16 @@ def test_sigterm_keeps_its_meaning_where_others_gave_it_one(monkeypatch: pytest.
     seen: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _frame: seen.append(number))
     try:
-        with sigterm_raises():
+        with signals_raise():
             signal.raise_signal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)
     assert seen == [signal.SIGTERM]
-    with sigterm_raises(), pytest.raises(Terminated):
+    with signals_raise(), pytest.raises(Terminated):
         signal.raise_signal(signal.SIGTERM)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    with sigterm_raises():
+    with signals_raise():
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 

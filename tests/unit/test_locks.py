@@ -52,17 +52,32 @@ def test_a_killed_process_leaves_a_file_that_locks_nothing(tmp_path: Path) -> No
         assert path.read_text(encoding="utf-8").startswith(f"process {os.getpid()} on ")
 
 
+def test_a_link_or_a_file_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    victim = tmp_path / "victim.txt"
+    victim.write_text("precious")
+    (tmp_path / ".link.lock").symlink_to(victim)
+    os.mkfifo(tmp_path / ".pipe.lock")
+    (tmp_path / ".folder.lock").mkdir()
+    for name in (".link.lock", ".pipe.lock", ".folder.lock", "victim.txt"):
+        with (
+            pytest.raises(FlashVaedError, match="has the name of this program's lock file"),
+            exclusive_lock(tmp_path / name, FlashVaedError),
+        ):
+            pytest.fail(f"{name} is taken for a lock")
+    assert victim.read_text() == "precious" and (tmp_path / ".link.lock").is_symlink()
+
+
 def test_a_file_that_its_holder_removes_meanwhile_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who opens the file and locks it after the holder has removed it would lock a file that nobody else sees."""
-    path, opened = tmp_path / ".lock", Path.open
+    path, opened = tmp_path / ".lock", os.open
 
-    def removed_after_opening(self: Path, *arguments: object, **options: object) -> object:
-        file = opened(self, *arguments, **options)  # type: ignore[call-overload]
+    def removed_after_opening(place: Path, *arguments: int) -> int:
+        descriptor = opened(place, *arguments)
         monkeypatch.undo()
-        self.unlink()
-        return file
+        place.unlink()
+        return descriptor
 
-    monkeypatch.setattr(Path, "open", removed_after_opening)
+    monkeypatch.setattr(os, "open", removed_after_opening)
     with (
         exclusive_lock(path, FlashVaedError),
         pytest.raises(FlashVaedError),

@@ -1,0 +1,82 @@
+"""Which files this program wrote: only those are replaced without `--force`, and none of them is taken for data.
+
+A mark stands in the file itself, so that it holds wherever the file is moved. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+SOFTWARE = "flashvaed"
+"""The mark: `Software` of a PNG, `comment` of a video, `kind` of a JSON document begins with it."""
+
+HEADER_KEY = "flashvaed"
+"""The key of an artifact's own header in the metadata of a safetensors file."""
+
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+_MAX_JSON_BYTES = 64_000_000
+_VIDEO_SUFFIXES = (".mp4",)
+# A manifest of flashvaed 0.3 and earlier has no kind.
+_OLD_MANIFEST = {"command", "decoder", "sha256", "files"}
+
+
+def is_own_file(path: Path) -> bool:
+    """Whether this program wrote a file: an artifact, a report, a picture or a video of one, a training log."""
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".safetensors":
+            return has_own_header(path)
+        if suffix == ".png":
+            return _png_software(path) == SOFTWARE
+        if suffix in _VIDEO_SUFFIXES:
+            return _video_comment(path).startswith(SOFTWARE)
+        if suffix == ".json":
+            return _is_own_document(path)
+        if suffix == ".jsonl":
+            with path.open("rb") as file:
+                return isinstance(first := json.loads(file.readline(4096)), dict) and "run_key" in first
+    except (OSError, ValueError, RecursionError):
+        pass
+    return False
+
+
+def has_own_header(path: Path) -> bool:
+    """Whether the header of a safetensors file carries our key."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= _MAX_HEADER_BYTES:
+                return False
+            header = json.loads(file.read(length))
+        metadata = header.get("__metadata__")
+        return isinstance(metadata, dict) and HEADER_KEY in metadata
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
+def _is_own_document(path: Path) -> bool:
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        return False
+    document = json.loads(path.read_bytes())
+    if not isinstance(document, dict):
+        return False
+    return str(document.get("kind", "")).startswith(SOFTWARE) or document.keys() >= _OLD_MANIFEST
+
+
+def _png_software(path: Path) -> object:
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        return picture.info.get("Software")
+
+
+def _video_comment(path: Path) -> str:
+    import av
+    import av.error
+
+    try:
+        with av.open(f"file:{path}", options={"protocol_whitelist": "file"}) as container:
+            return container.metadata.get("comment", "")
+    except av.error.FFmpegError:
+        return ""

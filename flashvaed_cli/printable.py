@@ -1,0 +1,24 @@
+"""Text from files for a terminal: nothing in it can move the cursor, change the title or hide what follows."""
+
+from __future__ import annotations
+
+import re
+
+# C0 and C1 controls but tab and newline, marks of direction, and halves of surrogate pairs (names that are not UTF-8).
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str, longest: int | None = None) -> str:
+    r"""The text with control characters written out (`\x1b`), cut in the middle where it is longer than `longest`."""
+    text = _UNPRINTABLE.sub(lambda match: _written_out(match.group()), text)
+    if longest is None or len(text) <= longest:
+        return text
+    half = (longest - 5) // 2
+    return f"{text[:half]} ... {text[-half:]}"
+
+
+def _written_out(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:
+        code -= 0xDC00  # a byte of a name that is not UTF-8
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"

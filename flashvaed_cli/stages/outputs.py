@@ -1,0 +1,148 @@
+"""Where a command writes: found to be possible before the work, and never over what is not its own.
+
+Every stage claims its output here before anything else: `claim_file` for an artifact, `claim_folder` for a report or an
+export, which `filled_at_the_end` then fills.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from flashvaed_cli.atomic import draft_folder, open_to_all_allowed, remove_leftovers
+from flashvaed_cli.errors import FlashVaedError
+from flashvaed_cli.ownership import is_own_file
+from flashvaed_cli.paths import user_path
+
+
+def claim_file(
+    output: str | Path, *, force: bool, reads: Iterable[str | None] = (), beside: Iterable[Path] = ()
+) -> Path:
+    """The place of a file to write, with what killed runs have left there removed.
+
+    Args:
+        force: also replace the command's own input, and files of other programs.
+        reads: what the command reads; None and what is no file are passed over.
+        beside: other files that the command will write, and folders whose files it will replace.
+    Raises:
+        FlashVaedError: a folder or device is in the way, the place cannot be written to, or what is there is an input
+            or of another program and `force` is not set.
+    """
+    path = user_path(output)
+    if path.is_dir():
+        raise FlashVaedError(f"{path} is a folder; give the name of a file with --output.")
+    if not force and any(_is_same(path, place) for place in reads):
+        raise FlashVaedError(f"{path} is the input itself. Choose another --output, or replace it with --force.")
+    for place in (path, *beside):
+        _refuse_foreign_file(place, force=force)
+    _require_writable(path.parent)
+    remove_leftovers(path)
+    return path
+
+
+def claim_folder(output: str | Path, *markers: str, force: bool) -> Path:
+    """The place of a folder to fill: absent, empty or of an earlier run, which left one of its `markers` there.
+
+    Raises:
+        FlashVaedError: a file or a link is in the way, the place cannot be written to, or the folder holds anything
+            else and `force` is not set.
+    """
+    folder = user_path(output)
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise FlashVaedError(f"{path} is a file; give a folder with --output")
+    _require_writable(folder)
+    remove_leftovers(folder)
+    if not folder.exists():
+        return folder
+    if linked := next((path for path in folder.iterdir() if path.is_symlink() and path.is_dir()), None):
+        raise FlashVaedError(f"{linked} is a link to another folder, which would be written to: remove it first")
+    if force or any(is_own_file(folder / marker) for marker in markers):
+        return folder
+    if any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise FlashVaedError(f"{folder} holds other files: give another folder with --output, or --force")
+    return folder
+
+
+@contextmanager
+def filled_at_the_end(folder: Path, marker: str, reads: Sequence[str | Path | None] = ()) -> Iterator[Path]:
+    """Yield an empty folder in a hidden sibling of `folder`; when the block ends well, its files go into `folder`.
+
+    A new `folder` appears with all of its files at once. In one that is there, files of the same name are replaced
+    one by one and others stay; `marker`, by which `claim_folder` knows the folder again, goes first where it
+    is new, and else last: the folder is this program's own at every moment. When the block raises, `folder` stays as
+    it was; a killed process can leave the sibling behind, which the next one removes.
+
+    Raises:
+        FlashVaedError: a file would take the place of one of `reads`; or the folder's parent has vanished.
+    """
+    with draft_folder(folder) as draft:
+        try:
+            yield draft
+            open_to_all_allowed(draft)
+            _fill(folder, draft, marker, reads)
+        except Exception as error:
+            if draft.exists() or folder.exists():
+                raise
+            raise FlashVaedError(f"{folder.parent} has vanished while {folder} was written. Run again.") from error
+
+
+def refuse_to_replace(paths: Iterable[Path], reads: Sequence[str | Path | None]) -> None:
+    """Raise FlashVaedError if one of the files to write is one of those to read, with or without `--force`."""
+    for path in paths:
+        if any(_is_same(path, place) for place in reads):
+            raise FlashVaedError(f"{path} is read, and would be replaced: give another folder with --output")
+
+
+def moved(paths: tuple[Path, ...], folder: Path) -> tuple[Path, ...]:
+    """Where files of a draft are once its folder is filled."""
+    return tuple(folder / path.name for path in paths)
+
+
+def _fill(folder: Path, draft: Path, marker: str, reads: Sequence[str | Path | None]) -> None:
+    if not folder.exists():
+        draft.rename(folder)
+        return
+    files = sorted((path for path in draft.rglob("*") if path.is_file()), key=lambda path: path == draft / marker)
+    refuse_to_replace((folder / file.relative_to(draft) for file in files), reads)
+    for file in files if (folder / marker).exists() else reversed(files):
+        target = folder / file.relative_to(draft)
+        target.parent.mkdir(exist_ok=True)
+        file.replace(target)
+
+
+def _refuse_foreign_file(path: Path, *, force: bool) -> None:
+    if path.is_dir():
+        for file in path.iterdir():
+            _refuse_foreign_file(file, force=force)
+        return
+    if path.exists() and not path.is_file():
+        raise FlashVaedError(f"{path} is a device, a pipe or a socket; give the name of a file with --output.")
+    if not force and path.exists() and not is_own_file(path):
+        raise FlashVaedError(
+            f"{path} exists and was not written by flashvaed. Choose another name, or replace it with --force."
+        )
+
+
+def _require_writable(folder: Path) -> None:
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise FlashVaedError(f"cannot write to {folder}: {place} is a file, not a folder.")
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise FlashVaedError(
+            f"cannot write to {folder}: {error.strerror}. Choose another place with --output."
+        ) from error
+
+
+def _is_same(path: Path, place: str | Path | None) -> bool:
+    if place is None:
+        return False
+    with contextlib.suppress(OSError, ValueError):
+        return path.samefile(place)
+    return False
