@@ -177,7 +177,7 @@ def _grid(
     return found[1:]
 
 
-def _odd_groups(spec: CoderSpec, groups: Sequence[ChannelGroup]) -> set[str]:
+def _odd_groups(spec: DecoderSpec, groups: Sequence[ChannelGroup]) -> set[str]:
     """Groups that vary apart from the others, so that the two axes of every block do: a stream behind a block, other
     than a residual one, that joins it to another stream, if that before does not; and of a residual block the inside,
     if its stream does not."""

@@ -24,6 +24,7 @@ from flashvaed_cli.stages.asked_names import require_known_ratios
 from flashvaed_cli.stages.budget import budget_table, judge_budget, plan_budget
 from flashvaed_cli.stages.clips import CalibrationClips, plan_calibration
 from flashvaed_cli.stages.loading import DTYPES, choose_device, choose_input, load_inputs
+from flashvaed_cli.stages.outputs import claim_file
 from flashvaed_cli.stages.reconstruction import choose_reference, error_table, fit_settings, reconstruct
 from flashvaed_cli.stages.result import StageOutcome
 from flashvaed_cli.surgery.respec import narrowed_spec
