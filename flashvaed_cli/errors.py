@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from flashvaed_cli.limits import MAX_MESSAGE_CHARS
+
 
 class FlashVaedError(Exception):
     """A mistake that the user can mend: the message says what, where and what to do.
 
     The command line prints it on stderr and exits with `exit_code`. With `is_told_elsewhere` another process of
-    the same launch prints it.
+    the same launch prints it. A message of more than `MAX_MESSAGE_CHARS` loses its middle.
     """
 
     exit_code = 2
     is_told_elsewhere = False
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(_shortened(message))
 
 
 class RecipeError(FlashVaedError):
@@ -38,6 +43,10 @@ class CalibrationError(FlashVaedError):
     """The statistics cannot support what is asked: too few positions, NaN, dead channels."""
 
 
+class TensorFileError(ArtifactError, MediaError):
+    """A file that should hold tensors, weights or latents, is damaged or refused."""
+
+
 class MetricUnavailableError(FlashVaedError):
     """A metric needs weights or a package that this machine does not have."""
 
@@ -60,3 +69,10 @@ class Interrupted(FlashVaedError):
         super().__init__(message)
         self.signal_number = signal_number
         self.exit_code = 128 + signal_number
+
+
+def _shortened(message: str) -> str:
+    if len(message) <= MAX_MESSAGE_CHARS:
+        return message
+    kept = MAX_MESSAGE_CHARS // 2 - 30  # the advice stands at the end
+    return f"{message[:kept]} [... {len(message) - 2 * kept} characters ...] {message[-kept:]}"

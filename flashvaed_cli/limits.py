@@ -1,0 +1,52 @@
+"""How much of a file from elsewhere this program reads before it refuses. Every such limit stands here.
+
+Each is far above what real files need (measured on released checkpoints and on this program's largest artifacts) and
+low enough that a refusal takes less than a second and less than 100 MB. Imports nothing.
+"""
+
+from __future__ import annotations
+
+MAX_TENSORS = 20_000
+"""Tensors in one checkpoint; a text-to-video model with its VAE and text encoder has about 7,000."""
+MAX_INDEX_BYTES = 16_000_000
+"""JSON index of a safetensors file, with its metadata: an analysis of the widest decoder takes 4 MB."""
+MAX_JSON_VALUES = 600_000
+"""Values of one JSON text, counted by its separators."""
+MAX_JSON_DEPTH = 64
+"""Brackets inside brackets, in JSON and YAML alike."""
+MAX_CONFIG_BYTES = 4_000_000
+"""A `config.json` or shard index."""
+MAX_PICKLE_BYTES = 16_000_000
+"""The pickled structure of a PyTorch file, without the data of its tensors."""
+MAX_PICKLE_STEPS = 1_000_000
+"""Operations of that pickle; a tensor takes about 32."""
+MAX_TUPLE_DEPTH = 64
+"""Tuples inside tuples in a pickle: a state dict has 3."""
+MAX_TENSOR_REUSE = 4
+"""Bytes that the tensors of a file fill in memory, per byte of the file: tied weights share their data."""
+MAX_SHARDS = 1_000
+"""Files that hold one checkpoint."""
+
+MAX_RECIPE_BYTES = 1_000_000
+"""A YAML recipe."""
+MAX_RECIPE_VALUES = 20_000
+"""Values of a recipe after its aliases are expanded."""
+
+MAX_STAGES = 64
+MAX_STAGE_BLOCKS = 256
+"""Blocks in one stage; the largest released decoder has 7."""
+MAX_WIDTH = 65_536
+"""Channels of one layer."""
+MAX_TAPS = 63
+"""Extent of a kernel along one axis."""
+MAX_FACTOR = 64
+"""Frames, rows or columns that one position becomes, in one block or one decoder."""
+
+MAX_FILES_SEARCHED = 200_000
+"""Files and folders visited for one folder or pattern of clips."""
+MAX_LISTED_MISTAKES = 8
+"""Mistakes or names listed in one message; the rest are counted."""
+MAX_MESSAGE_CHARS = 2_000
+"""Length of one error message."""
+MAX_QUOTED_CHARS = 80
+"""Length of a wrong value quoted in a message."""
