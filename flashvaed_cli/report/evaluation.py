@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from flashvaed_cli.atomic import atomic_path
+from flashvaed_cli.numerics.bootstrap import bootstrap_interval
 from flashvaed_cli.report.tables import Cell, Column, TableData, to_markdown
 
 SCHEMA = 1
@@ -136,6 +137,24 @@ def retention_percent(report: EvaluationReport, decoder: DecoderFigures) -> dict
         own, original = (_figure(figures.to_ground_truth, name) for figures in (decoder, report.original))
         kept[name] = 100 * own / original if own is not None and original else None
     return kept
+
+
+def kept_interval(report: EvaluationReport, decoder: DecoderFigures) -> tuple[float, float] | None:
+    """The 95 % interval of `retention_percent`'s `psnr_db`, resampled over clips; None for fewer than three.
+
+    The decoder and the original are resampled together: what differs between clips alone does not widen it.
+    """
+    pairs: dict[str, dict[str, float]] = {}
+    for row in report.clips:
+        value = _figure(row.to_ground_truth, "psnr_db")
+        if value is not None:
+            pairs.setdefault(row.clip, {})[row.decoder] = value
+    both = [(pair[decoder.name], pair[report.original.name]) for pair in pairs.values() if decoder.name in pair]
+
+    def share(sample: Sequence[tuple[float, float]]) -> float:
+        return 100 * math.fsum(own for own, _ in sample) / math.fsum(original for _, original in sample)
+
+    return bootstrap_interval(both, share)
 
 
 def summary_table(report: EvaluationReport) -> TableData:

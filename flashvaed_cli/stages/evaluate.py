@@ -42,6 +42,8 @@ from flashvaed_cli.report.evaluation import (
     save_report,
     summary_table,
 )
+from flashvaed_cli.report.page.album import AlbumBuilder, ClipAlbum
+from flashvaed_cli.report.page.page import PAGE, render_page
 from flashvaed_cli.report.pictures import save_strip, select_frames, side_by_side
 from flashvaed_cli.report.speed import SPEED_JSON
 from flashvaed_cli.stages.clips import find_data, raw_latents
@@ -49,6 +51,7 @@ from flashvaed_cli.stages.compared import derived_decoders, distinct_names
 from flashvaed_cli.stages.fitted_clips import latent_grid, whole_side
 from flashvaed_cli.stages.loading import DTYPES, Inputs, choose_device, choose_input, load_inputs
 from flashvaed_cli.stages.outputs import claim_folder, filled_at_the_end, moved, refuse_to_replace
+from flashvaed_cli.stages.report_page import ClipVideos, page_extras
 from flashvaed_cli.stages.result import StageOutcome
 from flashvaed_cli.zoo.builtin import JUDGED_CLIP
 
@@ -107,7 +110,10 @@ def run_evaluate(recipe: EvalRecipe, *, progress: Progress, force: bool, command
             files={path.name: path.name for path in pictures},
         )
         written = save_report(report, draft)
-    paths = moved((written["markdown"], written["json"], *pictures), output)
+        page = draft / PAGE
+        albums = [comparison.album for comparison in comparisons]
+        page.write_text(render_page(report, page_extras(inputs.checkpoint, albums, command_line)), encoding="utf-8")
+    paths = moved((page, written["markdown"], written["json"], *pictures), output)
     return StageOutcome(paths, (summary_table(report),), {"report": str(output / REPORT_JSON)}, tuple(notes))
 
 
@@ -175,6 +181,7 @@ class _Comparison:
     rows: tuple[ClipFigures, ...]
     files: tuple[Path, ...]
     latents: Float[Tensor, "1 C T Hz Wz"]
+    album: ClipAlbum
 
 
 @torch.no_grad()
@@ -198,10 +205,13 @@ def _compare_clip(
         for runtime, copy in zip(runtimes.values(), copies, strict=True)
     ]
     first: list[Tensor] = []
+    students = [key for key in runtimes if key != ORIGINAL]
+    album = AlbumBuilder(path.name, num_frames, video=VIDEO, original=ORIGINAL, students=students)
     done = 0
     mp4 = output / f"{name}.mp4" if recipe.video and num_frames > 1 else None
     with ExitStack() as stack, progress.task(f"eval {name}", num_frames) as task:
         writer = None if mp4 is None else stack.enter_context(VideoWriter(mp4, fps=fps, comment=f"{SOFTWARE} eval"))
+        videos: ClipVideos | None = None
         for chunk, *decoded in zip(chunks, *streams, strict=True):
             if sum(part.shape[2] for part in first) < _SPEED_LATENT_FRAMES:
                 first.append(chunk.latents)
@@ -216,8 +226,13 @@ def _compare_clip(
                 frames = views[label]
                 picked = [i for i in range(frames.shape[1]) if done + i in shown]
                 strips.setdefault(label, []).append(frames[:, picked])
+            album.update(views)
+            if writer is not None:
+                videos = videos or stack.enter_context(ClipVideos(fps, *views[ORIGINAL].shape[-2:]))
+                videos.write(views)
             done += chunk.num_frames
             task.advance(chunk.num_frames)
+        pictures = album.finish(None if videos is None else videos.finish())
     files = [] if mp4 is None else [mp4]
     if len(strips) > 1:  # an original alone on latents has nothing beside it
         labelled = [(label, torch.cat(parts, dim=1)) for label, parts in strips.items()]
@@ -236,7 +251,7 @@ def _compare_clip(
         for key, judge in quality.items()
     )
     latents = torch.cat(first, dim=2)[:, :, :_SPEED_LATENT_FRAMES]
-    return _Comparison(rows, tuple(files), latents)
+    return _Comparison(rows, tuple(files), latents, pictures)
 
 
 class _Judge:

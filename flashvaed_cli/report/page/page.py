@@ -1,0 +1,281 @@
+"""Fill the page: what `eval` found, with pictures, charts and the way it was measured, in one file without network."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from flashvaed_cli import __version__
+from flashvaed_cli.printable import printable
+from flashvaed_cli.report.evaluation import (
+    DecoderFigures,
+    EvaluationReport,
+    clip_table,
+    kept_interval,
+    retention_percent,
+    summary_table,
+)
+from flashvaed_cli.report.page import charts
+from flashvaed_cli.report.page.album import DIFFERENCE_FULL_SCALE, ClipAlbum, scale_bar
+from flashvaed_cli.report.tables import TableData
+
+PAGE = "report.html"
+MAX_BYTES = 20_000_000
+"""Of the page; the longest videos are left out until it is that small."""
+
+_HERE = Path(__file__).parent
+_OWN_TUNED = "original, exact"
+
+PUBLISHED = (
+    charts.Point("Flash-VAED Wan 2.1", 118.77 / 19.27, 100 * 37.61 / 40.40, "arXiv 2602.19161"),
+    charts.Point("LightVAE Wan 2.1", 118.60 / 19.27, 100 * 32.61 / 40.40, "arXiv 2602.19161"),
+    charts.Point("Flash-VAED LTX", 1168 / 204.55, 100 * 32.24 / 33.28, "arXiv 2602.19161"),
+    charts.Point("Turbo-VAED LTX", 623 / 204.55, 100 * 31.52 / 33.28, "arXiv 2602.19161"),
+)
+"""Of the paper's main table: UCF-101 on an RTX 5090D, against the eager original there."""
+
+_PUBLISHED_NOTE = (
+    "Filled: measured here. Hollow: published in arXiv 2602.19161 (UCF-101, RTX 5090D); another machine, other videos "
+    "and another VAE, so compare the shape, not the digits."
+)
+
+
+@dataclass(frozen=True)
+class LineageEntry:
+    """A file that the decoder comes from."""
+
+    role: str
+    location: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class PageExtras:
+    """What the page shows beyond the report. Empty where it is not at hand.
+
+    Attributes:
+        latency_ms: stage to operator to milliseconds, of the analysis.
+        r2: stage to R2 of the kept channels, greedily chosen, of the analysis.
+        training: figure to points (step, value) over all phases.
+        phases: first step and name of each phase.
+        commands: command lines that led to the decoder, oldest first.
+    """
+
+    albums: tuple[ClipAlbum, ...] = ()
+    latency_ms: Mapping[str, Mapping[str, float]] | None = None
+    r2: Mapping[str, Sequence[float]] | None = None
+    training: Mapping[str, Sequence[tuple[float, float]]] | None = None
+    phases: tuple[tuple[float, str], ...] = ()
+    lineage: tuple[LineageEntry, ...] = ()
+    commands: tuple[str, ...] = ()
+
+
+def render_page(report: EvaluationReport, extras: PageExtras, *, title: str = "flashvaed report") -> str:
+    """The whole page as HTML, of at most `MAX_BYTES` if leaving videos out makes it so."""
+    environment = Environment(loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined)
+    albums = sorted(extras.albums, key=_worst_first)
+    with_videos = {album.clip for album in albums if album.videos}
+    while True:
+        html = environment.get_template("template.html").render(
+            title=title,
+            version=__version__,
+            css=(_HERE / "page.css").read_text(encoding="utf-8"),
+            js=(_HERE / "page.js").read_text(encoding="utf-8"),
+            headline=headline(report),
+            notes=[printable(note) for note in report.notes],
+            albums=[_album(album, report, with_video=album.clip in with_videos) for album in albums],
+            scale_bar=_webp(scale_bar()),
+            full_scale=DIFFERENCE_FULL_SCALE,
+            tables=[_table(summary_table(report)), _table(clip_table(report))],
+            charts=_charts(report, extras),
+            settings=[(key, printable(str(value))) for key, value in report.settings.items()],
+            lineage=extras.lineage,
+            commands=printable("\n".join(extras.commands)),
+        )
+        if len(html.encode()) <= MAX_BYTES or not with_videos:
+            return html
+        with_videos.discard(max((a for a in albums if a.clip in with_videos), key=_video_bytes).clip)
+
+
+@dataclass(frozen=True)
+class HeadlineFigure:
+    """A number that decides, what it is, and how sure it is."""
+
+    value: str
+    what: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One sentence and three numbers."""
+
+    sentence: str
+    figures: tuple[HeadlineFigure, ...]
+
+
+def headline(report: EvaluationReport) -> Headline:
+    """What was gained and what was lost: of the first decoder that is not the original."""
+    students = [decoder for decoder in report.decoders if decoder.to_original is not None]
+    if not students:
+        return Headline("The original decoder alone; nothing to compare it with.", ())
+    student, original = students[0], report.original
+    tuned = next((decoder for decoder in report.decoders if decoder.name == _OWN_TUNED), None)
+    faster, kept, smaller = _faster(student, tuned), _kept(report, student), _smaller(student, original)
+    quality = "has a PSNR of {} to its output" if kept.value.endswith("dB") else "keeps {} of its PSNR to the video"
+    clauses = [quality.format(kept.value), f"has {smaller.value} of its parameters"]
+    if student.speedup is not None:
+        clauses.insert(0, f"decodes {faster.value} as fast as the eager original")
+    sentence = f"{printable(student.name)} {', '.join(clauses[:-1])} and {clauses[-1]}."
+    return Headline(sentence, (faster, kept, smaller))
+
+
+def _faster(student: DecoderFigures, tuned: DecoderFigures | None) -> HeadlineFigure:
+    if student.speedup is None:
+        return HeadlineFigure("–", "speed was not measured", "")
+    detail = f"range of the rounds {student.speedup.min:.2f}–{student.speedup.max:.2f}"
+    if tuned is not None and tuned.frames_per_second and student.frames_per_second:
+        detail = f"{student.frames_per_second / tuned.frames_per_second:.2f}× over the tuned exact original; {detail}"
+    return HeadlineFigure(f"{student.speedup.median:.1f}×", "times faster than the eager original", detail)
+
+
+def _kept(report: EvaluationReport, student: DecoderFigures) -> HeadlineFigure:
+    share = retention_percent(report, student)["psnr_db"]
+    if share is None:
+        assert student.to_original is not None
+        return HeadlineFigure(
+            f"{min(student.to_original.psnr_db, 100):.1f} dB", "PSNR to the original's output", "latents without video"
+        )
+    interval = kept_interval(report, student)
+    num_clips = sum(1 for row in report.clips if row.decoder == student.name)
+    of_clips = f"{num_clips} clip{'s' if num_clips != 1 else ''}"
+    detail = (
+        f"{of_clips}: too few for an interval"
+        if interval is None
+        else f"95 % interval {interval[0]:.1f}–{interval[1]:.1f} % over {of_clips}"
+    )
+    return HeadlineFigure(f"{share:.1f} %", "of the original's PSNR to the video kept", detail)
+
+
+def _smaller(student: DecoderFigures, original: DecoderFigures) -> HeadlineFigure:
+    if not student.num_parameters or not original.num_parameters:
+        return HeadlineFigure("–", "size is not known", "")
+    detail = f"{student.num_parameters:,} of {original.num_parameters:,}"
+    return HeadlineFigure(
+        f"{100 * student.num_parameters / original.num_parameters:.0f} %", "of the parameters", detail
+    )
+
+
+def _worst_first(album: ClipAlbum) -> float:
+    return math.inf if album.worst is None else album.worst.psnr_db
+
+
+def _video_bytes(album: ClipAlbum) -> int:
+    return sum(map(len, album.videos.values()))
+
+
+def _album(album: ClipAlbum, report: EvaluationReport, *, with_video: bool) -> dict[str, object]:
+    students = album.students
+    left, right = album.original, students[0] if students else album.labels[0]
+    index = len(album.frame_numbers) // 2
+    if album.worst is not None:
+        index = min(range(len(album.frame_numbers)), key=lambda i: abs(album.frame_numbers[i] - album.worst.frame))  # type: ignore[union-attr]
+    pictures = {label: [_base64(picture) for picture in album.frames[label]] for label in album.labels}
+    pictures |= {f"difference: {label}": [_base64(p) for p in album.differences[label]] for label in students}
+    data = json.dumps({"numbers": album.frame_numbers, "pictures": pictures}).replace("<", "\\u003c")
+    curves = [charts.psnr_over_frames(album.psnr_to_original, reference="original")] if students else []
+    if album.psnr_to_video:
+        curves.append(charts.psnr_over_frames(album.psnr_to_video, reference="video"))
+    return {
+        "clip": printable(album.clip),
+        "num_frames": album.num_frames,
+        "width": album.width,
+        "height": album.height,
+        "summary": _clip_summary(album, report),
+        "original": album.original,
+        "main": students[0] if students else "",
+        "choices": list(pictures),
+        "left": left,
+        "right": right,
+        "first_index": index,
+        "first_number": album.frame_numbers[index],
+        "last_index": len(album.frame_numbers) - 1,
+        "left_source": _webp(album.frames[left][index]),
+        "right_source": _webp(album.frames[right][index]),
+        "worst": _worst(album),
+        "videos": [(label, _mp4(video)) for label, video in album.videos.items()] if with_video else [],
+        "charts": curves if album.num_frames > 1 else [],
+        "json": data,
+    }
+
+
+def _clip_summary(album: ClipAlbum, report: EvaluationReport) -> str:
+    return "; ".join(
+        f"{printable(row.decoder)}: {min(row.to_original.psnr_db, 100):.2f} dB to the original"
+        for row in report.clips
+        if row.clip == album.clip and row.to_original is not None
+    )
+
+
+def _worst(album: ClipAlbum) -> dict[str, object] | None:
+    worst = album.worst
+    if worst is None:
+        return None
+    left, top, right, bottom = worst.box
+    return {
+        "frame": worst.frame,
+        "psnr": f"{worst.psnr_db:.2f}" if math.isfinite(worst.psnr_db) else "over 100",
+        "left": left,
+        "top": top,
+        "width": right - left,
+        "height": bottom - top,
+        "views": [(label, _webp(picture)) for label, picture in worst.views.items()],
+    }
+
+
+def _charts(report: EvaluationReport, extras: PageExtras) -> list[dict[str, str]]:
+    found = []
+    points = [
+        charts.Point(printable(decoder.name), decoder.speedup.median if decoder.speedup else 1.0, share)
+        for decoder in report.decoders
+        if (share := retention_percent(report, decoder)["psnr_db"]) is not None
+    ]
+    if len(points) > 1:
+        svg = charts.quality_against_speed((*points, *PUBLISHED))
+        found.append({"title": "Quality against speed", "svg": svg, "caption": _PUBLISHED_NOTE})
+    if extras.training:
+        caption = "From the log of the last distillation. Logarithmic where a figure falls by more than 20 times."
+        svg = charts.training_curves(extras.training, extras.phases)
+        found.append({"title": "Training", "svg": svg, "caption": caption})
+    if extras.latency_ms:
+        caption = "Of the decoder that was analysed, with plain operators."
+        svg = charts.latency_by_stage(extras.latency_ms)
+        found.append({"title": "Where the original's time goes", "svg": svg, "caption": caption})
+    if extras.r2:
+        caption = "Lower is better: what the kept channels of a stage's stream leave of the variance of all."
+        svg = charts.explained_variance(extras.r2)
+        found.append({"title": "How far channels depend on one another", "svg": svg, "caption": caption})
+    return found
+
+
+def _table(table: TableData) -> dict[str, object]:
+    rows = [[printable(text) for text in texts] for texts in table.texts()]
+    return {"title": table.title, "columns": [column.name for column in table.columns], "rows": rows}
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def _webp(data: bytes) -> str:
+    return f"data:image/webp;base64,{_base64(data)}"
+
+
+def _mp4(data: bytes) -> str:
+    return f"data:video/mp4;base64,{_base64(data)}"

@@ -1,0 +1,164 @@
+"""What `eval` adds to its page: lineage, analysis, training log, and a small video per decoder."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from flashvaed_cli.artifact.checkpoint import Checkpoint
+from flashvaed_cli.artifact.header import ArtifactHeader
+from flashvaed_cli.artifact.store import read_header
+from flashvaed_cli.errors import ArtifactError
+from flashvaed_cli.media.writer import VideoWriter
+from flashvaed_cli.ownership import SOFTWARE
+from flashvaed_cli.report.page.album import ClipAlbum
+from flashvaed_cli.report.page.page import LineageEntry, PageExtras
+from flashvaed_cli.stages.training_files import TrainingFiles
+
+_VIDEO_SIDE_PX = 384
+_VIDEO_SECONDS = 6
+_VIDEO_CRF = 24
+_MAX_ANCESTORS = 32
+# Figures of the log by the name that the page gives them; the rest of the log stays in the log.
+_TRAINING_NAMES = {
+    "loss": "loss",
+    "psnr_db": "PSNR to the original, dB",
+    "validation_psnr_db": "validation PSNR, dB",
+    "learning_rate": "learning rate",
+}
+
+
+class ClipVideos:
+    """A small H.264 video of every decoder's frames, kept in memory at the end. A context manager."""
+
+    def __init__(self, fps: Fraction, height: int, width: int) -> None:
+        self._fps = fps
+        self._left = max(1, round(_VIDEO_SECONDS * fps))
+        scale = min(1.0, _VIDEO_SIDE_PX / max(height, width))
+        self._size = (max(2, round(height * scale)), max(2, round(width * scale)))
+        self._until_the_end = ExitStack()
+        self._writers: dict[str, VideoWriter] = {}
+        self._folder = Path()
+
+    def __enter__(self) -> ClipVideos:
+        self._folder = Path(self._until_the_end.enter_context(tempfile.TemporaryDirectory()))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            for writer in self._writers.values():
+                writer.__exit__(kind, error, trace)
+        self._until_the_end.close()
+
+    def write(self, views: Mapping[str, Float[Tensor, "3 T H W"]]) -> None:
+        """Add frames of every decoder, up to six seconds in all."""
+        for number, (label, frames) in enumerate(views.items()):
+            if label not in self._writers:
+                path = self._folder / f"{number}.mp4"
+                self._writers[label] = VideoWriter(path, fps=self._fps, crf=_VIDEO_CRF, comment=f"{SOFTWARE} eval")
+                self._writers[label].__enter__()
+            if part := frames[:, : self._left].shape[1]:
+                small = functional.interpolate(
+                    frames[:, :part].transpose(0, 1), self._size, mode="bilinear", antialias=True
+                )
+                self._writers[label].write(small.clamp(-1, 1).transpose(0, 1))
+        self._left = max(0, self._left - next(iter(views.values())).shape[1])
+
+    def finish(self) -> dict[str, bytes]:
+        """The videos by label."""
+        for writer in self._writers.values():
+            writer.__exit__(None, None, None)
+        videos = {label: writer.path.read_bytes() for label, writer in self._writers.items()}
+        self._writers = {}
+        return videos
+
+
+def page_extras(checkpoint: Checkpoint, albums: Sequence[ClipAlbum], command_line: str) -> PageExtras:
+    """What the page shows of the decoder's past, as far as its files are still at hand and unchanged."""
+    ancestors = _ancestors(checkpoint)
+    header = checkpoint.header
+    analysis = next((one for one in ancestors if one.kind == "analysis"), None)
+    curves, phases = _training(Path(checkpoint.location)) if header is not None else ({}, ())
+    commands = [one.command_line for one in reversed(ancestors) if one.command_line]
+    commands += [header.command_line] if header is not None and header.command_line else []
+    return PageExtras(
+        albums=tuple(albums),
+        latency_ms=None if analysis is None else _latency(analysis.measured),
+        r2=None if analysis is None else _r2(analysis.measured),
+        training=curves or None,
+        phases=phases,
+        lineage=_lineage(checkpoint),
+        commands=(*dict.fromkeys(commands), command_line),
+    )
+
+
+def _ancestors(checkpoint: Checkpoint) -> list[ArtifactHeader]:
+    """Headers of parents, their parents and so on that can still be read, nearest first."""
+    found: dict[str, ArtifactHeader] = {}
+    waiting = [] if checkpoint.header is None else list(checkpoint.header.parents)
+    while waiting and len(found) < _MAX_ANCESTORS:
+        parent = waiting.pop(0)
+        if parent.sha256 in found or not Path(parent.location).is_file():
+            continue
+        try:
+            header = read_header(parent.location)
+        except ArtifactError:
+            continue
+        found[parent.sha256] = header
+        waiting += header.parents
+    return list(found.values())
+
+
+def _lineage(checkpoint: Checkpoint) -> tuple[LineageEntry, ...]:
+    entries = [LineageEntry("judged", checkpoint.location, checkpoint.sha256)]
+    if checkpoint.header is not None:
+        entries += [LineageEntry(one.role, one.location, one.sha256) for one in checkpoint.header.parents]
+        if checkpoint.header.original is not None:
+            original = checkpoint.header.original
+            entries.append(LineageEntry("original", original.location, original.sha256))
+    return tuple({entry.sha256: entry for entry in entries}.values())
+
+
+def _latency(measured: Mapping[str, Any]) -> dict[str, dict[str, float]] | None:
+    stages = measured.get("stages")
+    return {one["stage"]: one["latency_ms"] for one in stages if one["latency_ms"]} if stages else None
+
+
+def _r2(measured: Mapping[str, Any]) -> dict[str, list[float]] | None:
+    groups = measured.get("groups")
+    streams = {one["stage"]: one["r2"] for one in groups or () if one["group"].endswith(".stream")}
+    return streams or None
+
+
+def _training(location: Path) -> tuple[dict[str, list[tuple[float, float]]], tuple[tuple[float, str], ...]]:
+    """The curves of the log beside a decoder, steps counted over all phases, and where each phase begins."""
+    log = TrainingFiles(location).log
+    curves: dict[str, list[tuple[float, float]]] = {}
+    phases: list[tuple[float, str]] = []
+    start, last, index = 0.0, 0.0, None
+    try:
+        lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()[1:]]
+    except (OSError, ValueError):
+        return {}, ()
+    for entry in lines:
+        if entry["index"] != index:
+            start, index = last, entry["index"]
+            phases.append((start, f"phase {entry['phase']}"))
+        last = start + entry["step"]
+        for key, name in _TRAINING_NAMES.items():
+            if (value := entry.get(key)) is not None and math.isfinite(value):
+                curves.setdefault(name, []).append((last, value))
+    return curves, tuple(phases)
