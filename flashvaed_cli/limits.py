@@ -27,9 +27,9 @@ MAX_TENSOR_REUSE = 4
 MAX_SHARDS = 1_000
 """Files that hold one checkpoint."""
 
-MAX_RECIPE_BYTES = 1_000_000
-"""A YAML recipe."""
-MAX_RECIPE_VALUES = 20_000
+MAX_RECIPE_BYTES = 64_000
+"""A YAML recipe; the longest that ships has 4,000."""
+MAX_RECIPE_VALUES = 1_000
 """Values of a recipe after its aliases are expanded."""
 
 MAX_STAGES = 64
@@ -44,7 +44,7 @@ MAX_FACTOR = 64
 
 MAX_FILES_SEARCHED = 200_000
 """Files and folders visited for one folder or pattern of clips."""
-MAX_LISTED_MISTAKES = 8
+MAX_LISTED_MISTAKES = 12
 """Mistakes or names listed in one message; the rest are counted."""
 MAX_MESSAGE_CHARS = 2_000
 """Length of one error message."""

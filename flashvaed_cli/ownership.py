@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from flashvaed_cli.errors import FlashVaedError
+from flashvaed_cli.untrusted.safetensors_file import read_index
+
 SOFTWARE = "flashvaed"
 """The mark: `Software` of a PNG, `comment` of a video, `kind` of a JSON document begins with it."""
 
 HEADER_KEY = "flashvaed"
 """The key of an artifact's own header in the metadata of a safetensors file."""
 
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 _MAX_JSON_BYTES = 64_000_000
 _VIDEO_SUFFIXES = (".mp4",)
 # A manifest of flashvaed 0.3 and earlier has no kind.
@@ -44,14 +46,8 @@ def is_own_file(path: Path) -> bool:
 def has_own_header(path: Path) -> bool:
     """Whether the header of a safetensors file carries our key."""
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= _MAX_HEADER_BYTES:
-                return False
-            header = json.loads(file.read(length))
-        metadata = header.get("__metadata__")
-        return isinstance(metadata, dict) and HEADER_KEY in metadata
-    except (OSError, ValueError, AttributeError, RecursionError):
+        return HEADER_KEY in read_index(path).metadata
+    except (OSError, FlashVaedError):
         return False
 
 

@@ -7,7 +7,8 @@ A location is the path of an artifact, of another program's file or diffusers fo
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from flashvaed_cli.artifact.coders import coders_from_foreign, empty_coder, fill_coder, named_tensors, shapes_of
 from flashvaed_cli.artifact.diffusers_config import check_keys, check_widths, configuration, latent_statistics
-from flashvaed_cli.artifact.foreign import read_foreign
+from flashvaed_cli.artifact.foreign import checkpoint_files, read_foreign
 from flashvaed_cli.artifact.header import ArtifactHeader, Lineage
 from flashvaed_cli.artifact.hub import SCHEME, fetch_hub_file
 from flashvaed_cli.artifact.layouts import Role
@@ -26,8 +27,10 @@ from flashvaed_cli.artifact.recognition import ROLES, recognise, twins
 from flashvaed_cli.artifact.store import read_artifact, sha256_of, sha256_of_files, write_artifact
 from flashvaed_cli.decoders.coder import Decoder, Encoder
 from flashvaed_cli.decoders.families import families_named, get_family
+from flashvaed_cli.decoders.groups import tensor_widths
 from flashvaed_cli.decoders.spec import CoderSpec
-from flashvaed_cli.errors import ArtifactError
+from flashvaed_cli.errors import ArtifactError, FlashVaedError
+from flashvaed_cli.limits import MAX_LISTED_MISTAKES, MAX_QUOTED_CHARS
 from flashvaed_cli.ownership import has_own_header
 from flashvaed_cli.paths import user_path
 
@@ -53,6 +56,7 @@ class Checkpoint:
         twins: other families that it may be of as well, with the same frames; empty where the user, a configuration
             or the names tell.
         notes: what was missing or left aside, a line each.
+        weights: the user's word for which of several sets in the file was read.
     """
 
     location: str
@@ -67,6 +71,7 @@ class Checkpoint:
     header: ArtifactHeader | None = None
     twins: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    weights: str | None = None
 
     @property
     def latent_width(self) -> int:
@@ -102,38 +107,46 @@ class Checkpoint:
 
     def lineage(self, role: str) -> Lineage:
         """How another artifact names this one."""
-        return Lineage(role=role, location=self.location, sha256=self.sha256)
+        return Lineage(role=role, location=self.location, sha256=self.sha256, weights=self.weights)
 
 
-def load_checkpoint(location: str | Path, *, builtins: Mapping[str, Path], family: str | None = None) -> Checkpoint:
+def load_checkpoint(
+    location: str | Path, *, builtins: Mapping[str, Path], family: str | None = None, weights: str | None = None
+) -> Checkpoint:
     """Load a checkpoint from any location; the width is read from the shapes.
 
     Args:
         builtins: what `builtin:NAME` stands for.
         family: of the checkpoint, or `ltx` or `ltx-video`, all of its versions, where its names leave that open;
             None: told from names and configuration.
+        weights: which of several sets of weights in the file: `ema`, or the file's own word; None: the first.
     Raises:
         ArtifactError: not found, not readable, of another model or family, or tensors that do not fit.
         SpecError: an unknown family.
     """
     location = str(location)
-    path = locate(location, builtins)
+    return _load_located(location, locate(location, builtins), family, weights)
+
+
+def _load_located(location: str, path: Path, family: str | None, weights: str | None) -> Checkpoint:
     if not has_own_header(path):
-        return _load_foreign(location, path, family)
+        return _load_foreign(location, path, family, weights)
+    if weights is not None:
+        raise ArtifactError(f"{location}: an artifact of flashvaed, with one set of weights. Leave --weights out.")
     checkpoint = _load_artifact(location, path)
     if family is not None and checkpoint.family not in families_named(family):
         raise ArtifactError(f"{location}: of the family {checkpoint.family}, not {family}: leave --family out.")
     return checkpoint
 
 
-def locate(location: str, builtins: Mapping[str, Path]) -> Path:
-    """The file or folder that a location stands for, downloaded if need be.
+def locate(location: str, builtins: Mapping[str, Path], *, may_download: bool = True) -> Path:
+    """The file or folder that a location stands for, downloaded if need be and allowed, or out of the Hub's cache.
 
     Raises:
         ArtifactError: nothing there; says what there is instead.
     """
     if location.startswith(SCHEME):
-        return fetch_hub_file(location)
+        return fetch_hub_file(location, only_cached=not may_download)
     listed = ", ".join(f"{BUILTIN_SCHEME}{name}" for name in builtins) or "none"
     if location.startswith(BUILTIN_SCHEME):
         name = location.removeprefix(BUILTIN_SCHEME)
@@ -174,21 +187,28 @@ def _load_artifact(location: str, path: Path) -> Checkpoint:
     )
 
 
-def _load_foreign(location: str, path: Path, family: str | None) -> Checkpoint:
-    weights = read_foreign(path)
+def _load_foreign(location: str, path: Path, family: str | None, wanted: str | None) -> Checkpoint:
+    weights = read_foreign(path, wanted)
     family = family or weights.metadata.get(FAMILY_KEY)
     config_class = (weights.config or {}).get("_class_name")
+    if not isinstance(config_class, str | None):
+        raise ArtifactError(f"{location}: _class_name in its configuration is {config_class!r:.60}, which is no name.")
     layout = recognise(shapes_of(weights.tensors), location, family=family, config_class=config_class)
     config = configuration(weights, get_family(layout.family), location)
-    coders = coders_from_foreign(weights.tensors, layout, location, config)
-    specs: dict[Role, CoderSpec] = {role: coder.spec for role, coder in coders.items()}
-    unknown = check_keys(config, specs, location)
-    if weights.whole_folder:
-        check_widths(weights.config or {}, specs, location)
+    with _odd_values_named(location):
+        coders = coders_from_foreign(weights.tensors, layout, location, config)
+        specs: dict[Role, CoderSpec] = {role: coder.spec for role, coder in coders.items()}
+        unknown = check_keys(config, specs, location)
+        if weights.whole_folder:
+            check_widths(weights.config or {}, specs, location)
     mean, std = latent_statistics(weights, get_family(layout.family), specs, location)
-    notes = [] if mean else [f"{_NO_STATISTICS}: latents can be read in raw scale only"]
+    notes = [] if weights.note is None else [weights.note]
+    notes += [] if mean else [f"{_NO_STATISTICS}: latents can be read in raw scale only"]
     notes += [note for spec in specs.values() if (note := get_family(layout.family).config_keys.assumed(spec, config))]
-    notes += [f"keys of its configuration that are not known and play no role: {', '.join(unknown)}"] if unknown else []
+    if unknown:
+        listed = ", ".join(key[:MAX_QUOTED_CHARS] for key in unknown[:MAX_LISTED_MISTAKES])
+        more = f" and {len(unknown) - MAX_LISTED_MISTAKES} more" if len(unknown) > MAX_LISTED_MISTAKES else ""
+        notes.append(f"keys of its configuration that are not known and play no role: {listed}{more}")
     return Checkpoint(
         location=location,
         sha256=sha256_of_files(weights.files),
@@ -200,7 +220,20 @@ def _load_foreign(location: str, path: Path, family: str | None) -> Checkpoint:
         latent_std=std,
         twins=() if family or config_class else twins(layout),
         notes=tuple(notes),
+        weights=wanted,
     )
+
+
+@contextmanager
+def _odd_values_named(location: str) -> Iterator[None]:
+    """Values of a configuration that are of another type than any program writes are the file's fault, not ours."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError, OverflowError) as error:
+        raise ArtifactError(
+            f"{location}: its configuration or tensors hold a value that cannot be understood "
+            f"({type(error).__name__}: {error!s:.200}). Download it again, or give the weights file alone."
+        ) from error
 
 
 def derived_header(
@@ -279,27 +312,31 @@ def cast_weight(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 
 def load_original(
-    checkpoint: Checkpoint, override: str | None, builtins: Mapping[str, Path], *, needs_encoder: bool = True
+    checkpoint: Checkpoint,
+    override: str | None,
+    builtins: Mapping[str, Path],
+    *,
+    needs_encoder: bool = True,
+    allow_download: bool = False,
 ) -> Checkpoint:
     """The original that a checkpoint descends from: itself, if it names none.
 
+    What a checkpoint records may come from a stranger. A recorded path is opened only to compute its SHA-256, and read
+    only if that is the recorded one. A recorded Hub address is looked up in the cache.
+
     Args:
         override: the user's `--original`; must be the same file as the recorded one, by its SHA-256.
+        allow_download: a recorded Hub address may be fetched.
     Raises:
         ArtifactError: not found, another file than recorded, another latent space, or without an encoder.
     """
     recorded = checkpoint.header.original if checkpoint.header is not None else None
     if override is not None:
-        original = load_checkpoint(override, builtins=builtins, family=checkpoint.family)
+        original = _load_verified(override, checkpoint, recorded, locate(override, builtins))
     elif recorded is not None:
-        original = _load_recorded(checkpoint, recorded, builtins)
+        original = _load_recorded(checkpoint, recorded, builtins, allow_download)
     else:
         original = checkpoint
-    if recorded is not None and original.sha256 != recorded.sha256:
-        raise ArtifactError(
-            f"{original.location} is not the original of {checkpoint.location}: expected SHA-256 {recorded.sha256} "
-            f"(recorded for {recorded.location}), found {original.sha256}. Give the right file with --original."
-        )
     if needs_encoder:
         original.require_encoder()
     if original.latent_width != checkpoint.latent_width:
@@ -307,19 +344,50 @@ def load_original(
             f"{original.location} has {original.latent_width} latent channels, {checkpoint.location} has "
             f"{checkpoint.latent_width}: not its original. Give the right one with --original."
         )
+    _check_kept_channels(checkpoint, original)
     return original
 
 
-def _load_recorded(checkpoint: Checkpoint, recorded: Lineage, builtins: Mapping[str, Path]) -> Checkpoint:
+def _load_recorded(
+    checkpoint: Checkpoint, recorded: Lineage, builtins: Mapping[str, Path], allow_download: bool
+) -> Checkpoint:
     """Load the recorded original from where it was, or, if the artifact was moved with it, from beside it."""
     location = recorded.location
-    if "://" not in location and not location.startswith(BUILTIN_SCHEME) and not user_path(location).exists():
-        beside = Path(checkpoint.location).parent / location
-        location = str(beside) if beside.exists() else location
+    is_path = "://" not in location and not location.startswith(BUILTIN_SCHEME)
     try:
-        return load_checkpoint(location, builtins=builtins, family=checkpoint.family)
-    except ArtifactError as error:
+        if is_path and not user_path(location).exists():
+            beside = Path(checkpoint.location).parent / location
+            location = str(beside) if beside.exists() else location
+        path = locate(location, builtins, may_download=allow_download)
+        return _load_verified(location, checkpoint, recorded, path)
+    except (FlashVaedError, OSError) as error:
         raise ArtifactError(
-            f"the original of {checkpoint.location} (SHA-256 {recorded.sha256}) cannot be loaded: {error}\n"
+            f"the original of {checkpoint.location} (SHA-256 {recorded.sha256:.64}) cannot be loaded: {error}\n"
             "Say where it is now with --original."
         ) from error
+
+
+def _load_verified(location: str, checkpoint: Checkpoint, recorded: Lineage | None, path: Path) -> Checkpoint:
+    """Load an original, after its hash is found to be the recorded one; nothing of another file is parsed."""
+    weights = None if recorded is None else recorded.weights
+    if recorded is not None:
+        found = sha256_of_files(checkpoint_files(path, weights))
+        if found != recorded.sha256:
+            raise ArtifactError(
+                f"{location} is not the original of {checkpoint.location}: expected SHA-256 {recorded.sha256:.64} "
+                f"(recorded for {recorded.location}), found {found}. Give the right file with --original."
+            )
+    return _load_located(location, path, checkpoint.family, weights)
+
+
+def _check_kept_channels(checkpoint: Checkpoint, original: Checkpoint) -> None:
+    """Raise ArtifactError if kept channels are named that the original does not have."""
+    if not checkpoint.kept_channels or original.decoder is None:
+        return
+    widths = tensor_widths(original.decoder.spec)
+    for address, indices in checkpoint.kept_channels.items():
+        if max(indices, default=0) >= widths.get(address, 0):
+            raise ArtifactError(
+                f"{checkpoint.location}: kept_channels names channel {max(indices)} of {address}, where "
+                f"{original.location} has {widths.get(address, 0)} channels. Make the artifact again."
+            )

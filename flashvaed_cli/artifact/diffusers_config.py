@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,10 @@ from flashvaed_cli.decoders.family import Family
 from flashvaed_cli.decoders.layer_spec import block_in_width, block_out_width
 from flashvaed_cli.decoders.spec import CoderSpec, DecoderSpec, EncoderSpec
 from flashvaed_cli.errors import ArtifactError
+from flashvaed_cli.limits import MAX_QUOTED_CHARS, MAX_WIDTH
+from flashvaed_cli.untrusted.files import parse_json
 
+_MEAN, _STD = "latents_mean", "latents_std"
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
@@ -46,19 +50,34 @@ def latent_statistics(
         mean, std = (_parsed(weights.metadata[key], key, location) for key in ("latents_mean", "latents_std"))
     elif not mean and not std:
         return (), ()
-    if len(mean) != latent_width or len(std) != latent_width or min(std, default=0) <= 0:
+    mean, std = (_numbers(row, key, source, location) for row, key in ((mean, _MEAN), (std, _STD)))
+    if len(mean) != latent_width or len(std) != latent_width or not all(value > 0 for value in std):
         raise ArtifactError(
             f"{location}: latents_mean and latents_std of {source} have {len(mean)} and {len(std)} figures; expected "
             f"{latent_width} each, as the weights have latent channels, and positive deviations. "
             f"Put the right ones into a {CONFIG_NAME} beside the weights."
         )
-    scaling = float(config.get("scaling_factor") or 1.0)
-    return tuple(map(float, mean)), tuple(float(value) / scaling for value in std)
+    (scaling,) = _numbers([config.get("scaling_factor") or 1.0], "scaling_factor", CONFIG_NAME, location)
+    if scaling <= 0:
+        raise ArtifactError(f"{location}: scaling_factor is {scaling}, which divides deviations: it is positive.")
+    return tuple(mean), tuple(value / scaling for value in std)
+
+
+def _numbers(row: object, key: str, source: str, location: str) -> list[float]:
+    """Finite numbers. Raises ArtifactError that names the key if they are anything else."""
+    if isinstance(row, list | tuple):
+        try:
+            numbers = [float(value) for value in row if isinstance(value, int | float) and not isinstance(value, bool)]
+        except OverflowError:
+            numbers = []
+        if len(numbers) == len(row) and all(map(math.isfinite, numbers)):
+            return numbers
+    raise ArtifactError(f"{location}: {key} of {source} is {row!r:.80}; expected finite numbers.")
 
 
 def _has_both(given: Mapping[str, Any], source: str, location: str) -> bool:
     """Whether `latents_mean` and `latents_std` are given. Raises ArtifactError if only one of them is."""
-    there = [key for key in ("latents_mean", "latents_std") if given.get(key) is not None]
+    there = [key for key in (_MEAN, _STD) if given.get(key) is not None]
     if len(there) == 1:
         raise ArtifactError(f"{location}: {source} gives {there[0]} without the other of latents_mean and latents_std.")
     return bool(there)
@@ -85,7 +104,7 @@ def configuration(weights: ForeignWeights, family: Family, location: str) -> dic
     config: dict[str, Any] = {}
     if family.config_keys.in_metadata and "config" in weights.metadata:
         try:
-            found = json.loads(weights.metadata["config"])
+            found = parse_json(weights.metadata["config"])
         except ValueError:
             found = None  # a note of another program
         if isinstance(found, dict):
@@ -95,7 +114,9 @@ def configuration(weights: ForeignWeights, family: Family, location: str) -> dic
     if timestep is not None:
         try:
             config["decode_timestep"] = float(timestep)
-        except (ValueError, TypeError):
+            if not math.isfinite(config["decode_timestep"]):
+                raise ValueError
+        except (ValueError, TypeError, OverflowError):
             raise ArtifactError(f"{location}: decode_timestep is {timestep!r:.40}, which is no number.") from None
     return config
 
@@ -106,7 +127,7 @@ def _latent_width(specs: Mapping[Role, CoderSpec]) -> int:
 
 def _parsed(text: str, key: str, location: str) -> list[float]:
     try:
-        return [float(value) for value in json.loads(text)]
+        return [float(value) for value in parse_json(text)]
     except (ValueError, TypeError):
         raise ArtifactError(f"{location}: {key} in its metadata is no list of numbers: {text:.80}") from None
 
@@ -155,7 +176,8 @@ def _agrees(key: str, said: object, supported: object) -> bool:
 
 
 def _shown(value: object) -> str:
-    return json.dumps(value) if isinstance(value, bool | list | tuple | None) else str(value)
+    text = json.dumps(value) if isinstance(value, bool | list | tuple | None) else str(value)
+    return text if len(text) <= MAX_QUOTED_CHARS else f"{text[:MAX_QUOTED_CHARS]}..."
 
 
 def check_widths(config: Mapping[str, Any], specs: Mapping[Role, CoderSpec], location: str) -> None:
@@ -209,6 +231,10 @@ def _base_width(config: Mapping[str, Any], family: Family, role: Role, location:
         said = config.get(key)
         if not said:
             continue
+        widths = said if multiples is not None else [said]
+        if not isinstance(widths, list | tuple) or not all(map(_is_width, widths)):
+            expected = "a width" if multiples is None else f"{len(multiples)} widths"
+            raise ArtifactError(f"{location}: {key} of {CONFIG_NAME} is {said!r:.80}; expected {expected}.")
         if multiples is None:
             return key, said
         base_width = said[0] // multiples[0]
@@ -219,6 +245,10 @@ def _base_width(config: Mapping[str, Any], family: Family, role: Role, location:
             )
         return key, base_width
     return None
+
+
+def _is_width(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_WIDTH
 
 
 def _arrow(widths: tuple[int, int]) -> str:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FiniteFloat, ValidationError, model_serializer
 
 from flashvaed_cli import __version__
+from flashvaed_cli.artifact.header_checks import check_factors, check_family, check_kept_channels, check_statistics
 from flashvaed_cli.decoders.spec import DecoderSpec, EncoderSpec
 from flashvaed_cli.errors import ArtifactError
+from flashvaed_cli.untrusted.files import parse_json
 
 SCHEMA_VERSION = 1
 
@@ -42,11 +45,21 @@ class _Frozen(BaseModel):
 
 
 class Lineage(_Frozen):
-    """Another file that this one came from. `role` says as what: `original`, `decoder`, `analysis`."""
+    """Another file that this one came from. `role` says as what: `original`, `decoder`, `analysis`.
+
+    `weights`: which of several sets of weights in it was read, in the user's word; None: the first.
+    """
 
     role: str
     location: str
     sha256: str
+    weights: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent_choice(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Artifacts of files with one set of weights stay readable for versions that know no other."""
+        fields = handler(self)
+        return fields if self.weights is not None else {name: fields[name] for name in fields if name != "weights"}
 
 
 class ArtifactHeader(_Frozen):
@@ -69,8 +82,8 @@ class ArtifactHeader(_Frozen):
     family: str
     decoder: DecoderSpec | None = None
     encoder: EncoderSpec | None = None
-    latent_mean: tuple[float, ...]
-    latent_std: tuple[float, ...]
+    latent_mean: tuple[FiniteFloat, ...]
+    latent_std: tuple[FiniteFloat, ...]
     kept_channels: dict[str, tuple[int, ...]] = {}
     recipe: JsonDict = {}
     command_line: str = ""
@@ -89,22 +102,43 @@ def parse_header(text: str, location: str) -> ArtifactHeader:
     """The header of the artifact at `location`.
 
     Raises:
-        ArtifactError: written by a newer flashvaed, or damaged.
+        ArtifactError: written by a newer flashvaed, damaged, or with values that do not fit each other (named).
     """
     try:
-        raw = json.loads(text)
+        raw = parse_json(text)
         version = raw["schema_version"]
     except (ValueError, TypeError, KeyError):
-        raise ArtifactError(f"{location}: its flashvaed header is damaged; write the artifact anew.") from None
+        raise ArtifactError(f"{location}: its flashvaed header is damaged; make the artifact again.") from None
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise ArtifactError(
             f"{location}: written by flashvaed {raw.get('tool', '?')} with artifact schema {version}; "
             f"this is flashvaed {__version__}, which reads schemas up to {SCHEMA_VERSION}. Upgrade flashvaed."
         )
     try:
-        return ArtifactHeader.model_validate(raw)
+        header = ArtifactHeader.model_validate(raw)
+        _check_values(header)
+        return header
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:4])
-        raise ArtifactError(
-            f"{location}: its flashvaed header does not fit schema {version} ({faults}); write the artifact anew."
-        ) from None
+        faults = "; ".join(map(_fault, error.errors(include_url=False)[:4]))
+    except ValueError as error:
+        faults = str(error)
+    raise ArtifactError(
+        f"{location}: its flashvaed header does not fit schema {version} ({faults}); make the artifact again."
+    )
+
+
+def _check_values(header: ArtifactHeader) -> None:
+    """Raise ValueError unless the values fit each other."""
+    coders = [spec for spec in (header.decoder, header.encoder) if spec is not None]
+    check_family(header.family, coders)
+    check_statistics(header.latent_mean, header.latent_std, coders)
+    for spec in coders:
+        check_factors(spec)
+    check_kept_channels(header.kept_channels, header.decoder)
+
+
+def _fault(fault: Mapping[str, Any]) -> str:
+    place = ".".join(map(str, fault["loc"]))
+    message = fault["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(fault["input"], BaseModel | dict | list | tuple) else f", not {fault['input']!r:.60}"
+    return f"{place}: {message}{given}" if place else message

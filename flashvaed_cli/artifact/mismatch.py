@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from flashvaed_cli.errors import ArtifactError
 
 _SHOWN = 8
+_LONGEST = 160  # characters of one name with its shapes
 
 Shape = tuple[int, ...]
 
@@ -58,4 +59,4 @@ def _listed(what: str, names: list[str]) -> str:
     if not names:
         return ""
     more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"  {len(names)} {what}: {', '.join(names[:_SHOWN])}{more}"
+    return f"  {len(names)} {what}: {', '.join(name[:_LONGEST] for name in names[:_SHOWN])}{more}"

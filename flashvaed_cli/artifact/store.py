@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from flashvaed_cli.artifact.file_kinds import kind_of_file
@@ -17,9 +16,10 @@ from flashvaed_cli.artifact.header import ArtifactHeader, dump_header, parse_hea
 from flashvaed_cli.atomic import atomic_path
 from flashvaed_cli.errors import ArtifactError
 from flashvaed_cli.ownership import HEADER_KEY, has_own_header
+from flashvaed_cli.untrusted.files import open_regular
+from flashvaed_cli.untrusted.safetensors_file import NotSafetensorsError, load_safetensors, read_index
 
 _CHUNK_BYTES = 1 << 20
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
 
 def write_artifact(
@@ -60,9 +60,9 @@ def read_artifact(path: str | Path) -> tuple[ArtifactHeader, dict[str, Tensor]]:
     """
     header = read_header(path)
     try:
-        return header, load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{path}: cannot read its tensors: {error}. Write or copy it anew.") from error
+        return header, load_safetensors(Path(path))
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot read its tensors: {error}. Write or copy it again.") from error
 
 
 def read_header(path: str | Path) -> ArtifactHeader:
@@ -84,40 +84,36 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     """The `__metadata__` of a safetensors file.
 
     Raises:
-        ArtifactError: missing, not safetensors, or truncated.
+        ArtifactError: missing, not safetensors, truncated, or more than the limits allow.
     """
-    index, needed_bytes = _read_index(Path(path))
-    size = Path(path).stat().st_size
-    if size < needed_bytes:
-        raise ArtifactError(
-            f"{path}: truncated: its index promises {needed_bytes} bytes and the file has {size}. "
-            "Copy or download it again."
-        )
-    return index.get("__metadata__") or {}
-
-
-def _read_index(path: Path) -> tuple[dict, int]:
-    """The JSON index at the head of a safetensors file, and how many bytes the whole file needs."""
+    path = Path(path)
     try:
-        with path.open("rb") as file:
-            head_bytes = int.from_bytes(file.read(8), "little")
-            text = file.read(head_bytes) if 2 <= head_bytes <= _MAX_HEADER_BYTES else b""
-        index = json.loads(text)
-        ends = [entry["data_offsets"][1] for name, entry in index.items() if name != "__metadata__"]
-        return index, 8 + head_bytes + max(ends, default=0)
+        index, size = read_index(path), path.stat().st_size
     except FileNotFoundError:
         raise ArtifactError(f"{path}: no such file.") from None
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read: {error.strerror}.") from error
-    except (ValueError, TypeError, KeyError, AttributeError):
-        if kind := kind_of_file(path):
-            raise ArtifactError(
-                f"{path}: {kind}, not a safetensors file. Give a checkpoint of a VAE, or an artifact of flashvaed."
-            ) from None
+    except NotSafetensorsError as error:
+        raise _not_safetensors(path, error) from None
+    if size < index.num_bytes:
         raise ArtifactError(
-            f"{path}: not a safetensors file, or truncated within its index ({path.stat().st_size} bytes). "
-            "Check the path, or copy it again."
-        ) from None
+            f"{path}: truncated: its index promises {index.num_bytes} bytes and the file has {size}. "
+            "Copy or download it again."
+        )
+    return dict(index.metadata)
+
+
+def _not_safetensors(path: Path, error: NotSafetensorsError) -> ArtifactError:
+    if kind := kind_of_file(path):
+        return ArtifactError(
+            f"{path}: {kind}, not a safetensors file. Give a checkpoint of a VAE, or an artifact of flashvaed."
+        )
+    if error.has_index:
+        return error
+    return ArtifactError(
+        f"{path}: not a safetensors file, or truncated within its index ({path.stat().st_size} bytes). "
+        "Check the path, or copy it again."
+    )
 
 
 def _plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -144,7 +140,7 @@ def sha256_of_files(files: Sequence[Path]) -> str:
 def sha256_of(path: str | Path) -> str:
     """SHA-256 of a file, read in chunks, as hexadecimal."""
     digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
+    with open_regular(Path(path)) as file:
         while block := file.read(_CHUNK_BYTES):
             digest.update(block)
     return digest.hexdigest()

@@ -8,6 +8,7 @@ import typer
 
 from flashvaed_cli.cli.options import (
     DATA_SETTINGS,
+    AllowDownloadOption,
     DeviceOption,
     DTypeOption,
     FamilyOption,
@@ -17,6 +18,7 @@ from flashvaed_cli.cli.options import (
     RecipeOption,
     SeedOption,
     StepOption,
+    WeightsOption,
     flag,
     input_argument,
     keyed_overrides,
@@ -67,6 +69,8 @@ def convert_ops(
     recipe: RecipeOption = None,
     step: StepOption = None,
     family: FamilyOption = None,
+    weights: WeightsOption = None,
+    allow_download: AllowDownloadOption = None,
     device: DeviceOption = None,
     dtype: DTypeOption = None,
     seed: SeedOption = None,

@@ -9,6 +9,7 @@ import typer
 from flashvaed_cli.cli.options import (
     DATA_SETTINGS,
     RATIO_SETTINGS,
+    AllowDownloadOption,
     DeviceOption,
     DTypeOption,
     FamilyOption,
@@ -18,6 +19,7 @@ from flashvaed_cli.cli.options import (
     RecipeOption,
     SeedOption,
     StepOption,
+    WeightsOption,
     flag,
     input_argument,
     keyed_overrides,
@@ -83,7 +85,6 @@ def distill(
     compile: Annotated[bool | None, switch(DistillRecipe, "compile")] = None,
     ratio: Annotated[list[str] | None, flag(DistillRecipe, "keep_ratio", "--ratio", "-r", **RATIO_SETTINGS)] = None,
     rule: Annotated[SelectionRule | None, flag(DistillRecipe, "rule")] = None,
-    allow_download: Annotated[bool | None, switch(DistillRecipe, "allow_download")] = None,
     validation_data: Annotated[
         list[str] | None, flag(DistillRecipe, "validation_data", "--validation-data", **DATA_SETTINGS)
     ] = None,
@@ -97,6 +98,8 @@ def distill(
     recipe: RecipeOption = None,
     step: StepOption = None,
     family: FamilyOption = None,
+    weights: WeightsOption = None,
+    allow_download: AllowDownloadOption = None,
     device: DeviceOption = None,
     dtype: DTypeOption = None,
     seed: SeedOption = None,
@@ -110,8 +113,8 @@ def distill(
     for pruning. An interrupted run goes on where it was.
     """
     overrides = ratio_overrides(ratio)
-    if weights := keyed_overrides("--loss-weight", loss_weight, float):
-        overrides["loss_weights"] = weights
+    if by_term := keyed_overrides("--loss-weight", loss_weight, float):
+        overrides["loss_weights"] = by_term
     settings = resolve_settings(context, DistillRecipe, overrides)
     from flashvaed_cli.stages.distill import run_distill
 

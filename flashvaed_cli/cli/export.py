@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from flashvaed_cli.cli.options import (
+    AllowDownloadOption,
     DeviceOption,
     DTypeOption,
     FamilyOption,
@@ -16,6 +17,7 @@ from flashvaed_cli.cli.options import (
     RecipeOption,
     SeedOption,
     StepOption,
+    WeightsOption,
     flag,
     input_argument,
 )
@@ -46,6 +48,8 @@ def export(
     recipe: RecipeOption = None,
     step: StepOption = None,
     family: FamilyOption = None,
+    weights: WeightsOption = None,
+    allow_download: AllowDownloadOption = None,
     device: DeviceOption = None,
     dtype: DTypeOption = None,
     seed: SeedOption = None,

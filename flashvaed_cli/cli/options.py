@@ -90,6 +90,8 @@ FAMILY_DEFAULT = "told by names, shapes and configuration; ltx or ltx-video leav
 FamilyOption = Annotated[
     str | None, flag(AnalyzeRecipe, "family", default=FAMILY_DEFAULT, metavar="NAME", rich_help_panel=_COMMON)
 ]
+WeightsOption = Annotated[str | None, flag(AnalyzeRecipe, "weights", metavar="NAME", rich_help_panel=_COMMON)]
+AllowDownloadOption = Annotated[bool | None, switch(AnalyzeRecipe, "allow_download", rich_help_panel=_COMMON)]
 DeviceOption = Annotated[Device | None, flag(AnalyzeRecipe, "device", rich_help_panel=_COMMON)]
 DTypeOption = Annotated[DType | None, flag(AnalyzeRecipe, "dtype", rich_help_panel=_COMMON)]
 SeedOption = Annotated[int | None, flag(AnalyzeRecipe, "seed", rich_help_panel=_COMMON)]

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 
+from flashvaed_cli.limits import MAX_FACTOR, MAX_TAPS, MAX_WIDTH
+
 Operator = Literal[
     "causal3d",
     "dwsep3d",
@@ -23,8 +25,12 @@ Operator = Literal[
     "winograd3d",
     "subpixel2d",
 ]
-Kernel = tuple[int, int, int]
-Factor = tuple[int, int, int]
+Width = Annotated[int, Field(gt=0, le=MAX_WIDTH)]
+"""Channels."""
+_Taps = Annotated[int, Field(gt=0, le=MAX_TAPS)]
+Kernel = tuple[_Taps, _Taps, _Taps]
+_Cells = Annotated[int, Field(gt=0, le=MAX_FACTOR)]
+Factor = tuple[_Cells, _Cells, _Cells]
 """Frames, rows and columns that one position becomes, or that become one."""
 SpacePadding = Literal["zeros", "reflect"]
 """What a kernel reads beyond a frame: zeros, or the frame mirrored at its outermost pixels."""
@@ -58,7 +64,7 @@ class NormSpec(FrozenSpec):
         shift: a summand per channel, `beta`.
     """
 
-    eps: float | None = None
+    eps: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     gain: bool = True
     shift: bool = False
 
@@ -84,12 +90,12 @@ class ConvSpec(FrozenSpec):
     """
 
     operator: Operator
-    in_width: int = Field(gt=0)
-    out_width: int = Field(gt=0)
+    in_width: Width
+    out_width: Width
     kernel: Kernel
     time_padding: TimePadding = "zeros"
     space_padding: SpacePadding = "zeros"
-    rank: int | None = Field(default=None, gt=0)
+    rank: Width | None = None
 
     @model_serializer(mode="wrap")
     def _without_absent_rank(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
@@ -99,6 +105,8 @@ class ConvSpec(FrozenSpec):
 
     @model_validator(mode="after")
     def _kernel_fits_operator(self) -> ConvSpec:
+        if any(taps % 2 == 0 for taps in self.kernel[1:]):
+            raise ValueError(f"a kernel has an odd number of taps in space, not {self.kernel}")
         if self.operator == "pointwise" and self.kernel != (1, 1, 1):
             raise ValueError(f"a pointwise layer has kernel (1, 1, 1), not {self.kernel}")
         if self.plain_operator == "frame2d" and self.kernel[0] != 1:
@@ -191,8 +199,8 @@ class AttentionSpec(FrozenSpec):
     """Single-head self-attention over the positions of each frame, residual. `inner_width` is that of q, k and v."""
 
     kind: Literal["attention"] = "attention"
-    width: int = Field(gt=0)
-    inner_width: int = Field(gt=0)
+    width: Width
+    inner_width: Width
 
 
 class UpsampleSpec(FrozenSpec):

@@ -10,18 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, FiniteFloat, model_validator
 
 from flashvaed_cli.decoders.layer_spec import (
     BlockSpec,
     ConvSpec,
     FrozenSpec,
     UpsampleSpec,
+    Width,
     block_in_width,
     block_layers,
     block_out_width,
 )
 from flashvaed_cli.errors import SpecError
+from flashvaed_cli.limits import MAX_FACTOR, MAX_STAGE_BLOCKS, MAX_STAGES
 
 
 class BypassSpec(FrozenSpec):
@@ -39,8 +41,8 @@ class BypassSpec(FrozenSpec):
     """
 
     kind: Literal["duplicate", "average"]
-    in_width: int = Field(gt=0)
-    out_width: int = Field(gt=0)
+    in_width: Width
+    out_width: Width
     temporal_factor: Literal[1, 2] = 1
     spatial_factor: Literal[1, 2] = 1
     conv: ConvSpec | None = None
@@ -73,8 +75,8 @@ def _bypass_conv(in_width: int, out_width: int, cell_size: int) -> ConvSpec:
 class StageSpec(FrozenSpec):
     """A named run of blocks at one resolution, with the resampler that leaves it; `bypass` leads past all of them."""
 
-    name: str
-    blocks: tuple[BlockSpec, ...]
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    blocks: tuple[BlockSpec, ...] = Field(min_length=1, max_length=MAX_STAGE_BLOCKS)
     bypass: BypassSpec | None = None
 
     @model_validator(mode="after")
@@ -101,10 +103,10 @@ class CoderSpec(FrozenSpec):
 
     family: str
     role: Literal["encoder", "decoder"]
-    stages: tuple[StageSpec, ...]
-    temporal_factor: int
-    spatial_factor: int
-    patch: int = Field(default=1, gt=0)
+    stages: tuple[StageSpec, ...] = Field(min_length=1, max_length=MAX_STAGES)
+    temporal_factor: int = Field(gt=0, le=MAX_FACTOR)
+    spatial_factor: int = Field(gt=0, le=MAX_FACTOR)
+    patch: int = Field(default=1, gt=0, le=MAX_FACTOR)
     still: bool = False
 
     @model_validator(mode="after")
@@ -114,6 +116,13 @@ class CoderSpec(FrozenSpec):
             if previous is not None and previous[1] != block_in_width(block):
                 raise ValueError(f"{previous[0]} gives {previous[1]} channels, {address} takes {block_in_width(block)}")
             previous = (address, block_out_width(block))
+        return self
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> CoderSpec:
+        names = [stage.name for stage in self.stages]
+        if repeated := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two stages are called {repeated}")
         return self
 
     @model_validator(mode="after")
@@ -197,7 +206,7 @@ class DecoderSpec(CoderSpec):
     """
 
     role: Literal["decoder"] = "decoder"
-    decode_timestep: float | None = None
+    decode_timestep: FiniteFloat | None = None
 
     def with_blocks(self, changed: dict[str, BlockSpec]) -> DecoderSpec:
         """A copy with the blocks at the given addresses replaced; checked as a whole."""

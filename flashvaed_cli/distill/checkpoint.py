@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -15,7 +13,8 @@ from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.distill.averaging import TermAverage, WeightAverage
 from flashvaed_cli.distill.features import FeatureMatcher
 from flashvaed_cli.distill.settings import CADENCE_SETTINGS, TrainSettings
-from flashvaed_cli.errors import DistillationError
+from flashvaed_cli.errors import DistillationError, TensorFileError
+from flashvaed_cli.untrusted.pytorch_file import load_pytorch
 
 _FORMAT = 2
 
@@ -66,6 +65,10 @@ class TrainState:
         return next(self.student.parameters()).device
 
 
+_PARTS: dict[str, type] = {
+    "run_key": str, "phase": int, "settings": dict, "num_ranks": int, "counters": dict, "terms": dict,
+    "student": dict, "projections": dict, "optimizer": dict, "rng": dict,
+}  # fmt: skip
 _COUNTERS = ("step", "seconds", "data_seconds", "num_clips", "first_loss", "history")
 
 
@@ -109,7 +112,7 @@ def load_checkpoint(state: TrainState, path: Path) -> int:
     Raises:
         DistillationError: damaged, or of another run, phase, decoder or settings.
     """
-    content = _read(path)
+    content = _read(path, mapped=False)
     _require_same_run(content, state, path)
     try:
         state.student.load_state_dict(content["student"])
@@ -117,15 +120,15 @@ def load_checkpoint(state: TrainState, path: Path) -> int:
         state.optimizer.load_state_dict(content["optimizer"])
         if state.average is not None:
             state.average.load_state_dict(content["average"])
-    except (RuntimeError, ValueError, KeyError) as error:
+        state.terms.load_state_dict(content["terms"], state.device)
+        torch.set_rng_state(content["rng"]["cpu"])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise DistillationError(
             f"{path} does not fit the decoder that is to be trained ({error}). Delete it to start anew."
         ) from error
-    state.terms.load_state_dict(content["terms"], state.device)
     for name, value in content["counters"].items():
         setattr(state, name, value)
     state.saved_step = state.step
-    torch.set_rng_state(content["rng"]["cpu"])
     if len(content["rng"]["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(content["rng"]["cuda"])
     return content["num_ranks"]
@@ -149,21 +152,33 @@ def checkpoint_state(path: Path) -> CheckpointState:
     Raises:
         DistillationError: missing or damaged.
     """
-    content = _read(path, mmap=True)
+    content = _read(path, mapped=True)
     return CheckpointState(content["phase"], content["counters"]["step"], content["settings"]["num_steps"])
 
 
-def _read(path: Path, *, mmap: bool = False) -> dict:
+def _read(path: Path, *, mapped: bool) -> dict:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        content = load_pytorch(path, mapped=mapped)
+    except (OSError, TensorFileError) as error:
         raise DistillationError(
-            f"{path} cannot be read as a checkpoint ({reason}). Delete it to start the phase anew."
+            f"{path} cannot be read as a checkpoint ({error}). Delete it to start the phase again."
         ) from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise DistillationError(f"{path} is not a checkpoint of this version. Delete it to start the phase anew.")
+        raise DistillationError(f"{path} is not a checkpoint of this version. Delete it to start the phase again.")
+    for name, kind in _PARTS.items():
+        if not isinstance(content.get(name), kind):
+            raise _damaged(path, name)
+    if content["counters"].keys() != set(_COUNTERS) or not isinstance(content["counters"]["step"], int):
+        raise _damaged(path, "counters")
+    if not isinstance(content["settings"].get("num_steps"), int) or not content["rng"].keys() >= {"cpu", "cuda"}:
+        raise _damaged(path, "settings or rng")
     return content
+
+
+def _damaged(path: Path, part: str) -> DistillationError:
+    return DistillationError(
+        f"{path} is damaged: its {part} are not what was saved. Delete it to start the phase again."
+    )
 
 
 def _require_same_run(content: dict, state: TrainState, path: Path) -> None:

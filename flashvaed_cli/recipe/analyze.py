@@ -19,6 +19,9 @@ class AnalyzeRecipe(CalibratedRecipe):
     input: Name | None = Field(
         default=None, description="VAE to analyze: a file, folder, hf:// address or builtin:NAME."
     )
+    original: Name | None = Field(
+        default=None, description="The original VAE, where it is not the one that the input remembers."
+    )
     latency_frames: Count = Field(
         default=9, description="Frames of the clip whose decoding is timed, rounded up to whole latents."
     )

@@ -140,9 +140,6 @@ class DistillRecipe(ClipFields, RatioFields):
         description="Number format of that folder; float16 takes half the room and rounds latents to 11 bits.",
     )
     loss_weights: LossWeights = Field(default=LossWeights(), description="Weight of every loss term.")
-    allow_download: Switch = Field(
-        default=False, description="Fetch the backbone of the LPIPS term if its weights are absent."
-    )
     validation_data: Names = Field(
         default=(),
         description="Videos, folders or latent files that are not trained on, even if data names them too: at most 8 "

@@ -77,7 +77,6 @@ class EvalRecipe(ClipFields):
     lpips: Literal["auto", "on", "off"] = Field(
         default="auto", description="auto reports LPIPS when the backbone's weights are there; on fails without them."
     )
-    allow_download: Switch = Field(default=False, description="Fetch the LPIPS backbone's weights if they are absent.")
     output: Name = Field(
         default="report", description="Folder to write report.json, report.md and pictures (speed.json, speed.md) to."
     )

@@ -15,10 +15,12 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from flashvaed_cli.errors import RecipeError
+from flashvaed_cli.errors import RecipeError, TensorFileError
+from flashvaed_cli.limits import MAX_LISTED_MISTAKES, MAX_QUOTED_CHARS, MAX_RECIPE_BYTES
 from flashvaed_cli.recipe.commands import COMMAND_RECIPES
 from flashvaed_cli.recipe.settings import CommandRecipe
 from flashvaed_cli.recipe.yaml_source import YamlSource, parse_yaml
+from flashvaed_cli.untrusted.files import read_bounded
 
 CommandRecipeT = TypeVar("CommandRecipeT", bound=CommandRecipe)
 
@@ -103,7 +105,9 @@ def load_recipe(path: str | Path) -> Recipe:
     """
     source = str(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_bounded(Path(path), MAX_RECIPE_BYTES).decode("utf-8")
+    except TensorFileError as error:
+        raise RecipeError(str(error)) from error
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{source} cannot be read as a recipe: {error}") from error
     parsed = parse_yaml(text, source=source)
@@ -211,12 +215,12 @@ def _read_document(parsed: YamlSource, source: str, problems: list[tuple[int, st
         raise RecipeError(f"{source}: a recipe is a mapping with one of {', '.join(COMMAND_RECIPES)}, or `steps:`.")
     description = document.get("description", "")
     if not isinstance(description, str):
-        problems.append((parsed.line(("description",)), f"description = {description!r}: must be a text"))
+        problems.append((parsed.line(("description",)), f"description = {quoted(description)}: must be a text"))
     commands = [key for key in document if key in COMMAND_RECIPES]
     for key in document:
         if key not in ("description", "steps", *COMMAND_RECIPES):
             hint = _suggestion(key, ["description", "steps", *COMMAND_RECIPES])
-            problems.append((parsed.line((_key(key),)), f"{key} = {document[key]!r}: unknown key{hint}"))
+            problems.append((parsed.line((_key(key),)), f"{key} = {quoted(document[key])}: unknown key{hint}"))
     if len(commands) + ("steps" in document) != 1 and not problems:
         problems.append((1, f"expected one of {', '.join(COMMAND_RECIPES)}, or `steps:` with a list of them"))
     sections = [_read_section(parsed, (command,), command, document[command], problems) for command in commands]
@@ -240,7 +244,7 @@ def _read_steps(parsed: YamlSource, steps: object, problems: list[tuple[int, str
         command = next(iter(step))
         if command not in COMMAND_RECIPES:
             hint = _suggestion(command, list(COMMAND_RECIPES))
-            message = f"steps[{index}].{command} = {step[command]!r}: unknown command{hint}"
+            message = f"steps[{index}].{command} = {quoted(step[command])}: unknown command{hint}"
             problems.append((parsed.line(path), message))
             continue
         yield _read_section(parsed, (*path, str(command)), str(command), step[command], problems)
@@ -251,12 +255,12 @@ def _read_section(
 ) -> Section:
     line = parsed.line(path)
     if value is not None and not isinstance(value, dict):
-        problems.append((line, f"{_dotted(path)} = {value!r}: must be a mapping of settings"))
+        problems.append((line, f"{_dotted(path)} = {quoted(value)}: must be a mapping of settings"))
         value = None
     settings = dict(value or {})
     name = settings.pop("name", None)
     if name is not None and not (isinstance(name, str) and name):
-        problems.append((parsed.line((*path, "name")), f"{_dotted((*path, 'name'))} = {name!r}: must be a text"))
+        problems.append((parsed.line((*path, "name")), f"{_dotted((*path, 'name'))} = {quoted(name)}: must be a text"))
         name = None
     try:
         COMMAND_RECIPES[command].model_validate(settings)
@@ -306,7 +310,7 @@ def _flatten(error: ValidationError, model: type[BaseModel]) -> Iterator[tuple[t
         if item["type"] == "extra_forbidden":
             message = f"unknown key{_suggestion(location[-1], _field_names(model, location[:-1]))}"
         # A mistake of the whole section has no value of its own worth printing.
-        yield location, message, f" = {item['input']!r}" if location and item["type"] != "missing" else ""
+        yield location, message, f" = {quoted(item['input'])}" if location and item["type"] != "missing" else ""
 
 
 def _field_names(model: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:
@@ -326,7 +330,7 @@ def _field_names(model: type[BaseModel], location: tuple[str | int, ...]) -> lis
 
 
 def _suggestion(key: object, known: list[str]) -> str:
-    close = difflib.get_close_matches(str(key), known, n=1)
+    close = difflib.get_close_matches(str(key)[:MAX_QUOTED_CHARS], known, n=1)
     return f"; did you mean {close[0]}?" if close else f" (known: {', '.join(known)})" if known else ""
 
 
@@ -335,10 +339,21 @@ def _key(key: object) -> str | int:
 
 
 def _dotted(path: Sequence[str | int]) -> str:
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part[:MAX_QUOTED_CHARS]}" for part in path)
     return text.removeprefix(".")
 
 
 def _listing(source: str, mistakes: list[str]) -> str:
     count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
-    return "\n  ".join([f"{source}: {count}", *mistakes])
+    shown = [
+        mistake if len(mistake) <= 400 else f"{mistake[:200]} ... {mistake[-150:]}"
+        for mistake in mistakes[:MAX_LISTED_MISTAKES]
+    ]
+    more = [f"and {len(mistakes) - len(shown)} more"] if len(mistakes) > len(shown) else []
+    return "\n  ".join([f"{source}: {count}", *shown, *more])
+
+
+def quoted(value: object) -> str:
+    """A value for a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= MAX_QUOTED_CHARS else f"{text[:MAX_QUOTED_CHARS]}..."

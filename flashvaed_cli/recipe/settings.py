@@ -24,6 +24,7 @@ from flashvaed_cli.recipe.fields import (
     Positive,
     ReconstructMode,
     SelectionRule,
+    Switch,
     WholeNumber,
 )
 
@@ -47,6 +48,15 @@ class CommandRecipe(FrozenModel):
     family: Name | None = Field(
         default=None,
         description="Family of the input, where its names leave that open (wan2.1 and qwen-image have the same).",
+    )
+
+    weights: Name | None = Field(
+        default=None,
+        description="Which weights to read where a file holds several sets: ema for averaged ones, or the file's word.",
+    )
+    allow_download: Switch = Field(
+        default=False,
+        description="Download what is missing: an original on the Hub that the input names, the weights of LPIPS.",
     )
 
     _origins: dict[tuple[str, ...], str] = PrivateAttr(default_factory=dict)

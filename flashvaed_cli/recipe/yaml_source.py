@@ -9,8 +9,10 @@ import re
 from dataclasses import dataclass, field
 
 import yaml
+import yaml.reader
 
 from flashvaed_cli.errors import RecipeError
+from flashvaed_cli.limits import MAX_JSON_DEPTH, MAX_RECIPE_VALUES
 
 _PLAIN_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
@@ -50,10 +52,11 @@ def parse_yaml(text: str, *, source: str) -> YamlSource:
         text: the document.
         source: what to call it in errors.
     Raises:
-        RecipeError: not YAML, more than one document, or an alias that contains itself.
+        RecipeError: not YAML, more than one document, an alias that contains itself, or more than the limits allow.
     """
-    loader = _Loader(text)
+    loader: _Loader | None = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         parsed = YamlSource(value=None, lines={(): 1})
         if node is None:
@@ -64,10 +67,16 @@ def parse_yaml(text: str, *, source: str) -> YamlSource:
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1}: " if mark else ""
         raise RecipeError(f"{source} is not valid YAML. {line}{error.problem or error.context}.") from error
+    except RecursionError:
+        raise RecipeError(f"{source} is nested deeper than {MAX_JSON_DEPTH} levels, as no recipe is.") from None
+    except yaml.reader.ReaderError as error:
+        character = error.character if isinstance(error.character, int) else ord(str(error.character)[0])
+        raise RecipeError(f"{source} is not valid YAML: it holds the control character {character:#04x}.") from error
     except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"{source} is not valid YAML: {error}") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _build(loader: _Loader, node: yaml.Node, path: Path, parsed: YamlSource, above: frozenset[int]) -> object:
@@ -75,13 +84,25 @@ def _build(loader: _Loader, node: yaml.Node, path: Path, parsed: YamlSource, abo
         raise yaml.MarkedYAMLError(problem="an alias contains itself", problem_mark=node.start_mark)
     if isinstance(node, yaml.CollectionNode) and node.tag not in _PLAIN_TAGS:
         raise yaml.MarkedYAMLError(problem=f"the tag {node.tag} is not allowed", problem_mark=node.start_mark)
+    if len(path) > MAX_JSON_DEPTH:
+        raise yaml.MarkedYAMLError(problem=f"nested deeper than {MAX_JSON_DEPTH} levels", problem_mark=node.start_mark)
+    if len(parsed.lines) > MAX_RECIPE_VALUES:
+        raise yaml.MarkedYAMLError(problem=f"more than {MAX_RECIPE_VALUES} values", problem_mark=node.start_mark)
     parsed.lines.setdefault(path, node.start_mark.line + 1)
     above = above | {id(node)}
     if isinstance(node, yaml.MappingNode):
         return _build_mapping(loader, node, path, parsed, above)
     if isinstance(node, yaml.SequenceNode):
         return tuple(_build(loader, child, (*path, i), parsed, above) for i, child in enumerate(node.value))
-    return loader.construct_object(node)
+    return _scalar(loader, node)
+
+
+def _scalar(loader: _Loader, node: yaml.Node) -> object:
+    try:
+        return loader.construct_object(node)
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError):  # PyYAML's own, of tags that do not fit
+        what = f"{node.value!r:.60} is no {node.tag.rpartition(':')[2]:.40}"
+        raise yaml.MarkedYAMLError(problem=what, problem_mark=node.start_mark) from None
 
 
 def _build_mapping(
@@ -94,10 +115,14 @@ def _build_mapping(
         if key_node.value in seen and key_node.tag != "tag:yaml.org,2002:merge":
             parsed.problems.append((key_node.start_mark.line + 1, f"{key_node.value}: this key is given twice"))
         seen.add(key_node.value)
+    # Several merges, or merges of lists, can double at every level.
+    merges = [value for key, value in node.value if key.tag == "tag:yaml.org,2002:merge"]
+    if len(merges) > 1 or not all(isinstance(value, yaml.MappingNode) for value in merges):
+        raise yaml.MarkedYAMLError(problem="<< merges one mapping only", problem_mark=node.start_mark)
     loader.flatten_mapping(node)
     result: dict[object, object] = {}
     for key_node, value_node in node.value:
-        key = loader.construct_object(key_node)
+        key = _scalar(loader, key_node)
         key_path = (*path, key if isinstance(key, str | int) else str(key))
         parsed.lines[key_path] = key_node.start_mark.line + 1
         result[key] = _build(loader, value_node, key_path, parsed, above)

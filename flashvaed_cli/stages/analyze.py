@@ -38,7 +38,7 @@ from flashvaed_cli.report.curves import plot_latency, plot_r2_curves, plot_spect
 from flashvaed_cli.report.tables import Column, TableData
 from flashvaed_cli.stages.clips import plan_calibration
 from flashvaed_cli.stages.latency_model import TimedClip, latency_model_record, whole_clip
-from flashvaed_cli.stages.loading import DTYPES, choose_device, choose_input, load_inputs
+from flashvaed_cli.stages.loading import DTYPES, choose_device, choose_input, input_settings, load_inputs
 from flashvaed_cli.stages.outputs import claim_file
 from flashvaed_cli.stages.result import StageOutcome
 from flashvaed_cli.surgery.evidence import pooled_evidence
@@ -59,7 +59,7 @@ def run_analyze(recipe: AnalyzeRecipe, *, progress: Progress, force: bool, comma
         recipe.output, force=force, reads=(location,), beside=plot_files(Path(recipe.output)) if recipe.plots else ()
     )
     device = choose_device(recipe.device)
-    inputs = load_inputs(location, original=None, family=recipe.family, device=device, progress=progress)
+    inputs = load_inputs(location, **input_settings(recipe), device=device, progress=progress)
     decoder = inputs.checkpoint.require_decoder()
     timed = TimedClip(recipe.latency_frames, recipe.latency_side, device, recipe.dtype)
     timed = whole_clip(timed, decoder.spec, recipe, progress)

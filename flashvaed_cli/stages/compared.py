@@ -28,6 +28,7 @@ def derived_decoders(inputs: Inputs, recipe: EvalRecipe, taken: Sequence[str] = 
             family=inputs.checkpoint.family,
             device=inputs.device,
             progress=SilentProgress(),
+            allow_download=recipe.allow_download,
         )
         if other.original.sha256 != inputs.original.sha256:
             raise ArtifactError(

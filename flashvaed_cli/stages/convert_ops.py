@@ -23,7 +23,7 @@ from flashvaed_cli.recipe.convert_ops import ConvertOpsRecipe
 from flashvaed_cli.report.tables import Column, TableData
 from flashvaed_cli.stages.asked_names import require_known_operators
 from flashvaed_cli.stages.clips import plan_calibration
-from flashvaed_cli.stages.loading import DTYPES, Inputs, choose_device, choose_input, load_inputs
+from flashvaed_cli.stages.loading import DTYPES, Inputs, choose_device, choose_input, input_settings, load_inputs
 from flashvaed_cli.stages.outputs import claim_file
 from flashvaed_cli.stages.reconstruction import choose_reference, error_table, fit_settings, reconstruct
 from flashvaed_cli.stages.result import StageOutcome
@@ -55,7 +55,7 @@ def run_convert_ops(recipe: ConvertOpsRecipe, *, progress: Progress, force: bool
     location = choose_input(recipe.input, ConvertOpsRecipe, progress)
     claim_file(recipe.output, force=force, reads=(location, recipe.original))
     device = choose_device(recipe.device)
-    inputs = load_inputs(location, original=recipe.original, family=recipe.family, device=device, progress=progress)
+    inputs = load_inputs(location, **input_settings(recipe), device=device, progress=progress)
     decoder = inputs.checkpoint.require_decoder()
     if recipe.profile == "exact":
         return _convert_exactly(

@@ -40,7 +40,7 @@ from flashvaed_cli.recipe.distill import DistillRecipe, PhaseRecipe
 from flashvaed_cli.stages.asked_names import require_known_ratios
 from flashvaed_cli.stages.clip_source import NUM_STATISTICS_CLIPS
 from flashvaed_cli.stages.fitted_clips import fitted_to_vae
-from flashvaed_cli.stages.loading import Inputs, choose_device, choose_input, load_inputs
+from flashvaed_cli.stages.loading import Inputs, choose_device, choose_input, input_settings, load_inputs
 from flashvaed_cli.stages.outputs import claim_file
 from flashvaed_cli.stages.result import StageOutcome
 from flashvaed_cli.stages.training_data import TrainingData, training_data
@@ -141,7 +141,7 @@ class _Job:
 
 def _prepare(recipe: DistillRecipe, ranks: Ranks, device: torch.device, progress: Progress) -> _Job:
     location = choose_input(recipe.input, DistillRecipe, progress)
-    inputs = load_inputs(location, original=recipe.original, family=recipe.family, device=device, progress=progress)
+    inputs = load_inputs(location, **input_settings(recipe), device=device, progress=progress)
     student, teacher = inputs.checkpoint.require_decoder(), inputs.reference()
     if next(teacher.parameters()) is next(student.parameters()):
         teacher = copy.deepcopy(teacher)  # an original is trained towards itself: phase 2 prepares it for pruning

@@ -49,7 +49,7 @@ from flashvaed_cli.report.speed import SPEED_JSON
 from flashvaed_cli.stages.clips import find_data, raw_latents
 from flashvaed_cli.stages.compared import derived_decoders, distinct_names
 from flashvaed_cli.stages.fitted_clips import latent_grid, whole_side
-from flashvaed_cli.stages.loading import DTYPES, Inputs, choose_device, choose_input, load_inputs
+from flashvaed_cli.stages.loading import DTYPES, Inputs, choose_device, choose_input, input_settings, load_inputs
 from flashvaed_cli.stages.outputs import claim_folder, filled_at_the_end, moved, refuse_to_replace
 from flashvaed_cli.stages.report_page import ClipVideos, page_extras
 from flashvaed_cli.stages.result import StageOutcome
@@ -77,7 +77,7 @@ def run_evaluate(recipe: EvalRecipe, *, progress: Progress, force: bool, command
     output = claim_folder(recipe.output, REPORT_JSON, SPEED_JSON, force=force)
     location = choose_input(recipe.input, EvalRecipe, progress)
     device = choose_device(recipe.device)
-    inputs = load_inputs(location, original=recipe.original, family=recipe.family, device=device, progress=progress)
+    inputs = load_inputs(location, **input_settings(recipe), device=device, progress=progress)
     if recipe.max_side is not None:
         whole_side("max_side", recipe.max_side, latent_grid(inputs.original))  # refuses what holds no latent
     notes: list[str] = []

@@ -54,7 +54,7 @@ def run_export(recipe: ExportRecipe, *, progress: Progress, force: bool, command
     """
     output = claim_folder(recipe.output, MANIFEST, force=force)
     location = choose_input(recipe.input, ExportRecipe, progress)
-    checkpoint = with_plain_operators(load_input(location, recipe.family, progress))
+    checkpoint = with_plain_operators(load_input(location, recipe.family, progress, weights=recipe.weights))
     with filled_at_the_end(output, MANIFEST, reads=(location,)) as draft:
         course = _write_targets(checkpoint, draft, export_name(location), recipe, progress)
         table = _table(course.results, draft)

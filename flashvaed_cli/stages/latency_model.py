@@ -116,7 +116,7 @@ def latency_model_record(
 
 def stored_model(record: Mapping[str, Any] | None, clip: TimedClip) -> tuple[WidthLatency | None, str]:
     """The model of a record, or None and why it does not hold for a clip."""
-    if record is None:
+    if not isinstance(record, Mapping):
         return None, "the analysis holds no latency model"
     wanted = clip.conditions()
     different = [
@@ -124,4 +124,7 @@ def stored_model(record: Mapping[str, Any] | None, clip: TimedClip) -> tuple[Wid
     ]
     if different:
         return None, f"the analysis' latency model is for {', '.join(different)}"
-    return WidthLatency.from_record(record), ""
+    try:
+        return WidthLatency.from_record(record), ""
+    except (KeyError, TypeError, ValueError, IndexError):
+        return None, "the analysis' latency model is damaged"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
@@ -59,18 +60,50 @@ class Inputs:
         return still_decoder(original) if is_still and not original.spec.still else original
 
 
+class InputSettings(TypedDict):
+    """What a recipe says of the files to load; see `load_inputs`."""
+
+    original: str | None
+    family: str | None
+    weights: str | None
+    allow_download: bool
+
+
+def input_settings(recipe: CommandRecipe) -> InputSettings:
+    """What a recipe says of the files to load."""
+    return InputSettings(
+        original=getattr(recipe, "original", None),
+        family=recipe.family,
+        weights=recipe.weights,
+        allow_download=recipe.allow_download,
+    )
+
+
 def load_inputs(
-    location: str, *, original: str | None, family: str | None, device: torch.device, progress: Progress
+    location: str,
+    *,
+    original: str | None,
+    family: str | None,
+    device: torch.device,
+    progress: Progress,
+    weights: str | None = None,
+    allow_download: bool = False,
 ) -> Inputs:
     """Load a checkpoint and its original, both moved to the device, with plain operators.
 
     Exact operators are a way to run a decoder: what is pruned, converted, trained or exported is the network.
 
+    Args:
+        original: the user's word for it, in place of what the checkpoint remembers.
+        family, weights: see `load_checkpoint`.
+        allow_download: the original may be fetched from where the checkpoint says that it came from.
     Raises:
         ArtifactError: not found, unreadable, not the original of the checkpoint, or weights that are not finite.
     """
-    checkpoint = with_plain_operators(load_input(location, family, progress))
-    parent = with_plain_operators(load_original(checkpoint, original, BUILTINS, needs_encoder=False))
+    checkpoint = with_plain_operators(load_input(location, family, progress, weights=weights))
+    parent = with_plain_operators(
+        load_original(checkpoint, original, BUILTINS, needs_encoder=False, allow_download=allow_download)
+    )
     if parent.location != checkpoint.location:
         _warn_of(parent, progress)
     for loaded in (checkpoint, parent):
@@ -81,7 +114,7 @@ def load_inputs(
     return Inputs(checkpoint, parent, device)
 
 
-def load_input(location: str, family: str | None, progress: Progress) -> Checkpoint:
+def load_input(location: str, family: str | None, progress: Progress, *, weights: str | None = None) -> Checkpoint:
     """Load a checkpoint; where names and configuration leave several families open, say so and which one is taken.
 
     What the checkpoint lacks is a warning.
@@ -89,7 +122,7 @@ def load_input(location: str, family: str | None, progress: Progress) -> Checkpo
     Raises:
         ArtifactError: not found, unreadable or not of that family.
     """
-    checkpoint = load_checkpoint(location, builtins=BUILTINS, family=family)
+    checkpoint = load_checkpoint(location, builtins=BUILTINS, family=family, weights=weights)
     if checkpoint.twins:
         others = " and ".join(checkpoint.twins)
         progress.log(

@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flashvaed_cli.artifact.checkpoint import Checkpoint, derived_header, save_checkpoint
-from flashvaed_cli.artifact.header import Lineage
+from flashvaed_cli.artifact.header import ArtifactHeader, Lineage
 from flashvaed_cli.artifact.store import read_artifact, read_header, sha256_of
 from flashvaed_cli.calibrate.statistics import collect_statistics
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.families import get_family
-from flashvaed_cli.decoders.groups import ChannelGroup, Kept, channel_groups, compose_kept
+from flashvaed_cli.decoders.groups import ChannelGroup, Kept, channel_groups, compose_kept, tensor_widths
 from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.errors import ArtifactError, SpecError
 from flashvaed_cli.numerics.covariance import TensorStatistics
@@ -23,7 +25,7 @@ from flashvaed_cli.report.tables import Column, TableData
 from flashvaed_cli.stages.asked_names import require_known_ratios
 from flashvaed_cli.stages.budget import budget_table, judge_budget, plan_budget
 from flashvaed_cli.stages.clips import CalibrationClips, plan_calibration
-from flashvaed_cli.stages.loading import DTYPES, choose_device, choose_input, load_inputs
+from flashvaed_cli.stages.loading import DTYPES, choose_device, choose_input, input_settings, load_inputs
 from flashvaed_cli.stages.outputs import claim_file
 from flashvaed_cli.stages.reconstruction import choose_reference, error_table, fit_settings, reconstruct
 from flashvaed_cli.stages.result import StageOutcome
@@ -45,7 +47,7 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
     location = choose_input(recipe.input, PruneRecipe, progress)
     output = claim_file(recipe.output, force=force, reads=(location, recipe.original, recipe.analysis))
     device = choose_device(recipe.device)
-    inputs = load_inputs(location, original=recipe.original, family=recipe.family, device=device, progress=progress)
+    inputs = load_inputs(location, **input_settings(recipe), device=device, progress=progress)
     decoder = inputs.checkpoint.require_decoder()
     require_known_ratios(recipe, decoder.spec)
     clips = plan_calibration(
@@ -170,18 +172,41 @@ def _statistics(
     header, tensors = read_artifact(given)
     if header.kind != "analysis":
         raise ArtifactError(f"{given} is a {header.kind}, not an analysis; make one with `flashvaed analyze`")
+    if not header.parents:
+        raise ArtifactError(f"{given} does not say what it is the analysis of. Run `flashvaed analyze` again.")
     if _analyzed_sha256(Path(given)) != checkpoint.sha256:
         raise ArtifactError(
             f"{given} is the analysis of {header.parents[0].location} (SHA-256 {header.parents[0].sha256[:12]}), not "
             f"of {checkpoint.location} ({checkpoint.sha256[:12]}); run `flashvaed analyze {checkpoint.location}`"
         )
-    positions = header.measured["clips"]["positions"]
-    statistics = {
-        address: TensorStatistics(tensors[f"covariance.{address}"], tensors[f"mean.{address}"], count)
-        for address, count in positions.items()
-    }
+    statistics = _read_statistics(given, header, tensors, checkpoint.require_decoder().spec)
     parents = (Lineage(role="analysis", location=given, sha256=sha256_of(given)),)
     return statistics, parents, header.measured.get("width_latency")
+
+
+def _read_statistics(
+    location: str, header: ArtifactHeader, tensors: Mapping[str, torch.Tensor], spec: DecoderSpec
+) -> dict[str, TensorStatistics]:
+    """The statistics of every tensor that belongs to a channel group.
+
+    Raises:
+        ArtifactError: some are missing, of another shape, or not finite.
+    """
+    clips = header.measured.get("clips")
+    positions = clips.get("positions") if isinstance(clips, Mapping) else None
+    statistics: dict[str, TensorStatistics] = {}
+    for address, width in tensor_widths(spec).items():
+        count = positions.get(address) if isinstance(positions, Mapping) else None
+        covariance, mean = tensors.get(f"covariance.{address}"), tensors.get(f"mean.{address}")
+        fault = "is not there"
+        if isinstance(count, int) and count > 0 and covariance is not None and mean is not None:
+            fits = covariance.shape == (width, width) and mean.shape == (width,) and covariance.is_floating_point()
+            fault = "is not finite" if fits else f"is not of {width} channels"
+            if fits and torch.isfinite(covariance).all() and torch.isfinite(mean).all():
+                statistics[address] = TensorStatistics(covariance.double(), mean.double(), count)
+                continue
+        raise ArtifactError(f"{location}: damaged: its covariance of {address} {fault}. Run `flashvaed analyze` again.")
+    return statistics
 
 
 def _analyzed_sha256(path: Path) -> str | None:

@@ -15,13 +15,13 @@ from flashvaed_cli.recipe.evaluate import EvalRecipe
 from flashvaed_cli.recipe.quantities import parse_memory, parse_size
 from flashvaed_cli.report.speed import SPEED_JSON, SpeedReport, all_notes, save_speed, speed_document, speed_tables
 from flashvaed_cli.stages.compared import derived_decoders
-from flashvaed_cli.stages.loading import DTYPES, choose_device, choose_input, load_inputs
+from flashvaed_cli.stages.loading import DTYPES, choose_device, choose_input, input_settings, load_inputs
 from flashvaed_cli.stages.outputs import claim_folder
 from flashvaed_cli.stages.result import StageOutcome
 from flashvaed_cli.stages.speed_table import RESERVED_NAMES, ClipSize, SpeedSettings, time_decoders
 
 _DEFAULT_FRAMES = 9
-_UNUSED = ("data", "latent_scale", "num_clips", "num_frames", "max_side", "video", "lpips", "allow_download")
+_UNUSED = ("data", "latent_scale", "num_clips", "num_frames", "max_side", "video", "lpips")
 
 
 def run_speed(recipe: EvalRecipe, *, progress: Progress, force: bool, command_line: str) -> StageOutcome:
@@ -36,7 +36,7 @@ def run_speed(recipe: EvalRecipe, *, progress: Progress, force: bool, command_li
     output = claim_folder(recipe.output, SPEED_JSON, "report.json", force=force)
     location = choose_input(recipe.input, EvalRecipe, progress)
     device = choose_device(recipe.device)
-    inputs = load_inputs(location, original=recipe.original, family=recipe.family, device=device, progress=progress)
+    inputs = load_inputs(location, **input_settings(recipe), device=device, progress=progress)
     original, derived = inputs.original.require_decoder(), derived_decoders(inputs, recipe, taken=RESERVED_NAMES)
     lengths = _lengths(recipe, {inputs.original.location: original, **derived})
     if recipe.compile:

@@ -25,9 +25,11 @@ _END, _END64 = b"PK\x05\x06", b"PK\x06\x06"
 _END_BYTES = 65_536 + 22
 
 
-def load_pytorch(path: Path) -> object:
-    """What torch.save wrote: a tensor, or dicts, lists and tuples of tensors, numbers and texts. Data stay on disk.
+def load_pytorch(path: Path, *, mapped: bool = True) -> object:
+    """What torch.save wrote: a tensor, or dicts, lists and tuples of tensors, numbers and texts.
 
+    Args:
+        mapped: the tensors' data stay on disk until they are used.
     Raises:
         TensorFileError: it could run code, is damaged, or is more than the limits allow: too many tensors, tensors
             that fill more memory than the file (expanded), sparse tensors, compressed records.
@@ -36,7 +38,7 @@ def load_pytorch(path: Path) -> object:
     try:
         with open_regular(path) as file:
             _scan(file, path)
-        content = _load(path)
+        content = _load(path, mapped)
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0]
         raise TensorFileError(
@@ -55,11 +57,11 @@ def load_pytorch(path: Path) -> object:
     return content
 
 
-def _load(path: Path) -> object:
+def _load(path: Path, mapped: bool) -> object:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about pickle protocols: whether it could be read is what counts
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except RuntimeError as error:
             if "mmap" not in str(error):
                 raise
@@ -71,7 +73,8 @@ def _scan(file: BinaryIO, path: Path) -> None:
     if file.read(2) != b"PK":
         file.seek(0)
         for _ in range(_MAGIC_PARTS):
-            scan_pickle(file, path, size)
+            if file.tell() < size:
+                scan_pickle(file, path, size)
         return
     _check_directory(file, path, size)
     with zipfile.ZipFile(file) as archive:

@@ -34,7 +34,9 @@ class SafetensorsIndex:
 
 
 class NotSafetensorsError(TensorFileError):
-    """The file has no index of the safetensors format."""
+    """The file has no valid index of the safetensors format; `has_index`: it has one that is damaged or too large."""
+
+    has_index = False
 
 
 def read_index(path: Path) -> SafetensorsIndex:
@@ -54,7 +56,7 @@ def read_index(path: Path) -> SafetensorsIndex:
             raise _not_an_index(path, f"of {head_bytes} bytes, more than {MAX_INDEX_BYTES}")
         text = start + file.read(head_bytes - 1)
     if len(text) < head_bytes:
-        raise _not_an_index(path, f"cut off after {len(text)} of {head_bytes} bytes")
+        raise _not_an_index(path, f"of {head_bytes} bytes, truncated after {len(text)}")
     try:
         index = parse_json(text)
     except (ValueError, RecursionError) as error:
@@ -89,7 +91,9 @@ def _length(value: object) -> int:
 
 
 def _not_an_index(path: Path, what: str) -> NotSafetensorsError:
-    return NotSafetensorsError(f"{path}: has an index {what}: damaged, or not a safetensors file. Copy it again.")
+    error = NotSafetensorsError(f"{path}: has an index {what}: damaged, or not a safetensors file. Copy it again.")
+    error.has_index = True
+    return error
 
 
 def load_safetensors(path: Path) -> dict[str, Tensor]:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import http.server
+import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -47,7 +50,14 @@ def test_addresses(address: str, parts: tuple) -> None:
     assert parse_hub_address(address) == HubAddress(*parts)
 
 
-@pytest.mark.parametrize("address", ["hf://", "hf://o", "hf:///r/x", "hf://o/r@a/x@b", "hf://o/r/../x.pth"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("hf://", "hf://o", "hf:///r/x", "hf://o/r@a/x@b", "hf://o/r/../x.pth", "hf://o/r/x.pth@../../.."),
+        *("hf://../r/x.pth", "hf://o/../x.pth", "hf://o/r@../x.pth", "hf://o/r/x.pth@/etc", "hf://o/r//etc/x.pth"),
+        *("hf://o/r/a/./x.pth", "hf://o/r/x.pth@a/../../b", "hf://o/r/a\\..\\x.pth"),
+    ],
+)
 def test_what_is_no_address(address: str) -> None:
     with pytest.raises(ArtifactError, match="hf://OWNER/REPO/PATH"):
         parse_hub_address(address)
@@ -149,3 +159,68 @@ def test_a_refusal_is_an_answer(monkeypatch: pytest.MonkeyPatch, status: int, me
 def test_a_name_that_cannot_be_a_repository() -> None:
     with pytest.raises(ArtifactError, match="no valid name"):
         fetch_hub_file("hf://-some-/--repo/x.pth")
+
+
+class _HostileHub(http.server.BaseHTTPRequestHandler):
+    """A Hub that names its files so that they would be written elsewhere."""
+
+    etag, commit, name = "", COMMIT, "x.pth"
+
+    def do_GET(self) -> None:
+        body = json.dumps({"id": "some/repo", "sha": COMMIT, "siblings": [{"rfilename": self.name}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.send_header("ETag", f'"{self.etag}"')
+        self.send_header("X-Repo-Commit", self.commit)
+        self.send_header("Content-Length", "4")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("etag", "commit"),
+    [("../../../escaped", COMMIT), ("/tmp/escaped", COMMIT), ("", COMMIT), ("a" * 64, "../../escaped")],
+)
+def test_names_that_leave_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, etag: str, commit: str) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(_HostileHub, "etag", etag)
+    monkeypatch.setattr(_HostileHub, "commit", commit)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _HostileHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    try:
+        with pytest.raises(ArtifactError, match="cannot name a file of the cache"):
+            fetch_hub_file("hf://some/repo/x.pth")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert list(tmp_path.rglob("*escaped*")) == []
+
+
+def test_an_address_in_a_file_is_looked_up_in_the_cache_only(snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    def ask(*_: object, **__: object) -> None:
+        pytest.fail("asked the network")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", ask)
+    (snapshot / "b.pth").write_bytes(b"x")
+    assert fetch_hub_file("hf://some/repo/b.pth", only_cached=True).read_bytes() == b"x"
+    for path in ("c.pth", "vae@v9"):
+        with pytest.raises(ArtifactError, match="--allow-download"):
+            fetch_hub_file(f"hf://some/repo/{path}", only_cached=True)
