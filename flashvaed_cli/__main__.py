@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
@@ -9,8 +10,10 @@ def main() -> None:
     """Run the command line."""
     try:
         from flashvaed_cli.cli.streams import prepare_streams
+        from flashvaed_cli.cli.threads import prepare_threads
 
         prepare_streams()
+        prepare_threads(os.environ, os.cpu_count() or 1)
         from flashvaed_cli.cli.app import main as run_program
 
         run_program()

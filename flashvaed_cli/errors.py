@@ -35,6 +35,10 @@ class DecodeError(FlashVaedError):
     """A clip cannot be decoded as asked: no plan fits the memory, or nothing here can compile."""
 
 
+class NonFiniteError(FlashVaedError):
+    """Frames hold NaN or infinite values: a number format is too narrow, or weights are damaged."""
+
+
 class MediaError(FlashVaedError):
     """A video or latent file cannot be found, read or written."""
 

@@ -25,7 +25,7 @@ from flashvaed_cli.cli.options import (
 )
 from flashvaed_cli.cli.running import resolve_settings, run_stage
 from flashvaed_cli.recipe import AnalyzeRecipe
-from flashvaed_cli.recipe.fields import LatentScale
+from flashvaed_cli.recipe.fields import LatentScale, SelectionRule
 
 EPILOG = """Examples:
 
@@ -56,6 +56,7 @@ def analyze(
     num_latency_rounds: Annotated[int | None, flag(AnalyzeRecipe, "num_latency_rounds")] = None,
     width_latency_s: Annotated[int | None, flag(AnalyzeRecipe, "width_latency_s")] = None,
     original: Annotated[str | None, flag(AnalyzeRecipe, "original")] = None,
+    rule: Annotated[SelectionRule | None, flag(AnalyzeRecipe, "rule")] = None,
     plots: Annotated[bool | None, switch(AnalyzeRecipe, "plots")] = None,
     recipe: RecipeOption = None,
     step: StepOption = None,

@@ -25,12 +25,13 @@ from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.cost import Grid
 from flashvaed_cli.decoders.heap import return_freed_memory
 from flashvaed_cli.decoders.layout import channels_last, use_channels_last
-from flashvaed_cli.decoders.lookahead import latent_windows
+from flashvaed_cli.decoders.lookahead import LatentWindow, latent_windows
 from flashvaed_cli.decoders.memory import ITEM_BYTES, DType
+from flashvaed_cli.decoders.overflow import explain_overflow
 from flashvaed_cli.decoders.planning import DecodePlan, choose_plan
-from flashvaed_cli.decoders.streaming import State, check_latents, windows_of_parts
+from flashvaed_cli.decoders.streaming import State, WindowBuffer, check_latents, windows_of_parts
 from flashvaed_cli.decoders.tiling import TileLayout, Window, tile_layout
-from flashvaed_cli.errors import DecodeError
+from flashvaed_cli.errors import DecodeError, NonFiniteError, SpecError
 
 Run = Callable[[Tensor, State | None, State | None], Tensor]
 """Some blocks of a decoder: their input, past and future to their output."""
@@ -113,8 +114,7 @@ class DecodeRuntime:
         Raises:
             DecodeError, SpecError: as `plan` does.
         """
-        plan = self._plan((_ENDLESS, height, width), batch)
-        return DecodeStream(_Run(self, self._layout(plan, height, width)), plan)
+        return DecodeStream(self, self._plan((_ENDLESS, height, width), batch), (batch, height, width))
 
     def iter_decode(self, latents: Float[Tensor, "B C T Hz Wz"]) -> Iterator[Float[Tensor, "B 3 F H W"]]:
         """Yield the frames of raw latents step by step, in the runtime's dtype, clamped to [-1, 1].
@@ -129,9 +129,7 @@ class DecodeRuntime:
         layout = self._layout(plan, latents.shape[3], latents.shape[4])
         if not self.spec.is_causal:
             for window in latent_windows(self.spec, latents.shape[2], plan.chunk):
-                part = latents[:, :, window.start : window.stop]
-                frames = _Run(self, layout).step(part, first=True, last=True)
-                yield frames[:, :, window.keep_start : window.keep_stop]
+                yield self._window(latents[:, :, window.start : window.stop], window, layout)
             return
         run = _Run(self, layout)
         starts = chunk_starts(latents.shape[2], plan.chunk)
@@ -148,6 +146,7 @@ class DecodeRuntime:
 
         Raises:
             DecodeError, SpecError: as `plan` does.
+            NonFiniteError: frames hold NaN or infinite values.
         """
         if self.spec.is_causal:
             stream: DecodeStream | None = None
@@ -157,8 +156,21 @@ class DecodeRuntime:
             return
         for latents, window in windows_of_parts(self.spec, parts):
             plan = self._plan((latents.shape[2], latents.shape[3], latents.shape[4]), latents.shape[0])
-            run = _Run(self, self._layout(plan, latents.shape[3], latents.shape[4]))
-            yield run.step(latents, first=True, last=True)[:, :, window.keep_start : window.keep_stop]
+            yield self._window(latents, window, self._layout(plan, latents.shape[3], latents.shape[4]))
+
+    def _window(self, latents: Tensor, window: LatentWindow, layout: TileLayout | None) -> Tensor:
+        """The kept frames of a window of latents, decoded as a video of its own."""
+        return _Run(self, layout).step(latents, first=True, last=True)[:, :, window.keep_start : window.keep_stop]
+
+    def require_finite(self, frames: Tensor, latents: Tensor) -> None:
+        """Refuse frames that hold NaN or infinite values, and name the layer where they first appear.
+
+        Raises:
+            NonFiniteError: they do.
+        """
+        if bool(torch.isfinite(frames).all()):
+            return
+        raise NonFiniteError(explain_overflow(self._decoder, latents.to(device=self.device, dtype=self.dtype)))
 
     def decode(self, latents: Float[Tensor, "B C T Hz Wz"]) -> Float[Tensor, "B 3 F H W"]:
         """All frames of raw latents; `iter_decode` put together without a second copy of the video."""
@@ -189,19 +201,55 @@ class DecodeRuntime:
 
 
 class DecodeStream:
-    """One clip that is decoded as its latents come; see `DecodeRuntime.open`."""
+    """One clip that is decoded as its latents come; see `DecodeRuntime.open`.
 
-    def __init__(self, run: _Run, plan: DecodePlan) -> None:
-        self._run, self.plan = run, plan
-        self._begun = False
+    A causal decoder gives the frames of a step at once. One that sees frames ahead gives those that no later latent can
+    change, perhaps none, and the rest with `flush`.
+    """
+
+    def __init__(self, runtime: DecodeRuntime, plan: DecodePlan, size: tuple[int, int, int]) -> None:
+        self._runtime, self.plan, self._size = runtime, plan, size
+        self._layout = runtime._layout(plan, *size[1:])
+        self._run = _Run(runtime, self._layout)
+        self._buffer = None if runtime.spec.is_causal else WindowBuffer(runtime.spec)
+        self._begun = self._ended = False
 
     def step(self, latents: Float[Tensor, "B C T Hz Wz"]) -> Float[Tensor, "B 3 F H W"]:
-        """The frames of the next latents, clamped, in the runtime's dtype."""
+        """The frames that the next latents settle, clamped, in the runtime's dtype; F may be 0.
+
+        Raises:
+            SpecError: the latents are not of the batch, channels and size that the stream was opened for, or it was
+                flushed.
+            NonFiniteError: frames hold NaN or infinite values.
+        """
+        batch, height, width = self._size
+        expected = (batch, self._runtime.spec.latent_width, height, width)
+        if latents.ndim != 5 or (*latents.shape[:2], *latents.shape[3:]) != expected or latents.shape[2] < 1:
+            shown = f"[{batch}, {expected[1]}, T, {height}, {width}]"
+            raise SpecError(f"this stream was opened for latents {shown}, got {list(latents.shape)}")
+        if self._ended:
+            raise SpecError("this stream was flushed; open another one for another clip")
         frames = []
         for part in latents.split(self.plan.chunk, dim=2):
-            frames.append(self._run.step(part, first=not self._begun, last=False))
+            if self._buffer is None:
+                frames.append(self._run.step(part, first=not self._begun, last=False))
+            else:
+                frames += [self._runtime._window(*window, self._layout) for window in self._buffer.push(part)]
             self._begun = True
-        return torch.cat(frames, dim=2) if len(frames) > 1 else frames[0]
+        return self._together(frames)
+
+    def flush(self) -> Float[Tensor, "B 3 F H W"]:
+        """The frames that are left when the clip has ended; none of a causal decoder. The stream ends with it."""
+        self._ended = True
+        windows = () if self._buffer is None else self._buffer.finish()
+        return self._together([self._runtime._window(*window, self._layout) for window in windows])
+
+    def _together(self, frames: list[Tensor]) -> Tensor:
+        if frames:
+            return torch.cat(frames, dim=2) if len(frames) > 1 else frames[0]
+        batch, *sides = self._size
+        size = [side * self._runtime.spec.spatial_factor for side in sides]
+        return torch.empty(batch, 3, 0, *size, device=self._runtime.device, dtype=self._runtime.dtype)
 
 
 def chunk_starts(num_latents: int, chunk: int) -> range | list[int]:
@@ -214,6 +262,7 @@ class _Run:
     """One clip on its way: the states of the decoder's sections, a tile's each for itself."""
 
     def __init__(self, runtime: DecodeRuntime, layout: TileLayout | None) -> None:
+        self._runtime = runtime
         self._layout = layout if layout is not None and layout.num_tiles > 1 else None
         split = None if self._layout is None else self._layout.split
         self._before = runtime.section(None, split)
@@ -230,7 +279,9 @@ class _Run:
         # A compiled step always gives its state, unless there is one step only: no third graph for the last.
         keep = not last or (self._compiles and not first)
         x = self._before(latents.to(device=self._device, dtype=self._dtype), self._before_state, first=first, keep=keep)
-        return (x if self._layout is None else self._in_tiles(x, first=first, keep=keep)).clamp_(-1.0, 1.0)
+        frames = x if self._layout is None else self._in_tiles(x, first=first, keep=keep)
+        self._runtime.require_finite(frames, latents)  # before infinite ones are clamped
+        return frames.clamp_(-1.0, 1.0)
 
     def _in_tiles(self, x: Tensor, *, first: bool, keep: bool) -> Tensor:
         layout = cast(TileLayout, self._layout)

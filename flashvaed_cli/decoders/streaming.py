@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from itertools import chain
 
 import torch
 from jaxtyping import Float
@@ -52,6 +51,39 @@ def decode_step(
     return decoder(latents, past, future), future
 
 
+class WindowBuffer:
+    """For a decoder that sees frames ahead: latents come in parts, windows to decode go out as soon as they can.
+
+    Holds what the next windows need, never the whole video.
+    """
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        self._spec = spec
+        self._ahead = time_halo(spec)[1]
+        self._held: Tensor | None = None
+        self._offset = self._read = 0  # the first latent that is held, and the first that is not read yet
+        self._waiting: deque[tuple[int, int]] = deque()
+
+    def push(self, part: Float[Tensor, "B C t Hz Wz"]) -> Iterator[tuple[Float[Tensor, "B C n Hz Wz"], LatentWindow]]:
+        """Read a part; the windows of the parts that can be decoded now, and which of their frames are the part's."""
+        self._held = part if self._held is None else torch.cat([self._held, part], dim=2)
+        self._waiting.append((self._read, self._read + part.shape[2]))
+        self._read += part.shape[2]
+        while self._waiting and self._waiting[0][1] + self._ahead <= self._read:
+            yield self._next()
+
+    def finish(self) -> Iterator[tuple[Float[Tensor, "B C n Hz Wz"], LatentWindow]]:
+        """The windows of the parts that are left: the video has ended."""
+        while self._waiting:
+            yield self._next()
+
+    def _next(self) -> tuple[Tensor, LatentWindow]:
+        assert self._held is not None
+        window = window_of(self._spec, *self._waiting.popleft(), num_latents=self._read)
+        self._held, self._offset = self._held[:, :, window.start - self._offset :], window.start
+        return self._held[:, :, : window.stop - self._offset], window
+
+
 def windows_of_parts(
     spec: DecoderSpec, parts: Iterable[Float[Tensor, "_B _C _t _Hz _Wz"]]
 ) -> Iterator[tuple[Float[Tensor, "_B _C _n _Hz _Wz"], LatentWindow]]:
@@ -59,19 +91,10 @@ def windows_of_parts(
 
     Yields the latents of the window, and the window: which frames of it are the part's.
     """
-    held: Tensor | None = None
-    offset, read = 0, 0  # the first latent that is held, and the first that is not read yet
-    waiting: deque[tuple[int, int]] = deque()
-    behind = time_halo(spec)[1]
-    for part in chain(parts, [None]):
-        if part is not None:
-            held = part if held is None else torch.cat([held, part], dim=2)
-            waiting.append((read, read + part.shape[2]))
-            read += part.shape[2]
-        while held is not None and waiting and (part is None or waiting[0][1] + behind <= read):
-            window = window_of(spec, *waiting.popleft(), num_latents=read)
-            held, offset = held[:, :, window.start - offset :], window.start
-            yield held[:, :, : window.stop - offset], window
+    buffer = WindowBuffer(spec)
+    for part in parts:
+        yield from buffer.push(part)
+    yield from buffer.finish()
 
 
 def iter_decode(

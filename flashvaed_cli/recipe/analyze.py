@@ -7,10 +7,10 @@ from typing import ClassVar
 from pydantic import Field
 
 from flashvaed_cli.recipe.fields import ANALYSIS_FILE, BUILTIN_VAE, Count, Name, OptionalCount, Switch
-from flashvaed_cli.recipe.settings import CalibratedRecipe
+from flashvaed_cli.recipe.settings import CalibratedRecipe, RuleField
 
 
-class AnalyzeRecipe(CalibratedRecipe):
+class AnalyzeRecipe(CalibratedRecipe, RuleField):
     """Settings of `flashvaed analyze`."""
 
     command: ClassVar[str] = "analyze"

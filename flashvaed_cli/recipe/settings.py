@@ -125,7 +125,17 @@ class ReconstructingRecipe(CalibratedRecipe):
     dampening_frac: Positive = Field(default=1e-4, description="Ridge term, as a fraction of the gram's mean diagonal.")
 
 
-class RatioFields(CommandRecipe):
+class RuleField(CommandRecipe):
+    rule: SelectionRule = Field(
+        default="greedy-energy",
+        description="How the kept channels are chosen: greedy-r2 explains most of the variance of all, greedy-energy "
+        "most of their energy (means count too), next-layer most of what the next layers compute; pivoted-qr takes "
+        "the largest residual variance, chip the largest drop of the nuclear norm, l1 the largest weights, variance "
+        "the largest variance, random any.",
+    )
+
+
+class RatioFields(RuleField):
     keep_ratio: KeepRatio | None = Field(
         default=None,
         description=f"Fraction of channels kept in the family's shallow stages; {DEFAULT_KEEP_RATIO} if none is given.",
@@ -136,13 +146,6 @@ class RatioFields(CommandRecipe):
     group_keep_ratios: dict[Name, KeepRatio] = Field(
         default={},
         description="Fraction of channels kept by channel group (up3.stream, up3.0.inner), in place of its stage's.",
-    )
-    rule: SelectionRule = Field(
-        default="greedy-energy",
-        description="How the kept channels are chosen: greedy-r2 explains most of the variance of all, greedy-energy "
-        "most of their energy (means count too), next-layer most of what the next layers compute; pivoted-qr takes "
-        "the largest residual variance, chip the largest drop of the nuclear norm, l1 the largest weights, variance "
-        "the largest variance, random any.",
     )
 
     @model_validator(mode="after")

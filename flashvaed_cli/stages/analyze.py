@@ -3,8 +3,9 @@
 The analysis artifact holds tensors `covariance.TENSOR` and `mean.TENSOR` (float64; TENSOR is an address of
 `decoders.groups`) and, in its header under `measured`:
     stages: one record per stage (parameters, gflop, latency_ms by operator, activation_mib, effective_rank, width).
-    groups: one record per channel group (stage, width, effective_rank, greedy order, r2 after each pick, spectrum,
-        indices of the dead and the constant channels).
+    rule: by which the channels are ordered, as `prune --rule` would.
+    groups: one record per channel group (stage, width, effective_rank, order in which channels are kept, r2 of the
+        kept ones after each pick, spectrum, indices of the dead and the constant channels).
     clips: number of clips, positions per tensor, and the size of the timed run.
     width_latency: decoding time as a function of the widths that pruning leaves; see `stages.latency_model`.
 """
@@ -31,9 +32,10 @@ from flashvaed_cli.metrics.module_times import profile_modules
 from flashvaed_cli.metrics.speed import synchronizer
 from flashvaed_cli.numerics.covariance import TensorStatistics
 from flashvaed_cli.numerics.independence import effective_rank
-from flashvaed_cli.numerics.selection import select_greedy_r2, unvarying_channels
+from flashvaed_cli.numerics.selection import SELECTION_RULES, unvarying_channels
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.analyze import AnalyzeRecipe
+from flashvaed_cli.recipe.fields import SelectionRule
 from flashvaed_cli.report.curves import plot_latency, plot_r2_curves, plot_spectra
 from flashvaed_cli.report.tables import Column, TableData
 from flashvaed_cli.stages.clips import plan_calibration
@@ -41,7 +43,7 @@ from flashvaed_cli.stages.latency_model import TimedClip, latency_model_record, 
 from flashvaed_cli.stages.loading import DTYPES, choose_device, choose_input, input_settings, load_inputs
 from flashvaed_cli.stages.outputs import claim_file
 from flashvaed_cli.stages.result import StageOutcome
-from flashvaed_cli.surgery.evidence import pooled_evidence
+from flashvaed_cli.surgery.evidence import channel_evidence
 
 SHOWN_RATIOS = (0.125, 0.25, 0.5)
 
@@ -67,10 +69,11 @@ def run_analyze(recipe: AnalyzeRecipe, *, progress: Progress, force: bool, comma
         inputs.original, recipe, recipe.num_calibration_clips, device, progress, still=decoder.spec.still
     )
     statistics = collect_statistics(decoder, clips, num_clips=len(clips), progress=progress)
-    groups = _group_records(decoder, statistics, progress)
+    groups = _group_records(decoder, statistics, recipe.rule, recipe.seed, progress)
     stages = _stage_records(decoder, groups, recipe, timed, progress)
     measured = {
         "stages": stages,
+        "rule": recipe.rule,
         "groups": groups,
         "clips": {
             "num_clips": len(clips),
@@ -95,14 +98,14 @@ def run_analyze(recipe: AnalyzeRecipe, *, progress: Progress, force: bool, comma
 
 
 def _group_records(
-    decoder: Decoder, statistics: Mapping[str, TensorStatistics], progress: Progress
+    decoder: Decoder, statistics: Mapping[str, TensorStatistics], rule: SelectionRule, seed: int, progress: Progress
 ) -> list[dict[str, Any]]:
     records = []
     groups = channel_groups(decoder.spec)
-    with progress.task("greedy R2", len(groups)) as task:
-        for group in groups:
-            evidence = pooled_evidence(group, statistics)
-            order = select_greedy_r2(evidence, group.width)
+    with progress.task(f"order by {rule}", len(groups)) as task:
+        for index, group in enumerate(groups):
+            evidence = channel_evidence(decoder, group, statistics)
+            order = SELECTION_RULES[rule](evidence, group.width, seed=seed + index)
             dead, constant = unvarying_channels(evidence)
             records.append(
                 {

@@ -1,0 +1,104 @@
+"""`DecodeRuntime.open`: frames as latents come, for causal decoders and for those that see frames ahead."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.lookahead import time_halo
+from flashvaed_cli.decoders.overflow import first_overflow
+from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
+from flashvaed_cli.decoders.streaming import WindowBuffer, decode
+from flashvaed_cli.errors import NonFiniteError, SpecError
+from tests.ltx_toy import flash_ltx_spec, ltx_decoder
+from tests.toy import toy_decoder, toy_latents
+
+
+@pytest.fixture(scope="module")
+def centred() -> Decoder:
+    return ltx_decoder(flash_ltx_spec()).double()
+
+
+def streamed(runtime: DecodeRuntime, latents: Tensor, part: int) -> list[Tensor]:
+    stream = runtime.open(*latents.shape[3:], batch=latents.shape[0])
+    return [*(stream.step(piece) for piece in latents.split(part, dim=2)), stream.flush()]
+
+
+@pytest.mark.parametrize(("part", "chunk"), [(1, 1), (3, 2), (40, None)])
+def test_a_decoder_that_sees_ahead_gives_the_whole_clips_frames(centred: Decoder, part: int, chunk: int | None) -> None:
+    ahead = time_halo(centred.spec)[1]
+    latents = torch.randn(1, centred.spec.latent_width, ahead + 3, 2, 2, dtype=torch.float64)
+    frames = streamed(DecodeRuntime(centred, DecodeSettings(chunk=chunk)), latents, part)
+    torch.testing.assert_close(torch.cat(frames, dim=2), decode(centred, latents), rtol=0, atol=1e-9)
+    if part == 1:
+        assert frames[0].shape[2] == 0 and frames[-2].shape[2] > 0  # nothing is given before it is settled
+
+
+def test_a_short_clip_comes_with_the_flush(centred: Decoder) -> None:
+    latents = torch.randn(2, centred.spec.latent_width, 4, 2, 3, dtype=torch.float64)
+    *steps, rest = streamed(DecodeRuntime(centred, DecodeSettings()), latents, 1)
+    assert [step.shape[2] for step in steps] == [0] * 4
+    torch.testing.assert_close(rest, decode(centred, latents), rtol=0, atol=1e-9)
+
+
+def test_a_causal_decoder_gives_all_at_once_and_nothing_at_the_end() -> None:
+    decoder = toy_decoder().double()
+    latents = toy_latents(4).double()
+    *steps, rest = streamed(DecodeRuntime(decoder, DecodeSettings()), latents, 1)
+    assert [step.shape[2] for step in steps] == [1, 4, 4, 4] and rest.shape[2] == 0
+    torch.testing.assert_close(torch.cat(steps, dim=2), decode(decoder, latents), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 1, 2, 3), (1, 5, 1, 2, 3), (1, 4, 1, 3, 2), (1, 4, 0, 2, 3)])
+def test_other_latents_than_it_was_opened_for_are_refused(shape: tuple[int, ...]) -> None:
+    stream = DecodeRuntime(toy_decoder(), DecodeSettings()).open(2, 3)
+    with pytest.raises(SpecError, match=r"opened for latents \[1, 4, T, 2, 3\], got"):
+        stream.step(torch.zeros(shape))
+
+
+def test_a_flushed_stream_is_at_its_end() -> None:
+    stream = DecodeRuntime(toy_decoder(), DecodeSettings()).open(2, 3)
+    stream.step(toy_latents(1))
+    stream.flush()
+    with pytest.raises(SpecError, match="was flushed"):
+        stream.step(toy_latents(1))
+
+
+def test_what_is_held_does_not_grow_with_the_video(centred: Decoder) -> None:
+    buffer = WindowBuffer(centred.spec)
+    before, ahead = time_halo(centred.spec)
+    longest = 0
+    for _ in range(4 * (before + ahead)):
+        for latents, _window in buffer.push(torch.zeros(1, 1, 2, 1, 1)):
+            longest = max(longest, latents.shape[2])
+    assert buffer._held is not None
+    assert longest <= before + 2 + ahead and buffer._held.shape[2] <= before + 4 + ahead
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_frames_that_are_not_finite_name_the_layer(chunk: int | None) -> None:
+    decoder = toy_decoder()
+    with torch.no_grad():
+        decoder.at("up1.1.conv2").weight.fill_(3e38)  # type: ignore[union-attr]
+    runtime = DecodeRuntime(decoder, DecodeSettings(chunk=chunk))
+    with pytest.raises(NonFiniteError, match=r"up1\.1\.conv2 overflows float32\. Instead, the weights are damaged"):
+        runtime.decode(toy_latents(2))
+
+
+def test_half_precision_is_told_what_to_take_instead() -> None:
+    decoder = toy_decoder()
+    with torch.no_grad():
+        decoder.at("up0.0.conv2").weight.mul_(1e6)  # type: ignore[union-attr]
+    runtime = DecodeRuntime(decoder, DecodeSettings(dtype=torch.float16))
+    with pytest.raises(NonFiniteError, match=r"overflows float16\. Instead, decode with --dtype bfloat16 or float32"):
+        runtime.decode(toy_latents(2))
+
+
+def test_latents_that_are_not_finite_are_named_as_such() -> None:
+    latents = toy_latents(2)
+    latents[0, 0, 1] = torch.nan
+    with pytest.raises(NonFiniteError, match="the latents hold NaN"):
+        DecodeRuntime(toy_decoder(), DecodeSettings()).decode(latents)
+    assert first_overflow(toy_decoder(), toy_latents(2)) is None
