@@ -6,7 +6,7 @@ low enough that a refusal takes less than a second and less than 100 MB. Imports
 
 from __future__ import annotations
 
-MAX_TENSORS = 20_000
+MAX_TENSORS = 10_000
 """Tensors in one checkpoint; a text-to-video model with its VAE and text encoder has about 7,000."""
 MAX_INDEX_BYTES = 16_000_000
 """JSON index of a safetensors file, with its metadata: an analysis of the widest decoder takes 4 MB."""
@@ -18,7 +18,7 @@ MAX_CONFIG_BYTES = 4_000_000
 """A `config.json` or shard index."""
 MAX_PICKLE_BYTES = 16_000_000
 """The pickled structure of a PyTorch file, without the data of its tensors."""
-MAX_PICKLE_STEPS = 1_000_000
+MAX_PICKLE_STEPS = 600_000
 """Operations of that pickle; a tensor takes about 32."""
 MAX_TUPLE_DEPTH = 64
 """Tuples inside tuples in a pickle: a state dict has 3."""

@@ -52,7 +52,10 @@ def choose_weights(content: object, location: str, wanted: str | None) -> tuple[
     if not sets:
         sets = [WeightSet("", tensors)] if (tensors := _plain_state(content)) else []
     if not sets:
-        keys = f" with the keys {', '.join(map(str, list(content)[:8]))}" if isinstance(content, Mapping) else ""
+        keys = ""
+        if isinstance(content, Mapping):
+            listed = ", ".join(f"{key!s:.60}" for key in list(content)[:8])
+            keys = f" with the keys {listed}" if content else " without entries"
         raise ArtifactError(
             f"{location}: holds a {type(content).__name__}{keys}, no state dict. "
             "Save the VAE's state dict as safetensors."

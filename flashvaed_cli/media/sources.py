@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flashvaed_cli.errors import MediaError
+from flashvaed_cli.limits import MAX_FILES_SEARCHED
 from flashvaed_cli.media.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from flashvaed_cli.ownership import is_own_file
 from flashvaed_cli.paths import user_path
@@ -76,7 +78,26 @@ def load_latents(path: str | Path, *, latent_width: int | None = None) -> Float[
     return latents.contiguous()
 
 
+def _require_searchable(path: Path) -> None:
+    """Raise MediaError if a folder or pattern spans more files than a data set has, as `/` and `/**/*.mp4` do."""
+    parts = path.parts
+    first = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    deepest = None if first == len(parts) or "**" in parts else len(parts) - first
+    root = Path(*parts[:first]) if first else Path()
+    num_visited = 0
+    for folder, folders, files in os.walk(root):
+        num_visited += len(folders) + len(files)
+        if num_visited > MAX_FILES_SEARCHED:
+            raise MediaError(
+                f"{path} spans more than {MAX_FILES_SEARCHED} files and folders. Name the folder of the clips."
+            )
+        if deepest is not None and len(Path(folder).parts) - len(root.parts) + 1 >= deepest:
+            folders.clear()
+
+
 def _expand(path: Path) -> list[Path]:
+    if path.is_dir() or glob.has_magic(str(path)):
+        _require_searchable(path)
     if path.is_dir():
         clips = [p for p in sorted(path.rglob("*")) if _is_clip_in_folder(p, path)]
         if not clips:
