@@ -51,7 +51,7 @@ def check_factors(spec: CoderSpec) -> None:
             continue
         inside = [prod(scale(block)[axis] for block in stage.blocks) for axis in range(3)]
         bypass = [stage.bypass.temporal_factor, stage.bypass.spatial_factor, stage.bypass.spatial_factor]
-        if inside != bypass:
+        if inside[1:] != bypass[1:] or (inside[0] != bypass[0] and not spec.still):
             raise ValueError(f"{spec.role}: the bypass of {stage.name} scales by {bypass}, its blocks by {inside}")
     if isinstance(spec, DecoderSpec):
         width, pixels = block_out_width(spec.stages[-1].blocks[-1]), _COLOURS * spec.patch**2

@@ -81,7 +81,8 @@ def load_latents(path: str | Path, *, latent_width: int | None = None) -> Float[
 def _require_searchable(path: Path) -> None:
     """Raise MediaError if a folder or pattern spans more files than a data set has, as `/` and `/**/*.mp4` do."""
     parts = path.parts
-    first = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    magic = (i for i, part in enumerate(parts) if glob.has_magic(part) and not path.exists())
+    first = next(magic, len(parts))
     deepest = None if first == len(parts) or "**" in parts else len(parts) - first
     root = Path(*parts[:first]) if first else Path()
     num_visited = 0
@@ -96,7 +97,7 @@ def _require_searchable(path: Path) -> None:
 
 
 def _expand(path: Path) -> list[Path]:
-    if path.is_dir() or glob.has_magic(str(path)):
+    if path.is_dir() or (glob.has_magic(str(path)) and not path.exists()):
         _require_searchable(path)
     if path.is_dir():
         clips = [p for p in sorted(path.rglob("*")) if _is_clip_in_folder(p, path)]

@@ -20,9 +20,13 @@ from torch import Tensor
 
 from flashvaed_cli.artifact.checkpoint import load_checkpoint, load_original, save_checkpoint
 from flashvaed_cli.artifact.header import Lineage, dump_header, parse_header
+from flashvaed_cli.artifact.header_checks import check_factors
 from flashvaed_cli.artifact.layouts import to_foreign
 from flashvaed_cli.artifact.store import sha256_of
 from flashvaed_cli.artifact.wan_keys import WAN_DIFFUSERS
+from flashvaed_cli.decoders.families import FAMILIES
+from flashvaed_cli.decoders.family import Family
+from flashvaed_cli.decoders.still import still_spec
 from flashvaed_cli.errors import ArtifactError
 from flashvaed_cli.limits import MAX_MESSAGE_CHARS
 
@@ -313,3 +317,10 @@ def test_recorded_places_that_are_no_files(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ArtifactError, match="--original") as caught:
         load_original(student, None, {})
     assert ("--allow-download" in str(caught.value)) == place.startswith("hf://")
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
+def test_every_familys_originals_fit_their_own_factors(family: Family) -> None:
+    decoder = family.decoder_spec(8, family.latent_width)
+    for spec in (decoder, still_spec(decoder), family.encoder_spec(8, family.latent_width)):
+        check_factors(spec)

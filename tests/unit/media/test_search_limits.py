@@ -20,3 +20,6 @@ def test_folders_and_patterns_that_span_too_much(tmp_path: Path, monkeypatch: py
             sources.find_clips([searched])
     # A pattern of one level looks at that level only.
     assert sources.find_clips([tmp_path / "*.mp4"]) == [tmp_path / "clip.mp4"]
+    # A file whose name looks like a pattern is a file.
+    (tmp_path / "clip [1].mp4").touch()
+    assert sources.find_clips([tmp_path / "clip [1].mp4"]) == [tmp_path / "clip [1].mp4"]
