@@ -32,7 +32,8 @@ def coders_from_foreign(
     Raises:
         ArtifactError: names all tensors that are missing, superfluous or of another shape.
     """
-    prepared = tensors if layout.prepare is None else layout.prepare(tensors, config or {})
+    config = {**(config or {}), **({} if layout.implied is None else layout.implied(tensors))}
+    prepared = tensors if layout.prepare is None else layout.prepare(tensors, config)
     tensors = fold_separable(prepared)
     shapes = shapes_of(tensors)
     roles = present_roles(shapes, layout)

@@ -6,7 +6,7 @@ kernels are never configured; they are read from the shapes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -55,6 +55,7 @@ class Layout:
         by_blocks: no name is common to all variants; the layout is told by where its blocks lie.
         is_shifted: of a layout told by its blocks: the norms have shifts, or the tensors that these are made of.
         prepare: makes tensors as found, with the configuration, into those that this layout names.
+        implied: what the names of a file say beyond its configuration, as keys of one.
         finish: the way back, for files that other programs are to read.
         statistics: what the latents' mean and deviation are called, where they stand among the weights.
         prefix: of all names in the program's own files.
@@ -69,6 +70,7 @@ class Layout:
     by_blocks: bool = False
     is_shifted: bool = False
     prepare: Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, Tensor]] | None = None
+    implied: Callable[[Iterable[str]], dict[str, Any]] | None = None
     finish: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
     statistics: tuple[str, str] | None = None
     prefix: str = ""

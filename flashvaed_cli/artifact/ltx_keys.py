@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,10 +22,11 @@ from torch.nn import functional as F
 from flashvaed_cli.artifact.layouts import Layout
 from flashvaed_cli.decoders.family import Family
 from flashvaed_cli.decoders.ltx import DECODE_TIMESTEP, LTX_090, LTX_091, LTX_095, LTX_2
+from flashvaed_cli.decoders.ltx_config import SEPARABLE_CAUSAL
 from flashvaed_cli.decoders.spec import CoderSpec
 
-MEAN_NAMES = ("per_channel_statistics.mean-of-means", "latents_mean")
-STD_NAMES = ("per_channel_statistics.std-of-means", "latents_std")
+MEAN_NAMES = ("per_channel_statistics.mean-of-means", "latents_mean", "mean_of_means")
+STD_NAMES = ("per_channel_statistics.std-of-means", "latents_std", "std_of_means")
 CONFIG_CLASSES = {LTX_2.name: "AutoencoderKLLTX2Video"}  # the others: AutoencoderKLLTXVideo
 
 _EMBEDDING_WIDTH = 256
@@ -110,19 +111,22 @@ def prepare(tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, style: 
 
 
 def _is_statistic(name: str) -> bool:
-    return name.startswith("per_channel_statistics.") or name in ("latents_mean", "latents_std")
+    return name.startswith("per_channel_statistics.") or name in (*MEAN_NAMES, *STD_NAMES)
 
 
 _INNER = re.compile(r"\.(conv1|conv2|conv_in|conv_out|conv)\.(?=(depthwise_conv|pointwise_conv|weight|bias))")
+# The authors' LTX student; elsewhere the same parts end in `_conv`.
+_RELEASED_PARTS = re.compile(r"\.(depthwise|pointwise)\.(?=weight$|bias$)")
 
 
 def _with_inner_names(tensors: Mapping[str, Tensor], style: str) -> dict[str, Tensor]:
     """Students that put another layer in the place of LTX's causal one lack its inner `conv`: it is put in.
 
-    Derived from how the released Wan student names its layers; no such LTX file was at hand.
+    Reference: the names in the released students' code; no such LTX file was at hand.
     """
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
+        name = _RELEASED_PARTS.sub(r".\1_conv.", name)
         inner = _INNER.search(name)
         if inner is not None and ".conv." not in name:
             name = f"{name[: inner.end()]}conv.{name[inner.end() :]}"
@@ -131,6 +135,11 @@ def _with_inner_names(tensors: Mapping[str, Tensor], style: str) -> dict[str, Te
             name = name.replace(".conv_shortcut.", f".{_SHORTCUTS[style]['shortcut']}.")
         renamed[name] = tensor
     return renamed
+
+
+def implied(names: Iterable[str]) -> dict[str, Any]:
+    """What the names of the released student say: its depthwise layers pad causally while its dense ones are centred."""
+    return {SEPARABLE_CAUSAL: True} if any(_RELEASED_PARTS.search(name) for name in names) else {}
 
 
 _EMBEDDER = ".time_embedder.timestep_embedder.linear_1.weight"
@@ -249,6 +258,7 @@ def _layout(family: Family, style: str) -> Layout:
         by_blocks=True,
         is_shifted=decoder.decode_timestep is not None,
         prepare=partial(prepare, style=style),
+        implied=implied,
         finish=partial(unfold_timestep, style=style),
         statistics=(MEAN_NAMES[0], STD_NAMES[0]) if style == "original" else (MEAN_NAMES[1], STD_NAMES[1]),
         prefix="vae." if style == "original" else "",

@@ -22,11 +22,13 @@ from flashvaed_cli.decoders.layer_spec import (
     ResBlockSpec,
     ShuffleUpsampleSpec,
     StridedDownsampleSpec,
+    TimePadding,
     UnshuffleDownsampleSpec,
     UpsampleSpec,
     block_in_width,
     block_out_width,
 )
+from flashvaed_cli.decoders.ltx_config import separable_padding
 from flashvaed_cli.decoders.spec import BypassSpec, DecoderSpec, EncoderSpec, StageSpec
 from flashvaed_cli.decoders.still import still_spec
 from flashvaed_cli.errors import ArtifactError, SpecError
@@ -76,7 +78,7 @@ def spec_from_shapes(
             address = f"{stage.name}.{index}"
             place = layout.places[role][address]
             try:
-                found = _read_block(reader, layout, role, address, block)
+                found = _read_block(reader, layout, role, address, block, separable_padding(config or {}))
             except ValidationError as error:
                 clashes.append(f"{place}: {_reasons(error)}")
                 continue
@@ -154,8 +156,19 @@ class _ShapeReader:
         return ConvSpec(operator=operator, in_width=in_width, out_width=out_width, kernel=kernel)
 
 
-def _read_block(reader: _ShapeReader, layout: Layout, role: Role, address: str, planned: BlockSpec) -> BlockSpec | None:
-    """The block at an address; None if a layer of it is missing (noted in the reader)."""
+def _read_block(
+    reader: _ShapeReader,
+    layout: Layout,
+    role: Role,
+    address: str,
+    planned: BlockSpec,
+    in_separable: TimePadding | None,
+) -> BlockSpec | None:
+    """The block at an address; None if a layer of it is missing (noted in the reader).
+
+    Args:
+        in_separable: how depthwise-separable layers pad in time, where it is not as planned.
+    """
     places = {layer: layout.layer_place(role, address, planned.kind, layer) for layer in layout.layers[planned.kind]}
     if isinstance(planned, AttentionSpec):
         qkv, proj = reader.weight(places["qkv"]), reader.weight(places["proj"])
@@ -168,14 +181,19 @@ def _read_block(reader: _ShapeReader, layout: Layout, role: Role, address: str, 
             return None
         if layer == "temporal" and layers[layer] is not None and getattr(planned, layer) is None:
             reader.mismatch.unexpected.append(f"{places[layer]}.weight")
-    padded = {layer: conv and _with_planned_padding(conv, getattr(planned, layer)) for layer, conv in layers.items()}
+    padded = {
+        layer: conv and _with_planned_padding(conv, getattr(planned, layer), in_separable)
+        for layer, conv in layers.items()
+    }
     return _BLOCK_SPECS[planned.kind](**{**_read_extras(reader, layout, planned, places), **padded})
 
 
-def _with_planned_padding(found: ConvSpec, planned: ConvSpec | None) -> ConvSpec:
+def _with_planned_padding(found: ConvSpec, planned: ConvSpec | None, in_separable: TimePadding | None) -> ConvSpec:
     if planned is None or found.operator == "pointwise":
         return found
     in_time = planned.time_padding if found.kernel[0] > 1 else "zeros"
+    if in_separable is not None and found.operator == "dwsep3d":
+        in_time = in_separable
     return found.model_copy(update={"time_padding": in_time, "space_padding": planned.space_padding})
 
 

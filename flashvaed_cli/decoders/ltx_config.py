@@ -30,6 +30,9 @@ from flashvaed_cli.errors import SpecError
 
 SpecT = TypeVar("SpecT", bound=CoderSpec)
 
+SEPARABLE_CAUSAL = "separable_causal"
+"""The key that says so of a student; the released Flash-VAED student of LTX pads its depthwise layers causally."""
+
 _FOLDS = {(1, 2, 2): "spatial", (2, 1, 1): "temporal", (2, 2, 2): "spatiotemporal"}
 _OWN_FOLDS = {(1, 2, 2): "compress_space_res", (2, 1, 1): "compress_time_res", (2, 2, 2): "compress_all_res"}
 # diffusers fills this in where a configuration leaves it out; LTX's own code takes every decoder as centred.
@@ -39,6 +42,17 @@ _CAUSAL_UNLESS_SAID = "AutoencoderKLLTX2Video"
 def with_time_padding(spec: SpecT, padding: TimePadding) -> SpecT:
     """The spec with every kernel that spans frames padded in another way: the same weights, other frames."""
     return _with_layers(spec, {"time_padding": padding}, lambda layer: layer.kernel[0] > 1)
+
+
+def separable_padding(config: Mapping[str, Any]) -> TimePadding | None:
+    """How depthwise-separable layers pad in time, where a configuration says that it is not as the dense ones do.
+
+    Raises:
+        SpecError: a value that is not supported.
+    """
+    if config.get(SEPARABLE_CAUSAL) is None:
+        return None
+    return "first" if _flag(config, SEPARABLE_CAUSAL) else "edges"
 
 
 def with_space_padding(spec: SpecT, padding: SpacePadding) -> SpecT:
@@ -95,6 +109,9 @@ def described(spec: CoderSpec) -> dict[str, Any]:
         "upsample_residual": residual[::-1],
         "timestep_conditioning": spec.decode_timestep is not None,
     }
+    separable = {layer.time_padding for _, layer in spec.layers() if layer.operator == "dwsep3d"}
+    if separable == {"first"} and not spec.is_causal:
+        found[SEPARABLE_CAUSAL] = True
     return found if spec.decode_timestep is None else {**found, "decode_timestep": spec.decode_timestep}
 
 
@@ -195,6 +212,7 @@ _READ = frozenset(
         "encoder_causal",
         "decoder_causal",
         "causal_decoder",
+        SEPARABLE_CAUSAL,
         "spatial_padding_mode",
         "encoder_spatial_padding_mode",
         "decoder_spatial_padding_mode",

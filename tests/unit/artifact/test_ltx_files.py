@@ -20,6 +20,7 @@ from flashvaed_cli.artifact.recognition import present_roles, recognise, twins
 from flashvaed_cli.decoders.coder import Decoder, Encoder
 from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.decoders.spec import DecoderSpec
+from flashvaed_cli.decoders.streaming import decode
 from flashvaed_cli.errors import ArtifactError
 from tests.ltx_toy import VERSIONS, flash_ltx_spec, ltx_decoder, ltx_spec
 
@@ -214,6 +215,39 @@ def test_students_name_their_layers_without_the_inner_conv() -> None:
     found = coders_from_foreign(renamed, layout, config=config)["decoder"]
     assert isinstance(found, Decoder) and found.spec == spec
     assert all(torch.equal(value, decoder.state_dict()[name]) for name, value in found.state_dict().items())
+
+
+def test_the_released_student_pads_its_depthwise_layers_causally(tmp_path: Path) -> None:
+    """Its names are `conv1.depthwise.*` and `conv1.pointwise.*`; dense layers stay centred."""
+    name = VERSIONS[0]
+    centred = flash_ltx_spec(name)
+    layers = {address: layer for address, layer in centred.layers() if layer.operator == "dwsep3d"}
+    spec = centred
+    for address, block in centred.blocks():
+        update = {
+            part: layer.model_copy(update={"time_padding": "first"})
+            for part in ("conv1", "conv2")
+            if (layer := layers.get(f"{address}.{part}")) is not None
+        }
+        spec = spec.with_blocks({address: block.model_copy(update=update)}) if update else spec
+    decoder = ltx_decoder(spec)
+    renamed: dict[str, Tensor] = {"mean_of_means": torch.zeros(4), "std_of_means": ONES}
+    for key, tensor in to_foreign(decoder.state_dict(), spec, original_layout(name)).items():
+        for part in ("depthwise", "pointwise"):
+            key = key.replace(f".conv.{part}_conv.", f".{part}.")
+        renamed[key] = tensor.contiguous()
+        if key.endswith("depthwise.weight"):
+            renamed[key.replace("weight", "bias")] = torch.zeros(len(tensor))
+    torch.save(renamed, tmp_path / "Flash_VAED_LTX.pth")
+    found = load_checkpoint(tmp_path / "Flash_VAED_LTX.pth", builtins={})
+    assert found.require_decoder().spec == spec != centred and found.latent_std == (1,) * 4
+    latents = torch.randn(1, 4, 4, 2, 2)
+    torch.testing.assert_close(decode(found.require_decoder(), latents), decode(decoder, latents), rtol=0, atol=1e-5)
+    assert (decode(ltx_decoder(centred), latents) - decode(decoder, latents)).abs().max() > 1e-2
+    tensors = to_foreign(found.require_decoder().state_dict(), spec, original_layout(name))
+    config = get_family(name).described(spec)
+    again = coders_from_foreign(tensors, original_layout(name), config=config)["decoder"]
+    assert again.spec == spec
 
 
 def test_a_condition_without_its_partner_is_named() -> None:
