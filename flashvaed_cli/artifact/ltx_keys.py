@@ -138,7 +138,7 @@ def _with_inner_names(tensors: Mapping[str, Tensor], style: str) -> dict[str, Te
 
 
 def implied(names: Iterable[str]) -> dict[str, Any]:
-    """What the names of the released student say: its depthwise layers pad causally while its dense ones are centred."""
+    """What the released student's names say: its depthwise layers pad causally, its dense ones are centred."""
     return {SEPARABLE_CAUSAL: True} if any(_RELEASED_PARTS.search(name) for name in names) else {}
 
 
