@@ -64,11 +64,13 @@ class DecodeSettings:
 
 
 class DecodeRuntime:
-    """A decoder with its settings. The decoder that is passed in is not changed."""
+    """A decoder with its settings. The decoder that is passed in is not changed, unless its weights are shared."""
 
-    def __init__(self, decoder: Decoder, settings: DecodeSettings) -> None:
+    def __init__(self, decoder: Decoder, settings: DecodeSettings, *, shares_weights: bool = False) -> None:
         """Cast and lay out the weights once.
 
+        Args:
+            shares_weights: run the decoder itself, laid out and cast in place, instead of a copy.
         Raises:
             DecodeError: `compile` is set and this machine has no compiler for it.
         """
@@ -79,7 +81,7 @@ class DecodeRuntime:
             require_compiler(self.device)
         if settings.max_memory_bytes is not None and self.device.type == "cpu":
             return_freed_memory()
-        self._decoder = _prepared(decoder, settings)
+        self._decoder = _prepared(decoder if shares_weights else copy.deepcopy(decoder), settings)
         self._sections: dict[tuple[str | None, str | None], _Section] = {}
 
     def plan(self, latents: Float[Tensor, "B C T Hz Wz"]) -> DecodePlan:
@@ -350,8 +352,8 @@ def _compile_step(run: Run, backend: str, *, keep: bool) -> Callable[..., tuple[
 
 
 def _prepared(decoder: Decoder, settings: DecodeSettings) -> Decoder:
-    """A copy for inference, cast and laid out."""
-    prepared = copy.deepcopy(decoder).eval().requires_grad_(False)
+    """The decoder for inference, cast and laid out in place."""
+    prepared = decoder.eval().requires_grad_(False)
     if settings.dtype is not None:
         prepared = prepared.to(settings.dtype)
     return use_channels_last(prepared) if settings.memory_format == "channels-last" else prepared

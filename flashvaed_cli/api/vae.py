@@ -1,0 +1,244 @@
+"""`flashvaed.load`: a decoder, with the encoder where there is one, ready to call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flashvaed_cli.artifact.checkpoint import Checkpoint, load_checkpoint, load_original
+from flashvaed_cli.decoders.coder import Encoder
+from flashvaed_cli.decoders.exact import exact_decoder
+from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings, DecodeStream
+from flashvaed_cli.decoders.streaming import encode
+from flashvaed_cli.errors import FlashVaedError, SpecError
+from flashvaed_cli.recipe.quantities import parse_memory
+from flashvaed_cli.stages.loading import DTYPES, choose_device
+from flashvaed_cli.zoo.builtin import BUILTINS
+
+LatentScale = Literal["normalized", "raw"]
+"""`normalized`: as diffusion models use latents; `raw`: normalized * std + mean, as the VAE does."""
+
+
+def load(
+    location: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "float32",
+    chunk: int | None = None,
+    tile: int | None = None,
+    max_memory: str | int | None = None,
+    compile: bool = False,
+    original: str | Path | None = None,
+    family: str | None = None,
+    weights: str | None = None,
+) -> Vae:
+    """Load a decoder that is ready to call.
+
+        vae = flashvaed.load("flash.safetensors", device="cuda", dtype="bfloat16")
+        video = vae.decode(latents, scale="normalized")
+
+    It runs with the fastest operators for the device that give the same frames.
+
+    Args:
+        location: an artifact, another program's checkpoint, a diffusers folder, `hf://owner/repo/path` or
+            `builtin:NAME`.
+        device: where to decode; `auto` takes CUDA, then MPS, then the CPU.
+        dtype: of weights, activations and frames: `float32`, `bfloat16` or `float16`.
+        chunk: latent frames per step; None: all at once, or what `max_memory` allows.
+        tile: side of a tile in latents; None: whole frames, or what `max_memory` asks for. Tiles do not show.
+        max_memory: limit of the predicted peak, such as "8GiB", or bytes.
+        compile: decode with `torch.compile`; every clip size compiles once, at its first use.
+        original: the VAE that the decoder was made for, whose encoder `encode` takes; None: the one recorded.
+        family: of a checkpoint whose names leave it open, such as `wan2.1`.
+        weights: which of several sets of weights in a file, such as `ema`.
+    Raises:
+        ArtifactError: not found, not readable or of another model.
+        FlashVaedError: this machine has no such device, or an unknown dtype or amount of memory.
+    """
+    target = _device(device)
+    settings = DecodeSettings(
+        chunk=chunk,
+        tile=tile,
+        dtype=_dtype(dtype),
+        compile=compile,
+        max_memory_bytes=_num_bytes(max_memory),
+    )
+    checkpoint = load_checkpoint(location, builtins=BUILTINS, family=family, weights=weights)
+    return Vae(checkpoint, target, settings, original=None if original is None else str(original))
+
+
+class Vae:
+    """A decoder with its settings, and the encoder of its latents where there is one. Made by `load`.
+
+    Attributes:
+        family: such as `wan2.1`.
+        device, dtype: of weights and frames.
+        latent_channels: C of the latents `[B, C, T, Hz, Wz]`.
+        temporal_factor, spatial_factor: a clip has F = 1 + temporal_factor * (T - 1) frames of
+            Hz * spatial_factor x Wz * spatial_factor pixels.
+        latent_mean, latent_std: per channel; normalized = (raw - mean) / std. Empty where nothing tells them.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, settings: DecodeSettings, *, original: str | None = None
+    ) -> None:
+        decoder = exact_decoder(checkpoint.require_decoder().to(device))
+        self._checkpoint, self._original = checkpoint, original
+        self._runtime = DecodeRuntime(decoder, settings)
+        self._encoder: Encoder | None = None
+        self.family = checkpoint.family
+        self.device, self.dtype = device, self._runtime.dtype
+        self.latent_channels = decoder.spec.latent_width
+        self.temporal_factor, self.spatial_factor = decoder.spec.temporal_factor, decoder.spec.spatial_factor
+        self.latent_mean, self.latent_std = checkpoint.latent_mean, checkpoint.latent_std
+
+    def decode(
+        self, latents: Float[Tensor, "B C T Hz Wz"], *, scale: LatentScale = "normalized"
+    ) -> Float[Tensor, "B 3 F H W"]:
+        """All frames, in [-1, 1].
+
+            video = vae.decode(latents)   # as the diffusion model gave them
+
+        Args:
+            latents: on any device.
+            scale: of the latents.
+        Raises:
+            SpecError: latents of another shape, or an unknown scale.
+            DecodeError: no plan fits `max_memory`, or frames that are not finite.
+            ArtifactError: normalized latents, and nothing tells their mean and deviation.
+        """
+        return self._runtime.decode(self._raw(latents, scale))
+
+    def iter_decode(
+        self, latents: Float[Tensor, "B C T Hz Wz"], *, scale: LatentScale = "normalized"
+    ) -> Iterator[Float[Tensor, "B 3 f H W"]]:
+        """The frames step by step, `chunk` latent frames each; memory does not grow with the clip.
+
+            for frames in vae.iter_decode(latents):
+                writer.write(frames)
+
+        Raises:
+            SpecError, DecodeError, ArtifactError: as `decode` does.
+        """
+        return self._runtime.iter_decode(self._raw(latents, scale))
+
+    def stream(self, height: int, width: int, *, batch: int = 1, scale: LatentScale = "normalized") -> VaeStream:
+        """Begin a clip whose latents come in parts.
+
+            stream = vae.stream(60, 104)
+            for part in parts:              # [B, C, t, 60, 104]
+                show(stream.step(part))
+            show(stream.flush())
+
+        Args:
+            height, width: of the latents.
+        Raises:
+            SpecError, DecodeError, ArtifactError: as `decode` does.
+        """
+        self._check_scale(scale)
+        return VaeStream(self, self._runtime.open(height, width, batch=batch), scale)
+
+    @torch.no_grad()
+    def encode(
+        self, frames: Float[Tensor, "B 3 F H W"], *, scale: LatentScale = "normalized"
+    ) -> Float[Tensor, "B C T Hz Wz"]:
+        """The latents of frames in [-1, 1]: the mean of the posterior, on the device and in the dtype of the decoder.
+
+        The encoder is the artifact's own or that of the original VAE, which is looked for at the first call.
+
+            latents = vae.encode(video)   # F = 1 + temporal_factor * n
+
+        Raises:
+            ArtifactError: there is no encoder.
+            SpecError: a number of frames or a size that the latents cannot stand for.
+        """
+        self._check_scale(scale)
+        raw = encode(self._require_encoder(), frames.to(self.device, self.dtype))
+        if scale == "raw":
+            return raw
+        mean, std = self._statistics(raw)
+        return (raw - mean) / std
+
+    def _require_encoder(self) -> Encoder:
+        if self._encoder is None:
+            source = self._checkpoint
+            if source.encoder is None or self._original is not None:
+                source = load_original(source, self._original, BUILTINS)
+            self._encoder = source.require_encoder().to(self.device, self.dtype)
+        return self._encoder
+
+    def _raw(self, latents: Tensor, scale: LatentScale) -> Tensor:
+        self._check_scale(scale)
+        if scale == "raw":
+            return latents
+        if latents.ndim != 5 or latents.shape[1] != self.latent_channels:
+            return latents  # the runtime names the fault
+        mean, std = self._statistics(latents)
+        return latents.float() * std + mean
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation as float32 `[C, 1, 1, 1]`, where `like` is."""
+        mean, std = self._checkpoint.require_statistics()
+        shaped = [torch.tensor(row, device=like.device).view(-1, 1, 1, 1) for row in (mean, std)]
+        return shaped[0], shaped[1]
+
+    @staticmethod
+    def _check_scale(scale: str) -> None:
+        if scale not in ("normalized", "raw"):
+            raise SpecError(f"scale is {scale!r}, which is none: give 'normalized' (as diffusion models do) or 'raw'")
+
+    def __repr__(self) -> str:
+        return f"Vae({self._checkpoint.location!r}, {self.family}, {self.device}, {self.dtype})"
+
+
+class VaeStream:
+    """One clip that is decoded as its latents come. Made by `Vae.stream`."""
+
+    def __init__(self, vae: Vae, stream: DecodeStream, scale: LatentScale) -> None:
+        self._vae, self._stream = vae, stream
+        self._scale: LatentScale = scale
+
+    def step(self, latents: Float[Tensor, "B C t Hz Wz"]) -> Float[Tensor, "B 3 f H W"]:
+        """The frames that the next latents settle, in [-1, 1]; none yet where the decoder must see later latents.
+
+        Raises:
+            SpecError: latents of another shape than the stream was opened for, or it was flushed.
+        """
+        return self._stream.step(self._vae._raw(latents, self._scale))
+
+    def flush(self) -> Float[Tensor, "B 3 f H W"]:
+        """The frames that are left when the clip has ended. The stream ends with it."""
+        return self._stream.flush()
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return choose_device("auto")
+    try:
+        named = torch.device(device)
+    except RuntimeError:
+        raise FlashVaedError(
+            f"device is {device!r}, which torch does not know: give cpu, cuda, cuda:1 or mps"
+        ) from None
+    if named.type in ("cpu", "cuda", "mps"):
+        choose_device(named.type)
+    return named
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    found = DTYPES.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise FlashVaedError(f"dtype is {dtype}, which a decoder cannot run in: give {', '.join(DTYPES)}")
+    return found
+
+
+def _num_bytes(amount: str | int | None) -> int | None:
+    try:
+        return parse_memory(amount) if isinstance(amount, str) else amount
+    except ValueError as error:
+        raise FlashVaedError(f"max_memory is {amount!r}: it {error}") from None
