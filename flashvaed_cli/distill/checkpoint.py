@@ -124,7 +124,8 @@ def load_checkpoint(state: TrainState, path: Path) -> int:
         torch.set_rng_state(content["rng"]["cpu"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise DistillationError(
-            f"{path} does not fit the decoder that is to be trained ({error}). Delete it to start anew."
+            f"{path} does not fit the decoder that is to be trained ({' '.join(str(error).split()):.300}). "
+            "Delete it to start again."
         ) from error
     for name, value in content["counters"].items():
         setattr(state, name, value)

@@ -235,6 +235,18 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: str) -> None:
         run(path, num_steps=1)
 
 
+def test_checkpoints_of_another_shape_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "phase3.ckpt"
+    run(path, num_steps=1)
+    whole = torch.load(path, weights_only=True)
+    odd: tuple = (3, {"step": "x"})
+    for part in ("settings", "counters", "terms", "student", "optimizer", "average", "rng"):
+        for value in odd:
+            torch.save({**whole, part: value}, path)
+            with pytest.raises(DistillationError, match=r"phase3.ckpt .*[Dd]elete it"):
+                run(path, num_steps=1)
+
+
 def test_a_full_disk_is_reported_and_the_older_checkpoint_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
