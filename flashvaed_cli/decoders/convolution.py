@@ -25,10 +25,10 @@ def frames_as_batch(x: Float[Tensor, "B C T H W"]) -> Float[Tensor, "BT C H W"]:
     return x.permute(0, 2, 1, 3, 4).reshape(b * t, c, h, w)
 
 
-def batch_as_frames(x: Float[Tensor, "BT C H W"], batch: int) -> Float[Tensor, "B C T H W"]:
+def batch_as_frames(x: Float[Tensor, "BT C H W"], batch: int | torch.SymInt) -> Float[Tensor, "B C T H W"]:
     """Undo `frames_as_batch`."""
     bt, c, h, w = x.shape
-    if bt == batch:
+    if not torch.compiler.is_exporting() and bt == batch:  # an exported graph takes one frame and more
         return x.unsqueeze(2)
     return x.reshape(batch, bt // batch, c, h, w).permute(0, 2, 1, 3, 4)
 

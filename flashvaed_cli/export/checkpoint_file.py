@@ -13,6 +13,7 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flashvaed_cli import __version__
 from flashvaed_cli.atomic import atomic_path
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.streaming import decode
@@ -23,6 +24,7 @@ from flashvaed_cli.export.result import ExportResult
 # float32: equal weights through equal code, but another memory format may choose another kernel.
 # The halves: weights rounded to 11 and 8 bits, over some forty layers.
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+READ_BACK = f"flashvaed {__version__}, torch {torch.__version__}"
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "diffusion_pytorch_model.safetensors"
 
 
@@ -61,7 +63,7 @@ def export_safetensors(
         save_file(_written(tensors, dtype, exact), draft, metadata=dict(metadata))
         difference, allowed = _compared(reference, draft, dtype, path.name)
         size_bytes = draft.stat().st_size
-    return ExportResult("safetensors", (path,), size_bytes, difference, allowed, notes=notes)
+    return ExportResult("safetensors", (path,), size_bytes, difference, allowed, READ_BACK, notes=notes)
 
 
 @torch.no_grad()
@@ -97,7 +99,7 @@ def export_diffusers(
         raise
     paths = (folder / CONFIG_NAME, weights)
     size_bytes = sum(path.stat().st_size for path in paths)
-    return ExportResult("diffusers", paths, size_bytes, difference, allowed, notes=notes)
+    return ExportResult("diffusers", paths, size_bytes, difference, allowed, READ_BACK, notes=notes)
 
 
 def _written(tensors: Mapping[str, Tensor], dtype: torch.dtype, exact: frozenset[str]) -> dict[str, Tensor]:

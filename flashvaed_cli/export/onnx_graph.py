@@ -1,37 +1,41 @@
-"""The decoder as ONNX: one graph for whole clips, or two for streaming with the caches in the open.
+"""The decoder as ONNX: a graph for whole clips and two for streaming with the caches in the open, weights beside them.
 
-Both take raw latents `[1, C, Tz, Hz, Wz]` of any length and size and give frames in [-1, 1] (clamped).
+All take raw latents `[B, C, Tz, Hz, Wz]` of any length and size and give frames in [-1, 1] (clamped).
 Streaming: the first step takes `latents` and gives `frames` and `future_*`; each next step takes
 `latents` and those caches as `past_*`, and gives the same again.
-A file appears only after onnxruntime has reproduced PyTorch's frames with it: within `TOLERANCES`, or, for decoders
+The files appear only after onnxruntime has reproduced PyTorch's frames with them: within `TOLERANCES`, or, for decoders
 that magnify rounding, within a few times what rounding does to PyTorch's own (`parity.ROUNDING_FACTOR`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
+import onnx_ir as ir
+import onnxruntime
 import torch
 
-from flashvaed_cli.atomic import atomic_path
+from flashvaed_cli.atomic import draft_folder
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.streaming import decode
 from flashvaed_cli.errors import ExportError
-from flashvaed_cli.export.onnx_check import OnnxDecoder, alternating_ms
-from flashvaed_cli.export.onnx_trace import (
+from flashvaed_cli.export.graphs import (
+    TRACE_BATCH,
     TRACE_GRID,
     ClipGraph,
     StepGraph,
     cache_name,
-    label_program,
-    trace_graph,
+    first_caches,
     trace_grid,
     traceable_copy,
 )
+from flashvaed_cli.export.onnx_check import OnnxDecoder, alternating_ms
+from flashvaed_cli.export.onnx_trace import label_program, trace_graph
+from flashvaed_cli.export.onnx_weights import SharedWeights
 from flashvaed_cli.export.parity import (
     copy_in,
     own_rounding,
@@ -39,16 +43,16 @@ from flashvaed_cli.export.parity import (
     require_parity,
     seeded_latents,
 )
-from flashvaed_cli.export.result import ExportResult, Target
+from flashvaed_cli.export.result import ExportResult
 from flashvaed_cli.progress import Progress, SilentProgress
 
 MIN_OPSET = 18  # the oldest that torch's exporter writes by itself
-MAX_SINGLE_FILE_BYTES = 2**31 - 2**26  # protobuf ends at 2 GiB; the rest is for the graph
 # float32: the two runtimes add in other orders. float16: its 11 bits, over some forty layers.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2}
-# (latent frames, height, width) and the chunks of a streaming check: the traced size, another, a single latent.
 _ADVICE = "Use another target"
-CHECKS = ((TRACE_GRID, (2, 1)), ((4, 4, 7), (1, 1, 2)), ((1, 3, 2), (1,)))
+# Batch, (latent frames, height, width), and the chunks of a streaming check: near the traced size, another, the least.
+CHECKS = ((2, TRACE_GRID, (2, 1)), (1, (4, 4, 7), (1, 1, 2)), (3, (1, 3, 2), (1,)))
+GraphKind = Literal["clip", "step"]
 
 
 @dataclass(frozen=True)
@@ -68,91 +72,94 @@ class OnnxOptions:
     speed_grid: tuple[int, int, int] | None = None
 
 
-def export_onnx_clip(
+def export_onnx(
     decoder: Decoder,
     path: Path,
     *,
     options: OnnxOptions | None = None,
+    kinds: tuple[GraphKind, ...] = ("clip", "step"),
     metadata: Mapping[str, object] | None = None,
     progress: Progress | None = None,
-) -> ExportResult:
-    """Write one graph: latents of a whole clip to all its frames.
+) -> list[ExportResult]:
+    """Write graphs of a decoder with their weights in one file, `NAME.onnx.data`.
+
+    `clip` is one graph, `NAME.onnx`: latents of a whole clip to all its frames. `step` are two, `NAME.step.first.onnx`
+    and `NAME.step.next.onnx`: some latents to their frames, with explicit caches.
 
     Args:
-        metadata: added to the JSON that the file carries under the key `flashvaed`.
+        path: `NAME.onnx`; the other files are its siblings.
+        metadata: added to the JSON that the graphs carry under the key `flashvaed`.
+    Returns:
+        A result for each kind; the data file counts to the first.
     Raises:
-        ExportError: the options or the decoder do not fit ONNX, or onnxruntime does not reproduce its frames.
+        ExportError: the options or the decoder do not fit ONNX, or onnxruntime does not reproduce its frames. No file
+            is written then.
     """
     options = options or OnnxOptions()
-    _require_exportable(decoder, options)
-    traceable = traceable_copy(decoder, options.dtype)
-    with (progress or SilentProgress()).task("ONNX: whole clip", total=2) as task, atomic_path(path) as draft:
-        program = trace_graph(
-            ClipGraph(traceable), [_latents(decoder, trace_grid(decoder.spec), options)], opset=options.opset
-        )
-        label_program(program, {**_describe(decoder, options, "clip"), **(metadata or {})})
-        program.save(draft, external_data=False)
-        del program
-        task.advance()
-        result = _checked(decoder, OnnxDecoder(draft), (draft,), (path,), options, "onnx-clip")
-        task.advance()
-    return result
-
-
-def export_onnx_step(
-    decoder: Decoder,
-    path: Path,
-    *,
-    options: OnnxOptions | None = None,
-    metadata: Mapping[str, object] | None = None,
-    progress: Progress | None = None,
-) -> ExportResult:
-    """Write two graphs, `NAME.first.onnx` and `NAME.next.onnx`: latents to frames, with explicit caches.
-
-    Args:
-        path: `NAME.onnx`; the two files are its siblings.
-        metadata: added to the JSON that the files carry under the key `flashvaed`.
-    Raises:
-        ExportError: the options or the decoder do not fit ONNX, or onnxruntime does not reproduce its frames.
-    """
-    options = options or OnnxOptions()
-    _require_exportable(decoder, options)
-    traceable = traceable_copy(decoder, options.dtype)
-    latents = _latents(decoder, TRACE_GRID, options)
-    future: dict[str, torch.Tensor] = {}
-    traceable(latents, None, future)
-    addresses = tuple(future)
-    graph = StepGraph(traceable, addresses)
-    inputs = {"first": [latents], "next": [latents, *future.values()]}
-    paths = tuple(path.with_name(f"{path.stem}.{step}{path.suffix}") for step in inputs)
-    described = {**_describe(decoder, options, "step"), "caches": {cache_name(a): a for a in addresses}}
-    with (progress or SilentProgress()).task("ONNX: streaming", total=3) as task, ExitStack() as stack:
-        drafts = tuple(stack.enter_context(atomic_path(file)) for file in paths)
-        for (step, given), draft in zip(inputs.items(), drafts, strict=True):
-            program = trace_graph(graph, given, opset=options.opset)
-            label_program(program, {**described, "step": step, **(metadata or {})})
-            program.save(draft, external_data=False)
-            del program
+    _require_exportable(options)
+    with (progress or SilentProgress()).task("ONNX", total=2 * len(kinds)) as task, draft_folder(path) as draft:
+        written: dict[GraphKind, tuple[Path, ...]] = {}
+        with SharedWeights(draft / f"{path.name}.data") as weights:
+            for kind, (graph, inputs) in _graphs(decoder, kinds, options).items():
+                described = {**_describe(decoder, options, kind), **_caches(graph), **(metadata or {})}
+                files = {step: draft / _file_name(path, kind, step) for step in inputs}
+                for step, given in inputs.items():
+                    program = trace_graph(graph, given, opset=options.opset)
+                    label_program(program, {**described, **({"step": step} if kind == "step" else {})})
+                    weights.move_from(program.model)
+                    ir.save(program.model, files[step])
+                    del program
+                written[kind] = tuple(files.values())
+                task.advance()
+        results: list[ExportResult] = []
+        for kind, files in written.items():
+            result = _checked(decoder, OnnxDecoder(*files), options, kind, path.name)
+            listed = files if results else (*files, weights.path)
+            size_bytes = sum(file.stat().st_size for file in listed)
+            paths = tuple(path.with_name(file.name) for file in listed)
+            results.append(replace(result, paths=paths, size_bytes=size_bytes))
             task.advance()
-        result = _checked(decoder, OnnxDecoder(*drafts), drafts, paths, options, "onnx-step")
-        task.advance()
-    return result
+        for file in (weights.path, *(file for files in written.values() for file in files)):
+            file.replace(path.with_name(file.name))
+    return results
 
 
-def _require_exportable(decoder: Decoder, options: OnnxOptions) -> None:
+def _graphs(
+    decoder: Decoder, kinds: tuple[GraphKind, ...], options: OnnxOptions
+) -> dict[GraphKind, tuple[ClipGraph | StepGraph, dict[str, list[torch.Tensor]]]]:
+    """What to trace: the module of each kind, and the inputs of each of its graphs."""
+    traceable = traceable_copy(decoder, options.dtype)
+    latents = _latents(decoder, trace_grid(decoder.spec), options, batch=TRACE_BATCH)
+    graphs: dict[GraphKind, tuple[ClipGraph | StepGraph, dict[str, list[torch.Tensor]]]] = {}
+    for kind in kinds:
+        if kind == "clip":
+            graphs[kind] = ClipGraph(traceable), {"": [latents]}
+        else:
+            future = first_caches(traceable, latents)
+            graphs[kind] = (
+                StepGraph(traceable, tuple(future)),
+                {"first": [latents], "next": [latents, *future.values()]},
+            )
+    return graphs
+
+
+def _file_name(path: Path, kind: GraphKind, step: str) -> str:
+    return path.name if kind == "clip" else f"{path.stem}.step.{step}{path.suffix}"
+
+
+def _caches(graph: ClipGraph | StepGraph) -> dict[str, object]:
+    return {"caches": {cache_name(a): a for a in graph.addresses}} if isinstance(graph, StepGraph) else {}
+
+
+def _require_exportable(options: OnnxOptions) -> None:
     if options.dtype not in TOLERANCES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in TOLERANCES)
         raise ExportError(f"ONNX export knows {known}, not {str(options.dtype).removeprefix('torch.')}")
     if options.opset < MIN_OPSET:
         raise ExportError(f"torch's ONNX exporter writes opset {MIN_OPSET} or higher, not {options.opset}")
-    size_bytes = decoder.parameter_count * options.dtype.itemsize
-    if size_bytes > MAX_SINGLE_FILE_BYTES:
-        raise ExportError(
-            f"the decoder has {size_bytes / 2**30:.1f} GiB of weights, an ONNX file holds less than 2: export float16"
-        )
 
 
-def _describe(decoder: Decoder, options: OnnxOptions, kind: str) -> dict[str, object]:
+def _describe(decoder: Decoder, options: OnnxOptions, kind: GraphKind) -> dict[str, object]:
     return {
         "kind": f"onnx-{kind}",
         "family": decoder.spec.family,
@@ -166,60 +173,59 @@ def _describe(decoder: Decoder, options: OnnxOptions, kind: str) -> dict[str, ob
     }
 
 
-def _latents(decoder: Decoder, grid: tuple[int, int, int], options: OnnxOptions) -> torch.Tensor:
+def _latents(decoder: Decoder, grid: tuple[int, int, int], options: OnnxOptions, *, batch: int = 1) -> torch.Tensor:
     latents = seeded_latents(
-        decoder.spec, grid, seed=options.seed, latent_mean=options.latent_mean, latent_std=options.latent_std
+        decoder.spec,
+        grid,
+        seed=options.seed,
+        latent_mean=options.latent_mean,
+        latent_std=options.latent_std,
+        batch=batch,
     )
     return latents.to(options.dtype)
 
 
 @torch.no_grad()
-def _checked(
-    decoder: Decoder,
-    exported: OnnxDecoder,
-    drafts: tuple[Path, ...],
-    paths: tuple[Path, ...],
-    options: OnnxOptions,
-    target: Target,
-) -> ExportResult:
-    """Compare with the float32 decoder on the CPU at every size of `CHECKS`; measure if asked to."""
+def _checked(decoder: Decoder, exported: OnnxDecoder, options: OnnxOptions, kind: GraphKind, name: str) -> ExportResult:
+    """Compare with the float32 decoder on the CPU at every size of `CHECKS`; measure if asked to. Names no files."""
     reference = copy_in(decoder, torch.float32)
     worst, allowed = 0.0, 0.0
-    grids = [((1 if decoder.spec.still else t, h, w), chunks) for (t, h, w), chunks in CHECKS]
-    for grid, chunks in grids:
-        latents = _latents(decoder, grid, options).float()
-        frames = exported.decode(latents, chunks if target == "onnx-step" else None)
+    grids = [(batch, (1 if decoder.spec.still else t, h, w), chunks) for batch, (t, h, w), chunks in CHECKS]
+    for batch, grid, chunks in grids:
+        latents = _latents(decoder, grid, options, batch=batch).float()
+        frames = exported.decode(latents, chunks if kind == "step" else None)
         difference = relative_difference(frames, decode(reference, latents))
-        where = f"{paths[0].name} in onnxruntime, latents {list(latents.shape)},"
+        where = f"{name} ({kind}) in onnxruntime, latents {list(latents.shape)},"
         advice = "Export --dtype float32, or another target" if options.dtype == torch.float16 else _ADVICE
         rounding = partial(own_rounding, decoder, latents, options.dtype)
         tolerance = TOLERANCES[options.dtype]
         found = require_parity(difference, tolerance, where=where, rounding=rounding, advice=advice)
         worst, allowed = max(worst, difference), max(allowed, found)
-    onnxruntime_ms, torch_ms = _measured(reference, exported, options, target)
-    sizes = ", ".join("x".join(map(str, grid)) for grid, _ in grids)
+    onnxruntime_ms, torch_ms = _measured(reference, exported, options, kind)
+    sizes = ", ".join("x".join(map(str, (batch, *grid))) for batch, grid, _ in grids)
     return ExportResult(
-        target=target,
-        paths=paths,
-        size_bytes=sum(draft.stat().st_size for draft in drafts),
+        target="onnx-clip" if kind == "clip" else "onnx-step",
+        paths=(),
+        size_bytes=0,
         max_abs_difference=worst,
         tolerance=allowed,
+        checked_with=f"onnxruntime {onnxruntime.__version__}",
         opset=options.opset,
         onnxruntime_ms=onnxruntime_ms,
         torch_ms=torch_ms,
         notes=(
-            f"raw latents [1, C, {'1' if decoder.spec.still else 'T'}, H, W] of any size to frames in [-1, 1]",
-            f"checked in onnxruntime against float32 PyTorch on latents {sizes}",
+            f"ONNX: raw latents [B, C, {'1' if decoder.spec.still else 'T'}, H, W] of any size to frames in [-1, 1]",
+            f"ONNX: checked in onnxruntime against float32 PyTorch on batch and grid {sizes}",
         ),
     )
 
 
 def _measured(
-    reference: Decoder, exported: OnnxDecoder, options: OnnxOptions, target: Target
+    reference: Decoder, exported: OnnxDecoder, options: OnnxOptions, kind: GraphKind
 ) -> tuple[float | None, float | None]:
     if options.speed_grid is None:
         return None, None
     latents = _latents(reference, options.speed_grid, options).float()
-    chunk = 1 if target == "onnx-step" else None
+    chunk = 1 if kind == "step" else None
     chunks = None if chunk is None else [chunk] * latents.shape[2]
     return alternating_ms(lambda: exported.decode(latents, chunks), lambda: decode(reference, latents, chunk=chunk))

@@ -29,6 +29,7 @@ def seeded_latents(
     seed: int = 0,
     latent_mean: Sequence[float] | None = None,
     latent_std: Sequence[float] | None = None,
+    batch: int = 1,
 ) -> Float[Tensor, "B C Tz Hz Wz"]:
     """Random raw latents: normal per channel, with the family's mean and deviation where they are given.
 
@@ -36,7 +37,7 @@ def seeded_latents(
         grid: latent frames, height and width.
     """
     generator = torch.Generator().manual_seed(seed)
-    normalized = torch.randn(1, spec.latent_width, *grid, generator=generator)
+    normalized = torch.randn(batch, spec.latent_width, *grid, generator=generator)
     mean = torch.zeros(spec.latent_width) if latent_mean is None else torch.tensor(latent_mean)
     std = torch.ones(spec.latent_width) if latent_std is None else torch.tensor(latent_std)
     return normalized * std.view(-1, 1, 1, 1) + mean.view(-1, 1, 1, 1)

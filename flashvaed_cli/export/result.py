@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Target = Literal["onnx-clip", "onnx-step", "safetensors", "diffusers"]
+Target = Literal["safetensors", "diffusers", "onnx-clip", "onnx-step"]
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,8 @@ class ExportResult:
     """One verified export.
 
     `max_abs_difference` is that of the frames to the decoder's own, as a fraction of the range of those;
-    it was found to be at most `tolerance`. Times are medians of the same latents, in the same run.
+    it was found to be at most `tolerance`, by the program that `checked_with` names. Times are medians of the same
+    latents, in the same run.
     """
 
     target: Target
@@ -22,6 +23,7 @@ class ExportResult:
     size_bytes: int
     max_abs_difference: float
     tolerance: float
+    checked_with: str
     opset: int | None = None
     onnxruntime_ms: float | None = None
     torch_ms: float | None = None
@@ -31,3 +33,14 @@ class ExportResult:
     def path(self) -> Path:
         """The file, or the first of them."""
         return self.paths[0]
+
+    def to_record(self, folder: Path) -> dict[str, object]:
+        """The entry of `export.json`, with stable names: sizes in bytes, differences as fractions of the range."""
+        return {
+            "target": self.target,
+            "files": [path.relative_to(folder).as_posix() for path in self.paths],
+            "size_bytes": self.size_bytes,
+            "max_difference_of_range": self.max_abs_difference,
+            "allowed_difference_of_range": self.tolerance,
+            "checked_with": self.checked_with,
+        }

@@ -262,7 +262,8 @@ def test_export_writes_decoders_that_decode_the_same(chain: Chain) -> None:
     printed = succeed("export vae.safetensors", cwd=chain.folder)
     folder = chain.folder / "export"
     assert {path.name for path in folder.iterdir()} == {
-        "vae.safetensors", "vae.onnx", "vae.step.first.onnx", "vae.step.next.onnx", "export.json", "diffusers"
+        "vae.safetensors", "vae.onnx", "vae.onnx.data", "vae.step.first.onnx", "vae.step.next.onnx",
+        "export.json", "diffusers"
     }  # fmt: skip
     manifest = strict_json((folder / "export.json").read_text(encoding="utf-8"))
     assert manifest["sha256"] == chain.sha256("vae.safetensors") == printed["sha256"]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from flashvaed_cli.errors import ExportError
-from flashvaed_cli.stages import export as export_stage
-from flashvaed_cli.stages.export import export_name
+from flashvaed_cli.stages.export import run as export_stage
+from flashvaed_cli.stages.export.run import export_name
 from tests.commands import invoke, strict_json, succeed
 from tests.toy import write_toy_vae
 
@@ -20,16 +20,14 @@ def failing(*_given: object, **_options: object) -> None:
 
 def test_one_failure_leaves_the_other_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_toy_vae(tmp_path / "vae.safetensors")
-    monkeypatch.setattr(export_stage, "export_onnx_clip", failing)
-    monkeypatch.setattr(export_stage, "export_onnx_step", failing)
+    monkeypatch.setattr(export_stage, "export_onnx", failing)
     result = invoke("export vae.safetensors --json --quiet", cwd=tmp_path)
     assert result.exit_code == 2
     error = " ".join(result.stderr.split())
     assert "not every format could be written" in error and "vae.onnx in onnxruntime differs" in error
     printed = strict_json(result.stdout)
     assert printed["failed"] == [
-        {"target": target, "reason": "vae.onnx in onnxruntime differs, so it was not written. Use another target"}
-        for target in ("onnx-clip", "onnx-step")
+        {"target": "onnx", "reason": "vae.onnx in onnxruntime differs, so it was not written. Use another target"}
     ]
     written = {path.relative_to(tmp_path).as_posix() for path in (tmp_path / "export").rglob("*") if path.is_file()}
     folder = {"export/diffusers/config.json", "export/diffusers/diffusion_pytorch_model.safetensors"}
@@ -45,8 +43,7 @@ def test_one_failure_leaves_the_other_formats(tmp_path: Path, monkeypatch: pytes
 
 def test_nothing_is_written_where_every_format_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_toy_vae(tmp_path / "vae.safetensors")
-    monkeypatch.setattr(export_stage, "export_onnx_clip", failing)
-    monkeypatch.setattr(export_stage, "export_onnx_step", failing)
+    monkeypatch.setattr(export_stage, "export_onnx", failing)
     result = invoke("export vae.safetensors -t onnx", cwd=tmp_path)
     assert result.exit_code == 2 and "nothing was written: vae.onnx in" in " ".join(result.stderr.split())
     assert [path.name for path in tmp_path.iterdir()] == ["vae.safetensors"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flashvaed_cli.stages import export as export_stage
+from flashvaed_cli.stages.export import run as export_stage
 from tests.commands import invoke, succeed
 from tests.toy import write_toy_vae
 
@@ -20,7 +20,7 @@ def test_an_interrupt_between_two_targets_writes_nothing(tmp_path: Path, monkeyp
         drafts.append([file.name for file in path.parent.iterdir()])
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(export_stage, "export_onnx_clip", interrupted)
+    monkeypatch.setattr(export_stage, "export_onnx", interrupted)
     words = "export vae.safetensors --target safetensors --target onnx --output out"
     result = invoke(words, cwd=tmp_path)
     assert result.exit_code == 130

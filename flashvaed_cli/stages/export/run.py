@@ -9,12 +9,13 @@ from pathlib import Path
 
 from flashvaed_cli.artifact.checkpoint import BUILTIN_SCHEME, Checkpoint
 from flashvaed_cli.errors import ArtifactError, ExportError
-from flashvaed_cli.export.onnx_graph import OnnxOptions, export_onnx_clip, export_onnx_step
-from flashvaed_cli.export.result import ExportResult, Target
+from flashvaed_cli.export.onnx_graph import GraphKind, OnnxOptions, export_onnx
+from flashvaed_cli.export.result import ExportResult
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.export import ExportRecipe
-from flashvaed_cli.report.tables import Column, TableData, to_records
-from flashvaed_cli.stages.export_layouts import (
+from flashvaed_cli.recipe.fields import ExportTarget
+from flashvaed_cli.report.tables import Column, TableData
+from flashvaed_cli.stages.export.layouts import (
     DIFFUSERS_FOLDER,
     diffusers_obstacle,
     export_diffusers_folder,
@@ -26,7 +27,7 @@ from flashvaed_cli.stages.result import StageOutcome
 
 MANIFEST = "export.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".sft", ".pth", ".pt", ".ckpt", ".bin")
-_Job = tuple[Target, Callable[[], ExportResult]]
+_Job = tuple[ExportTarget, Callable[[], list[ExportResult]]]
 
 
 @dataclass
@@ -63,7 +64,7 @@ def run_export(recipe: ExportRecipe, *, progress: Progress, force: bool, command
             "command": command_line,
             "decoder": location,
             "sha256": checkpoint.sha256,
-            "files": to_records(table),
+            "files": [result.to_record(draft) for result in course.results],
             "failed": course.failed,
         }
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -86,7 +87,7 @@ def _write_targets(
     course = _Course()
     for target, job in _jobs(checkpoint, folder, name, recipe, progress, course.skipped):
         try:
-            course.results.append(job())
+            course.results += job()
         except (ExportError, ArtifactError) as error:
             course.failed.append({"target": target, "reason": str(error)})
     if not course.results:
@@ -100,11 +101,11 @@ def _jobs(
     """What to write; what does not apply to this decoder is added to `skipped`."""
     decoder = checkpoint.require_decoder()
     if "safetensors" in recipe.targets:
-        yield "safetensors", lambda: export_original_layout(checkpoint, folder / f"{name}.safetensors", recipe)
+        yield "safetensors", lambda: [export_original_layout(checkpoint, folder / f"{name}.safetensors", recipe)]
     if "diffusers" in recipe.targets:
         obstacle = None if "targets" in recipe.model_fields_set else diffusers_obstacle(checkpoint)
         if obstacle is None:
-            yield "diffusers", lambda: export_diffusers_folder(checkpoint, folder / DIFFUSERS_FOLDER, recipe)
+            yield "diffusers", lambda: [export_diffusers_folder(checkpoint, folder / DIFFUSERS_FOLDER, recipe)]
         else:
             skipped.append(obstacle)
     if "onnx" not in recipe.targets:
@@ -119,14 +120,15 @@ def _jobs(
         latent_std=checkpoint.latent_std or None,
         seed=recipe.seed,
     )
-    clip, step = folder / f"{name}.onnx", folder / f"{name}.step.onnx"
-    yield "onnx-clip", lambda: export_onnx_clip(decoder, clip, options=options, progress=progress)
+    kinds: tuple[GraphKind, ...] = ("clip", "step")
     if decoder.spec.still:
+        kinds = ("clip",)
         skipped.append("no streaming graph: an image has no next step")
-    elif decoder.spec.is_causal:
-        yield "onnx-step", lambda: export_onnx_step(decoder, step, options=options, progress=progress)
-    else:
+    elif not decoder.spec.is_causal:
+        kinds = ("clip",)
         skipped.append("no streaming graph: this decoder sees frames ahead, so a step alone has no frames")
+    path = folder / f"{name}.onnx"
+    yield "onnx", lambda: export_onnx(decoder, path, options=options, kinds=kinds, progress=progress)
 
 
 def _table(results: list[ExportResult], folder: Path) -> TableData:

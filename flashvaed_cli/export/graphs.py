@@ -1,0 +1,149 @@
+"""A decoder as graphs that others run: what they take and give, and how their caches are called.
+
+A cache is named after the address of its layer with underscores for dots: layer `up0.1.conv1` reads
+`past_up0_1_conv1` and gives `future_up0_1_conv1`. Any batch, number of latent frames, height and width go in.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.nn import functional as F
+
+from flashvaed_cli.decoders.blocks import Upsample
+from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.layer_spec import UpsampleSpec
+from flashvaed_cli.decoders.norms import ChannelRMSNorm
+from flashvaed_cli.decoders.operators import Future, LowRankConv3d, Past, extend_with_past, pointwise_conv
+from flashvaed_cli.decoders.spec import DecoderSpec
+
+TRACE_BATCH = 2  # an axis of one is taken for a constant
+TRACE_GRID = (3, 5, 6)  # latent frames, height, width: unequal, so that no two axes are taken for one
+
+
+def trace_grid(spec: DecoderSpec) -> tuple[int, int, int]:
+    """Latent frames, height and width to trace a decoder with."""
+    return (1, *TRACE_GRID[1:]) if spec.still else TRACE_GRID
+
+
+class _AnyLengthUpsample(Upsample):
+    """The same frames without a branch on the number of latents, so that one graph serves 1 and more."""
+
+    def double_frames(
+        self, x: Float[Tensor, "B C T H W"], past: Past = None, future: Future = None
+    ) -> Float[Tensor, "B C Td H W"]:
+        if past is not None:
+            return super().double_frames(x, past, future)
+        first = x[:, :, :1]
+        unseen = torch.cat([torch.zeros_like(first), x[:, :, 1:]], dim=2)  # what precedes a clip is zero too
+        doubled = self.temporal(unseen, None, future).chunk(2, dim=1)  # type: ignore[misc]
+        rest = torch.stack(doubled, dim=3).flatten(2, 3)[:, :, 2:]  # [B, C, 2 (T - 1), H, W]
+        return torch.cat([first, rest], dim=2)
+
+
+class _AnyLengthLowRank(LowRankConv3d):
+    """The same frames by a window of past and present ones: the sum over taps branches on how many there are."""
+
+    def forward(
+        self, x: Float[Tensor, "B C T H W"], past: Past = None, future: Future = None
+    ) -> Float[Tensor, "B O T H W"]:
+        window = extend_with_past(x, self.spec.kernel[0] - 1, self.address, past, future)
+        return pointwise_conv(F.conv3d(window, self.reduce), self.weight, self.bias)
+
+
+class _KeptEpsNorm(ChannelRMSNorm):
+    """The same norm with the sum in multiples of its eps.
+
+    torch's ONNX optimiser takes a summand of 1e-8 for zero and drops it: a vector of zeros then becomes NaN, and a
+    short one too long.
+    """
+
+    def _unit(self, x: Float[Tensor, "B C *P"]) -> Float[Tensor, "B C *P"]:
+        eps = self.spec.eps
+        assert eps is not None
+        return x * (torch.rsqrt(x.square().mean(1, keepdim=True) / eps + 1) * eps**-0.5)
+
+
+class ClipGraph(nn.Module):
+    """Raw latents of a whole clip to its frames in [-1, 1]."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, latents: Float[Tensor, "B C Tz Hz Wz"]) -> Float[Tensor, "B 3 F H W"]:
+        return self.decoder(latents).clamp(-1.0, 1.0)
+
+
+class StepGraph(nn.Module):
+    """One chunk of raw latents, and the caches unless it is the first, to its frames and the caches for the next."""
+
+    def __init__(self, decoder: Decoder, addresses: tuple[str, ...]) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.addresses = addresses
+
+    def forward(self, latents: Float[Tensor, "B C Tz Hz Wz"], *caches: Tensor) -> tuple[Tensor, ...]:
+        past = dict(zip(self.addresses, caches, strict=True)) if caches else None
+        future: dict[str, Tensor] = {}
+        frames = self.decoder(latents, past, future)
+        return frames.clamp(-1.0, 1.0), *(future[address] for address in self.addresses)
+
+
+def traceable_copy(decoder: Decoder, dtype: torch.dtype) -> Decoder:
+    """A copy on the CPU in `dtype`, for inference, whose graph fits clips of any length and keeps every eps."""
+    traceable = copy.deepcopy(decoder).to("cpu", dtype).eval().requires_grad_(False)
+    for address, block in decoder.spec.blocks():
+        if isinstance(block, UpsampleSpec) and block.temporal is not None:
+            stage, index = address.split(".")
+            original = traceable.at(address)
+            replacement = _AnyLengthUpsample(block, address)
+            replacement.load_state_dict(original.state_dict())
+            traceable.stages[stage][int(index)] = replacement.to(dtype).eval().requires_grad_(False)  # type: ignore[index]
+    for parent in list(traceable.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, LowRankConv3d):
+                replacement = _AnyLengthLowRank(layer.spec, layer.address)
+            elif isinstance(layer, ChannelRMSNorm) and layer.spec.eps is not None:
+                replacement = _KeptEpsNorm(layer.width, layer.spec)
+            else:
+                continue
+            replacement.load_state_dict(layer.state_dict())
+            setattr(parent, name, replacement.to(dtype).eval().requires_grad_(False))
+    return traceable
+
+
+def cache_name(address: str) -> str:
+    """The part of a cache's name after `past_` or `future_`."""
+    return address.replace(".", "_")
+
+
+@torch.no_grad()
+def first_caches(decoder: Decoder, latents: Float[Tensor, "B C Tz Hz Wz"]) -> dict[str, Tensor]:
+    """The caches after a first step, by the address of their layer, each in memory of its own."""
+    future: dict[str, Tensor] = {}
+    decoder(latents, None, future)
+    return {address: cache.contiguous() for address, cache in future.items()}
+
+
+def dynamic_axes(inputs: Sequence[Tensor]) -> tuple[object, ...]:
+    """The axes of a graph's inputs that vary, by name; those of the caches as multiples of the latent's.
+
+    Args:
+        inputs: latents of `trace_grid`, then the caches of a later step.
+    """
+    batch, frames = Dim("batch"), Dim("latent_frames")
+    height, width = Dim("latent_height"), Dim("latent_width")
+    axes: list[dict[int, object]] = [{0: batch, 2: frames, 3: height, 4: width}]
+    if inputs[0].shape[2] == 1:
+        del axes[0][2]
+    for cache in inputs[1:]:
+        scale = cache.shape[3] // TRACE_GRID[1]
+        sides = (height, width) if scale == 1 else (scale * height, scale * width)
+        axes.append({0: batch, 3: sides[0], 4: sides[1]})
+    return (axes[0], tuple(axes[1:])) if axes[1:] else (axes[0],)

@@ -1,0 +1,1 @@
+"""`flashvaed export`: what it writes for which program."""
