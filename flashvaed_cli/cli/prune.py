@@ -27,7 +27,7 @@ from flashvaed_cli.cli.options import (
 )
 from flashvaed_cli.cli.running import resolve_settings, run_stage
 from flashvaed_cli.recipe import PruneRecipe
-from flashvaed_cli.recipe.fields import LatentScale, ReconstructMode, SelectionRule
+from flashvaed_cli.recipe.fields import LatentScale, ReconstructMode, SelectionRule, StudentLayout
 
 EPILOG = """Examples:
 
@@ -38,6 +38,8 @@ flashvaed prune Wan2.1_VAE.pth --ratio up2=0.125 --ratio up3=0.125 --round-to 8 
 flashvaed prune --ratio 0.5 --ratio up3.stream=0.25 --rule next-layer
 
 flashvaed prune --target-speedup 1.5
+
+flashvaed prune --layout native --ratio 0.5
 
 flashvaed prune --recipe paper"""
 
@@ -54,6 +56,7 @@ def prune(
     analysis: Annotated[str | None, flag(PruneRecipe, "analysis")] = None,
     original: Annotated[str | None, flag(PruneRecipe, "original")] = None,
     rule: Annotated[SelectionRule | None, flag(PruneRecipe, "rule")] = None,
+    layout: Annotated[StudentLayout | None, flag(PruneRecipe, "layout")] = None,
     round_to: Annotated[int | None, flag(PruneRecipe, "round_to")] = None,
     target_speedup: Annotated[float | None, flag(PruneRecipe, "target_speedup")] = None,
     target_gflops: Annotated[float | None, flag(PruneRecipe, "target_gflops")] = None,

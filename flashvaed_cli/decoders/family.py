@@ -76,7 +76,8 @@ class Family:
     that the paper prunes, `paper_keep_ratio` the fraction of channels that it keeps there, and
     `paper_operators` the operator of each stage's residual blocks after conversion. `configured` puts what a
     checkpoint's configuration says, and its shapes do not, into a spec; `described` gives it back. `config_keys` are
-    what a configuration may say.
+    what a configuration may say. `native_obstacle` says why no stock class builds a narrower decoder that this
+    program makes; None where one does.
     """
 
     name: str
@@ -92,3 +93,6 @@ class Family:
     config_keys: ConfigKeys
     configured: Callable[[DecoderSpec | EncoderSpec, Mapping[str, Any]], DecoderSpec | EncoderSpec] = _as_it_is
     described: Callable[[CoderSpec], dict[str, Any]] = _nothing
+    native_obstacle: str | None = (
+        "its shortcuts copy or shuffle channels in a fixed order, which kept channels would have to follow"
+    )

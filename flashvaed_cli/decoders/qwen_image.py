@@ -28,4 +28,5 @@ QWEN_IMAGE = replace(
     name=NAME,
     decoder_spec=qwen_decoder_spec,
     encoder_spec=qwen_encoder_spec,
+    native_obstacle="its stock class has no width of the decoder's own",
 )

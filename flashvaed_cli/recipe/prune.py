@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
-from flashvaed_cli.recipe.fields import ANALYSIS_FILE, BUILTIN_VAE, PRUNED_FILE, Count, Name, Positive
+from flashvaed_cli.recipe.fields import ANALYSIS_FILE, BUILTIN_VAE, PRUNED_FILE, Count, Name, Positive, StudentLayout
 from flashvaed_cli.recipe.settings import RatioFields, ReconstructingRecipe
 
 
@@ -22,6 +22,11 @@ class PruneRecipe(ReconstructingRecipe, RatioFields):
     analysis: Name | None = Field(
         default=None,
         description=f"Analysis of that decoder. Without it, {ANALYSIS_FILE} if that fits, else made on the fly.",
+    )
+    layout: StudentLayout = Field(
+        default="free",
+        description="free: each channel group has a width of its own. native: the original at another base width, "
+        "which the family's stock classes load; the ratio is that of the whole decoder.",
     )
     round_to: Count = Field(
         default=1, description="Round kept channel counts to the nearest multiple of this, at least one."
@@ -57,6 +62,17 @@ class PruneRecipe(ReconstructingRecipe, RatioFields):
         if len(chosen) > 1 and chosen[-1].startswith("target"):
             listed = ", ".join(f"`{name}`" for name in chosen)
             raise ValueError(f"{listed}: a target chooses the ratios itself; give one target, or ratios")
+        uneven = [name for name in ("stage_keep_ratios", "group_keep_ratios") if given[name]]
+        if self.layout == "native" and uneven:
+            raise ValueError(
+                f"`{uneven[0]}`: the native layout has one ratio for the whole decoder; give that one, or leave "
+                "`layout: native` out"
+            )
+        if self.layout == "native" and self.target_speedup is not None:
+            raise ValueError(
+                "`target_speedup`: the native layout takes a ratio or `target_gflops`; give one of these, or leave "
+                "`layout: native` out"
+            )
         return self
 
     @property

@@ -25,6 +25,7 @@ from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.decoders.groups import channel_groups
 from flashvaed_cli.decoders.latency_model import WidthLatency, rounded_ladder, width_ladder
 from flashvaed_cli.decoders.layout import channels_last, use_channels_last
+from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.metrics.speed import speed_ratio, synchronizer, time_alternating
 from flashvaed_cli.numerics.covariance import TensorStatistics
 from flashvaed_cli.progress import Progress
@@ -62,9 +63,7 @@ def plan_budget(
     Raises:
         SpecError: the target is out of reach, or asks for nothing.
     """
-    size = stored or {"num_frames": _DEFAULTS.latency_frames, "side": _DEFAULTS.latency_side}
-    num_frames, side = recipe.latency_frames or size["num_frames"], recipe.latency_side or size["side"]
-    clip = whole_clip(TimedClip(num_frames, side, device, recipe.dtype), decoder.spec, recipe, progress)
+    clip = target_clip(recipe, decoder.spec, stored, device, progress)
     stages = get_family(decoder.spec.family).shallow_stages
     curves = group_curves(decoder, statistics, stages, rule=recipe.rule, seed=recipe.seed)
     if recipe.target_gflops is not None:
@@ -76,6 +75,19 @@ def plan_budget(
     model = _latency_model(recipe, decoder, stored, clip, progress)
     ladders = {name: rounded_ladder(ladder, recipe.round_to) for name, ladder in model.ladders.items()}
     return Budget(plan_speedup(curves, model, ladders, recipe.target_speedup), clip)
+
+
+def target_clip(
+    recipe: PruneRecipe,
+    spec: DecoderSpec,
+    stored: Mapping[str, Any] | None,
+    device: torch.device,
+    progress: Progress,
+) -> TimedClip:
+    """The clip that a target speaks of: the recipe's, or else the analysis', or else the default one."""
+    size = stored or {"num_frames": _DEFAULTS.latency_frames, "side": _DEFAULTS.latency_side}
+    num_frames, side = recipe.latency_frames or size["num_frames"], recipe.latency_side or size["side"]
+    return whole_clip(TimedClip(num_frames, side, device, recipe.dtype), spec, recipe, progress)
 
 
 def _latency_model(

@@ -23,9 +23,10 @@ from flashvaed_cli.recipe.fields import ANALYSIS_FILE
 from flashvaed_cli.recipe.prune import PruneRecipe
 from flashvaed_cli.report.tables import Column, TableData
 from flashvaed_cli.stages.asked_names import require_known_ratios
-from flashvaed_cli.stages.budget import budget_table, judge_budget, plan_budget
+from flashvaed_cli.stages.budget import Budget, budget_table, judge_budget, plan_budget
 from flashvaed_cli.stages.clips import CalibrationClips, plan_calibration
-from flashvaed_cli.stages.loading import DTYPES, choose_device, choose_input, input_settings, load_inputs
+from flashvaed_cli.stages.loading import DTYPES, Inputs, choose_device, choose_input, input_settings, load_inputs
+from flashvaed_cli.stages.native import choose_native
 from flashvaed_cli.stages.outputs import claim_file
 from flashvaed_cli.stages.reconstruction import choose_reference, error_table, fit_settings, reconstruct
 from flashvaed_cli.stages.result import StageOutcome
@@ -55,35 +56,19 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
     )
     statistics, parents, latency_model = _statistics(recipe, inputs.checkpoint, clips, progress)
     budget = None
-    ratios, round_to = recipe.ratios(get_family(inputs.checkpoint.family).shallow_stages), recipe.round_to
-    prepared = _prepared_channels(inputs.checkpoint)
-    if prepared and not recipe.names_widths:
-        ratios, round_to = _ratios_of(prepared, decoder.spec), 1
-    if recipe.has_target:
-        budget = plan_budget(recipe, decoder, statistics, latency_model, device, progress)
-        ratios, round_to = budget.plan.keep_ratios, 1  # exactly the widths of the plan
-    kept, selections = select_channels(
-        decoder,
-        statistics,
-        ratios,
-        rule=recipe.rule,
-        round_to=round_to,
-        seed=recipe.seed,
-        prepared=prepared,
-    )
-    _tell_of_prepared(prepared, kept, progress)
-    unpruned = _unpruned(channel_groups(decoder.spec), ratios, kept, round_to)
-    if not kept:
-        raise SpecError(f"nothing to prune: {unpruned or f'the ratios {ratios} keep every channel'}")
-    if unpruned:
-        progress.warn(unpruned)
+    if recipe.layout == "native":
+        spec, kept, selections = choose_native(recipe, decoder, statistics, latency_model, device, progress)
+    else:
+        budget, kept, selections = _choose_free(recipe, inputs, statistics, latency_model, device, progress)
+        spec = narrowed_spec(decoder.spec, kept)
     _warn_of_unvarying(selections, progress)
-    student = transfer_weights(decoder, narrowed_spec(decoder.spec, kept), kept)
+    student = transfer_weights(decoder, spec, kept)
     errors = []
     if recipe.reconstruct != "none":
         reference, left = choose_reference(inputs, kept, progress)
         errors = reconstruct(decoder, student, reference, left, clips, fit_settings(recipe), progress)
     measured = {
+        "layout": recipe.layout,
         "selection": [vars(selection) for selection in selections],
         "layer_errors": [vars(error) for error in errors],
         "parameters_before": decoder.parameter_count,
@@ -111,6 +96,42 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
     if budget is not None:
         tables.append(budget_table(measured["budget"]))
     return StageOutcome((output,), tuple(tables), measured)
+
+
+def _choose_free(
+    recipe: PruneRecipe,
+    inputs: Inputs,
+    statistics: Mapping[str, TensorStatistics],
+    latency_model: Mapping[str, Any] | None,
+    device: torch.device,
+    progress: Progress,
+) -> tuple[Budget | None, Kept, list[GroupSelection]]:
+    """Kept channels, each group with a width of its own: by ratios, by a target, or as a distillation prepared."""
+    decoder = inputs.checkpoint.require_decoder()
+    budget = None
+    ratios, round_to = recipe.ratios(get_family(inputs.checkpoint.family).shallow_stages), recipe.round_to
+    prepared = _prepared_channels(inputs.checkpoint)
+    if prepared and not recipe.names_widths:
+        ratios, round_to = _ratios_of(prepared, decoder.spec), 1
+    if recipe.has_target:
+        budget = plan_budget(recipe, decoder, statistics, latency_model, device, progress)
+        ratios, round_to = budget.plan.keep_ratios, 1  # exactly the widths of the plan
+    kept, selections = select_channels(
+        decoder,
+        statistics,
+        ratios,
+        rule=recipe.rule,
+        round_to=round_to,
+        seed=recipe.seed,
+        prepared=prepared,
+    )
+    _tell_of_prepared(prepared, kept, progress)
+    unpruned = _unpruned(channel_groups(decoder.spec), ratios, kept, round_to)
+    if not kept:
+        raise SpecError(f"nothing to prune: {unpruned or f'the ratios {ratios} keep every channel'}")
+    if unpruned:
+        progress.warn(unpruned)
+    return budget, kept, selections
 
 
 def _unpruned(groups: Sequence[ChannelGroup], ratios: Mapping[str, float], kept: Kept, round_to: int) -> str | None:

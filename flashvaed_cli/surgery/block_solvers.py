@@ -28,6 +28,7 @@ from flashvaed_cli.decoders.operators import (
 )
 from flashvaed_cli.decoders.shuffle_blocks import ShuffleUpsample
 from flashvaed_cli.surgery.activations import ActivationStore
+from flashvaed_cli.surgery.attention_fit import set_collapsed
 from flashvaed_cli.surgery.channel_fit import ChannelFit
 from flashvaed_cli.surgery.layer_fit import (
     DenseFit,
@@ -254,10 +255,19 @@ def _solve_attention(pair: BlockPair, address: str) -> list[LayerError]:
     _solve_entering_gain(old.norm, new.norm, pair)
     if pair.settings.mode == "channel":
         return []
-    qkv = LinearFit(new.qkv, f"{address}.qkv", settings=pair.settings)
+    is_narrower = new.proj.in_features != old.proj.in_features
+    layer = new.qkv
+    if is_narrower:  # fitted at the original's inner width, then collapsed
+        layer = nn.Linear(new.qkv.in_features, old.qkv.out_features).to(new.qkv.weight.device).requires_grad_(False)
+        layer.weight.copy_(pick(old.qkv.weight, pair.before, 1))
+        layer.bias.copy_(old.qkv.bias)
+    qkv = LinearFit(layer, f"{address}.qkv", settings=pair.settings)
     for y, rows in pair.clips():
         qkv.update(normed(y, rows), old.qkv(old.norm(rows.inputs[BLOCK])))
     errors = [qkv.solve_()]
+    if is_narrower:
+        outer, bias = pick(old.proj.weight, pair.after, 0), pick(old.proj.bias, pair.after, 0)
+        set_collapsed(new, layer.weight, layer.bias, outer, bias)
     proj = LinearFit(new.proj, f"{address}.proj", settings=pair.settings)
     for y, rows in pair.clips():
         at = rows.positions[BLOCK]

@@ -23,6 +23,7 @@ from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.numerics.reduced_rank import factorise
 from flashvaed_cli.numerics.separable import frame_from_causal, separable_from_dense
+from flashvaed_cli.surgery.attention_fit import set_collapsed
 
 Channels = Tensor | None
 Norm = ChannelRMSNorm | ChannelLayerNorm
@@ -131,6 +132,11 @@ def _transfer_resblock(source: nn.Module, block: ResBlock, before: Channels, inn
 def _transfer_attention(source: nn.Module, block: Attention, before: Channels, after: Channels) -> None:
     assert isinstance(source, Attention)
     _transfer_norm(source.norm, block.norm, before)
+    if block.proj.in_features != source.proj.in_features:
+        weight, outer = (pick(source.qkv.weight, before, 1), pick(source.proj.weight, after, 0))
+        bias = pick(source.proj.bias, after, 0)
+        set_collapsed(block, weight.flatten(1), source.qkv.bias, outer.flatten(1), bias)
+        return
     block.qkv.weight.copy_(pick(source.qkv.weight, before, 1))
     block.qkv.bias.copy_(source.qkv.bias)
     block.proj.weight.copy_(pick(source.proj.weight, after, 0))

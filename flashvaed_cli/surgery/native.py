@@ -1,0 +1,110 @@
+"""Narrowing inside what a family's stock class can build: the original at another base width.
+
+An identity shortcut carries a whole stream from block to block, so all tensors that identities join share one kept
+set, and every width follows from the base width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.families import get_family, original_like
+from flashvaed_cli.decoders.groups import ChannelGroup, Kept, channel_groups, input_tensors, tensor_widths
+from flashvaed_cli.decoders.layer_spec import AttentionSpec, ConvBlockSpec, ResBlockSpec
+from flashvaed_cli.decoders.spec import CoderSpec, DecoderSpec
+from flashvaed_cli.errors import SpecError
+from flashvaed_cli.numerics.covariance import TensorStatistics
+from flashvaed_cli.numerics.independence import r2_of_set
+from flashvaed_cli.numerics.selection import SELECTION_RULES, unvarying_channels
+from flashvaed_cli.surgery.evidence import channel_evidence
+from flashvaed_cli.surgery.selection import GroupSelection
+
+_MULTIPLE_OF_BASE = 4
+"""Wan's entry has four times the base width."""
+
+
+def native_base_width(spec: DecoderSpec) -> int:
+    """The base width at which a decoder is its family's original.
+
+    Raises:
+        SpecError: the family has no native layout, or the decoder is already outside of it.
+    """
+    obstacle = get_family(spec.family).native_obstacle
+    if obstacle is not None:
+        raise SpecError(f"--layout native: {spec.family} cannot be native: {obstacle}. Leave --layout out")
+    entry = next(block for address, block in spec.blocks() if address == "conv_in.0")
+    assert isinstance(entry, ConvBlockSpec)
+    base_width = entry.conv.out_width // _MULTIPLE_OF_BASE
+    if native_spec(spec, base_width) != spec:
+        raise SpecError(
+            "--layout native: this decoder is not its original at another base width any more, so no stock class can "
+            "build what is made of it. Give the original, or leave --layout out"
+        )
+    return base_width
+
+
+def native_spec(spec: DecoderSpec, base_width: int) -> DecoderSpec:
+    """The family's original at a base width, with what a configuration says of `spec`."""
+    return original_like(spec)(base_width, spec.latent_width)
+
+
+def nearest_base_width(base_width: int, keep_ratio: float, round_to: int) -> int:
+    """The base width nearest to a fraction of another, a multiple of `round_to`, at least one and at most that."""
+    return min(max(round(base_width * keep_ratio / round_to), 1) * round_to, base_width)
+
+
+def largest_base_width_within(
+    spec: DecoderSpec, base_width: int, round_to: int, limit: float, cost: Callable[[DecoderSpec], float]
+) -> int:
+    """The largest base width whose decoder costs at most `limit`. Raises SpecError if none is cheap enough."""
+    widths = range(round_to, base_width + 1, round_to)
+    fitting = [width for width in widths if cost(native_spec(spec, width)) <= limit]
+    if not fitting:
+        least = cost(native_spec(spec, min(round_to, base_width)))
+        raise SpecError(f"the narrowest native decoder takes {least:.4g} GFLOP, more than the {limit:g} asked for")
+    return fitting[-1]
+
+
+def linked_groups(spec: CoderSpec) -> list[ChannelGroup]:
+    """The channel groups, those that an identity shortcut joins as one, under the first one's name."""
+    groups = channel_groups(spec)
+    leader = {tensor: index for index, group in enumerate(groups) for tensor in group.tensors}
+    sources = input_tensors(spec)
+    for address, block in spec.blocks():
+        source = sources[address]
+        is_identity = isinstance(block, AttentionSpec) or (isinstance(block, ResBlockSpec) and block.shortcut is None)
+        if is_identity and source is not None and source in leader and address in leader:
+            old, new = leader[address], leader[source]
+            leader = {tensor: new if index == old else index for tensor, index in leader.items()}
+    joined: dict[int, list[str]] = {}
+    for tensor, index in leader.items():
+        joined.setdefault(index, []).append(tensor)
+    return [ChannelGroup(groups[i].name, groups[i].stage, groups[i].width, tuple(t)) for i, t in joined.items()]
+
+
+def select_native(
+    decoder: Decoder, statistics: Mapping[str, TensorStatistics], spec: DecoderSpec, *, rule: str, seed: int = 0
+) -> tuple[Kept, list[GroupSelection]]:
+    """Choose the kept channels of every stream and every inside for the widths of `spec`.
+
+    Args:
+        statistics: by tensor address, of this very decoder.
+        spec: of the same blocks, narrower.
+    Returns:
+        Kept channels by tensor address, ascending, and one line of report per set.
+    Raises:
+        CalibrationError: the statistics do not fit the decoder, or hold NaN.
+    """
+    widths = tensor_widths(spec)
+    kept: Kept = {}
+    report = []
+    for index, group in enumerate(linked_groups(decoder.spec)):
+        evidence = channel_evidence(decoder, group, statistics)
+        num_kept = widths[group.tensors[0]]
+        chosen = tuple(sorted(SELECTION_RULES[rule](evidence, num_kept, seed=seed + index).kept))
+        kept.update(dict.fromkeys(group.tensors, chosen))
+        dead, constant = unvarying_channels(evidence)
+        r2 = r2_of_set(evidence.covariance, chosen)
+        report.append(GroupSelection(group.name, group.width, chosen, r2, tuple(dead), tuple(constant)))
+    return kept, report
