@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 from flashvaed_cli.errors import FlashVaedError
+from flashvaed_cli.untrusted.demuxers import VIDEO_OPTIONS
 from flashvaed_cli.untrusted.safetensors_file import read_index
 
 SOFTWARE = "flashvaed"
@@ -72,7 +73,7 @@ def _video_comment(path: Path) -> str:
     import av.error
 
     try:
-        with av.open(f"file:{path}", options={"protocol_whitelist": "file"}) as container:
+        with av.open(f"file:{path}", options=VIDEO_OPTIONS) as container:
             return container.metadata.get("comment", "")
     except av.error.FFmpegError:
         return ""

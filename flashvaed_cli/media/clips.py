@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flashvaed_cli.errors import MediaError
-from flashvaed_cli.media.sources import is_latent_file, load_latents
+from flashvaed_cli.media.latent_files import is_latent_file, load_latents
 from flashvaed_cli.media.video import CropBox, count_frames, probe_video, read_clip, scaled_size
 
 _MAX_NAMES_SHOWN = 5

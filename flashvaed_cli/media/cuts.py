@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flashvaed_cli.errors import MediaError
-from flashvaed_cli.media.sources import is_latent_file, load_latents
+from flashvaed_cli.media.latent_files import is_latent_file, load_latents
 from flashvaed_cli.media.video import CropBox, Window, count_frames, probe_video, read_windows, scaled_size
 
 _MAX_JOB_VALUES = 64_000_000  # pixels times colours that one job decodes and hands over at once

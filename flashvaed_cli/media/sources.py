@@ -4,35 +4,21 @@ from __future__ import annotations
 
 import glob
 import os
-import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
-import torch
-from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from flashvaed_cli.errors import MediaError
 from flashvaed_cli.limits import MAX_FILES_SEARCHED
-from flashvaed_cli.media.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from flashvaed_cli.media.frames.container import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from flashvaed_cli.media.latent_files import LATENT_SUFFIXES
 from flashvaed_cli.ownership import is_own_file
 from flashvaed_cli.paths import user_path
 
-LATENT_SUFFIXES = frozenset({".safetensors", ".pt", ".pth", ".npy"})
 LIST_SUFFIX = ".txt"
 ACCEPTED = (
     f"videos ({' '.join(sorted(VIDEO_SUFFIXES))}), images ({' '.join(sorted(IMAGE_SUFFIXES))}) "
     f"or latents ({' '.join(sorted(LATENT_SUFFIXES))})"
 )
-_LATENT_NAMES = ("latents", "latent", "latent_tensor", "samples", "z")
-_MAX_NAMES_SHOWN = 6
-
-
-def is_latent_file(path: str | Path) -> bool:
-    """Whether the suffix is that of a tensor file."""
-    return Path(path).suffix.lower() in LATENT_SUFFIXES
 
 
 def find_clips(inputs: Sequence[str | Path]) -> list[Path]:
@@ -54,28 +40,6 @@ def find_clips(inputs: Sequence[str | Path]) -> list[Path]:
     if not found:
         raise MediaError(f"No data was given. Name files, folders, patterns or lists ({LIST_SUFFIX}) of {ACCEPTED}.")
     return list(found)
-
-
-def load_latents(path: str | Path, *, latent_width: int | None = None) -> Float[Tensor, "B C T H W"]:
-    """Read the latents in a tensor file, as float32 on the CPU, in the scale that the file has.
-
-    The file holds one tensor, or several of which one is called latents, latent, latent_tensor,
-    samples or z. Nothing is unpickled but tensors.
-
-    Args:
-        latent_width: channels that the decoder expects. With it the axes are checked, and
-            [B, T, C, H, W] is recognised where only its third axis fits; without it
-            [C, T, H, W] and [B, C, T, H, W] are taken at their word.
-    Raises:
-        MediaError: unreadable, no such tensor, axes that do not fit, NaN or infinite values.
-    """
-    path = Path(path)
-    latents = _channels_second(_pick(_read_tensors(path), path), latent_width, path).float()
-    if not latents.numel():
-        raise MediaError(f"{path}: the latents of shape {list(latents.shape)} are empty. Encode them again.")
-    if not torch.isfinite(latents).all():
-        raise MediaError(f"{path}: the latents hold NaN or infinite values. Encode them again.")
-    return latents.contiguous()
 
 
 def _require_searchable(path: Path) -> None:
@@ -150,70 +114,3 @@ def _is_clip_in_folder(path: Path, folder: Path) -> bool:
     if any(part.startswith(".") for part in path.relative_to(folder).parts):
         return False
     return path.is_file() and _has_accepted_suffix(path) and not is_own_file(path)
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise MediaError(
-            f"{path} does not exist. Give the path of a latent file ({' '.join(sorted(LATENT_SUFFIXES))})."
-        )
-    try:
-        if path.suffix.lower() == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if path.suffix.lower() == ".npy":
-            return {"latents": torch.from_numpy(np.load(path, allow_pickle=False))}
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        SafetensorError,
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise MediaError(
-            f"{path} cannot be read as tensors: {reason}. Save the latents again with safetensors or torch.save, "
-            "as a tensor or a dict of tensors."
-        ) from error
-    if isinstance(content, Tensor):
-        return {"latents": content}
-    if isinstance(content, Mapping):
-        return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-    raise MediaError(
-        f"{path} holds a {type(content).__name__}, not a tensor or a dict of tensors. Save the tensor alone."
-    )
-
-
-def _pick(tensors: dict[str, Tensor], path: Path) -> Tensor:
-    for name in _LATENT_NAMES:
-        if name in tensors:
-            return tensors[name]
-    if len(tensors) == 1:
-        return next(iter(tensors.values()))
-    shown = ", ".join(list(tensors)[:_MAX_NAMES_SHOWN]) + (", ..." if len(tensors) > _MAX_NAMES_SHOWN else "")
-    raise MediaError(
-        f"{path} holds {len(tensors)} tensors ({shown or 'none'}) and none is called {', '.join(_LATENT_NAMES)}. "
-        "Is it a checkpoint? Save the latents alone, or under the name latents."
-    )
-
-
-def _channels_second(latents: Tensor, latent_width: int | None, path: Path) -> Tensor:
-    shape = list(latents.shape)
-    if latents.ndim not in (4, 5) or not latents.is_floating_point():
-        raise MediaError(
-            f"{path} holds a {latents.dtype} tensor of shape {shape}, not latents of shape [C, T, H, W] or "
-            "[B, C, T, H, W] in floating point. Save them so."
-        )
-    batched = latents if latents.ndim == 5 else latents.unsqueeze(0)  # [B, C, T, H, W]
-    if latent_width is None or batched.shape[1] == latent_width:
-        return batched
-    if latents.ndim == 5 and latents.shape[2] == latent_width:
-        return latents.transpose(1, 2)  # [B, T, C, H, W] to [B, C, T, H, W]
-    raise MediaError(
-        f"{path}: latents of shape {shape} do not fit a decoder of {latent_width} latent channels. Give them as "
-        f"[{latent_width}, T, H, W] or [B, {latent_width}, T, H, W], or choose the decoder they were made for."
-    )

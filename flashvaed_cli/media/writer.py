@@ -21,7 +21,9 @@ from torch import Tensor
 
 from flashvaed_cli.atomic import atomic_path
 from flashvaed_cli.errors import MediaError
-from flashvaed_cli.media.video import MAX_FPS, SCALER, ffmpeg_reason
+from flashvaed_cli.media.frames.colour import SCALER
+from flashvaed_cli.media.frames.container import ffmpeg_reason
+from flashvaed_cli.media.video import MAX_FPS
 
 
 def write_video(

@@ -92,7 +92,8 @@ class ClipFields(CommandRecipe):
     )
     latent_scale: LatentScale = Field(
         default="normalized",
-        description="Scale of latent files: normalized as diffusion models use them, or raw (x * std + mean).",
+        description="Scale of latent files: normalized as diffusion models use them, or raw (x * std + mean). "
+        "ComfyUI's .latent files are raw.",
     )
     max_side: OptionalCount = Field(
         default=None, description="Shrink clips so that the longer side has at most so many pixels, whole latents."

@@ -29,13 +29,13 @@ from flashvaed_cli.media.cuts import (
     none_usable,
     plan_cuts,
 )
-from flashvaed_cli.media.sources import is_latent_file
+from flashvaed_cli.media.latent_files import is_latent_file
 from flashvaed_cli.media.video import from_bytes
 from flashvaed_cli.media.workers import FileWorkers, default_num_workers
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.distill import DistillRecipe
 from flashvaed_cli.recipe.fields import LatentScale
-from flashvaed_cli.stages.clips import encode_clip, find_data, to_raw
+from flashvaed_cli.stages.clips import encode_clip, find_data, scale_of, to_raw
 from flashvaed_cli.stages.fitted_clips import latent_grid
 from flashvaed_cli.stages.loading import Inputs
 from flashvaed_cli.stages.validation import validation_files
@@ -153,7 +153,7 @@ class ClipSource:
     def _encode(self, loaded: np.ndarray, path: Path) -> Float[Tensor, "C T Hz Wz"]:
         """Pixels through the encoder, latents to the scale that decoders take; on the CPU."""
         if is_latent_file(path):
-            return to_raw(torch.from_numpy(loaded)[None], self.latent_scale, self.vae)[0]
+            return to_raw(torch.from_numpy(loaded)[None], scale_of(path, self.latent_scale), self.vae)[0]
         return encode_clip(self.vae, from_bytes(torch.from_numpy(loaded)), self.device)[0].cpu()
 
 

@@ -14,8 +14,9 @@ from flashvaed_cli.artifact.checkpoint import Checkpoint
 from flashvaed_cli.decoders.streaming import encode
 from flashvaed_cli.errors import MediaError
 from flashvaed_cli.media.clips import ClipRequest, load_clip, plan_clips
+from flashvaed_cli.media.latent_files import is_always_raw, is_latent_file, load_latents
 from flashvaed_cli.media.padding import pad_clip
-from flashvaed_cli.media.sources import find_clips, is_latent_file, load_latents
+from flashvaed_cli.media.sources import find_clips
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.fields import LatentScale
 from flashvaed_cli.recipe.settings import CalibratedRecipe
@@ -30,7 +31,12 @@ def find_data(data: Sequence[str], default: Sequence[Path] = FITTING_CLIPS) -> l
 
 def raw_latents(path: Path, scale: LatentScale, vae: Checkpoint) -> Float[Tensor, "B C T Hz Wz"]:
     """A latent file in the scale that decoders take."""
-    return to_raw(load_latents(path, latent_width=vae.latent_width), scale, vae)
+    return to_raw(load_latents(path, latent_width=vae.latent_width), scale_of(path, scale), vae)
+
+
+def scale_of(path: Path, given: LatentScale) -> LatentScale:
+    """The scale that the user gives, where the file's kind does not decide it."""
+    return "raw" if is_always_raw(path) else given
 
 
 def to_raw(latents: Float[Tensor, "B C T Hz Wz"], scale: LatentScale, vae: Checkpoint) -> Float[Tensor, "B C T Hz Wz"]:

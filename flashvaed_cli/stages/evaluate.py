@@ -24,7 +24,7 @@ from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.decoders.streaming import State, encode_step
 from flashvaed_cli.errors import MetricUnavailableError
 from flashvaed_cli.media.clips import usable_files
-from flashvaed_cli.media.sources import is_latent_file
+from flashvaed_cli.media.latent_files import is_latent_file
 from flashvaed_cli.media.video import count_frames, iter_frames, probe_video
 from flashvaed_cli.media.writer import VideoWriter
 from flashvaed_cli.metrics.lpips_metric import LpipsMetric, load_lpips

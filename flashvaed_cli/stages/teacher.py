@@ -24,9 +24,10 @@ from flashvaed_cli.atomic import atomic_path
 from flashvaed_cli.decoders.coder import Decoder, Encoder
 from flashvaed_cli.decoders.streaming import decode, encode
 from flashvaed_cli.decoders.wan import wan_decoder_spec, wan_encoder_spec
+from flashvaed_cli.media.frames.container import is_still
 from flashvaed_cli.media.procedural import render_frames
 from flashvaed_cli.media.sources import find_clips
-from flashvaed_cli.media.video import is_still, iter_frames, read_clip, scaled_size
+from flashvaed_cli.media.video import iter_frames, read_clip, scaled_size
 from flashvaed_cli.zoo.linear_start import start_linear
 from flashvaed_cli.zoo.training import Autoencoder, RunState, TrainingPlan, start_state, train
 

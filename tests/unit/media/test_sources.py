@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from flashvaed_cli.errors import MediaError
-from flashvaed_cli.media.sources import find_clips, is_latent_file, load_latents
+from flashvaed_cli.media.latent_files import is_latent_file, load_latents
+from flashvaed_cli.media.sources import find_clips
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def test_arrays(tmp_path: Path) -> None:
     np.save(path, latents.numpy())
     assert torch.equal(load_latents(path, latent_width=4), latents[None])
     np.save(path, np.array([{}]), allow_pickle=True)
-    with pytest.raises(MediaError, match="cannot be read as tensors"):
+    with pytest.raises(MediaError, match="cannot be read as a numpy array"):
         load_latents(path)
 
 
@@ -113,7 +114,7 @@ def test_axes(tmp_path: Path) -> None:
     torch.save(torch.randn(2, 4, 4, 5, 6), path)  # both axes fit: channels come first
     assert load_latents(path, latent_width=4).shape == (2, 4, 4, 5, 6)
     torch.save(torch.randn(3, 4, 5, 6), path)  # frames or a batch? not guessed
-    with pytest.raises(MediaError, match="do not fit"):
+    with pytest.raises(MediaError, match="can be 3 images or one clip"):
         load_latents(path, latent_width=4)
 
 
