@@ -81,8 +81,8 @@ def test_sdr_is_not_touched(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.webp", "a.png", "a.apng", "a.gif"])
 def test_animated_images_are_clips(tmp_path: Path, name: str) -> None:
     card = color_card(3, 48, 64)
-    frames = [Image.fromarray(f) for f in ((card + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()]
-    frames = [frame.point(lambda level, t=t: level // (t + 1)) for t, frame in enumerate(frames)]
+    pixels = ((card + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
+    frames = [Image.fromarray(one // (t + 1)) for t, one in enumerate(pixels)]
     options = {"lossless": True} if name == "a.webp" else {}
     frames[0].save(
         tmp_path / name, save_all=True, append_images=frames[1:], duration=40,
