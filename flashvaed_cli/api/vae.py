@@ -66,7 +66,7 @@ def load(
         tile=tile,
         dtype=_dtype(dtype),
         compile=compile,
-        max_memory_bytes=_num_bytes(max_memory),
+        max_memory_bytes=num_bytes(max_memory),
     )
     checkpoint = load_checkpoint(location, builtins=BUILTINS, family=family, weights=weights)
     return Vae(checkpoint, target, settings, original=None if original is None else str(original))
@@ -237,7 +237,8 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     return found
 
 
-def _num_bytes(amount: str | int | None) -> int | None:
+def num_bytes(amount: str | int | None) -> int | None:
+    """An amount of memory in bytes. Raises FlashVaedError if it is none."""
     try:
         return parse_memory(amount) if isinstance(amount, str) else amount
     except ValueError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from flashvaed_cli.artifact.coders import coders_from_foreign, empty_coder, fill_coder, named_tensors, shapes_of
 from flashvaed_cli.artifact.diffusers_config import check_keys, check_widths, configuration, latent_statistics
-from flashvaed_cli.artifact.foreign import checkpoint_files, read_foreign
+from flashvaed_cli.artifact.flash_folder import FLASH_CLASS, flash_coders, flash_header
+from flashvaed_cli.artifact.foreign import ForeignWeights, checkpoint_files, read_foreign
 from flashvaed_cli.artifact.header import ArtifactHeader, Lineage
 from flashvaed_cli.artifact.hub import SCHEME, fetch_hub_file
 from flashvaed_cli.artifact.layouts import Role
@@ -188,11 +189,27 @@ def _load_artifact(location: str, path: Path) -> Checkpoint:
 
 
 def _load_foreign(location: str, path: Path, family: str | None, wanted: str | None) -> Checkpoint:
-    weights = read_foreign(path, wanted)
+    return replace(_from_weights(location, read_foreign(path, wanted), family), weights=wanted)
+
+
+def in_memory_checkpoint(weights: ForeignWeights, location: str) -> Checkpoint:
+    """A checkpoint out of tensors and a configuration that another program has loaded; the SHA-256 is left empty.
+
+    Args:
+        location: what to call it in messages.
+    Raises:
+        ArtifactError: as `load_checkpoint` does.
+    """
+    return _from_weights(location, weights, None)
+
+
+def _from_weights(location: str, weights: ForeignWeights, family: str | None) -> Checkpoint:
     family = family or weights.metadata.get(FAMILY_KEY)
     config_class = (weights.config or {}).get("_class_name")
     if not isinstance(config_class, str | None):
         raise ArtifactError(f"{location}: _class_name in its configuration is {config_class!r:.60}, which is no name.")
+    if config_class == FLASH_CLASS:
+        return _from_flash_folder(location, weights)
     layout = recognise(shapes_of(weights.tensors), location, family=family, config_class=config_class)
     config = configuration(weights, get_family(layout.family), location)
     with _odd_values_named(location):
@@ -211,7 +228,7 @@ def _load_foreign(location: str, path: Path, family: str | None, wanted: str | N
         notes.append(f"keys of its configuration that are not known and play no role: {listed}{more}")
     return Checkpoint(
         location=location,
-        sha256=sha256_of_files(weights.files),
+        sha256=_sha256(weights),
         layout=layout.name,
         family=layout.family,
         decoder=coders.get("decoder"),  # type: ignore[arg-type]
@@ -220,8 +237,30 @@ def _load_foreign(location: str, path: Path, family: str | None, wanted: str | N
         latent_std=std,
         twins=() if family or config_class else twins(layout),
         notes=tuple(notes),
-        weights=wanted,
     )
+
+
+def _from_flash_folder(location: str, weights: ForeignWeights) -> Checkpoint:
+    config = weights.config or {}
+    header = flash_header(config, location)
+    with _odd_values_named(location):
+        decoder, encoder = flash_coders(weights.tensors, config, header, location)
+    return Checkpoint(
+        location=location,
+        sha256=_sha256(weights),
+        layout=FLASH_CLASS,
+        family=header.family,
+        decoder=decoder,
+        encoder=encoder,
+        latent_mean=header.latent_mean,
+        latent_std=header.latent_std,
+        kept_channels=dict(header.kept_channels),
+        header=header,
+    )
+
+
+def _sha256(weights: ForeignWeights) -> str:
+    return sha256_of_files(weights.files) if weights.files else ""
 
 
 @contextmanager

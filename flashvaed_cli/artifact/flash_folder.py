@@ -1,0 +1,93 @@
+"""Folders of `AutoencoderFlash`: a decoder of any architecture as a diffusers model, its spec in the configuration.
+
+`decoder.*` are our tensors; `base.*` is what the family's own diffusers class holds beside its decoder: the encoder,
+where there is one, and buffers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from flashvaed_cli.artifact.coders import coders_from_foreign, empty_coder, fill_coder, named_tensors, shapes_of
+from flashvaed_cli.artifact.header import ArtifactHeader, dump_header, parse_header
+from flashvaed_cli.artifact.key_tables import LAYOUTS
+from flashvaed_cli.artifact.layouts import Layout
+from flashvaed_cli.artifact.mismatch import compare_shapes
+from flashvaed_cli.decoders.coder import Coder, Decoder, Encoder
+from flashvaed_cli.errors import ArtifactError
+
+FLASH_CLASS = "AutoencoderFlash"
+BASE, DECODER = "base.", "decoder."
+CODE_NAME = "flash_vae.py"
+CODE = f'''"""The class of the weights beside this file; needs the package flashvaed (pip install flashvaed)."""
+
+from flashvaed_cli.api.diffusers_vae import {FLASH_CLASS}
+
+__all__ = ["{FLASH_CLASS}"]
+'''
+"""What `trust_remote_code` runs: the class where flashvaed is installed."""
+
+
+def flash_config(
+    header: ArtifactHeader, *, base_class: str, base_config: Mapping[str, Any], has_encoder: bool
+) -> dict[str, Any]:
+    """What `AutoencoderFlash` is built from.
+
+    Args:
+        header: of the decoder, with its spec and latent statistics.
+        base_class: diffusers' class of the family.
+        base_config: what that class is built from, with the encoder's widths; pipelines read it.
+        has_encoder: whether the weights hold an encoder.
+    """
+    kept = {"recipe": {}, "command_line": "", "seed": None, "measured": {}, "kind": "decoder", "encoder": None}
+    return {
+        "flash": json.loads(dump_header(header.model_copy(update=kept))),
+        "base_class": base_class,
+        "base_config": {key: value for key, value in base_config.items() if not key.startswith("_")},
+        "has_encoder": has_encoder,
+        "auto_map": {"AutoModel": f"{CODE_NAME.removesuffix('.py')}.{FLASH_CLASS}"},
+    }
+
+
+def flash_header(config: Mapping[str, Any], location: str) -> ArtifactHeader:
+    """The header of the decoder in a configuration. Raises ArtifactError if it is damaged."""
+    header = parse_header(json.dumps(config.get("flash")), location)
+    if header.decoder is None:
+        raise ArtifactError(f"{location}: its configuration has no decoder. Export it again.")
+    return header
+
+
+def flash_coders(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], header: ArtifactHeader, location: str
+) -> tuple[Decoder, Encoder | None]:
+    """The decoder and, where there is one, the encoder of such a folder.
+
+    Raises:
+        ArtifactError: tensors that do not fit the configuration.
+    """
+    assert header.decoder is not None
+    found = {name.removeprefix(DECODER): tensor for name, tensor in tensors.items() if name.startswith(DECODER)}
+    decoder = empty_coder(header.decoder)
+    expected = {name: tuple(value.shape) for name, value in named_tensors(decoder)}
+    compare_shapes(expected, shapes_of(found)).raise_if_any(location, FLASH_CLASS)
+    fill_coder(decoder, found, location)
+    assert isinstance(decoder, Decoder)
+    if not config.get("has_encoder"):
+        return decoder, None
+    layout = flash_layout(header.family)
+    rest = {name.removeprefix(BASE): tensor for name, tensor in tensors.items() if name.startswith(BASE)}
+    coders: Mapping[Any, Coder] = coders_from_foreign(rest, layout, location, config.get("base_config"))
+    encoder = coders.get("encoder")
+    return decoder, encoder if isinstance(encoder, Encoder) else None
+
+
+def flash_layout(family: str) -> Layout:
+    """The layout of a family's diffusers class. Raises ArtifactError if there is none."""
+    for layout in LAYOUTS.values():
+        if layout.family == family and layout.config_class is not None:
+            return layout
+    raise ArtifactError(f"diffusers has no class for {family}, so none that an encoder could be of.")
