@@ -199,3 +199,25 @@ def fold_separable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             folded[f"{place}.weight"] = scaled.reshape(*scaled.shape, 1, 1, 1)
             folded[f"{place}.bias"] = bias
     return folded
+
+
+def unfold_separable(tensors: Mapping[str, Tensor], *, conv1: str, shortcut: str) -> dict[str, Tensor]:
+    """What the released students' classes have that `fold_separable` takes away, so that they load a file strictly.
+
+    Every depthwise layer gets a bias, of zeros. The shortcut of a depthwise-separable block becomes such a layer too,
+    with a depthwise kernel of ones. The frames stay the same.
+
+    Args:
+        conv1, shortcut: what a residual block calls its first layer and its shortcut.
+    """
+    unfolded = dict(tensors)
+    end = f".{conv1}.depthwise_conv.weight"
+    for place in [name.removesuffix(end) for name in tensors if name.endswith(end)]:
+        weight = unfolded.pop(f"{place}.{shortcut}.weight", None)
+        if weight is not None:
+            unfolded[f"{place}.{shortcut}.depthwise_conv.weight"] = weight.new_ones(weight.shape[1], 1, 1, 1, 1)
+            unfolded[f"{place}.{shortcut}.pointwise_conv.weight"] = weight
+            unfolded[f"{place}.{shortcut}.pointwise_conv.bias"] = unfolded.pop(f"{place}.{shortcut}.bias")
+    for name in [name for name in unfolded if name.endswith(".depthwise_conv.weight")]:
+        unfolded[f"{name.removesuffix('weight')}bias"] = unfolded[name].new_zeros(unfolded[name].shape[0])
+    return unfolded

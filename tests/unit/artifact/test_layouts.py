@@ -19,6 +19,7 @@ from flashvaed_cli.artifact.layouts import Layout, fold_separable, slots, to_for
 from flashvaed_cli.artifact.shape_reading import spec_from_shapes
 from flashvaed_cli.artifact.wan22_keys import WAN22_ORIGINAL
 from flashvaed_cli.artifact.wan_keys import WAN_DIFFUSERS, WAN_ORIGINAL
+from flashvaed_cli.artifact.writing import to_program
 from flashvaed_cli.decoders.coder import Coder, Decoder, Encoder
 from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.decoders.layer_spec import ConvSpec, UpsampleSpec, block_in_width
@@ -151,6 +152,17 @@ def test_released_student_loads_and_folds_its_depthwise_biases() -> None:
         x = torch.randn(1, width, 3, 5, 4)
         # Sums of up to 27 * 8 products in float32, in another order.
         torch.testing.assert_close(decoder.at(address)(x), separable(x, place), atol=1e-4, rtol=1e-5)
+
+
+def test_what_we_write_of_a_released_student_has_its_names_and_shapes() -> None:
+    """So its authors' class loads our file strictly: the folded biases and separable shortcuts are back."""
+    shapes = released_shapes(8, 4, 2)
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    decoder = coders_from_foreign(tensors, WAN_ORIGINAL)["decoder"]
+    written = to_program([(decoder.state_dict(), decoder.spec)], WAN_ORIGINAL, ((), ()))
+    assert {name: tuple(tensor.shape) for name, tensor in written.items()} == shapes
+    again = coders_from_foreign(written, WAN_ORIGINAL)["decoder"]
+    assert all(torch.equal(again.get_parameter(name), tensor) for name, tensor in decoder.named_parameters())
 
 
 def test_folding_keeps_what_it_does_not_know() -> None:
