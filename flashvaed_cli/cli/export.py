@@ -29,7 +29,9 @@ EPILOG = """Examples:
 
 flashvaed export
 
-flashvaed export flash.safetensors --target onnx --opset 20 --output deploy/"""
+flashvaed export flash.safetensors --target onnx --opset 20 --output deploy/
+
+flashvaed export flash.safetensors --target comfyui --dtype float16"""
 
 
 def register(app: typer.Typer) -> None:
@@ -41,7 +43,7 @@ def export(
     context: typer.Context,
     input: Annotated[str | None, input_argument(ExportRecipe)] = None,
     targets: Annotated[
-        list[str] | None, flag(ExportRecipe, "targets", "--target", "-t", metavar="safetensors|diffusers|onnx")
+        list[str] | None, flag(ExportRecipe, "targets", "--target", "-t", metavar="safetensors|diffusers|onnx|comfyui")
     ] = None,
     opset: Annotated[int | None, flag(ExportRecipe, "opset")] = None,
     output: Annotated[str | None, flag(ExportRecipe, "output", "--output", "-o")] = None,

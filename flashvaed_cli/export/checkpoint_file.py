@@ -19,7 +19,7 @@ from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.streaming import decode
 from flashvaed_cli.errors import ExportError
 from flashvaed_cli.export.parity import copy_in, own_rounding, relative_difference, require_parity
-from flashvaed_cli.export.result import ExportResult
+from flashvaed_cli.export.result import ExportResult, Target
 
 # float32: equal weights through equal code, but another memory format may choose another kernel.
 # The halves: weights rounded to 11 and 8 bits, over some forty layers.
@@ -44,6 +44,7 @@ def export_safetensors(
     metadata: Mapping[str, str],
     *,
     reference: Reference,
+    target: Target = "safetensors",
     dtype: torch.dtype = torch.float32,
     exact: frozenset[str] = frozenset(),
     notes: tuple[str, ...] = (),
@@ -53,6 +54,7 @@ def export_safetensors(
     Args:
         tensors: in the target's names and shapes.
         metadata: the header of the file.
+        target: what the result calls it.
         dtype: of the weights in the file.
         exact: names that keep their dtype.
         notes: passed on to the result (where the file fits).
@@ -61,9 +63,9 @@ def export_safetensors(
     """
     with atomic_path(path) as draft:
         save_file(_written(tensors, dtype, exact), draft, metadata=dict(metadata))
-        difference, allowed = _compared(reference, draft, dtype, path.name)
+        difference, allowed = read_back(reference, draft, dtype, path.name)
         size_bytes = draft.stat().st_size
-    return ExportResult("safetensors", (path,), size_bytes, difference, allowed, READ_BACK, notes=notes)
+    return ExportResult(target, (path,), size_bytes, difference, allowed, READ_BACK, notes=notes)
 
 
 @torch.no_grad()
@@ -93,7 +95,7 @@ def export_diffusers(
         whole = replace(reference, reload=lambda _: reference.reload(folder))
         weights = folder / WEIGHTS_NAME
         save_file(_written(tensors, dtype, exact), weights, metadata={"format": "pt"})
-        difference, allowed = _compared(whole, weights, dtype, f"{folder.name}/")
+        difference, allowed = read_back(whole, weights, dtype, f"{folder.name}/")
     except BaseException:
         shutil.rmtree(folder)
         raise
@@ -116,8 +118,12 @@ def _written(tensors: Mapping[str, Tensor], dtype: torch.dtype, exact: frozenset
     return written
 
 
-def _compared(reference: Reference, draft: Path, dtype: torch.dtype, name: str) -> tuple[float, float]:
-    """The difference of what was written, and what was allowed."""
+def read_back(reference: Reference, draft: Path, dtype: torch.dtype, name: str) -> tuple[float, float]:
+    """The difference of the frames of what was written, and what was allowed.
+
+    Raises:
+        ExportError: it is larger.
+    """
     decoder, latents = copy_in(reference.decoder, torch.float32), reference.latents.float().cpu()
     reloaded = decode(copy_in(reference.reload(draft), torch.float32), latents)
     difference = relative_difference(reloaded, decode(decoder, latents))

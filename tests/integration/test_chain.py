@@ -263,7 +263,7 @@ def test_export_writes_decoders_that_decode_the_same(chain: Chain) -> None:
     folder = chain.folder / "export"
     assert {path.name for path in folder.iterdir()} == {
         "vae.safetensors", "vae.onnx", "vae.onnx.data", "vae.step.first.onnx", "vae.step.next.onnx",
-        "export.json", "diffusers"
+        "export.json", "README.md", "diffusers"
     }  # fmt: skip
     manifest = strict_json((folder / "export.json").read_text(encoding="utf-8"))
     assert manifest["sha256"] == chain.sha256("vae.safetensors") == printed["sha256"]

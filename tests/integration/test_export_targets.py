@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from flashvaed_cli.errors import ExportError
 from flashvaed_cli.stages.export import run as export_stage
@@ -31,7 +32,7 @@ def test_one_failure_leaves_the_other_formats(tmp_path: Path, monkeypatch: pytes
     ]
     written = {path.relative_to(tmp_path).as_posix() for path in (tmp_path / "export").rglob("*") if path.is_file()}
     folder = {"export/diffusers/config.json", "export/diffusers/diffusion_pytorch_model.safetensors"}
-    assert written == {"export/vae.safetensors", "export/export.json", *folder}
+    assert written == {"export/vae.safetensors", "export/export.json", "export/README.md", *folder}
     assert set(printed["paths"]) == written
     manifest = json.loads((tmp_path / "export" / "export.json").read_text())
     assert [row["target"] for row in manifest["files"]] == ["safetensors", "diffusers"]
@@ -47,6 +48,21 @@ def test_nothing_is_written_where_every_format_fails(tmp_path: Path, monkeypatch
     result = invoke("export vae.safetensors -t onnx", cwd=tmp_path)
     assert result.exit_code == 2 and "nothing was written: vae.onnx in" in " ".join(result.stderr.split())
     assert [path.name for path in tmp_path.iterdir()] == ["vae.safetensors"]
+
+
+def test_the_folder_has_a_model_card_and_stable_records(tmp_path: Path) -> None:
+    write_toy_vae(tmp_path / "vae.safetensors")
+    succeed("export vae.safetensors -t safetensors -t comfyui", cwd=tmp_path)
+    _, front, card = (tmp_path / "export/README.md").read_text().split("---\n", 2)
+    known = yaml.safe_load(front)
+    assert known["base_model"] == "Wan-AI/Wan2.1-T2V-14B" and known["license"] == "apache-2.0"
+    assert "comfyui/vae.safetensors" in card and "How it was made" in card
+    records = json.loads((tmp_path / "export/export.json").read_text())["files"]
+    for record, name in zip(records, ("vae.safetensors", "comfyui/vae.safetensors"), strict=True):
+        assert record["files"] == [name]
+        assert record["size_bytes"] == (tmp_path / "export" / name).stat().st_size
+        assert 0 <= record["max_difference_of_range"] <= record["allowed_difference_of_range"]
+        assert "torch" in record["checked_with"]
 
 
 def test_onnx_has_no_bfloat16(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,7 @@ _NOISY = "diffusers: with its noise, which this program leaves out: frames diffe
 
 
 @dataclass(frozen=True)
-class _Written:
+class Prepared:
     """A checkpoint without what layouts do not know, and the layouts of its family."""
 
     checkpoint: Checkpoint
@@ -56,8 +57,9 @@ class _Written:
         tensors = to_program([(coder.state_dict(), coder.spec) for coder in coders], layout, self.statistics)
         return tensors, frozenset(f"{layout.prefix}{name}" for name in layout.statistics or ())
 
-    def reference(self, seed: int) -> Reference:
-        return Reference(self.decoder, _check_latents(self.checkpoint, seed), _reload_decoder)
+    def reference(self, seed: int, reload: Callable[[Path], Decoder] | None = None) -> Reference:
+        """What a file must reproduce; `reload` reads it (None: as a checkpoint of another program)."""
+        return Reference(self.decoder, _check_latents(self.checkpoint, seed), reload or _reload_decoder)
 
     def notes(self, target: str) -> tuple[str, ...]:
         return (f"{target}: {_EXPANDED}",) if self.was_expanded else ()
@@ -69,7 +71,7 @@ def export_original_layout(checkpoint: Checkpoint, path: Path, recipe: ExportRec
     Raises:
         ExportError: the file does not reproduce the decoder.
     """
-    written, encoder = _prepared(checkpoint), checkpoint.encoder
+    written, encoder = prepared(checkpoint), checkpoint.encoder
     family, decoder = get_family(checkpoint.family), written.decoder
     tensors, exact = written.tensors(written.original, encoder)
     described = {key: value for one in (decoder, encoder) if one for key, value in family.described(one.spec).items()}
@@ -97,7 +99,7 @@ def export_diffusers_folder(checkpoint: Checkpoint, folder: Path, recipe: Export
     Raises:
         ExportError: diffusers has no model like the decoder, or the folder does not reproduce it.
     """
-    written = _prepared(checkpoint)
+    written = prepared(checkpoint)
     spec, layout, class_name = written.decoder.spec, written.diffusers, written.class_name
     if layout is None or class_name is None:
         raise ExportError(f"diffusers: it has no class for {checkpoint.family}")
@@ -126,7 +128,7 @@ def export_diffusers_folder(checkpoint: Checkpoint, folder: Path, recipe: Export
 
 def diffusers_obstacle(checkpoint: Checkpoint) -> str | None:
     """Why there is no diffusers folder of a checkpoint; None if there is one."""
-    written = _prepared(checkpoint)
+    written = prepared(checkpoint)
     if written.class_name is None:
         return f"no diffusers folder: it has no class for {checkpoint.family}"
     try:
@@ -136,22 +138,30 @@ def diffusers_obstacle(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def _prepared(checkpoint: Checkpoint) -> _Written:
+def prepared(checkpoint: Checkpoint) -> Prepared:
+    """The decoder as layouts know it, and the layouts that its family has."""
     given = checkpoint.require_decoder()
     decoder = expanded_decoder(given)
     layouts = [layout for layout in LAYOUTS.values() if layout.family == checkpoint.family and layout.config_class]
     own = original_layout(checkpoint.family)
-    return _Written(checkpoint, decoder, decoder.spec != given.spec, own, layouts[0] if layouts else None)
+    return Prepared(checkpoint, decoder, decoder.spec != given.spec, own, layouts[0] if layouts else None)
+
+
+def encoder_at_hand(checkpoint: Checkpoint) -> Encoder | None:
+    """The encoder of a checkpoint, or of the original that it records; None if neither can be read."""
+    if checkpoint.encoder is not None or checkpoint.header is None or checkpoint.header.original is None:
+        return checkpoint.encoder
+    try:
+        return load_original(checkpoint, None, BUILTINS, needs_encoder=False).encoder
+    except ArtifactError:
+        return None
 
 
 def _encoder_beside(checkpoint: Checkpoint, class_name: str) -> tuple[Encoder | None, str | None]:
     """The encoder for a diffusers model, or why there is none."""
-    encoder, recorded = checkpoint.encoder, None if checkpoint.header is None else checkpoint.header.original
+    encoder, recorded = encoder_at_hand(checkpoint), None if checkpoint.header is None else checkpoint.header.original
     if encoder is None and recorded is not None:
-        try:
-            encoder = load_original(checkpoint, None, BUILTINS, needs_encoder=False).encoder
-        except ArtifactError:
-            return None, f"its original, {recorded.location}, which has the encoder, cannot be read"
+        return None, f"its original, {recorded.location}, which has the encoder, cannot be read"
     if encoder is None:
         return None, "no encoder is at hand"
     fault = encoder_fault(class_name, checkpoint.require_decoder().spec, encoder.spec)

@@ -15,12 +15,14 @@ from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.export import ExportRecipe
 from flashvaed_cli.recipe.fields import ExportTarget
 from flashvaed_cli.report.tables import Column, TableData
+from flashvaed_cli.stages.export.comfyui import COMFYUI_FOLDER, export_comfyui
 from flashvaed_cli.stages.export.layouts import (
     DIFFUSERS_FOLDER,
     diffusers_obstacle,
     export_diffusers_folder,
     export_original_layout,
 )
+from flashvaed_cli.stages.export.model_card import CARD, model_card
 from flashvaed_cli.stages.loading import DTYPES, choose_input, load_input, with_plain_operators
 from flashvaed_cli.stages.outputs import claim_folder, filled_at_the_end
 from flashvaed_cli.stages.result import StageOutcome
@@ -67,9 +69,12 @@ def run_export(recipe: ExportRecipe, *, progress: Progress, force: bool, command
             "files": [result.to_record(draft) for result in course.results],
             "failed": course.failed,
         }
+        files = [[path.relative_to(draft).as_posix() for path in result.paths] for result in course.results]
+        card = model_card(checkpoint, export_name(location), course.results, files)
+        (draft / CARD).write_text(card, encoding="utf-8")
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     paths = [output / path.relative_to(draft) for result in course.results for path in result.paths]
-    return StageOutcome((*paths, output / MANIFEST), (table,), manifest, course.notes())
+    return StageOutcome((*paths, output / CARD, output / MANIFEST), (table,), manifest, course.notes())
 
 
 def export_name(location: str) -> str:
@@ -108,6 +113,8 @@ def _jobs(
             yield "diffusers", lambda: [export_diffusers_folder(checkpoint, folder / DIFFUSERS_FOLDER, recipe)]
         else:
             skipped.append(obstacle)
+    if "comfyui" in recipe.targets:
+        yield "comfyui", lambda: [export_comfyui(checkpoint, folder / COMFYUI_FOLDER, name, recipe)]
     if "onnx" not in recipe.targets:
         return
     if recipe.dtype == "bfloat16" and "targets" not in recipe.model_fields_set:

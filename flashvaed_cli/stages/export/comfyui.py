@@ -1,0 +1,65 @@
+"""`export -t comfyui`: a file for ComfyUI's own loader where that reads the decoder, else a folder with a node."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flashvaed_cli.artifact.checkpoint import Checkpoint, derived_header, load_checkpoint, save_checkpoint
+from flashvaed_cli.comfyui.node import NODE_PREFIX
+from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.export.checkpoint_file import READ_BACK, export_safetensors, read_back
+from flashvaed_cli.export.comfyui import file_metadata, single_file_obstacle, write_node_folder
+from flashvaed_cli.export.result import ExportResult
+from flashvaed_cli.recipe.export import ExportRecipe
+from flashvaed_cli.stages.export.layouts import Prepared, encoder_at_hand, prepared
+from flashvaed_cli.stages.loading import DTYPES
+
+COMFYUI_FOLDER = "comfyui"
+
+
+def export_comfyui(checkpoint: Checkpoint, folder: Path, name: str, recipe: ExportRecipe) -> ExportResult:
+    """Write into `folder` what ComfyUI takes of the checkpoint's decoder.
+
+    Raises:
+        ExportError: what was written does not reproduce the decoder.
+    """
+    written, encoder = prepared(checkpoint), encoder_at_hand(checkpoint)
+    obstacle = single_file_obstacle(written.decoder.spec, None if encoder is None else encoder.spec)
+    folder.mkdir()
+    if obstacle is not None:
+        return _node_folder(checkpoint, written, folder / name, obstacle, recipe)
+    tensors, exact = written.tensors(written.original, encoder)
+    prefix = written.original.prefix
+    return export_safetensors(
+        {key.removeprefix(prefix): tensor for key, tensor in tensors.items()},
+        folder / f"{name}.safetensors",
+        file_metadata(written.decoder.spec),
+        target="comfyui",
+        reference=written.reference(recipe.seed),
+        dtype=DTYPES[recipe.dtype],
+        exact=frozenset(key.removeprefix(prefix) for key in exact),
+        notes=(*written.notes("comfyui"), "comfyui: put the file into models/vae; Load VAE reads it"),
+    )
+
+
+def _node_folder(
+    checkpoint: Checkpoint, written: Prepared, folder: Path, obstacle: str, recipe: ExportRecipe
+) -> ExportResult:
+    folder.mkdir()
+    decoder = folder / f"{folder.name}.safetensors"
+    header = derived_header(checkpoint) if checkpoint.header is None else checkpoint.header
+    dtype = DTYPES[recipe.dtype]
+    save_checkpoint(decoder, header, decoder=checkpoint.require_decoder(), dtype=dtype)
+    reference = written.reference(recipe.seed, _reload_artifact)
+    difference, allowed = read_back(reference, decoder, dtype, decoder.name)
+    paths = (decoder, *write_node_folder(folder, decoder, f"{NODE_PREFIX}{folder.name}", checkpoint.family))
+    notes = (
+        f"comfyui: its own loader does not read this decoder ({obstacle}): put the folder {folder.name} into "
+        "custom_nodes, with flashvaed installed",
+    )
+    size_bytes = sum(path.stat().st_size for path in paths)
+    return ExportResult("comfyui", paths, size_bytes, difference, allowed, READ_BACK, notes=notes)
+
+
+def _reload_artifact(path: Path) -> Decoder:
+    return load_checkpoint(path, builtins={}).require_decoder()

@@ -1,0 +1,119 @@
+"""`README.md` of an export: a model card as on the Hub, for this decoder and what was written of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from flashvaed_cli import __version__
+from flashvaed_cli.artifact.checkpoint import Checkpoint
+from flashvaed_cli.decoders.spec import DecoderSpec
+from flashvaed_cli.export.result import ExportResult, Target
+from flashvaed_cli.printable import printable
+
+CARD = "README.md"
+_BASES = {
+    "wan2.1": ("Wan-AI/Wan2.1-T2V-14B", "apache-2.0"),
+    "wan2.2": ("Wan-AI/Wan2.2-TI2V-5B", "apache-2.0"),
+    "qwen-image": ("Qwen/Qwen-Image", "apache-2.0"),
+    "ltx-video-0.9.0": ("Lightricks/LTX-Video", "other"),
+    "ltx-video-0.9.1": ("Lightricks/LTX-Video", "other"),
+    "ltx-video-0.9.5": ("Lightricks/LTX-Video", "other"),
+    "ltx-2": ("Lightricks/LTX-2", "other"),
+}
+"""Repository on the Hub and the licence field there, by family."""
+_USES: dict[Target, str] = {
+    "safetensors": "**The family's own key layout**, `{file}`: for programs that load the original VAE by its names, "
+    "if their classes have these widths; `flashvaed` reads it again.",
+    "diffusers": '**diffusers**: `AutoencoderKL....from_pretrained("{folder}")`, the class that `config.json` names.',
+    "onnx-clip": '**ONNX**, whole clips: `onnxruntime.InferenceSession("{file}")`, input `latents` (raw, '
+    "`[B, C, T, H, W]`), output `frames` in [-1, 1]. Keep the `.onnx.data` file beside the graphs: it holds the "
+    "weights of all of them. OpenVINO reads the same files.",
+    "onnx-step": "**ONNX**, streaming: `{file}` for the first latents, then the `next` graph; each output "
+    "`future_NAME` is the next step's `past_NAME` input.",
+    "comfyui": "**ComfyUI**: `{file}`; put a single file into `models/vae`, or the folder (it has a README) into "
+    "`custom_nodes`.",
+}
+
+
+def model_card(
+    checkpoint: Checkpoint, name: str, results: Sequence[ExportResult], files: Sequence[Sequence[str]]
+) -> str:
+    """The card as Markdown with YAML front matter.
+
+    Args:
+        name: of the export.
+        results: what was written.
+        files: of each result, relative to the card.
+    """
+    spec = checkpoint.require_decoder().spec
+    parts = [
+        _front_matter(checkpoint, results),
+        f"# {printable(name)}\n",
+        _what(checkpoint, spec),
+        "## Use\n",
+        *(_use(result, paths) for result, paths in zip(results, files, strict=True)),
+        _latents(checkpoint, spec),
+        _history(checkpoint),
+        "## Checks\n\nLargest difference of the frames to the decoder's own, as a fraction of their range.\n",
+        _checks(results, files),
+    ]
+    return "\n".join(parts)
+
+
+def _front_matter(checkpoint: Checkpoint, results: Sequence[ExportResult]) -> str:
+    lines = ["---"]
+    if checkpoint.family in _BASES:
+        base, licence = _BASES[checkpoint.family]
+        lines += [f"base_model: {base}", f"license: {licence}"]
+    if any(result.target == "diffusers" for result in results):
+        lines += ["library_name: diffusers"]
+    lines += ["tags:", "- vae", "- video", f"- {checkpoint.family}", "- flashvaed", "---", ""]
+    return "\n".join(lines)
+
+
+def _what(checkpoint: Checkpoint, spec: DecoderSpec) -> str:
+    millions = checkpoint.require_decoder().parameter_count / 1e6
+    return (
+        f"A decoder for latents of {checkpoint.family}, {millions:.2f} M parameters, written by flashvaed "
+        f"{__version__}. It takes the same latents as the original decoder. The licence of the base model holds for "
+        "what is derived from it.\n"
+    )
+
+
+def _use(result: ExportResult, paths: Sequence[str]) -> str:
+    return "- " + _USES[result.target].format(file=paths[0], folder=paths[0].rpartition("/")[0])
+
+
+def _latents(checkpoint: Checkpoint, spec: DecoderSpec) -> str:
+    lines = [
+        "",
+        f"Latents have {spec.latent_width} channels; T latent frames give 1 + {spec.temporal_factor} (T - 1) frames, "
+        f"{spec.spatial_factor} times as high and wide.",
+    ]
+    if checkpoint.latent_mean and checkpoint.latent_std:
+        mean, std = (json.dumps([float(f"{x:.6g}") for x in row]) for row in checkpoint.require_statistics())
+        lines += ["Diffusion models use normalized latents, (raw - mean) / std:", "", f"- mean {mean}", f"- std {std}"]
+    return "\n".join([*lines, ""])
+
+
+def _history(checkpoint: Checkpoint) -> str:
+    header = checkpoint.header
+    lines = ["## How it was made", ""]
+    if header is None or header.original is None:
+        return "\n".join([*lines, f"From `{printable(checkpoint.location)}` (SHA-256 `{checkpoint.sha256}`).", ""])
+    lines += [f"From `{printable(header.original.location)}` (SHA-256 `{header.original.sha256}`); the last command:"]
+    lines += ["", "```", printable(header.command_line), "```", ""]
+    if header.recipe:
+        lines += ["with the settings", "", "```json", printable(json.dumps(header.recipe)), "```", ""]
+    return "\n".join(lines)
+
+
+def _checks(results: Sequence[ExportResult], files: Sequence[Sequence[str]]) -> str:
+    rows = ["| target | files | bytes | largest difference | checked with |", "|---|---|--:|--:|---|"]
+    rows += [
+        f"| {result.target} | {', '.join(paths)} | {result.size_bytes:,d} | {result.max_abs_difference:.1e} "
+        f"| {result.checked_with} |"
+        for result, paths in zip(results, files, strict=True)
+    ]
+    return "\n".join([*rows, ""])
