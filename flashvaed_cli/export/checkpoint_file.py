@@ -77,6 +77,7 @@ def export_diffusers(
     reference: Reference,
     dtype: torch.dtype = torch.float32,
     exact: frozenset[str] = frozenset(),
+    beside: Mapping[str, str] | None = None,
     notes: tuple[str, ...] = (),
 ) -> ExportResult:
     """Write a folder as diffusers' `save_pretrained` does, read it back and compare. No folder is left on failure.
@@ -85,13 +86,16 @@ def export_diffusers(
         tensors: in diffusers' names and shapes.
         config: what the class takes, with `_class_name`.
         folder: a new one.
+        beside: further text files, by name.
         dtype, exact, notes: as of `export_safetensors`.
     Raises:
         ExportError: as `export_safetensors`.
     """
     folder.mkdir()
     try:
-        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        texts = {CONFIG_NAME: json.dumps(config, indent=2) + "\n", **(beside or {})}
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
         whole = replace(reference, reload=lambda _: reference.reload(folder))
         weights = folder / WEIGHTS_NAME
         save_file(_written(tensors, dtype, exact), weights, metadata={"format": "pt"})
@@ -99,7 +103,7 @@ def export_diffusers(
     except BaseException:
         shutil.rmtree(folder)
         raise
-    paths = (folder / CONFIG_NAME, weights)
+    paths = (*(folder / name for name in texts), weights)
     size_bytes = sum(path.stat().st_size for path in paths)
     return ExportResult("diffusers", paths, size_bytes, difference, allowed, READ_BACK, notes=notes)
 

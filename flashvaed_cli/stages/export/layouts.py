@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,20 +16,21 @@ from flashvaed_cli.artifact.layouts import Layout
 from flashvaed_cli.artifact.writing import to_program
 from flashvaed_cli.decoders.coder import Decoder, Encoder
 from flashvaed_cli.decoders.expansion import expanded_decoder
-from flashvaed_cli.decoders.families import get_family
+from flashvaed_cli.decoders.families import get_family, original_like
 from flashvaed_cli.errors import ArtifactError, ExportError
 from flashvaed_cli.export.checkpoint_file import Reference, export_diffusers, export_safetensors
 from flashvaed_cli.export.diffusers_config import diffusers_config, encoder_fault, single_file_note
 from flashvaed_cli.export.parity import seeded_latents
 from flashvaed_cli.export.result import ExportResult
+from flashvaed_cli.export.uniform_layout import fits_uniform_layout
 from flashvaed_cli.recipe.export import ExportRecipe
+from flashvaed_cli.stages.export.flash import export_flash_folder
 from flashvaed_cli.stages.loading import DTYPES
 from flashvaed_cli.zoo.builtin import BUILTINS
 
 DIFFUSERS_FOLDER = "diffusers"
 _CHECK_GRID = (3, 6, 8)
 _EXPANDED = "the low-rank time_conv layers are written as whole kernels, which cost what they did before"
-_DECODE_ONLY = "give it low_cpu_mem_usage=False, which makes up an encoder of random weights, and decode only"
 _NOISY = "diffusers: with its noise, which this program leaves out: frames differ by that"
 
 
@@ -96,21 +97,23 @@ def export_original_layout(checkpoint: Checkpoint, path: Path, recipe: ExportRec
 def export_diffusers_folder(checkpoint: Checkpoint, folder: Path, recipe: ExportRecipe) -> ExportResult:
     """A folder for `from_pretrained`, with the encoder of the checkpoint or of its original.
 
+    Of diffusers' own class where that has such a decoder and there is an encoder for it, so that nothing of a model
+    is left without weights; else of `AutoencoderFlash`.
+
     Raises:
-        ExportError: diffusers has no model like the decoder, or the folder does not reproduce it.
+        ExportError: diffusers knows no such family, or the folder does not reproduce the decoder.
     """
     written = prepared(checkpoint)
     spec, layout, class_name = written.decoder.spec, written.diffusers, written.class_name
     if layout is None or class_name is None:
         raise ExportError(f"diffusers: it has no class for {checkpoint.family}")
-    try:
-        diffusers_config(class_name, spec, None, written.statistics)  # before an original is looked for
-    except ExportError as error:
-        raise ExportError(f"diffusers: {error}") from None
-    encoder, lacks = _encoder_beside(checkpoint, class_name)
-    config = diffusers_config(class_name, spec, None if encoder is None else encoder.spec, written.statistics)
+    encoder = encoder_at_hand(checkpoint)
+    uniform = fits_uniform_layout(spec, original_like(spec)).base_width is not None
+    if not uniform or encoder is None or encoder_fault(class_name, spec, encoder.spec) is not None:
+        reference = replace(written.reference(recipe.seed), decoder=checkpoint.require_decoder())
+        return export_flash_folder(checkpoint, encoder, layout, folder, recipe, reference)
+    config = diffusers_config(class_name, spec, encoder.spec, written.statistics)
     tensors, exact = written.tensors(layout, encoder)
-    loads = f"diffusers: {class_name}.from_pretrained loads the folder"
     return export_diffusers(
         tensors,
         config,
@@ -120,7 +123,7 @@ def export_diffusers_folder(checkpoint: Checkpoint, folder: Path, recipe: Export
         exact=exact,
         notes=(
             *written.notes("diffusers"),
-            f"{loads}, encoder included" if lacks is None else f"{loads}; {lacks}: {_DECODE_ONLY}",
+            f"diffusers: {class_name}.from_pretrained loads the folder, encoder included",
             *([_NOISY] if any(config.get("decoder_inject_noise", ())) else []),
         ),
     )
@@ -131,10 +134,8 @@ def diffusers_obstacle(checkpoint: Checkpoint) -> str | None:
     written = prepared(checkpoint)
     if written.class_name is None:
         return f"no diffusers folder: it has no class for {checkpoint.family}"
-    try:
-        diffusers_config(written.class_name, written.decoder.spec, None, written.statistics)
-    except ExportError as error:
-        return f"no diffusers folder: {error}"
+    if not all(written.statistics):
+        return "no diffusers folder: a diffusers model has latent statistics, and this decoder has none"
     return None
 
 
@@ -155,17 +156,6 @@ def encoder_at_hand(checkpoint: Checkpoint) -> Encoder | None:
         return load_original(checkpoint, None, BUILTINS, needs_encoder=False).encoder
     except ArtifactError:
         return None
-
-
-def _encoder_beside(checkpoint: Checkpoint, class_name: str) -> tuple[Encoder | None, str | None]:
-    """The encoder for a diffusers model, or why there is none."""
-    encoder, recorded = encoder_at_hand(checkpoint), None if checkpoint.header is None else checkpoint.header.original
-    if encoder is None and recorded is not None:
-        return None, f"its original, {recorded.location}, which has the encoder, cannot be read"
-    if encoder is None:
-        return None, "no encoder is at hand"
-    fault = encoder_fault(class_name, checkpoint.require_decoder().spec, encoder.spec)
-    return (encoder, None) if fault is None else (None, fault)
 
 
 def _reload_decoder(path: Path) -> Decoder:

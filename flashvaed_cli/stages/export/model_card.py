@@ -25,7 +25,9 @@ _BASES = {
 _USES: dict[Target, str] = {
     "safetensors": "**The family's own key layout**, `{file}`: for programs that load the original VAE by its names, "
     "if their classes have these widths; `flashvaed` reads it again.",
-    "diffusers": '**diffusers**: `AutoencoderKL....from_pretrained("{folder}")`, the class that `config.json` names.',
+    "diffusers": '**diffusers**: `AutoencoderKL....from_pretrained("{folder}")`, the class that `config.json` names. '
+    'If that is `AutoencoderFlash`: `AutoModel.from_pretrained("{folder}", trust_remote_code=True)`, with flashvaed '
+    "installed.",
     "onnx-clip": '**ONNX**, whole clips: `onnxruntime.InferenceSession("{file}")`, input `latents` (raw, '
     "`[B, C, T, H, W]`), output `frames` in [-1, 1]. Keep the `.onnx.data` file beside the graphs: it holds the "
     "weights of all of them. OpenVINO reads the same files.",
