@@ -43,7 +43,8 @@ def export(
     context: typer.Context,
     input: Annotated[str | None, input_argument(ExportRecipe)] = None,
     targets: Annotated[
-        list[str] | None, flag(ExportRecipe, "targets", "--target", "-t", metavar="safetensors|diffusers|onnx|comfyui")
+        list[str] | None,
+        flag(ExportRecipe, "targets", "--target", "-t", metavar="safetensors|diffusers|onnx|..."),
     ] = None,
     opset: Annotated[int | None, flag(ExportRecipe, "opset")] = None,
     output: Annotated[str | None, flag(ExportRecipe, "output", "--output", "-o")] = None,

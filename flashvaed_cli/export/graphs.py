@@ -40,7 +40,8 @@ class _AnyLengthUpsample(Upsample):
         if past is not None:
             return super().double_frames(x, past, future)
         first = x[:, :, :1]
-        unseen = torch.cat([torch.zeros_like(first), x[:, :, 1:]], dim=2)  # what precedes a clip is zero too
+        later = (torch.arange(x.shape[2], device=x.device) > 0).to(x.dtype)
+        unseen = x * later.view(1, 1, -1, 1, 1)  # what precedes a clip is zero too
         doubled = self.temporal(unseen, None, future).chunk(2, dim=1)  # type: ignore[misc]
         rest = torch.stack(doubled, dim=3).flatten(2, 3)[:, :, 2:]  # [B, C, 2 (T - 1), H, W]
         return torch.cat([first, rest], dim=2)

@@ -33,6 +33,8 @@ _USES: dict[Target, str] = {
     "weights of all of them. OpenVINO reads the same files.",
     "onnx-step": "**ONNX**, streaming: `{file}` for the first latents, then the `next` graph; each output "
     "`future_NAME` is the next step's `past_NAME` input.",
+    "pt2": '**PyTorch without flashvaed**: `torch.export.load("{file}").module()(latents)`; the `step` programs take '
+    "and give the caches that the ONNX steps do.",
     "comfyui": "**ComfyUI**: `{file}`; put a single file into `models/vae`, or the folder (it has a README) into "
     "`custom_nodes`.",
 }

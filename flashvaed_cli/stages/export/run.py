@@ -10,6 +10,7 @@ from pathlib import Path
 from flashvaed_cli.artifact.checkpoint import BUILTIN_SCHEME, Checkpoint
 from flashvaed_cli.errors import ArtifactError, ExportError
 from flashvaed_cli.export.onnx_graph import GraphKind, OnnxOptions, export_onnx
+from flashvaed_cli.export.pt2 import export_pt2
 from flashvaed_cli.export.result import ExportResult
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.export import ExportRecipe
@@ -115,6 +116,9 @@ def _jobs(
             skipped.append(obstacle)
     if "comfyui" in recipe.targets:
         yield "comfyui", lambda: [export_comfyui(checkpoint, folder / COMFYUI_FOLDER, name, recipe)]
+    if "pt2" in recipe.targets:
+        program = folder / f"{name}.pt2"
+        yield "pt2", lambda: [export_pt2(decoder, program, dtype=DTYPES[recipe.dtype], seed=recipe.seed)]
     if "onnx" not in recipe.targets:
         return
     if recipe.dtype == "bfloat16" and "targets" not in recipe.model_fields_set:
