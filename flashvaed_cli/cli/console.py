@@ -24,9 +24,10 @@ PLAIN_INTERVAL_S = 5.0
 LONGEST_MESSAGE = 2000
 
 
-def stdout_console() -> Console:
+def result_console(*, on_stderr: bool = False) -> Console:
     """For results. Tables keep a fixed width where nobody looks, so that logs do not depend on a terminal."""
-    return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    stream = sys.stderr if on_stderr else sys.stdout
+    return Console(stderr=on_stderr, width=None if stream.isatty() else PLAIN_WIDTH)
 
 
 def stderr_console() -> Console:

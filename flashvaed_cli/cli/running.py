@@ -14,7 +14,7 @@ import typer
 from rich.console import RenderableType
 from rich.text import Text
 
-from flashvaed_cli.cli.console import open_progress, stdout_console
+from flashvaed_cli.cli.console import open_progress, result_console
 from flashvaed_cli.cli.interruption import OutputWatch, interruption, is_main_process
 from flashvaed_cli.cli.streams import reader_may_leave
 from flashvaed_cli.printable import printable
@@ -23,6 +23,9 @@ from flashvaed_cli.recipe import CommandRecipe, find_recipe, load_recipe, resolv
 
 CommandRecipeT = TypeVar("CommandRecipeT", bound=CommandRecipe)
 ContravariantRecipeT = TypeVar("ContravariantRecipeT", bound=CommandRecipe, contravariant=True)
+
+USING_PANEL = "Using a result"
+"""Where `--help` shows the commands beside the pipeline."""
 
 ARGV_KEY, DONE_KEY = "flashvaed.argv", "flashvaed.done"
 
@@ -86,10 +89,19 @@ def resolve_settings(
     return resolve(model, recipe, given, step=params.get("step"), flags={**flags, **PARSED_FLAGS})
 
 
-def run_stage(context: typer.Context, stage: StageFunction[CommandRecipeT], recipe: CommandRecipeT) -> StageResult:
+def run_stage(
+    context: typer.Context,
+    stage: StageFunction[CommandRecipeT],
+    recipe: CommandRecipeT,
+    *,
+    result_on_stderr: bool = False,
+) -> StageResult:
     """Run a stage with progress on stderr, then print its result to stdout, and return it.
 
     Of the processes that a launcher started together, the main one prints.
+
+    Args:
+        result_on_stderr: stdout has taken the data themselves.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM, outside of a training that saves first.
@@ -105,16 +117,16 @@ def run_stage(context: typer.Context, stage: StageFunction[CommandRecipeT], reci
     context.meta[DONE_KEY] = True
     if is_main_process():
         with reader_may_leave():
-            _print_result(context, result)
+            _print_result(context, result, on_stderr=result_on_stderr)
     return result
 
 
-def _print_result(context: typer.Context, result: StageResult) -> None:
+def _print_result(context: typer.Context, result: StageResult, *, on_stderr: bool = False) -> None:
     if context.params["json_output"]:
         document = {**result.as_dict(), "paths": [str(path) for path in result.paths]}
-        typer.echo(json.dumps(_finite(document), indent=2, allow_nan=False))
+        typer.echo(json.dumps(_finite(document), indent=2, allow_nan=False), err=on_stderr)
         return
-    console = stdout_console()
+    console = result_console(on_stderr=on_stderr)
     console.print(result.table())
     for path in result.paths:
         console.print(Text(printable(f"wrote {path}")), soft_wrap=True)

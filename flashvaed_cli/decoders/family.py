@@ -77,7 +77,7 @@ class Family:
     `paper_operators` the operator of each stage's residual blocks after conversion. `configured` puts what a
     checkpoint's configuration says, and its shapes do not, into a spec; `described` gives it back. `config_keys` are
     what a configuration may say. `native_obstacle` says why no stock class builds a narrower decoder that this
-    program makes; None where one does.
+    program makes; None where one does. `frames_per_second` is the rate that the family's models are trained at.
     """
 
     name: str
@@ -96,3 +96,4 @@ class Family:
     native_obstacle: str | None = (
         "its shortcuts copy or shuffle channels in a fixed order, which kept channels would have to follow"
     )
+    frames_per_second: int = 16

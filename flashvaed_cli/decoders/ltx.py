@@ -225,6 +225,7 @@ def _family(version: _Version, operators: Mapping[str, Operator], shallow_stages
         shallow_stages=shallow_stages,
         paper_keep_ratio=0.25,
         paper_operators=operators,
+        frames_per_second=24,
         config_keys=config_keys(
             _decoder_spec(version, 8, LATENT_WIDTH),
             _encoder_spec(version, 8, LATENT_WIDTH),

@@ -118,6 +118,7 @@ WAN22 = Family(
     shallow_stages=WAN21.shallow_stages,
     paper_keep_ratio=WAN21.paper_keep_ratio,
     paper_operators=WAN21.paper_operators,
+    frames_per_second=24,
     config_keys=replace(
         CONFIG_KEYS,
         fixed={

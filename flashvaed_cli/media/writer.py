@@ -14,7 +14,6 @@ import av.container
 import av.error
 import av.video
 import numpy as np
-import torch
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from jaxtyping import Float, UInt8
 from torch import Tensor
@@ -23,6 +22,7 @@ from flashvaed_cli.atomic import atomic_path
 from flashvaed_cli.errors import MediaError
 from flashvaed_cli.media.frames.colour import SCALER
 from flashvaed_cli.media.frames.container import ffmpeg_reason
+from flashvaed_cli.media.pixels import to_pixels
 from flashvaed_cli.media.video import MAX_FPS
 
 
@@ -81,12 +81,7 @@ class VideoWriter:
 
     def write(self, chunk: Float[Tensor, "C T H W"]) -> None:
         """Encode the chunk's frames; values outside [-1, 1] are clipped, NaN is a ValueError."""
-        if chunk.ndim != 4 or chunk.shape[0] != 3:
-            raise ValueError(f"a chunk is [3, T, H, W], not {list(chunk.shape)}")
-        if not torch.isfinite(chunk).all():
-            raise ValueError(f"frames from number {self.num_frames} on hold NaN or infinite values")
-        pixels = chunk.detach().to("cpu", torch.float32).add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-        for frame in pixels.permute(1, 2, 3, 0).numpy():  # each [H, W, C]
+        for frame in to_pixels(chunk, self.num_frames):
             height, width = frame.shape[:2]
             self._check_size(height, width)
             even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")

@@ -3,6 +3,7 @@
 from flashvaed_cli.recipe.analyze import AnalyzeRecipe
 from flashvaed_cli.recipe.commands import COMMAND_RECIPES
 from flashvaed_cli.recipe.convert_ops import ConvertOpsRecipe
+from flashvaed_cli.recipe.decode import DecodeRecipe
 from flashvaed_cli.recipe.distill import DistillRecipe, LossWeights, PhaseRecipe
 from flashvaed_cli.recipe.evaluate import EvalRecipe
 from flashvaed_cli.recipe.export import ExportRecipe
@@ -15,6 +16,7 @@ __all__ = [
     "AnalyzeRecipe",
     "CommandRecipe",
     "ConvertOpsRecipe",
+    "DecodeRecipe",
     "DistillRecipe",
     "EvalRecipe",
     "ExportRecipe",

@@ -28,6 +28,7 @@ PhaseChoice = Literal["1", "2", "3", "all"]
 ExportTarget = Literal["safetensors", "diffusers", "onnx", "comfyui", "pt2"]
 LatentScale = Literal["normalized", "raw"]
 CacheDType = Literal["float32", "float16"]
+FrameFormat = Literal["mp4", "png", "npy", "pt"]
 
 
 def one_as_tuple(value: object) -> object:
@@ -40,6 +41,10 @@ def _zero_as_none(value: object) -> object:
 
 def int_as_text(value: object) -> object:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def number_as_text(value: object) -> object:
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def _split_at_commas(value: object) -> object:

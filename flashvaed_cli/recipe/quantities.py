@@ -1,12 +1,14 @@
-"""Sizes and amounts as people write them: `480p`, `832x480`, `17x128x128`, `4GB`."""
+"""Sizes and amounts as people write them: `480p`, `832x480`, `17x128x128`, `4GB`, `30000/1001`."""
 
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 NAMED_SIZES = {"480p": (480, 832), "720p": (720, 1280), "1080p": (1080, 1920)}
 """Height and width in pixels by name."""
 
+_MAX_FRAME_RATE = 1000
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -48,3 +50,19 @@ def parse_memory(text: str) -> int:
     if num_bytes < 1:
         raise ValueError("must be an amount of memory, such as 4GB or 512MiB")
     return num_bytes
+
+
+def parse_frame_rate(text: str) -> Fraction:
+    """Frames per second of `24`, `23.976` or `30000/1001`.
+
+    Raises:
+        ValueError: no rate above 0, up to 1000.
+    """
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})|\d{1,4}(?:\.\d{1,6})?", text.strip())
+    if match is not None and match[2] is not None:
+        rate = Fraction(int(match[1]), int(match[2])) if int(match[2]) else Fraction(0)
+    else:
+        rate = Fraction(0 if match is None else match[0]).limit_denominator(1001)
+    if not 0 < rate <= _MAX_FRAME_RATE:
+        raise ValueError("must be a rate above 0 and up to 1000, such as 24, 23.976 or 30000/1001")
+    return rate

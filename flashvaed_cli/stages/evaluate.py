@@ -20,6 +20,7 @@ from torch import Tensor
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.cost import total_gflop
 from flashvaed_cli.decoders.exact import exact_decoder
+from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.decoders.streaming import State, encode_step
 from flashvaed_cli.errors import MetricUnavailableError
@@ -60,7 +61,6 @@ VIDEO, ORIGINAL, ORIGINAL_TUNED = "video", "original", "original, exact"
 _DEFAULT_CHUNK = 4
 _NUM_STRIP_COLUMNS = 4
 _SPEED_LATENT_FRAMES = 5
-_LATENT_FPS = Fraction(16)
 
 Frames = Float[Tensor, "3 T H W"]
 
@@ -300,7 +300,11 @@ def _open_clip(
         latents = latents[:1, :, :longest].to(inputs.device)
         num_frames = 1 + spec.temporal_factor * (latents.shape[2] - 1)
         num_frames = min(num_frames, recipe.num_frames or num_frames)
-        return _latent_chunks(latents, num_frames, chunk, spec.temporal_factor), num_frames, _LATENT_FPS
+        return (
+            _latent_chunks(latents, num_frames, chunk, spec.temporal_factor),
+            num_frames,
+            Fraction(get_family(original.family).frames_per_second),
+        )
     num_frames = count_frames(path)
     num_frames = min(num_frames, recipe.num_frames or num_frames)
     return _video_chunks(path, num_frames, chunk, inputs, recipe), num_frames, probe_video(path).fps

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from flashvaed_cli.decoders.cost import Grid
+from flashvaed_cli.decoders.memory import DType
 from flashvaed_cli.decoders.planning import DecodePlan, choose_plan
 from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.errors import DecodeError
 from flashvaed_cli.metrics.free_memory import free_bytes
 
 _USABLE_SHARE = 0.9
+_STREAMING_CHUNK = 4  # latent frames; larger steps gain little
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,23 @@ def fit_to_memory(
     chunk = "" if limits.chunk is not None else f", chunk {plan.chunk}"
     tile = "" if plan.tile is None else f", tiles of {plan.tile} latents"
     return Fit(bounded, f"{chunk}{tile} (within {bound / 1e9:.3g} GB)")
+
+
+def streaming_limits(spec: DecoderSpec, grid: Grid, limits: Limits, dtype: DType, device: torch.device) -> Limits:
+    """The limits to decode a clip of any length with, whose frames go away as they come.
+
+    Without a chunk and a bound of the user's: a few latents at a time, or what fits into the memory that is free now.
+
+    Args:
+        grid: latent frames, height and width of the clip.
+    """
+    if limits.chunk is not None or limits.max_memory_bytes is not None:
+        return limits
+    usual, free = replace(limits, chunk=_STREAMING_CHUNK), free_bytes(device)
+    plan = choose_plan(spec, grid, dtype=dtype, chunk=usual.chunk, tile=usual.tile)
+    if free is None or plan.predicted_bytes <= _USABLE_SHARE * free:
+        return usual
+    return replace(limits, max_memory_bytes=max(1, int(_USABLE_SHARE * free)))
 
 
 def refusal_at_chunk_one(spec: DecoderSpec, latents: Float[Tensor, "B C T Hz Wz"]) -> str | None:

@@ -1,0 +1,1 @@
+"""`flashvaed decode`: latents to videos."""

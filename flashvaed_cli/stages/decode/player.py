@@ -1,0 +1,75 @@
+"""A checkpoint's decoder with the settings of `decode`: latents in, frames out, a few at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flashvaed_cli.artifact.checkpoint import Checkpoint
+from flashvaed_cli.decoders.exact import exact_decoder, plain_decoder
+from flashvaed_cli.decoders.planning import DecodePlan
+from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings, chunk_starts
+from flashvaed_cli.recipe.decode import DecodeRecipe
+from flashvaed_cli.recipe.fields import LatentScale
+from flashvaed_cli.recipe.quantities import parse_memory
+from flashvaed_cli.stages.clips import to_raw
+from flashvaed_cli.stages.loading import DTYPES
+from flashvaed_cli.stages.memory_fit import Limits, streaming_limits
+
+
+class Player:
+    """Decodes clips with exact operators, which give the same frames faster. `plan` is that of the last clip."""
+
+    plan: DecodePlan
+
+    def __init__(self, checkpoint: Checkpoint, recipe: DecodeRecipe, device: torch.device) -> None:
+        """Prepare the decoder.
+
+        Raises:
+            ArtifactError: no decoder.
+            DecodeError: it is to be compiled, and this machine has no compiler.
+        """
+        self.latent_width = checkpoint.latent_width
+        self._checkpoint, self._recipe, self._device = checkpoint, recipe, device
+        decoder = plain_decoder(checkpoint.require_decoder()).to(device)
+        self._decoder = exact_decoder(decoder, device_type=device.type)
+        memory = None if recipe.max_memory is None else parse_memory(recipe.max_memory)
+        self._asked = Limits(recipe.chunk, recipe.tile, memory)
+        self._runtime: tuple[Limits, DecodeRuntime] | None = None
+
+    @torch.no_grad()
+    def frames(self, latents: Float[Tensor, "1 C T Hz Wz"], scale: LatentScale) -> Iterator[Float[Tensor, "3 F H W"]]:
+        """The frames of a clip, in the runtime's dtype, clamped to [-1, 1].
+
+        Raises:
+            ArtifactError: normalized latents, and the checkpoint has no statistics.
+            DecodeError: no plan fits the memory.
+            SpecError: the latents do not fit the decoder.
+            NonFiniteError: frames hold NaN or infinite values.
+        """
+        _, _, num_latents, height, width = latents.shape
+        grid = (num_latents, height, width)
+        limits = streaming_limits(self._decoder.spec, grid, self._asked, self._recipe.dtype, self._device)
+        runtime = self._prepared(limits)
+        self.plan = runtime.plan(latents)
+        starts = [*chunk_starts(num_latents, self.plan.chunk), num_latents]
+        parts = (to_raw(latents[:, :, start:stop].float(), scale, self._checkpoint) for start, stop in pairwise(starts))
+        for frames in runtime.iter_parts(parts):
+            yield frames[0]
+
+    def _prepared(self, limits: Limits) -> DecodeRuntime:
+        """The runtime of the limits; that of the last clip where they are the same."""
+        if self._runtime is None or self._runtime[0] != limits:
+            settings = DecodeSettings(
+                chunk=limits.chunk,
+                tile=limits.tile,
+                dtype=DTYPES[self._recipe.dtype],
+                compile=self._recipe.compile,
+                max_memory_bytes=limits.max_memory_bytes,
+            )
+            self._runtime = (limits, DecodeRuntime(self._decoder, settings))
+        return self._runtime[1]

@@ -1,0 +1,208 @@
+"""`flashvaed decode`: latents to videos, pictures, arrays or raw frames, each frame written as it is decoded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from io import BufferedIOBase
+from pathlib import Path
+
+from flashvaed_cli.artifact.checkpoint import Checkpoint
+from flashvaed_cli.decoders.families import get_family
+from flashvaed_cli.errors import DecodeError, FlashVaedError, MediaError
+from flashvaed_cli.media.latent_files import is_latent_file, load_latents
+from flashvaed_cli.media.sources import find_clips
+from flashvaed_cli.paths import user_path
+from flashvaed_cli.progress import Progress
+from flashvaed_cli.recipe.decode import DecodeRecipe
+from flashvaed_cli.recipe.fields import LatentScale
+from flashvaed_cli.recipe.quantities import parse_frame_rate
+from flashvaed_cli.report.tables import Cell, Column, TableData
+from flashvaed_cli.stages.clips import scale_of
+from flashvaed_cli.stages.decode.player import Player
+from flashvaed_cli.stages.decode.targets import Clip, Target, claim_targets, plan_targets
+from flashvaed_cli.stages.loading import choose_device, choose_input, load_input
+from flashvaed_cli.stages.result import StageOutcome
+
+
+@dataclass
+class _Course:
+    """What became of the clips: decoded, or failed (with the reason)."""
+
+    decoded: list[dict[str, Cell]] = field(default_factory=list)
+    paths: list[Path] = field(default_factory=list)
+    failed: list[dict[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def fail(self, name: str, error: FlashVaedError, progress: Progress) -> None:
+        """Note a clip that cannot be decoded; the others go on."""
+        progress.warn(f"{name} is left out: {error}")
+        self.failed.append({"latents": name, "reason": str(error)})
+
+
+@dataclass(frozen=True)
+class _Output:
+    """How videos are written."""
+
+    fps: Fraction
+    crf: int
+    stdout: BufferedIOBase | None
+    reads: tuple[str, ...]
+
+
+def run_decode(
+    recipe: DecodeRecipe, *, progress: Progress, force: bool, command_line: str, stdout: BufferedIOBase | None = None
+) -> StageOutcome:
+    """Decode every clip of the latents; one that fails leaves the others, and `failed` of the figures says why.
+
+    Args:
+        stdout: where `--output -` writes raw frames; a reader that leaves is no error.
+    Raises:
+        ArtifactError: the decoder cannot be loaded, or has no statistics and the latents are normalized.
+        MediaError: no latents found, or none that can be read.
+        DecodeError: no plan fits the memory, nothing here can compile, or no clip could be decoded.
+        FlashVaedError: an output is in the way or cannot be written.
+    """
+    location = choose_input(recipe.decoder, DecodeRecipe, progress)
+    device = choose_device(recipe.device)
+    checkpoint = load_input(location, recipe.family, progress, weights=recipe.weights)
+    player = Player(checkpoint, recipe, device)
+    course = _Course()
+    files = _latent_files(recipe)
+    clips = _clips(files, checkpoint, recipe.latent_scale, course, progress)
+    targets = plan_targets(clips, recipe)
+    reads = (location, *map(str, files))
+    claim_targets(targets, reads, force=force)
+    fps = Fraction(get_family(checkpoint.family).frames_per_second)
+    output = _Output(parse_frame_rate(recipe.fps) if recipe.fps else fps, recipe.crf, stdout, reads)
+    for target in targets:
+        _decode(target, player, output, course, progress, is_only=len(files) == len(targets) == 1)
+    if not course.decoded:
+        raise DecodeError("\n".join(["nothing was decoded:", *(one["reason"] for one in course.failed)]))
+    figures = {
+        "command": command_line,
+        "decoder": location,
+        "sha256": checkpoint.sha256,
+        "dtype": recipe.dtype,
+        "device": device.type,
+        "videos": course.decoded,
+        "failed": course.failed,
+    }
+    notes = (*_scale_notes(clips), *course.notes)
+    return StageOutcome(tuple(course.paths), (_table(course.decoded, location),), figures, notes)
+
+
+def _latent_files(recipe: DecodeRecipe) -> list[Path]:
+    """The latent files that are named or lie in the folders named.
+
+    Raises:
+        MediaError: none, or a video or picture is named.
+    """
+    files: dict[Path, None] = {}
+    for name in recipe.latents:
+        found = find_clips([name])
+        latents = [path for path in found if is_latent_file(path)]
+        if not latents:
+            what = "holds no latents" if user_path(name).is_dir() else "holds frames, not latents"
+            raise MediaError(f"{name} {what}: `decode` takes latent files. `flashvaed eval` takes videos too.")
+        files.update(dict.fromkeys(latents))
+    return list(files)
+
+
+def _clips(
+    files: Sequence[Path], checkpoint: Checkpoint, scale: LatentScale, course: _Course, progress: Progress
+) -> list[Clip]:
+    """The clips in the files; a file that cannot be read is an error where it is the only one.
+
+    Raises:
+        ArtifactError: there are normalized ones, and the checkpoint has no statistics.
+        MediaError: none can be read.
+    """
+    if any(scale_of(path, scale) == "normalized" for path in files):
+        checkpoint.require_statistics()
+    spec = checkpoint.require_decoder().spec
+    clips: list[Clip] = []
+    for path in files:
+        try:
+            batch, _, num_latents, *_ = load_latents(path, latent_width=checkpoint.latent_width).shape
+        except FlashVaedError as error:
+            if len(files) == 1:
+                raise
+            course.fail(path.name, error, progress)
+            continue
+        num_frames = 1 + spec.temporal_factor * (num_latents - 1)
+        clips += [Clip(path, index, batch, num_frames, scale_of(path, scale)) for index in range(batch)]
+    if not clips:
+        raise MediaError("\n".join(["no latents can be read:", *(one["reason"] for one in course.failed)]))
+    return clips
+
+
+def _decode(
+    target: Target, player: Player, output: _Output, course: _Course, progress: Progress, *, is_only: bool
+) -> None:
+    clip = target.clip
+    start, done, size = time.perf_counter(), 0, (0, 0)
+    try:
+        latents = load_latents(clip.path, latent_width=player.latent_width)[clip.index : clip.index + 1]
+        settings = {"fps": output.fps, "crf": output.crf, "stdout": output.stdout, "reads": output.reads}
+        with progress.task(f"decode {clip.shown}", clip.num_frames) as task, target.open(**settings) as sink:
+            for frames in player.frames(latents, clip.scale):
+                sink.write(frames)
+                done, size = done + frames.shape[1], (frames.shape[2], frames.shape[3])
+                task.advance(frames.shape[1], **{"frames/s": done / (time.perf_counter() - start)})
+    except BrokenPipeError:
+        course.notes.append(f"the reader of standard output left after {sink.num_frames} of {clip.num_frames} frames")
+    except FlashVaedError as error:
+        if is_only:
+            raise
+        course.fail(clip.shown, error, progress)
+        return
+    if target.path is not None:
+        course.paths.append(target.path)
+    course.decoded.append(_record(target, sink.num_frames, size, output, player, time.perf_counter() - start))
+
+
+def _record(
+    target: Target, num_frames: int, size: tuple[int, int], output: _Output, player: Player, seconds: float
+) -> dict[str, Cell]:
+    return {
+        "latents": str(target.clip.path),
+        "clip": target.clip.index,
+        "latent_scale": target.clip.scale,
+        "output": "-" if target.path is None else str(target.path),
+        "format": target.format,
+        "num_frames": num_frames,
+        "height": size[0],
+        "width": size[1],
+        "fps": float(output.fps),
+        "chunk": player.plan.chunk,
+        "tile": player.plan.tile,
+        "seconds": seconds,
+        "frames_per_second": num_frames / seconds,
+    }
+
+
+def _table(decoded: Sequence[dict[str, Cell]], location: str) -> TableData:
+    columns = {
+        "latents": Column("latents", align="left"),
+        "output": Column("output", align="left"),
+        "num_frames": Column("frames", "d"),
+        "width": Column("width", "d"),
+        "height": Column("height", "d"),
+        "chunk": Column("chunk", "d"),
+        "tile": Column("tile", "d"),
+        "seconds": Column("s", ".1f"),
+        "frames_per_second": Column("frames/s", ".2f"),
+    }
+    rows = tuple(tuple(record[key] for key in columns) for record in decoded)
+    return TableData(f"Decoded with {location}", tuple(columns.values()), rows)
+
+
+def _scale_notes(clips: Sequence[Clip]) -> tuple[str, ...]:
+    notes = {
+        "normalized": "latents taken as normalized, as diffusion models give them; for raw ones: --latent-scale raw",
+        "raw": "latents taken as raw (ComfyUI's .latent always are), the scale that the decoder itself has",
+    }
+    return tuple(notes[scale] for scale in dict.fromkeys(clip.scale for clip in clips))

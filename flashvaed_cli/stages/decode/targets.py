@@ -1,0 +1,150 @@
+"""What `decode` writes for which latents: one video for each clip, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from io import BufferedIOBase
+from pathlib import Path
+
+from flashvaed_cli.errors import DecodeError
+from flashvaed_cli.media.frames.container import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from flashvaed_cli.media.latent_files import LATENT_SUFFIXES
+from flashvaed_cli.media.sinks import FrameSink
+from flashvaed_cli.media.sinks.arrays import ArrayWriter
+from flashvaed_cli.media.sinks.pictures import PictureFile, PictureFolder, picture_name
+from flashvaed_cli.media.sinks.raw import RawWriter
+from flashvaed_cli.media.writer import VideoWriter
+from flashvaed_cli.ownership import SOFTWARE, is_own_file
+from flashvaed_cli.paths import user_path
+from flashvaed_cli.recipe.decode import STDOUT, DecodeRecipe
+from flashvaed_cli.recipe.fields import FrameFormat, LatentScale
+from flashvaed_cli.stages.compared import distinct_names
+from flashvaed_cli.stages.outputs import claim_file, claim_folder, filled_at_the_end, refuse_to_replace
+
+_FORMATS: dict[str, FrameFormat] = {".mp4": "mp4", ".png": "png", ".npy": "npy", ".pt": "pt", ".pth": "pt"}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Clip `index` of a latent file's batch: `num_frames` frames when decoded; `scale` is that of its values."""
+
+    path: Path
+    index: int
+    batch: int
+    num_frames: int
+    scale: LatentScale
+
+    @property
+    def shown(self) -> str:
+        """What messages call it."""
+        return self.path.name if self.batch == 1 else f"{self.path.name}, clip {self.index + 1} of {self.batch}"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a clip's frames go. `path`: a file, or a folder of pictures; None: standard output."""
+
+    clip: Clip
+    path: Path | None
+    format: FrameFormat
+    is_folder: bool = False
+
+    @contextmanager
+    def open(
+        self, *, fps: Fraction, crf: int, stdout: BufferedIOBase | None, reads: Sequence[str | Path]
+    ) -> Iterator[FrameSink]:
+        """The sink of the clip's frames; what it writes is there when the block has ended well."""
+        if self.is_folder:
+            assert self.path is not None
+            with filled_at_the_end(self.path, picture_name(0), reads) as draft, PictureFolder(draft) as sink:
+                yield sink
+            _remove_later_pictures(self.path, self.clip.num_frames)
+            return
+        with self._open_file(fps=fps, crf=crf, stdout=stdout) as sink:
+            yield sink
+
+    def _open_file(self, *, fps: Fraction, crf: int, stdout: BufferedIOBase | None) -> FrameSink:
+        if self.path is None:
+            assert stdout is not None
+            return RawWriter(stdout)
+        if self.format == "mp4":
+            return VideoWriter(self.path, fps=fps, crf=crf, comment=f"{SOFTWARE} decode")
+        if self.format == "png":
+            return PictureFile(self.path)
+        return ArrayWriter(self.path, self.clip.num_frames)
+
+
+def plan_targets(clips: Sequence[Clip], recipe: DecodeRecipe) -> list[Target]:
+    """One target for each clip, with the names of its latents; nothing is looked at or made on disk but folders.
+
+    Raises:
+        DecodeError: several clips for one file or standard output, or an output of another format.
+    """
+    if recipe.output == STDOUT:
+        _require_one(clips, "standard output is one stream")
+        if recipe.format is not None:
+            raise DecodeError(
+                f"--format {recipe.format}: --output {STDOUT} gives raw rgb24 frames; leave --format out."
+            )
+        return [Target(clips[0], None, "mp4")]
+    output = None if recipe.output is None else user_path(recipe.output)
+    suffix = "" if output is None or recipe.output is None or recipe.output.endswith("/") else output.suffix.lower()
+    if output is not None and suffix in _FORMATS and not output.is_dir():
+        return [_one_file(clips, output, _FORMATS[suffix], recipe.format)]
+    if suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES | LATENT_SUFFIXES:
+        raise DecodeError(f"--output {recipe.output}: {suffix} is not written; give one of {', '.join(_FORMATS)}.")
+    folder, kind = output or Path(), recipe.format or "mp4"
+    names = distinct_names([Path(_name(clip)) for clip in clips])
+    if kind != "png":
+        return [Target(clip, folder / f"{name}.{kind}", kind) for clip, name in zip(clips, names, strict=True)]
+    if output is not None and len(clips) == 1:
+        return [Target(clips[0], folder, kind, is_folder=True)]
+    return [Target(clip, folder / name, kind, is_folder=True) for clip, name in zip(clips, names, strict=True)]
+
+
+def claim_targets(targets: Sequence[Target], reads: Sequence[str], *, force: bool) -> None:
+    """Find out before the work whether all can be written.
+
+    Raises:
+        FlashVaedError: see `claim_file` and `claim_folder`.
+    """
+    paths = {target.path: target for target in targets if target.path is not None}
+    refuse_to_replace(paths, reads)
+    for path, target in paths.items():
+        if target.is_folder:
+            claim_folder(path, picture_name(0), force=force)
+        else:
+            claim_file(path, force=force, reads=reads)
+
+
+def _one_file(clips: Sequence[Clip], output: Path, kind: FrameFormat, asked: FrameFormat | None) -> Target:
+    if asked not in (None, kind):
+        raise DecodeError(f"--format {asked}: {output} is {output.suffix}. Give a folder, or leave --format out.")
+    _require_one(clips, f"{output} is one file")
+    if kind == "png" and clips[0].num_frames > 1:
+        raise DecodeError(
+            f"{output} is one picture, {clips[0].shown} has {clips[0].num_frames} frames: give a folder, "
+            "and --format png."
+        )
+    return Target(clips[0], output, kind)
+
+
+def _require_one(clips: Sequence[Clip], why: str) -> None:
+    if len(clips) > 1:
+        raise DecodeError(f"{why}, and the latents hold {len(clips)} clips: give a folder with --output.")
+
+
+def _name(clip: Clip) -> str:
+    """A file name whose stem the output gets."""
+    return clip.path.name if clip.batch == 1 else f"{clip.path.stem}-{clip.index + 1}{clip.path.suffix}"
+
+
+def _remove_later_pictures(folder: Path, num_frames: int) -> None:
+    """What an earlier, longer run has left behind the last frame."""
+    number = num_frames
+    while is_own_file(path := folder / picture_name(number)):
+        path.unlink()
+        number += 1
