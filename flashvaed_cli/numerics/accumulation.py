@@ -1,4 +1,4 @@
-"""Float64 sums of float32 products: the arithmetic that every accumulated statistic shares."""
+"""Float64 sums of products: the arithmetic that every accumulated statistic shares."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def accumulation_device(device: torch.device) -> torch.device:
 
 
 def rows_per_block(num_features: int) -> int:
-    """Rows of a float32 block of at most 128 MiB; short enough for float32 sums to stay exact to about 1e-7."""
-    return max(64, min(8192, _BLOCK_BYTES // (4 * num_features)))
+    """Rows of a float64 block of at most 128 MiB."""
+    return max(64, min(8192, _BLOCK_BYTES // (8 * num_features)))
 
 
 def require_finite(values: Float[Tensor, "*shape"], label: str) -> None:
@@ -79,7 +79,7 @@ def require_finite(values: Float[Tensor, "*shape"], label: str) -> None:
         )
 
 
-def add_upper_gram_(gram: Float64[Tensor, "K K"], block: Float[Tensor, "N K"]) -> None:
+def add_upper_gram_(gram: Float64[Tensor, "K K"], block: Float64[Tensor, "N K"]) -> None:
     """Add XᵀX to the upper triangle of `gram`, panel by panel.
 
     Half the products of a full one, and a temporary of one panel instead of K x K. The part below
@@ -87,7 +87,7 @@ def add_upper_gram_(gram: Float64[Tensor, "K K"], block: Float[Tensor, "N K"]) -
     """
     for start in range(0, gram.shape[0], _PANEL_WIDTH):
         stop = start + _PANEL_WIDTH
-        gram[start:stop, start:] += (block[:, start:stop].T @ block[:, start:]).to(gram.device)
+        gram[start:stop, start:] += block[:, start:stop].T @ block[:, start:]
 
 
 def mirror_upper_(gram: Float64[Tensor, "K K"]) -> None:

@@ -32,9 +32,8 @@ class TensorStatistics:
 class CovarianceAccumulator:
     """Count, sum and XXᵀ of C channels over all positions of all clips seen.
 
-    Values are shifted by a provisional mean, taken from the first batch, so that float32 products
-    of channels far from zero lose nothing by cancellation. Memory is O(C²) whatever the data;
-    float64 input keeps float64 products.
+    Values are shifted by a provisional mean, taken from the first batch, so that channels far from zero lose nothing
+    by cancellation. Products and sums are float64. Memory is O(C²) whatever the data.
 
     Args:
         width: C.
@@ -77,11 +76,9 @@ class CovarianceAccumulator:
         self._gram = torch.zeros(self.width, self.width, dtype=torch.float64, device=device)
 
     def _add(self, sample: Float[Tensor, "C P"]) -> None:
-        dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
-        shift = self._shift.to(device=sample.device, dtype=dtype)[:, None]
         for block in sample.split(rows_per_block(self.width), dim=1):
-            centred = block.to(dtype) - shift  # [C, N]
-            self._sum += centred.sum(dim=1).to(self._sum.device)
+            centred = block.to(self._gram.device).double() - self._shift[:, None]  # [C, N]
+            self._sum += centred.sum(dim=1)
             add_upper_gram_(self._gram, centred.T)
         self.count += sample.shape[1]
 

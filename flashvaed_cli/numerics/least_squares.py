@@ -26,24 +26,25 @@ _DEAD_SHARE = 1e-12
 class NormalEquations:
     """Sums of XᵀX, XᵀY and diag(YᵀY) for the fit Y ≈ X Wᵀ + b; memory O(K² + K O) whatever the data.
 
+    Products and sums are float64. A float32 product is off by some 1e-7, by another amount for every number of threads,
+    and a solve with ridge λ amplifies that by up to 1/λ; the rounding of the rows themselves it amplifies by 1/(2√λ).
+
     The bias is an implicit constant feature: X and Y are held relative to a shift (the means of the
-    first update, later the means of all), so that float32 products lose nothing by cancellation and
+    first update, later the means of all), so that the sums lose nothing by cancellation and
     the bias drops out of the solve without being damped.
 
     Args:
         num_features: K.
         num_outputs: O.
         label: the layer, for error messages.
-        exact: form the products in float64 instead of float32 (slower; sums are float64 either way).
     """
 
-    def __init__(self, num_features: int, num_outputs: int, *, label: str = "layer", exact: bool = False) -> None:
+    def __init__(self, num_features: int, num_outputs: int, *, label: str = "layer") -> None:
         if num_features < 1 or num_outputs < 1:
             raise ValueError(f"{label}: {num_features} features and {num_outputs} outputs cannot be fitted")
         self.num_features = num_features
         self.num_outputs = num_outputs
         self.label = label
-        self.exact = exact
         self.num_rows = 0
         self._allocate(torch.device("cpu"))
 
@@ -89,28 +90,18 @@ class NormalEquations:
         device = accumulation_device(features.device)
         if device != self._gram.device:
             self._allocate(device)
-        # Float32 numbers, so that the shift subtracted from float32 blocks is the shift remembered.
         self._feature_shift = features.mean(dim=0, dtype=torch.float32).to(device).double()
         self._target_shift = targets.mean(dim=0, dtype=torch.float32).to(device).double()
 
     def _add(self, features: Float[Tensor, "N K"], targets: Float[Tensor, "N O"]) -> None:
-        x = self._shifted(features, self._feature_shift)
-        y = self._shifted(targets, self._target_shift)
-        device = self._gram.device
-        self._feature_sum += x.sum(dim=0).to(device)
-        self._target_sum += y.sum(dim=0).to(device)
-        self._target_energy += y.to(device).double().square().sum(dim=0)
-        self._cross += (x.T @ y).to(device)
+        x = features.to(self._gram.device).double() - self._feature_shift
+        y = targets.to(self._gram.device).double() - self._target_shift
+        self._feature_sum += x.sum(dim=0)
+        self._target_sum += y.sum(dim=0)
+        self._target_energy += y.square().sum(dim=0)
+        self._cross += x.T @ y
         add_upper_gram_(self._gram, x)
         self.num_rows += len(features)
-
-    def _shifted(self, block: Float[Tensor, "N D"], shift: Float64[Tensor, " D"]) -> Float[Tensor, "N D"]:
-        # After a `centre` the shift is no longer a float32 number: subtract in float64 then.
-        if not self.exact and torch.equal(shift.float().double(), shift):
-            return block.float() - shift.to(device=block.device, dtype=torch.float32)
-        if block.device.type == "mps":
-            block = block.cpu()
-        return (block.double() - shift).to(torch.float64 if self.exact else torch.float32)
 
     def merge(self, other: NormalEquations) -> None:
         """Add what another set of equations has seen; its values stay the same (they may be re-centred)."""
@@ -300,7 +291,7 @@ def solve_positive_(
 def relative_error(equations: NormalEquations, weight: Float[Tensor, "O K"], bias: Float[Tensor, " O"]) -> float:
     """||XWᵀ + b - Y||² / ||Y - mean Y||², from the sums only; nothing below 0.
 
-    Float32 products limit it to about 1e-7. For outputs that do not vary see `error_share`.
+    For outputs that do not vary see `error_share`.
     """
     gram = equations.gram
     with plain_arithmetic(gram.device):

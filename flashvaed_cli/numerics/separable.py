@@ -233,8 +233,7 @@ class _SeparableProblem:
         outputs = outputs / scale.to(outputs)[:, None]
         depthwise, pointwise = depthwise / scale[:, None], pointwise * scale
         residual, _ = self._residual(outputs, pointwise)
-        exact = outputs.dtype == torch.float64
-        equations = NormalEquations(*pointwise.shape[::-1], label=self.label, exact=exact)
+        equations = NormalEquations(*pointwise.shape[::-1], label=self.label)
         equations.update(outputs.T, residual)
         correction = solve_ridge(equations, dampening_frac=self.dampening_frac)
         return self._evaluate(outputs, depthwise, pointwise + correction.weight)

@@ -17,7 +17,7 @@ def equations_of(seed: int, num_features: int, num_outputs: int) -> tuple[Normal
     x = x @ torch.randn(num_features, num_features, generator=generator, dtype=torch.float64)
     y = x @ torch.randn(num_features, num_outputs, generator=generator, dtype=torch.float64)
     y = y + torch.randn(y.shape, generator=generator, dtype=torch.float64) - 3
-    equations = NormalEquations(num_features, num_outputs, exact=True)
+    equations = NormalEquations(num_features, num_outputs)
     equations.update(x, y)
     return equations, x - x.mean(0), y - y.mean(0)
 
