@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 from flashvaed_cli.limits import MAX_MESSAGE_CHARS
 
 
@@ -39,6 +41,10 @@ class NonFiniteError(FlashVaedError):
     """Frames hold NaN or infinite values: a number format is too narrow, or weights are damaged."""
 
 
+class OutOfMemory(FlashVaedError):
+    """The work does not fit the memory of this machine or device."""
+
+
 class MediaError(FlashVaedError):
     """A video or latent file cannot be found, read or written."""
 
@@ -73,6 +79,26 @@ class Interrupted(FlashVaedError):
         super().__init__(message)
         self.signal_number = signal_number
         self.exit_code = 128 + signal_number
+
+
+_OUT_OF_MEMORY = (  # what torch, oneDNN, CUDA's libraries and C++ say, where the type of the error does not
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "could not create a memory",
+    "_ALLOC_FAILED",
+    "std::bad_alloc",
+    "unable to mmap",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on whatever device; torch need not be loaded."""
+    if isinstance(error, MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def _shortened(message: str) -> str:

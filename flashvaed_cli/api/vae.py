@@ -226,7 +226,7 @@ def _device(device: str | torch.device) -> torch.device:
             f"device is {device!r}, which torch does not know: give cpu, cuda, cuda:1 or mps"
         ) from None
     if named.type in ("cpu", "cuda", "mps"):
-        choose_device(named.type)
+        choose_device(str(named))
     return named
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from flashvaed_cli.errors import RecipeError
 from flashvaed_cli.recipe import AnalyzeRecipe, CommandRecipe, shipped_recipes
-from flashvaed_cli.recipe.fields import Device, DType
+from flashvaed_cli.recipe.fields import DType
 
 ValueT = TypeVar("ValueT")
 
@@ -92,7 +92,9 @@ FamilyOption = Annotated[
 ]
 WeightsOption = Annotated[str | None, flag(AnalyzeRecipe, "weights", metavar="NAME", rich_help_panel=_COMMON)]
 AllowDownloadOption = Annotated[bool | None, switch(AnalyzeRecipe, "allow_download", rich_help_panel=_COMMON)]
-DeviceOption = Annotated[Device | None, flag(AnalyzeRecipe, "device", rich_help_panel=_COMMON)]
+DeviceOption = Annotated[
+    str | None, flag(AnalyzeRecipe, "device", metavar="auto|cpu|cuda[:N]|mps", rich_help_panel=_COMMON)
+]
 DTypeOption = Annotated[DType | None, flag(AnalyzeRecipe, "dtype", rich_help_panel=_COMMON)]
 SeedOption = Annotated[int | None, flag(AnalyzeRecipe, "seed", rich_help_panel=_COMMON)]
 ForceOption = Annotated[

@@ -17,6 +17,7 @@ from rich.text import Text
 from flashvaed_cli.cli.console import open_progress, result_console
 from flashvaed_cli.cli.interruption import OutputWatch, interruption, is_main_process
 from flashvaed_cli.cli.streams import reader_may_leave
+from flashvaed_cli.errors import OutOfMemory, is_out_of_memory
 from flashvaed_cli.printable import printable
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe import CommandRecipe, find_recipe, load_recipe, resolve
@@ -38,6 +39,10 @@ PARSED_FLAGS = {
     "operators": "--operator",
     "loss_weights": "--loss-weight",
 }
+
+
+# Flags whose smaller values need less memory, the strongest first.
+_SMALLER = ("--max-side", "--crop-size", "--max-memory", "--tile", "--chunk", "--num-frames", "--batch-size", "--sizes")
 
 
 class StageResult(Protocol):
@@ -105,6 +110,7 @@ def run_stage(
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM, outside of a training that saves first.
+        OutOfMemory: on whatever device; names what of this command takes less.
     """
     output = OutputWatch(getattr(recipe, "output", None))
     if context.params["quiet"]:
@@ -114,11 +120,24 @@ def run_stage(
             result = stage(recipe, progress=progress, force=context.params["force"], command_line=command_line(context))
     except KeyboardInterrupt as error:  # stages write their output whole, at the end
         raise interruption(error, output.outcome()) from error
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(_memory_advice(context, error)) from error
     context.meta[DONE_KEY] = True
     if is_main_process():
         with reader_may_leave():
             _print_result(context, result, on_stderr=result_on_stderr)
     return result
+
+
+def _memory_advice(context: typer.Context, error: BaseException) -> str:
+    """What ran out, and the flags of this command that need less."""
+    where = "the GPU is" if "CUDA" in str(error) else "this machine is"
+    flags = {name for p in context.command.params for name in p.opts}
+    smaller = [flag for flag in _SMALLER if flag in flags]
+    advice = f"Give {', '.join(smaller)} (smaller values need less)" if smaller else "Close other programs"
+    return f"out of memory: {where} full. {advice}, or use a machine with more."
 
 
 def _print_result(context: typer.Context, result: StageResult, *, on_stderr: bool = False) -> None:

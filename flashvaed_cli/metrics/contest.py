@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from flashvaed_cli.errors import is_out_of_memory
 from flashvaed_cli.metrics.speed import PeakMemory, SpeedResult, peak_memory_bytes, synchronizer, time_alternating
 from flashvaed_cli.progress import Progress, SilentProgress
 
@@ -116,14 +117,6 @@ def _start(
         return call, ContestResult(name, cold_start_s=cold_start_s, memory=memory)
     free_device_memory(device)
     return failure
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on whatever device."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
 
 
 def free_device_memory(device: torch.device | str) -> None:

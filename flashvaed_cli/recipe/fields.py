@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -17,7 +18,6 @@ FLASH_FILE = "flash.safetensors"
 
 DEFAULT_KEEP_RATIO = 0.25
 
-Device = Literal["auto", "cpu", "cuda", "mps"]
 DType = Literal["float32", "bfloat16", "float16"]
 SelectionRule = Literal["greedy-r2", "greedy-energy", "next-layer", "pivoted-qr", "chip", "l1", "variance", "random"]
 ReconstructMode = Literal["none", "channel", "full"]
@@ -69,6 +69,13 @@ def _checked_size(text: str) -> str:
     return text
 
 
+def _checked_device(text: str) -> str:
+    if re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", text) is None:
+        hint = "a GPU is called cuda (NVIDIA, AMD) or mps (Apple); " if "gpu" in text.lower() else ""
+        raise ValueError(f"{text!r} is no device: {hint}give auto, cpu, cuda, mps, or cuda:1 for the second GPU")
+    return text
+
+
 def _checked_memory(text: str) -> str:
     parse_memory(text)
     return text
@@ -92,3 +99,4 @@ Counts = Annotated[tuple[Count, ...], BeforeValidator(_counts_from_text), Field(
 Bucket = Annotated[tuple[Count, Count, Count], BeforeValidator(_bucket_from_text)]
 Buckets = Annotated[tuple[Bucket, ...], BeforeValidator(one_as_tuple)]
 Memory = Annotated[str, AfterValidator(_checked_memory)]
+Device = Annotated[str, AfterValidator(_checked_device)]

@@ -21,7 +21,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that a recipe names; `auto` takes CUDA, then MPS, then the CPU.
+    """The device that a recipe names, as `cuda` or `cuda:1`; `auto` takes CUDA, then MPS, then the CPU.
 
     Raises:
         FlashVaedError: this machine does not have it.
@@ -29,10 +29,16 @@ def choose_device(name: str) -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(device for device, there in available.items() if there))
-    if not available[name]:
-        listed = ", ".join(device for device, there in available.items() if there)
-        raise FlashVaedError(f"--device {name}: this machine has none that torch can use; available: {listed}")
-    return torch.device(name)
+    device = torch.device(name)
+    count = torch.cuda.device_count() if device.type == "cuda" and available["cuda"] else 1
+    if not available[device.type] or (device.index or 0) >= count:
+        listed = [kind for kind, there in available.items() if there]
+        if available["cuda"]:
+            listed += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        raise FlashVaedError(
+            f"--device {name}: this machine has none that torch can use; available: {', '.join(listed)}"
+        )
+    return device
 
 
 def choose_input(given: str | None, recipe_type: type[CommandRecipe], progress: Progress) -> str:

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from flashvaed_cli.metrics.contest import Contestant, is_out_of_memory, run_contest
+from flashvaed_cli.errors import is_out_of_memory
+from flashvaed_cli.metrics.contest import Contestant, run_contest
 from flashvaed_cli.metrics.free_memory import free_bytes
 from flashvaed_cli.metrics.speed import SpeedResult
 

@@ -1,0 +1,55 @@
+"""Running out of memory is one message that names what needs less, in every command."""
+
+from __future__ import annotations
+
+import errno
+from importlib import import_module
+from typing import NoReturn
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from flashvaed_cli.cli.app import app
+from flashvaed_cli.errors import is_out_of_memory
+
+ERRORS = {
+    "python": MemoryError(),
+    "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried"),
+    "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+    "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "onednn": RuntimeError("could not create a memory object"),
+    "kernel": OSError(errno.ENOMEM, "Cannot allocate memory"),
+}
+MODULES = {"convert-ops": "convert_ops", "eval": "evaluate", "export": "export.run"}
+FLAGS = {
+    "analyze": "--max-side",
+    "prune": "--crop-size",
+    "convert-ops": "--crop-size",
+    "distill": "--batch-size",
+    "eval": "--max-memory, --tile",
+    "export": "or use a machine with more",
+}
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+@pytest.mark.parametrize("command", FLAGS)
+def test_one_message(command: str, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    module = import_module(f"flashvaed_cli.stages.{MODULES.get(command, command)}")
+
+    def fail(*_args: object, **_kwargs: object) -> NoReturn:
+        raise ERRORS[kind]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "load_inputs" if hasattr(module, "load_inputs") else "load_input", fail)
+    result = CliRunner().invoke(app, [command, "builtin:tiny-wan"])
+    assert result.exit_code == 2, result.output
+    assert result.stderr.count("out of memory: ") == 1
+    assert FLAGS[command] in " ".join(result.stderr.replace("│", " ").split())
+    assert ("the GPU is full" in " ".join(result.stderr.split())) == (kind in ("cuda", "cublas"))
+    assert list(tmp_path.glob("*.safetensors")) == []
+
+
+def test_other_errors_are_none() -> None:
+    for error in (RuntimeError("shape mismatch"), OSError(errno.ENOSPC, "No space"), ValueError("out of memory")):
+        assert not is_out_of_memory(error)
