@@ -7,15 +7,21 @@ that the next run on the same output can tell which ones are left over, and remo
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from flashvaed_cli.errors import FlashVaedError
+
 _PARTIAL = ".partial-"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _LONGEST_STEM_BYTES = 150  # a name has 255 bytes, and the sibling's is longer
 
 
@@ -26,6 +32,9 @@ def atomic_path(target: Path) -> Iterator[Path]:
     Parent folders are made. A link is followed: the file that it names is replaced, and the link stays. When the block
     raises, the sibling is removed and `target` stays as it was. A killed process can leave the sibling behind, never a
     half-written `target`; see `remove_leftovers`.
+
+    Raises:
+        OSError: the disk refuses, in whatever words a library puts it.
     """
     target = real_target(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -35,7 +44,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
         os.close(handle)
         return Path(name)
 
-    with _locked(make) as sibling:
+    with _locked(make) as sibling, _disk_speaks(target):
         try:
             yield sibling
             with sibling.open("rb+") as file:
@@ -53,9 +62,16 @@ def draft_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder inside a hidden sibling of `folder`; the sibling goes away when the block ends.
 
     The draft has the rights that a new folder gets here, and so have the files in it when the block ends well.
+
+    Raises:
+        OSError: the disk is full.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(lambda: Path(tempfile.mkdtemp(dir=folder.parent, prefix=_prefix(folder)))) as sibling:
+
+    def make() -> Path:
+        return Path(tempfile.mkdtemp(dir=folder.parent, prefix=_prefix(folder)))
+
+    with _locked(make) as sibling, _disk_speaks(folder):
         try:
             draft = sibling / "files"  # the sibling itself is its owner's alone, and a folder given as "." has no name
             draft.mkdir()
@@ -66,13 +82,27 @@ def draft_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def scratch_folder(purpose: str) -> Iterator[Path]:
-    """Yield an empty folder under TMPDIR, and remove it at the end; those that killed runs left there go first."""
-    place = Path(tempfile.gettempdir())
+    """Yield an empty folder under TMPDIR, and remove it at the end; those that killed runs left there go first.
+
+    Raises:
+        FlashVaedError: TMPDIR is full or cannot be written to.
+    """
+    try:
+        place = Path(tempfile.gettempdir())
+    except FileNotFoundError:
+        raise FlashVaedError("no folder for temporary files can be written to. Set TMPDIR to one that can.") from None
     prefix = f"flashvaed-{purpose}-"
     _remove_dead(place.glob(f"{prefix}*"))
     with _locked(lambda: Path(tempfile.mkdtemp(prefix=prefix))) as folder:
         try:
-            yield folder
+            with _disk_speaks(folder):
+                yield folder
+        except OSError as error:
+            if error.filename != str(folder) or error.errno not in _FULL:
+                raise
+            raise FlashVaedError(
+                f"cannot write to {place}: {error.strerror}. Free space there, or set TMPDIR to a folder with more."
+            ) from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -95,6 +125,31 @@ def open_to_all_allowed(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
             path.chmod(rights)
+
+
+@contextmanager
+def _disk_speaks(place: Path) -> Iterator[None]:
+    """Raise OSError of `place` for a full disk, whatever a library makes of it: torch, for one, a RuntimeError."""
+    try:
+        yield
+    except FlashVaedError:
+        raise
+    except Exception as error:
+        number = _disk_error(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(place)) from error
+
+
+def _disk_error(error: BaseException | None) -> int | None:
+    """The number of the system's error that a library's own stands for, or None."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return error.errno
+        if found := _RUST_OS_ERROR.search(str(error)):
+            return int(found[1])
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _prefix(target: Path) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -44,10 +43,10 @@ def write_artifact(
     try:
         with atomic_path(path) as sibling:
             save_file(plain, sibling, metadata={HEADER_KEY: dump_header(header)})
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         size_mb = sum(tensor.nbytes for tensor in plain.values()) / 1e6
         raise ArtifactError(
-            f"cannot write {path} ({size_mb:.1f} MB): {error}. "
+            f"cannot write {path} ({size_mb:.1f} MB): {error.strerror}. "
             "What was there before is untouched; free the space or choose another place with --output."
         ) from error
 

@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 from flashvaed_cli import __version__
 from flashvaed_cli.cli import analyze, convert_ops, decode, distill, evaluate, export, prune
 from flashvaed_cli.cli.interruption import interruption, signals_raise
-from flashvaed_cli.cli.running import ARGV_KEY, DONE_KEY
+from flashvaed_cli.cli.running import ARGV_KEY, DONE_KEY, SIGNALS_KEY
 from flashvaed_cli.errors import FlashVaedError
 
 HELP = "Turn the decoder of a video VAE into a fast drop-in decoder for the same latents."
@@ -51,7 +51,7 @@ class _Program(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            with signals_raise(), _interrupts_told(ctx):
+            with signals_raise() as ctx.meta[SIGNALS_KEY], _interrupts_told(ctx):
                 return super().invoke(ctx)
         except FlashVaedError as error:
             from flashvaed_cli.cli.console import print_error

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.text import Text
 
+from flashvaed_cli.cli.streams import send_nowhere
 from flashvaed_cli.printable import printable
 from flashvaed_cli.progress import Progress, Task
 
@@ -24,15 +25,23 @@ PLAIN_INTERVAL_S = 5.0
 LONGEST_MESSAGE = 2000
 
 
+class _LastingConsole(Console):
+    """A console whose work goes on when nobody reads it any more (`| head -1`, a `tee` that died)."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        send_nowhere(sys.stderr if self.stderr else sys.stdout)
+
+
 def result_console(*, on_stderr: bool = False) -> Console:
     """For results. Tables keep a fixed width where nobody looks, so that logs do not depend on a terminal."""
     stream = sys.stderr if on_stderr else sys.stdout
-    return Console(stderr=on_stderr, width=None if stream.isatty() else PLAIN_WIDTH)
+    return _LastingConsole(stderr=on_stderr, width=None if stream.isatty() else PLAIN_WIDTH)
 
 
 def stderr_console() -> Console:
     """For everything that is not the result."""
-    return Console(stderr=True, soft_wrap=True)
+    return _LastingConsole(stderr=True, soft_wrap=True)
 
 
 def print_error(message: str) -> None:
@@ -140,7 +149,7 @@ class _RichTask:
     def advance(self, count: int = 1, **info: object) -> None:
         self._bars.advance(self._task_id, count)
         if info:
-            self._bars.update(self._task_id, info=format_info(info))
+            self._bars.update(self._task_id, info=printable(format_info(info)))
 
 
 class _PlainTask:

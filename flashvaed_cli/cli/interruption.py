@@ -25,28 +25,33 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def signals_raise() -> Iterator[None]:
+def signals_raise() -> Iterator[list[signal.Signals]]:
     """Let SIGTERM and SIGHUP raise `Terminated` while the block runs; a second one ends the process at once.
 
     Only where they would have ended the process (under nohup SIGHUP does not), and only in the main one of a launch:
     the others may wait for it inside of a library, where no exception reaches them.
+
+    Yields the signals received so far, Ctrl-C included: a library may make another error of what was raised in it.
     """
-    caught = [number for number in _ENDING if signal.getsignal(number) is signal.SIG_DFL]
-    if threading.current_thread() is not threading.main_thread() or not is_main_process() or not caught:
-        yield
+    received: list[signal.Signals] = []
+    caught = dict.fromkeys(_ENDING, signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler}
+    caught = {number: handler for number, handler in caught.items() if signal.getsignal(number) is handler}
+    if threading.current_thread() is not threading.main_thread() or not is_main_process():
+        yield received
         return
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        raise Terminated(signal.Signals(number))
+        received.append(signal.Signals(number))
+        signal.signal(number, caught[received[-1]])
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated(received[-1])
 
     for number in caught:
         signal.signal(number, on_signal)
     try:
-        yield
+        yield received
     finally:
-        for number in caught:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in caught.items():
+            signal.signal(number, handler)
 
 
 def interruption(error: KeyboardInterrupt, outcome: str) -> Interrupted:

@@ -15,7 +15,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from flashvaed_cli.cli.console import open_progress, result_console
-from flashvaed_cli.cli.interruption import OutputWatch, interruption, is_main_process
+from flashvaed_cli.cli.interruption import OutputWatch, Terminated, interruption, is_main_process
 from flashvaed_cli.cli.streams import reader_may_leave
 from flashvaed_cli.errors import OutOfMemory, is_out_of_memory
 from flashvaed_cli.printable import printable
@@ -28,7 +28,7 @@ ContravariantRecipeT = TypeVar("ContravariantRecipeT", bound=CommandRecipe, cont
 USING_PANEL = "Using a result"
 """Where `--help` shows the commands beside the pipeline."""
 
-ARGV_KEY, DONE_KEY = "flashvaed.argv", "flashvaed.done"
+ARGV_KEY, DONE_KEY, SIGNALS_KEY = "flashvaed.argv", "flashvaed.done", "flashvaed.signals"
 
 # Fields whose parameter has another name than they: what the flag is called in errors.
 PARSED_FLAGS = {
@@ -120,10 +120,12 @@ def run_stage(
             result = stage(recipe, progress=progress, force=context.params["force"], command_line=command_line(context))
     except KeyboardInterrupt as error:  # stages write their output whole, at the end
         raise interruption(error, output.outcome()) from error
-    except (MemoryError, RuntimeError, OSError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemory(_memory_advice(context, error)) from error
+    except Exception as error:
+        if received := context.meta.get(SIGNALS_KEY):  # what the signal raised was made another error on its way
+            raise interruption(Terminated(received[0]), output.outcome()) from error
+        if is_out_of_memory(error):
+            raise OutOfMemory(_memory_advice(context, error)) from error
+        raise
     context.meta[DONE_KEY] = True
     if is_main_process():
         with reader_may_leave():

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
+from typing import TextIO
+
+from flashvaed_cli.errors import FlashVaedError
 
 
 def prepare_streams() -> None:
@@ -21,11 +25,25 @@ def prepare_streams() -> None:
 
 @contextmanager
 def reader_may_leave() -> Iterator[None]:
-    """Print a result. A reader that has had enough (`| head -1`) is no error: the files are written."""
+    """Print a result. A reader that has had enough (`| head -1`) is no error: the files are written.
+
+    Raises:
+        FlashVaedError: the result cannot be printed for another reason.
+    """
     try:
         yield
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
+        send_nowhere(sys.stdout)
+        if not isinstance(error, BrokenPipeError):
+            raise FlashVaedError(
+                f"the files are written, but the result cannot be printed: {error.strerror}. Check where stdout goes."
+            ) from error
+
+
+def send_nowhere(stream: TextIO) -> None:
+    """Let what is still written to a stream vanish: nobody reads it, and Python would complain at its end."""
+    with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())  # or Python would complain when it flushes at its end
+        os.dup2(nowhere, stream.fileno())
         os.close(nowhere)

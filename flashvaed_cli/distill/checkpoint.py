@@ -93,12 +93,12 @@ def save_checkpoint(state: TrainState, path: Path) -> None:
         "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
     }
     try:
-        with atomic_path(path) as sibling:
-            torch.save(content, sibling)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        with atomic_path(path) as sibling, sibling.open("wb") as file:
+            torch.save(content, file)
+    except OSError as error:
         kept = "there is none before it" if state.saved_step is None else f"that of step {state.saved_step} is whole"
         raise DistillationError(
-            f"The checkpoint of step {state.step} cannot be written to {path} ({error}); {kept}. "
+            f"The checkpoint of step {state.step} cannot be written to {path} ({error.strerror}); {kept}. "
             "Make room or choose another folder, then run the same command again."
         ) from error
     state.saved_step = state.step

@@ -36,12 +36,22 @@ def trace_graph(graph: ClipGraph | StepGraph, inputs: Sequence[Tensor], *, opset
                 dynamic_shapes=dynamic_axes(inputs),
             )
     except torch.onnx.OnnxExporterError as error:
+        _raise_interrupt_behind(error)
         reason = str(error.__cause__ or error).splitlines()[0]
         raise ExportError(
             f"torch {torch.__version__} cannot express the decoder in ONNX opset {opset}: {reason}"
         ) from error
     assert program is not None
     return program
+
+
+def _raise_interrupt_behind(error: BaseException) -> None:
+    """Raise the Ctrl-C or SIGTERM that a library has made an error of its own."""
+    behind: BaseException | None = error
+    while behind is not None:
+        if isinstance(behind, KeyboardInterrupt):
+            raise behind
+        behind = behind.__cause__ or behind.__context__
 
 
 def label_program(program: torch.onnx.ONNXProgram, metadata: Mapping[str, object]) -> None:

@@ -262,10 +262,10 @@ class CacheWriter:
         try:
             with atomic_path(path) as sibling:
                 save_file({_name(number): one for number, one in self._pending.items()}, sibling, metadata=metadata)
-        except (SafetensorError, OSError) as error:
+        except OSError as error:
             raise MediaError(
-                f"{path} cannot be written ({error}); the {len(self.shards)} shards before it are kept. Make room, or "
-                "give --cache-latents another folder, and run again."
+                f"{path} cannot be written ({error.strerror}); the {len(self.shards)} shards before it are kept. "
+                "Make room, or give --cache-latents another folder, and run again."
             ) from error
         clips = {number: ClipSize(*one.shape[1:]) for number, one in self._pending.items()}
         self.shards.append(Shard(path.name, path.stat().st_size, _sha256(path), clips))

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from flashvaed_cli.atomic import draft_folder, open_to_all_allowed, remove_leftovers
+from flashvaed_cli.atomic import draft_folder, open_to_all_allowed, real_target, remove_leftovers
 from flashvaed_cli.errors import FlashVaedError
 from flashvaed_cli.ownership import is_own_file
 from flashvaed_cli.paths import user_path
@@ -38,7 +38,7 @@ def claim_file(
         raise FlashVaedError(f"{path} is the input itself. Choose another --output, or replace it with --force.")
     for place in (path, *beside):
         _refuse_foreign_file(place, force=force)
-    _require_writable(path.parent)
+    _require_writable(real_target(path).parent)
     remove_leftovers(path)
     return path
 

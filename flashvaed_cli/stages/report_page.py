@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from fractions import Fraction
@@ -19,6 +18,7 @@ from torch.nn import functional
 from flashvaed_cli.artifact.checkpoint import Checkpoint
 from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.artifact.store import read_header
+from flashvaed_cli.atomic import scratch_folder
 from flashvaed_cli.errors import ArtifactError
 from flashvaed_cli.media.writer import VideoWriter
 from flashvaed_cli.ownership import SOFTWARE
@@ -52,7 +52,7 @@ class ClipVideos:
         self._folder = Path()
 
     def __enter__(self) -> ClipVideos:
-        self._folder = Path(self._until_the_end.enter_context(tempfile.TemporaryDirectory()))
+        self._folder = self._until_the_end.enter_context(scratch_folder("videos"))
         return self
 
     def __exit__(
@@ -61,7 +61,7 @@ class ClipVideos:
         if error is not None:
             for writer in self._writers.values():
                 writer.__exit__(kind, error, trace)
-        self._until_the_end.close()
+        self._until_the_end.__exit__(kind, error, trace)
 
     def write(self, views: Mapping[str, Float[Tensor, "3 T H W"]]) -> None:
         """Add frames of every decoder, up to six seconds in all."""

@@ -16,7 +16,7 @@ from flashvaed_cli.recipe.quantities import parse_memory, parse_size
 from flashvaed_cli.report.speed import SPEED_JSON, SpeedReport, all_notes, save_speed, speed_document, speed_tables
 from flashvaed_cli.stages.compared import derived_decoders
 from flashvaed_cli.stages.loading import DTYPES, choose_device, choose_input, input_settings, load_inputs
-from flashvaed_cli.stages.outputs import claim_folder
+from flashvaed_cli.stages.outputs import claim_folder, filled_at_the_end, moved
 from flashvaed_cli.stages.result import StageOutcome
 from flashvaed_cli.stages.speed_table import RESERVED_NAMES, ClipSize, SpeedSettings, time_decoders
 
@@ -68,9 +68,11 @@ def run_speed(recipe: EvalRecipe, *, progress: Progress, force: bool, command_li
         "rounds": recipe.num_speed_rounds,
     }
     report = SpeedReport(tuple(tables), settings, tuple(dict.fromkeys(notes)))
-    written = save_speed(report, output)
-    figures = {"speed": str(written["json"]), "tables": speed_document(report)["tables"]}
-    return StageOutcome((written["markdown"], written["json"]), speed_tables(report), figures, all_notes(report))
+    with filled_at_the_end(output, SPEED_JSON) as draft:
+        written = save_speed(report, draft)
+    figures = {"speed": str(output / SPEED_JSON), "tables": speed_document(report)["tables"]}
+    paths = moved((written["markdown"], written["json"]), output)
+    return StageOutcome(paths, speed_tables(report), figures, all_notes(report))
 
 
 def _lengths(recipe: EvalRecipe, decoders: Mapping[str, Decoder]) -> tuple[int, ...]:

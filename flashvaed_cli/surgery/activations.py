@@ -21,7 +21,7 @@ Stored = Shaped[Tensor, "..."]
 
 
 class ActivationStore:
-    """Named tensors of every clip, loaded one clip at a time. A context manager."""
+    """Named tensors of every clip, loaded one clip at a time. A context manager; a full disk is a FlashVaedError."""
 
     def __init__(self, device: str) -> None:
         self._until_the_end = ExitStack()
@@ -34,7 +34,7 @@ class ActivationStore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._until_the_end.close()
+        self._until_the_end.__exit__(kind, error, trace)
 
     def save(self, clip: int, name: str, tensors: Mapping[str, Stored]) -> None:
         """Keep tensors of a clip under a name; what was there before is replaced."""

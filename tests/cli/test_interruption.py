@@ -15,9 +15,14 @@ from typer.testing import CliRunner
 
 from flashvaed_cli.cli.app import app
 from flashvaed_cli.cli.interruption import OutputWatch, Terminated, signals_raise
+from flashvaed_cli.errors import ExportError
 from flashvaed_cli.recipe import COMMAND_RECIPES
 
-SIGNALS = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}
+SIGNALS = {
+    signal.SIGINT: (130, "interrupted"),
+    signal.SIGTERM: (143, "terminated"),
+    signal.SIGHUP: (129, "the terminal was closed"),
+}
 
 
 def put_in_place_of_stages(patch: pytest.MonkeyPatch, stage: Callable[..., Any]) -> None:
@@ -68,6 +73,25 @@ def test_notes_of_a_stage_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     put_in_place_of_stages(monkeypatch, stage)
     result = CliRunner().invoke(app, ["distill", "-q", "-o", "f.safetensors"])
     assert result.stderr == "Error: terminated: nothing was written to f.safetensors; half of it is kept\n"
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_that_a_library_makes_another_error(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stage(recipe: Any, **_settings: object) -> None:
+        try:
+            os.kill(os.getpid(), number)
+        except KeyboardInterrupt:
+            raise ExportError("the tracer failed") from None
+
+    put_in_place_of_stages(monkeypatch, stage)
+    exit_code, name = SIGNALS[number]
+    result = CliRunner().invoke(app, ["export", "-q", "-o", str(tmp_path / "out")])
+    assert (result.exit_code, result.stderr) == (
+        exit_code,
+        f"Error: {name}: nothing was written to {tmp_path / 'out'}\n",
+    )
 
 
 class _Loading(ModuleType):

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from flashvaed_cli.atomic import atomic_path, draft_folder, remove_leftovers, scratch_folder
+from flashvaed_cli.errors import FlashVaedError
 
 WRITE = """
 import sys, time
@@ -82,3 +90,67 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / "out.txt"):
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file may grow beyond 1 kB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def save_with_safetensors(path: Path) -> None:
+    save_file({"w": torch.zeros(1000)}, path)
+
+
+def save_with_torch(path: Path) -> None:
+    with path.open("wb") as file:
+        torch.save(torch.zeros(1000), file)
+
+
+def save_with_python(path: Path) -> None:
+    path.write_bytes(bytes(4000))
+
+
+SAVERS = [save_with_safetensors, save_with_torch, save_with_python]
+
+
+@pytest.mark.parametrize("save", SAVERS)
+def test_a_full_disk_is_an_oserror_of_the_place_asked_for(tmp_path: Path, save: Callable[[Path], None]) -> None:
+    file, folder = tmp_path / "out.safetensors", tmp_path / "out"
+
+    def write(place: AbstractContextManager[Path], name: str) -> None:
+        with place as path:
+            save(path / name)
+
+    for place, name in ((atomic_path(file), ""), (draft_folder(folder), "x.safetensors")):
+        with full_disk(), pytest.raises(OSError) as raised:
+            write(place, name)
+        assert raised.value.errno == errno.EFBIG
+        assert raised.value.filename == str(file if name == "" else folder)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("save", SAVERS)
+def test_a_full_tmpdir_is_one_message(
+    tmp_path: Path, save: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with (
+        full_disk(),
+        pytest.raises(FlashVaedError, match=f"cannot write to {tmp_path}: File too large. .*TMPDIR"),
+        scratch_folder("test") as folder,
+    ):
+        save(folder / "x.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_errors_keep_their_kind(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), scratch_folder("test"):
+        (tmp_path / "missing").read_bytes()
+    with pytest.raises(RuntimeError, match="another"), atomic_path(tmp_path / "x"):
+        raise RuntimeError("another")
