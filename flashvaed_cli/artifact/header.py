@@ -95,7 +95,8 @@ class ArtifactHeader(_Frozen):
 
 def dump_header(header: ArtifactHeader) -> str:
     """The header as JSON; equal headers give equal text."""
-    return json.dumps(header.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    # Not pydantic's JSON mode: it stops at file names that are not UTF-8, which JSON can say (as `\\udce9`).
+    return json.dumps(header.model_dump(), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def parse_header(text: str, location: str) -> ArtifactHeader:

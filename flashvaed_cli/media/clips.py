@@ -11,10 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flashvaed_cli.errors import MediaError
+from flashvaed_cli.media.cuts import none_usable
 from flashvaed_cli.media.latent_files import is_latent_file, load_latents
 from flashvaed_cli.media.video import CropBox, count_frames, probe_video, read_clip, scaled_size
-
-_MAX_NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,7 @@ def plan_clips(
     candidates = rng.sample(order, len(order)) if num_clips < len(order) else order
     sizes, broken = _measure(candidates, num_clips)
     if not sizes:
-        named = "; ".join(list(broken.values())[:_MAX_NAMES_SHOWN])
-        raise MediaError(f"None of the {len(order)} files can be used: {named or 'no file was given'}")
+        raise none_usable(len(order), broken)
     healthy = [path for path in order if path in sizes]
     plan = []
     for index in range(num_clips):
@@ -73,8 +71,13 @@ def plan_clips(
     return plan, broken
 
 
-def usable_files(paths: Sequence[Path], limit: int | None = None) -> tuple[list[Path], dict[Path, str]]:
+def usable_files(
+    paths: Sequence[Path], limit: int | None = None, *, latent_width: int | None = None
+) -> tuple[list[Path], dict[Path, str]]:
     """The first `limit` files that can be read to their end, and what is wrong with the others met.
+
+    Args:
+        latent_width: channels that latent files must have.
 
     Raises:
         MediaError: no file can be read.
@@ -86,7 +89,7 @@ def usable_files(paths: Sequence[Path], limit: int | None = None) -> tuple[list[
             break
         try:
             if is_latent_file(path):
-                load_latents(path)
+                load_latents(path, latent_width=latent_width)
             else:
                 probe_video(path)
                 count_frames(path)
@@ -94,8 +97,7 @@ def usable_files(paths: Sequence[Path], limit: int | None = None) -> tuple[list[
         except MediaError as error:
             broken[path] = str(error)
     if not usable:
-        named = "; ".join(list(broken.values())[:_MAX_NAMES_SHOWN])
-        raise MediaError(f"None of the {len(paths)} files can be used: {named or 'no file was given'}")
+        raise none_usable(len(paths), broken)
     return usable, broken
 
 

@@ -260,7 +260,7 @@ def save_report(report: EvaluationReport, folder: Path, *, title: str = "Evaluat
     paths = {"json": folder / "report.json", "markdown": folder / "report.md"}
     for kind, text in (("markdown", report_markdown(report, title=title)), ("json", to_json(report))):
         with atomic_path(paths[kind]) as sibling:
-            sibling.write_text(text, encoding="utf-8")
+            sibling.write_text(text, encoding="utf-8", errors="backslashreplace")  # names that are not UTF-8
     return paths
 
 

@@ -171,15 +171,9 @@ def _mark(
 ) -> None:
     across, down = cell.width / frame.width, cell.height / frame.height
     left, top, right, bottom = box
-    draw.rectangle(
-        (
-            corner[0] + round(left * across),
-            corner[1] + round(top * down),
-            corner[0] + round(right * across) - 1,
-            corner[1] + round(bottom * down) - 1,
-        ),
-        outline=_MARK,
-    )
+    x, y = corner[0] + round(left * across), corner[1] + round(top * down)
+    end_x, end_y = corner[0] + round(right * across) - 1, corner[1] + round(bottom * down) - 1
+    draw.rectangle((x, y, max(x, end_x), max(y, end_y)), outline=_MARK)  # a banner's window is under a pixel high
 
 
 def _to_bytes(frame: Float[Tensor, "3 H W"]) -> UInt8[Tensor, "H W 3"]:

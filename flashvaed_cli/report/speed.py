@@ -241,7 +241,7 @@ def save_speed(report: SpeedReport, folder: Path) -> dict[str, Path]:
     document = json.dumps(speed_document(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     for kind, text in (("markdown", speed_markdown(report)), ("json", document)):
         with atomic_path(paths[kind]) as sibling:
-            sibling.write_text(text, encoding="utf-8")
+            sibling.write_text(text, encoding="utf-8", errors="backslashreplace")  # names that are not UTF-8
     return paths
 
 

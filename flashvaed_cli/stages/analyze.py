@@ -77,6 +77,7 @@ def run_analyze(recipe: AnalyzeRecipe, *, progress: Progress, force: bool, comma
         "groups": groups,
         "clips": {
             "num_clips": len(clips),
+            "skipped": clips.skipped,
             "positions": {address: one.count for address, one in statistics.items()},
             "latency_frames": timed.num_frames,
             "latency_side": timed.side,

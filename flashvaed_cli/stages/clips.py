@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 from flashvaed_cli.artifact.checkpoint import Checkpoint
 from flashvaed_cli.decoders.streaming import encode
 from flashvaed_cli.errors import MediaError
-from flashvaed_cli.media.clips import ClipRequest, load_clip, plan_clips
+from flashvaed_cli.media.clips import ClipRequest, load_clip, plan_clips, usable_files
+from flashvaed_cli.media.cuts import none_usable
 from flashvaed_cli.media.latent_files import is_always_raw, is_latent_file, load_latents
 from flashvaed_cli.media.padding import pad_clip
 from flashvaed_cli.media.sources import find_clips
@@ -53,7 +54,10 @@ def to_raw(latents: Float[Tensor, "B C T Hz Wz"], scale: LatentScale, vae: Check
 
 @dataclass(frozen=True)
 class CalibrationClips:
-    """A plan of clips; every pass over it loads and encodes them anew, one at a time. Damaged ones are skipped."""
+    """A plan of clips; every pass over it loads and encodes them anew, one at a time.
+
+    A clip that turns out to be damaged is named and left out, in that pass and in later ones.
+    """
 
     vae: Checkpoint
     requests: tuple[ClipRequest, ...]
@@ -63,21 +67,40 @@ class CalibrationClips:
     crop_size: int | None
     device: torch.device
     progress: Progress
+    broken: dict[str, str] = field(default_factory=dict)
+    _skipped: dict[ClipRequest | Path, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.requests) + len(self.latent_files)
+        return len(self.requests) + len(self.latent_files) - len(self._skipped)
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """The files of clips that were left out, with the reason."""
+        return self.broken | {str(_file_of(clip)): reason for clip, reason in self._skipped.items()}
 
     def __iter__(self) -> Iterator[Float[Tensor, "B C T Hz Wz"]]:
-        """Raw latents, one clip at a time."""
-        for request in self.requests:
-            try:
-                clip = load_clip(request)
-            except MediaError as error:  # damaged behind the frames that the plan looked at
-                self.progress.warn(f"skipped {request.path}: {error}")
+        """Raw latents, one clip at a time.
+
+        Raises:
+            MediaError: no clip is left.
+        """
+        for clip in (*self.requests, *self.latent_files):
+            if clip in self._skipped:
                 continue
-            yield encode_clip(self.vae, clip, self.device)
-        for path in self.latent_files:
-            yield self._cut(raw_latents(path, self.latent_scale, self.vae)).to(self.device)
+            try:
+                latents = self._load(clip)
+            except MediaError as error:  # damaged after the frames that the plan looked at, or changed since
+                self._skipped[clip] = str(error)
+                self.progress.warn(f"skipped {_file_of(clip)}: {error}")
+                continue
+            yield latents
+        if not len(self):
+            raise none_usable(len(self._skipped), {Path(path): reason for path, reason in self.skipped.items()})
+
+    def _load(self, clip: ClipRequest | Path) -> Float[Tensor, "B C T Hz Wz"]:
+        if isinstance(clip, ClipRequest):
+            return encode_clip(self.vae, load_clip(clip), self.device)
+        return self._cut(raw_latents(clip, self.latent_scale, self.vae)).to(self.device)
 
     def _cut(self, latents: Float[Tensor, "B C T Hz Wz"]) -> Float[Tensor, "B C t hz wz"]:
         """The first frames, and the middle of each, as large as a clip cut from a video would be."""
@@ -86,6 +109,10 @@ class CalibrationClips:
         side = max(latents.shape[-2:]) if self.crop_size is None else self.crop_size // spec.spatial_factor
         top, left = (max((size - side) // 2, 0) for size in latents.shape[-2:])
         return latents[:, :, :num_frames, top : top + side, left : left + side]
+
+
+def _file_of(clip: ClipRequest | Path) -> Path:
+    return clip if isinstance(clip, Path) else clip.path
 
 
 @torch.no_grad()
@@ -119,23 +146,27 @@ def plan_calibration(
     """
     recipe = fitted_to_vae(recipe, vae, progress, still=still)
     paths = find_data(recipe.data)
-    latent_files = [path for path in paths if is_latent_file(path)][:num_clips]
+    latent_files, broken = _usable_latents([path for path in paths if is_latent_file(path)], num_clips, vae)
     videos = [path for path in paths if not is_latent_file(path)]
     requests: list[ClipRequest] = []
     if videos and len(latent_files) < num_clips:
         vae.require_encoder()
-        requests, broken = plan_clips(
-            videos,
-            num_clips=num_clips - len(latent_files),
-            num_frames=recipe.num_frames,
-            max_side=recipe.max_side,
-            crop_size=None if recipe.crop_size is None else (recipe.crop_size, recipe.crop_size),
-            seed=recipe.seed,
-        )
-        for path, reason in broken.items():
-            progress.warn(f"skipped {path}: {reason}")
+        try:
+            requests, broken_videos = plan_clips(
+                videos,
+                num_clips=num_clips - len(latent_files),
+                num_frames=recipe.num_frames,
+                max_side=recipe.max_side,
+                crop_size=None if recipe.crop_size is None else (recipe.crop_size, recipe.crop_size),
+                seed=recipe.seed,
+            )
+            broken |= broken_videos
+        except MediaError as error:  # none of them; the latent files alone may do
+            broken |= {path: str(error) for path in videos[:1]}
     if not requests and not latent_files:
-        raise MediaError("no clip to calibrate on: give --data videos, folders or latent files")
+        raise none_usable(len(paths), broken)
+    for path, reason in broken.items():
+        progress.warn(f"skipped {path}: {reason}")
     return CalibrationClips(
         vae,
         tuple(requests),
@@ -145,4 +176,17 @@ def plan_calibration(
         crop_size=recipe.crop_size,
         device=device,
         progress=progress,
+        broken={str(path): reason for path, reason in broken.items()},
     )
+
+
+def _usable_latents(paths: Sequence[Path], limit: int, vae: Checkpoint) -> tuple[list[Path], dict[Path, str]]:
+    """The first `limit` latent files that fit the decoder, and what is wrong with the others met."""
+    if not paths:
+        return [], {}
+    try:
+        return usable_files(paths, limit, latent_width=vae.latent_width)
+    except MediaError as error:
+        if len(paths) == 1:
+            raise
+        return [], {paths[0]: str(error)}

@@ -73,7 +73,7 @@ def run_convert_ops(recipe: ConvertOpsRecipe, *, progress: Progress, force: bool
     if spec == decoder.spec:
         raise SpecError(f"{location}: every stage has the operator asked for already; nothing to convert")
     student = transfer_weights(decoder, spec, {})
-    errors = []
+    errors, skipped = [], {}
     if recipe.reconstruct != "none":
         clips = plan_calibration(
             inputs.original, recipe, recipe.num_calibration_clips, device, progress, still=decoder.spec.still
@@ -81,10 +81,12 @@ def run_convert_ops(recipe: ConvertOpsRecipe, *, progress: Progress, force: bool
         settings = fit_settings(recipe, num_separable_iterations=recipe.num_separable_iterations)
         reference, kept = choose_reference(inputs, {}, progress)
         errors = reconstruct(decoder, student, reference, kept, clips, settings, progress)
+        skipped = clips.skipped
     measured = {
         "operators": operators,
         "time_ranks": {address: layer.rank for address, layer in spec.layers() if layer.rank is not None},
         "layer_errors": [vars(error) for error in errors],
+        "skipped_clips": skipped,
     }
     tables = (_operator_table(decoder, student), *error_table(errors))
     return _written(recipe, inputs, student, measured, tables, force=force, command_line=command_line)

@@ -5,7 +5,7 @@ Videos are read, encoded, decoded by both and compared chunk by chunk, so memory
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -23,8 +23,9 @@ from flashvaed_cli.decoders.exact import exact_decoder
 from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.decoders.streaming import State, encode_step
-from flashvaed_cli.errors import MetricUnavailableError
+from flashvaed_cli.errors import MediaError, MetricUnavailableError
 from flashvaed_cli.media.clips import usable_files
+from flashvaed_cli.media.cuts import none_usable
 from flashvaed_cli.media.latent_files import is_latent_file
 from flashvaed_cli.media.video import count_frames, iter_frames, probe_video
 from flashvaed_cli.media.writer import VideoWriter
@@ -70,7 +71,7 @@ def run_evaluate(recipe: EvalRecipe, *, progress: Progress, force: bool, command
 
     Raises:
         ArtifactError: decoder or original cannot be loaded.
-        MediaError: no readable clip, or sides that hold no latent.
+        MediaError: no readable clip (damaged ones are skipped, named and counted in the notes), or sides that hold no latent.
         MetricUnavailableError: `lpips: on` without the backbone's weights.
         FlashVaedError: the output folder holds files of something else.
     """
@@ -87,18 +88,26 @@ def run_evaluate(recipe: EvalRecipe, *, progress: Progress, force: bool, command
         recipe = recipe.model_copy(update={"num_frames": 1})
         notes.append("Of every clip the first frame is judged: there is a decoder of single images among them.")
     runtimes = {name: _runtime(name, decoder, recipe) for name, decoder in decoders.items()}
-    files, broken = usable_files(find_data(recipe.data, default=(JUDGED_CLIP,)), recipe.num_clips)
+    found = find_data(recipe.data, default=(JUDGED_CLIP,))
+    files, broken = usable_files(found, recipe.num_clips, latent_width=inputs.original.latent_width)
     for path, reason in broken.items():
-        progress.warn(f"skipped {path}: {reason}")
-        notes.append(f"skipped {path.name}: {reason}")
+        _note_skipped(path, reason, notes, progress)
     names = distinct_names(files)
     reads = (location, recipe.original, *recipe.compare, *files)
     refuse_to_replace((output / f"{name}{suffix}" for name in names for suffix in (".png", ".mp4")), reads)
     with filled_at_the_end(output, REPORT_JSON, reads) as draft:
-        comparisons = [
-            _compare_clip(path, name, runtimes, inputs, recipe, lpips, draft, progress)
-            for path, name in zip(files, names, strict=True)
-        ]
+        comparisons = []
+        for path, name in zip(files, names, strict=True):
+            try:
+                comparisons.append(_compare_clip(path, name, runtimes, inputs, recipe, lpips, draft, progress))
+            except MediaError as error:  # damaged where only decoding shows it
+                broken[path] = str(error)
+                _note_skipped(path, str(error), notes, progress)
+                for suffix in (".png", ".mp4"):
+                    (draft / f"{name}{suffix}").unlink(missing_ok=True)
+        if not comparisons:
+            raise none_usable(len(broken), broken)
+        notes += _notes_on_colours(path for path in files if path not in broken)
         figures = [_figures(name, decoder, comparisons) for name, decoder in decoders.items()]
         figures = _timed(figures, runtimes, decoders[ORIGINAL], comparisons[0].latents, recipe, device, progress)
         pictures = tuple(path for comparison in comparisons for path in comparison.files)
@@ -112,9 +121,24 @@ def run_evaluate(recipe: EvalRecipe, *, progress: Progress, force: bool, command
         written = save_report(report, draft)
         page = draft / PAGE
         albums = [comparison.album for comparison in comparisons]
-        page.write_text(render_page(report, page_extras(inputs.checkpoint, albums, command_line)), encoding="utf-8")
+        page.write_text(
+            render_page(report, page_extras(inputs.checkpoint, albums, command_line)),
+            encoding="utf-8",
+            errors="backslashreplace",
+        )
     paths = moved((page, written["markdown"], written["json"], *pictures), output)
     return StageOutcome(paths, (summary_table(report),), {"report": str(output / REPORT_JSON)}, tuple(notes))
+
+
+def _note_skipped(path: Path, reason: str, notes: list[str], progress: Progress) -> None:
+    progress.warn(f"skipped {path}: {reason}")
+    notes.append(f"skipped {path.name}: {reason}")
+
+
+def _notes_on_colours(paths: Iterable[Path]) -> list[str]:
+    """Which clips are judged in other colours than they are stored in."""
+    videos = [path for path in paths if not is_latent_file(path)]
+    return [f"{path.name}: {how}." for path in videos if (how := probe_video(path).tone_mapping)]
 
 
 def _settings(recipe: EvalRecipe, inputs: Inputs, timed: Tensor, command_line: str) -> dict[str, str | int | float]:
@@ -330,11 +354,17 @@ def _video_chunks(path: Path, num_frames: int, chunk: int, inputs: Inputs, recip
     chunk = chunk if encoder.spec.is_causal else encoder.spec.num_latents(num_frames)
     frames = iter_frames(path, start=0, stop=num_frames, max_side=recipe.max_side)
     past: State | None = None
+    done = 0
     while True:
         wanted = 1 + factor * (chunk - 1) if past is None else factor * chunk
         read = [frame for _, frame in zip(range(wanted), frames, strict=False)]
         if not read:
+            if done < num_frames:
+                raise MediaError(
+                    f"{path} gives {done} frames instead of {num_frames}: frames are lost. Download or export it again."
+                )
             return
+        done += len(read)
         clip = torch.stack(read, dim=1).float() / 127.5 - 1.0  # [3, T, H, W]
         pixels = _fill_up(clip, factor, multiple, is_first=past is None)[None].to(inputs.device)
         latents, past = encode_step(encoder, pixels, past)

@@ -73,6 +73,7 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
         "layer_errors": [vars(error) for error in errors],
         "parameters_before": decoder.parameter_count,
         "parameters_after": student.parameter_count,
+        "skipped_clips": clips.skipped,
     }
     if budget is not None:
         measured["budget"] = judge_budget(recipe, budget, decoder, student, progress)
