@@ -82,8 +82,8 @@ def accelerate(
         flashvaed.accelerate(pipe, "flash.safetensors")    # pipe(...) as always
         flashvaed.accelerate(pipe, exact=True)             # or: the same frames, faster
 
-    The encoder, the configuration, the device and the dtype stay the pipeline's. Tiling, slicing and CPU offload work
-    as before; offload to the CPU submodule by submodule is turned on afterwards, if at all. A pipeline that is
+    The encoder, the configuration, the device and the dtype stay the pipeline's. Tiling, slicing and
+    `enable_model_cpu_offload` work as before; `enable_sequential_cpu_offload` does not. A pipeline that is
     accelerated already is restored first. `pipe.save_pretrained` writes a folder that loads where flashvaed is
     installed.
 
@@ -151,7 +151,7 @@ def _require_weights(vae: nn.Module) -> None:
     if any(parameter.is_meta for parameter in vae.parameters()):
         raise FlashVaedError(
             f"{_PLACE} has its weights on the meta device, as after enable_sequential_cpu_offload. "
-            "Call accelerate first, and turn the offload on afterwards."
+            "Use enable_model_cpu_offload, which works with this decoder."
         )
 
 
