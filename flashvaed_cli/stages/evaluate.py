@@ -71,7 +71,7 @@ def run_evaluate(recipe: EvalRecipe, *, progress: Progress, force: bool, command
 
     Raises:
         ArtifactError: decoder or original cannot be loaded.
-        MediaError: no readable clip (damaged ones are skipped, named and counted in the notes), or sides that hold no latent.
+        MediaError: no readable clip (a damaged one is skipped and named in the notes), or sides that hold no latent.
         MetricUnavailableError: `lpips: on` without the backbone's weights.
         FlashVaedError: the output folder holds files of something else.
     """
