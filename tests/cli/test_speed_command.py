@@ -181,10 +181,17 @@ def test_autotune_is_remembered(folder: Path, tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_folder_of_an_evaluation_takes_the_speed_too(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "report.json").write_text("{}", encoding="utf-8")
+    report = '{"kind": "flashvaed report"}'
+    (tmp_path / "report.json").write_text(report, encoding="utf-8")
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     succeed(f"eval vae.safetensors {SPEED} -o '{tmp_path}'", cwd=folder)
-    assert (tmp_path / "report.json").read_text(encoding="utf-8") == "{}"
+    assert (tmp_path / "report.json").read_text(encoding="utf-8") == report
+
+
+def test_any_report_json_does_not_make_a_folder_ours(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text("{}", encoding="utf-8")
+    result = invoke(f"eval vae.safetensors {SPEED} -o '{tmp_path}' -q", cwd=folder)
+    assert result.exit_code == 2 and "holds other files" in result.stderr
 
 
 def test_other_folders_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ def test_factors_are_written_and_exported_as_kernels(tmp_path: Path) -> None:
     assert measured["gflop_9x256x256_after"] < measured["gflop_9x256x256_before"]
     printed = succeed("export --target safetensors", cwd=tmp_path)
     assert any("low-rank time_conv layers are written as whole kernels" in note for note in printed["notes"])
-    assert sorted(p.name for p in (tmp_path / "export").iterdir()) == ["converted.safetensors", "export.json"]
+    written = sorted(path.name for path in (tmp_path / "export").iterdir())
+    assert written == ["README.md", "converted.safetensors", "export.json"]
     ours, theirs = (
         load_checkpoint(tmp_path / name, builtins={}).require_decoder()
         for name in ("converted.safetensors", "export/converted.safetensors")
