@@ -25,7 +25,8 @@ from flashvaed_cli.artifact.hub import SCHEME, fetch_hub_file
 from flashvaed_cli.artifact.layouts import Role
 from flashvaed_cli.artifact.mismatch import compare_shapes
 from flashvaed_cli.artifact.recognition import ROLES, recognise, twins
-from flashvaed_cli.artifact.store import read_artifact, sha256_of, sha256_of_files, write_artifact
+from flashvaed_cli.artifact.run_record import RunRecord
+from flashvaed_cli.artifact.store import content_sha256, read_artifact, sha256_of_files, write_artifact
 from flashvaed_cli.decoders.coder import Decoder, Encoder
 from flashvaed_cli.decoders.families import families_named, get_family
 from flashvaed_cli.decoders.groups import tensor_widths
@@ -48,7 +49,7 @@ class Checkpoint:
 
     Attributes:
         location: as given.
-        sha256: of the file (of the list of files for a folder).
+        sha256: of the file (of the list of files for a folder); of an artifact, of its content.
         layout: `flashvaed`, `wan-original` or `diffusers`.
         latent_mean: per latent channel, so that normalized = (raw - latent_mean) / latent_std; both are empty where
             nothing tells them.
@@ -176,7 +177,7 @@ def _load_artifact(location: str, path: Path) -> Checkpoint:
         fill_coder(coder, {name: tensors[f"{role}.{name}"] for name, _ in named_tensors(coder)}, location)
     return Checkpoint(
         location=location,
-        sha256=sha256_of(path),
+        sha256=content_sha256(path),
         layout=ARTIFACT_LAYOUT,
         family=header.family,
         decoder=coders.get("decoder"),  # type: ignore[arg-type]
@@ -285,6 +286,7 @@ def derived_header(
     kept_channels: Mapping[str, Sequence[int]] | None = None,
     parents: Sequence[Lineage] = (),
     measured: Mapping[str, Any] | None = None,
+    run: RunRecord | None = None,
 ) -> ArtifactHeader:
     """The header of what a command makes from `parent`: family, scales and lineage are handed on.
 
@@ -307,6 +309,7 @@ def derived_header(
         original=original or parent.lineage("original"),
         parents=(parent.lineage("decoder"), *parents),
         measured=dict(measured or {}),
+        run=run,
     )
 
 
@@ -319,7 +322,7 @@ def save_checkpoint(
     dtype: torch.dtype = torch.float32,
     force: bool = False,
 ) -> str:
-    """Write a decoder, or with an encoder a whole VAE, as an artifact. Returns its SHA-256.
+    """Write a decoder, or with an encoder a whole VAE, as an artifact. Returns the SHA-256 of its content.
 
     The header's kind and specs are taken from the modules.
 
@@ -336,7 +339,7 @@ def save_checkpoint(
         "encoder": None if encoder is None else encoder.spec,
     }
     write_artifact(path, tensors, header.model_copy(update=specs), force=force)
-    return sha256_of(path)
+    return content_sha256(path)
 
 
 def cast_weight(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:

@@ -43,7 +43,8 @@ def flash_config(
         base_config: what that class is built from, with the encoder's widths; pipelines read it.
         has_encoder: whether the weights hold an encoder.
     """
-    kept = {"recipe": {}, "command_line": "", "seed": None, "measured": {}, "kind": "decoder", "encoder": None}
+    no_history = {"recipe": {}, "command_line": "", "seed": None, "measured": {}, "run": None}
+    kept = {**no_history, "kind": "decoder", "encoder": None}
     return {
         "flash": json.loads(dump_header(header.model_copy(update=kept))),
         "base_class": base_class,

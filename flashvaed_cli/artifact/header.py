@@ -1,7 +1,8 @@
 """What an artifact says about itself: everything but the tensors.
 
-The header is JSON under the key `flashvaed` of a safetensors file. Equal content gives equal bytes (no dates,
-keys sorted), so the SHA-256 of an artifact can be reproduced. Imports no torch.
+The header is JSON under the key `flashvaed` of a safetensors file. The hash of an artifact's content (`content_sha256`
+in `artifact/store.py`) leaves out how it was called and when, so that the same work gives the same hash. Imports no
+torch.
 """
 
 from __future__ import annotations
@@ -15,11 +16,16 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, FiniteFloat, Valida
 
 from flashvaed_cli import __version__
 from flashvaed_cli.artifact.header_checks import check_factors, check_family, check_kept_channels, check_statistics
+from flashvaed_cli.artifact.run_record import RunRecord
 from flashvaed_cli.decoders.spec import DecoderSpec, EncoderSpec
 from flashvaed_cli.errors import ArtifactError
 from flashvaed_cli.untrusted.files import parse_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2: with `run`. Headers without it are of version 1, as older versions wrote them."""
+
+NO_CONTENT = ("run", "command_line", "schema_version", "tool")
+"""What the hash of the content leaves out."""
 
 
 def _json_value(value: object) -> Any:
@@ -74,9 +80,10 @@ class ArtifactHeader(_Frozen):
         original: what the pipeline started from; None when this is itself an original.
         parents: the files that the command read.
         measured: figures, by name; what is not finite is stored as null.
+        run: who made it, when and on what.
     """
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = 1
     tool: str = __version__
     kind: Literal["vae", "decoder", "analysis"]
     family: str
@@ -91,12 +98,23 @@ class ArtifactHeader(_Frozen):
     original: Lineage | None = None
     parents: tuple[Lineage, ...] = ()
     measured: JsonDict = {}
+    run: RunRecord | None = None
 
 
 def dump_header(header: ArtifactHeader) -> str:
     """The header as JSON; equal headers give equal text."""
     # Not pydantic's JSON mode: it stops at file names that are not UTF-8, which JSON can say (as `\\udce9`).
-    return json.dumps(header.model_dump(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    fields = header.model_dump()
+    if header.run is None:
+        del fields["run"]
+    else:
+        fields["schema_version"] = SCHEMA_VERSION
+    return canonical_json(fields)
+
+
+def canonical_json(value: Mapping[str, Any]) -> str:
+    """Equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def parse_header(text: str, location: str) -> ArtifactHeader:

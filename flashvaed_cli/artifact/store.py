@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flashvaed_cli.artifact.file_kinds import kind_of_file
-from flashvaed_cli.artifact.header import ArtifactHeader, dump_header, parse_header
+from flashvaed_cli.artifact.header import NO_CONTENT, ArtifactHeader, canonical_json, dump_header, parse_header
 from flashvaed_cli.atomic import atomic_path
 from flashvaed_cli.errors import ArtifactError
 from flashvaed_cli.ownership import HEADER_KEY, has_own_header
-from flashvaed_cli.untrusted.files import open_regular
+from flashvaed_cli.untrusted.files import open_regular, parse_json
 from flashvaed_cli.untrusted.safetensors_file import NotSafetensorsError, load_safetensors, read_index
 
 _CHUNK_BYTES = 1 << 20
@@ -24,7 +24,7 @@ _CHUNK_BYTES = 1 << 20
 def write_artifact(
     path: str | Path, tensors: Mapping[str, Tensor], header: ArtifactHeader, *, force: bool = False
 ) -> None:
-    """Write one artifact, atomically. Equal content gives equal bytes.
+    """Write one artifact, atomically. Equal tensors and headers give equal bytes.
 
     Args:
         tensors: any device and layout; dtypes are kept.
@@ -131,9 +131,31 @@ def _plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def sha256_of_files(files: Sequence[Path]) -> str:
     """One SHA-256 for a checkpoint: that of its file, or of the list of names and hashes when there are several."""
     if len(files) == 1:
-        return sha256_of(files[0])
+        return content_sha256(files[0])
     lines = sorted(f"{file.name} {sha256_of(file)}\n" for file in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def content_sha256(path: str | Path) -> str:
+    """What identifies a file: of an artifact, the SHA-256 of its tensors and of what its header says of them.
+
+    How an artifact was called and when plays no role: the same work gives the same hash. Other files, and artifacts of
+    version 0.3 and older, are identified by the SHA-256 of the whole file.
+    """
+    path = Path(path)
+    if not has_own_header(path):
+        return sha256_of(path)
+    index = read_index(path)
+    header = parse_json(index.metadata[HEADER_KEY])
+    if not isinstance(header, dict) or "run" not in header:
+        return sha256_of(path)
+    content = {key: value for key, value in header.items() if key not in NO_CONTENT}
+    digest = hashlib.sha256(canonical_json({"header": content, "tensors": index.entries}).encode())
+    with open_regular(path) as file:
+        file.seek(index.start)
+        while block := file.read(_CHUNK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def sha256_of(path: str | Path) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, prod
 from typing import Literal
 
 from flashvaed_cli.decoders.cost import Grid, stage_costs
@@ -41,10 +41,15 @@ GAP_SHARE = 0.08  # rounding and gaps of the allocator, as a share of the tensor
 
 @dataclass(frozen=True)
 class MemoryFormat:
-    """What the prediction must know of a run: element type and layout."""
+    """What the prediction must know of a run.
+
+    `has_kernels` is False for a half-precision `dtype` that the processor has no convolutions for: torch unrolls
+    patches then, and the prediction is the bound for plain operators, up to three times the truth for others.
+    """
 
     dtype: DType = "float32"
     channels_last: bool = True
+    has_kernels: bool = True
 
     @property
     def item_bytes(self) -> int:
@@ -96,6 +101,7 @@ def predict_peak_bytes(
     split: str | None = None,
     dtype: DType = "float32",
     channels_last: bool = True,
+    has_kernels: bool = True,
     batch: int = 1,
 ) -> int:
     """Peak memory of decoding in bytes: an upper bound that is meant to be near the truth.
@@ -109,6 +115,7 @@ def predict_peak_bytes(
         chunk: latent frames per step; None: all at once.
         tile: side of a tile in latents; None: whole frames.
         split: first block that runs in tiles; None: the one with the lowest prediction. Unused without `tile`.
+        has_kernels: whether the processor has convolutions for a half-precision `dtype`; see `MemoryFormat`.
         batch: clips that are decoded together.
     Raises:
         SpecError: `tile` or `split` does not fit.
@@ -117,7 +124,7 @@ def predict_peak_bytes(
     if tile is not None:
         splits = split_addresses(spec) if split is None else (split,)
         layouts = [tile_layout(spec, grid[1], grid[2], tile=tile, split=name) for name in splits]
-    model = MemoryModel(spec, grid, MemoryFormat(dtype, channels_last), batch)
+    model = MemoryModel(spec, grid, MemoryFormat(dtype, channels_last, has_kernels), batch)
     return min(model.predict(chunk or grid[0], layout) for layout in layouts)
 
 
@@ -301,6 +308,8 @@ def _reading_bytes(layer: ConvSpec, passage: Passage, form: MemoryFormat, window
     item, positions = form.item_bytes, passage.frames * passage.area
     leaving, entering = positions * layer.out_width * item, positions * layer.in_width * item
     reordered = 0 if form.channels_last else max(window, entering)
+    if not form.has_kernels:
+        return window + 2 * leaving + reordered + _patch_bytes(layer, passage, form)
     if layer.operator == "dwsep3d":
         return max(window + entering + reordered, entering + leaving + window)
     if layer.rank is not None:
@@ -339,5 +348,11 @@ def _unrolled_bytes(layer: ConvSpec, passage: Passage, form: MemoryFormat) -> in
     small = window * passage.rows <= UNROLLED_BELOW
     if form.item_bytes < 4 or not (small or kh == kw == 1 or form.dtype == "float64"):
         return 0
-    patches = kt * kh * kw * layer.in_width * passage.frames * passage.area
-    return (patches + window * passage.area) * form.item_bytes
+    return _patch_bytes(layer, passage, form)
+
+
+def _patch_bytes(layer: ConvSpec, passage: Passage, form: MemoryFormat) -> int:
+    """The patches that a kernel reads, written out, and the input in the order that they are taken from."""
+    window = (passage.frames + layer.kernel[0] - 1) * layer.in_width
+    patches = prod(layer.kernel) * layer.in_width * passage.frames
+    return (patches + window) * passage.area * form.item_bytes

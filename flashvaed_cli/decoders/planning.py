@@ -47,6 +47,7 @@ def choose_plan(
     chunk: int | None = None,
     tile: int | None = None,
     channels_last: bool = True,
+    has_kernels: bool = True,
     batch: int = 1,
 ) -> DecodePlan:
     """The plan with the lowest estimated time whose predicted peak is within the limit.
@@ -56,6 +57,7 @@ def choose_plan(
         max_memory_bytes: limit of the prediction; None: whole clips and frames, unless `chunk` or `tile` is given.
         chunk: latent frames per step, if that is settled already.
         tile: side of the tiles in latents, if that is settled already.
+        has_kernels: whether the processor has convolutions for a half-precision `dtype`.
         batch: clips that are decoded together.
     Raises:
         DecodeError: nothing fits; the message names the smallest that is possible.
@@ -65,7 +67,7 @@ def choose_plan(
         raise SpecError(f"a chunk holds at least 1 latent frame, not {chunk}")
     if max_memory_bytes is not None and max_memory_bytes < 1:
         raise SpecError(f"a memory limit is at least 1 byte, not {max_memory_bytes}")
-    planner = _Planner(spec, grid, MemoryFormat(dtype, channels_last), batch)
+    planner = _Planner(spec, grid, MemoryFormat(dtype, channels_last, has_kernels), batch)
     layouts = list(_layouts(spec, grid, tile, may_tile=max_memory_bytes is not None))
     if max_memory_bytes is None:
         plans = [planner.plan(chunk or grid[0], layout, tile) for layout, tile in layouts]

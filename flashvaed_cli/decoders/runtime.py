@@ -105,6 +105,7 @@ class DecodeRuntime:
             chunk=settings.chunk,
             tile=settings.tile,
             channels_last=settings.memory_format == "channels-last",
+            has_kernels=has_kernels(self.dtype, self.device),
             batch=batch,
         )
 
@@ -364,6 +365,18 @@ def _dtype_name(dtype: torch.dtype) -> DType:
     if name not in ITEM_BYTES:
         raise DecodeError(f"a decoder cannot run in {name}: use one of {', '.join(ITEM_BYTES)}")
     return cast(DType, name)
+
+
+def has_kernels(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the device has convolutions for an element type; without, torch takes more memory and time for it."""
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return True
+    if not torch.backends.mkldnn.is_available():
+        return False
+    supported = torch.ops.mkldnn
+    return bool(
+        supported._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else supported._is_mkldnn_fp16_supported()
+    )
 
 
 def require_compiler(device: torch.device) -> None:

@@ -7,6 +7,7 @@ from flashvaed_cli.recipe.decode import DecodeRecipe
 from flashvaed_cli.recipe.distill import DistillRecipe, LossWeights, PhaseRecipe
 from flashvaed_cli.recipe.evaluate import EvalRecipe
 from flashvaed_cli.recipe.export import ExportRecipe
+from flashvaed_cli.recipe.info import InfoRecipe
 from flashvaed_cli.recipe.loading import Recipe, Section, find_recipe, load_recipe, resolve, shipped_recipes
 from flashvaed_cli.recipe.prune import PruneRecipe
 from flashvaed_cli.recipe.settings import CommandRecipe
@@ -20,6 +21,7 @@ __all__ = [
     "DistillRecipe",
     "EvalRecipe",
     "ExportRecipe",
+    "InfoRecipe",
     "LossWeights",
     "PhaseRecipe",
     "PruneRecipe",

@@ -19,6 +19,7 @@ from flashvaed_cli.report.tables import Cell, Column, TableData, to_markdown
 
 SCHEMA = 1
 PSNR_CAP_DB = 100.0
+REPORT_JSON = "report.json"
 _FIGURES = ("psnr_db", "ssim", "lpips", "sharpness_ratio", "flicker")
 
 
@@ -257,7 +258,7 @@ def report_markdown(report: EvaluationReport, *, title: str = "Evaluation") -> s
 
 def save_report(report: EvaluationReport, folder: Path, *, title: str = "Evaluation") -> dict[str, Path]:
     """Write `report.json` and `report.md`, each whole or not at all. Returns the paths by kind."""
-    paths = {"json": folder / "report.json", "markdown": folder / "report.md"}
+    paths = {"json": folder / REPORT_JSON, "markdown": folder / "report.md"}
     for kind, text in (("markdown", report_markdown(report, title=title)), ("json", to_json(report))):
         with atomic_path(paths[kind]) as sibling:
             sibling.write_text(text, encoding="utf-8", errors="backslashreplace")  # names that are not UTF-8

@@ -22,6 +22,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint, derived_header
+from flashvaed_cli.artifact.run_record import RunRecord
 from flashvaed_cli.artifact.store import write_artifact
 from flashvaed_cli.calibrate.latency import measure_latency
 from flashvaed_cli.calibrate.statistics import collect_statistics
@@ -43,6 +44,7 @@ from flashvaed_cli.stages.latency_model import TimedClip, latency_model_record, 
 from flashvaed_cli.stages.loading import DTYPES, choose_device, choose_input, input_settings, load_inputs
 from flashvaed_cli.stages.outputs import claim_file
 from flashvaed_cli.stages.result import StageOutcome
+from flashvaed_cli.stages.run_watch import RunWatch
 from flashvaed_cli.surgery.evidence import channel_evidence
 
 SHOWN_RATIOS = (0.125, 0.25, 0.5)
@@ -56,6 +58,7 @@ def run_analyze(recipe: AnalyzeRecipe, *, progress: Progress, force: bool, comma
         MediaError: no readable clip.
         CalibrationError: NaN or dead activations.
     """
+    watch = RunWatch()
     location = choose_input(recipe.input, AnalyzeRecipe, progress)
     output = claim_file(
         recipe.output, force=force, reads=(location,), beside=plot_files(Path(recipe.output)) if recipe.plots else ()
@@ -93,7 +96,8 @@ def run_analyze(recipe: AnalyzeRecipe, *, progress: Progress, force: bool, comma
             seed=recipe.seed,
             progress=progress,
         )
-    _write(output, recipe, inputs.checkpoint, statistics, measured, force, command_line)
+    run = watch.record(device, clips.files)
+    _write(output, recipe, inputs.checkpoint, statistics, measured, run, force=force, command_line=command_line)
     plots = draw_plots(measured, output) if recipe.plots else []
     return StageOutcome((output, *plots), (_stage_table(stages, timed), _group_table(groups)), measured)
 
@@ -162,6 +166,8 @@ def _write(
     checkpoint: Checkpoint,
     statistics: Mapping[str, TensorStatistics],
     measured: dict[str, Any],
+    run: RunRecord,
+    *,
     force: bool,
     command_line: str,
 ) -> None:
@@ -172,6 +178,7 @@ def _write(
         command_line=command_line,
         seed=recipe.seed,
         measured=measured,
+        run=run,
     )
     tensors = {f"covariance.{address}": one.covariance for address, one in statistics.items()}
     tensors |= {f"mean.{address}": one.mean for address, one in statistics.items()}

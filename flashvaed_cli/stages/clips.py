@@ -74,6 +74,11 @@ class CalibrationClips:
         return len(self.requests) + len(self.latent_files) - len(self._skipped)
 
     @property
+    def files(self) -> list[Path]:
+        """The files that clips come from, each once."""
+        return list(dict.fromkeys(_file_of(clip) for clip in (*self.requests, *self.latent_files)))
+
+    @property
     def skipped(self) -> dict[str, str]:
         """The files of clips that were left out, with the reason."""
         return self.broken | {str(_file_of(clip)): reason for clip, reason in self._skipped.items()}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from flashvaed_cli.artifact.checkpoint import derived_header, save_checkpoint
+from flashvaed_cli.artifact.run_record import RunRecord
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.cost import total_gflop
 from flashvaed_cli.decoders.exact import exact_changes, exact_decoder
@@ -27,6 +28,7 @@ from flashvaed_cli.stages.loading import DTYPES, Inputs, choose_device, choose_i
 from flashvaed_cli.stages.outputs import claim_file
 from flashvaed_cli.stages.reconstruction import choose_reference, error_table, fit_settings, reconstruct
 from flashvaed_cli.stages.result import StageOutcome
+from flashvaed_cli.stages.run_watch import RunWatch
 from flashvaed_cli.surgery.respec import converted_spec, with_time_rank
 from flashvaed_cli.surgery.transfer import transfer_weights
 
@@ -52,6 +54,7 @@ def run_convert_ops(recipe: ConvertOpsRecipe, *, progress: Progress, force: bool
         SpecError: a stage is unknown, or its operator cannot become the one asked for.
         CalibrationError: too few positions or NaN.
     """
+    watch = RunWatch()
     location = choose_input(recipe.input, ConvertOpsRecipe, progress)
     claim_file(recipe.output, force=force, reads=(location, recipe.original))
     device = choose_device(recipe.device)
@@ -59,11 +62,11 @@ def run_convert_ops(recipe: ConvertOpsRecipe, *, progress: Progress, force: bool
     decoder = inputs.checkpoint.require_decoder()
     if recipe.profile == "exact":
         return _convert_exactly(
-            recipe, inputs, exact_decoder(decoder), progress, force=force, command_line=command_line
+            recipe, inputs, exact_decoder(decoder), progress, watch, force=force, command_line=command_line
         )
     if recipe.profile == "image":
         return _convert_exactly(
-            recipe, inputs, still_decoder(decoder), progress, force=force, command_line=command_line
+            recipe, inputs, still_decoder(decoder), progress, watch, force=force, command_line=command_line
         )
     require_known_operators(recipe, decoder.spec)
     operators: dict[str, Operator] = {**get_family(inputs.checkpoint.family).paper_operators, **recipe.operators}
@@ -73,7 +76,7 @@ def run_convert_ops(recipe: ConvertOpsRecipe, *, progress: Progress, force: bool
     if spec == decoder.spec:
         raise SpecError(f"{location}: every stage has the operator asked for already; nothing to convert")
     student = transfer_weights(decoder, spec, {})
-    errors, skipped = [], {}
+    errors, skipped, data = [], {}, []
     if recipe.reconstruct != "none":
         clips = plan_calibration(
             inputs.original, recipe, recipe.num_calibration_clips, device, progress, still=decoder.spec.still
@@ -81,7 +84,7 @@ def run_convert_ops(recipe: ConvertOpsRecipe, *, progress: Progress, force: bool
         settings = fit_settings(recipe, num_separable_iterations=recipe.num_separable_iterations)
         reference, kept = choose_reference(inputs, {}, progress)
         errors = reconstruct(decoder, student, reference, kept, clips, settings, progress)
-        skipped = clips.skipped
+        skipped, data = clips.skipped, clips.files
     measured = {
         "operators": operators,
         "time_ranks": {address: layer.rank for address, layer in spec.layers() if layer.rank is not None},
@@ -89,7 +92,8 @@ def run_convert_ops(recipe: ConvertOpsRecipe, *, progress: Progress, force: bool
         "skipped_clips": skipped,
     }
     tables = (_operator_table(decoder, student), *error_table(errors))
-    return _written(recipe, inputs, student, measured, tables, force=force, command_line=command_line)
+    run = watch.record(device, data)
+    return _written(recipe, inputs, student, measured, tables, run, force=force, command_line=command_line)
 
 
 def _convert_exactly(
@@ -97,6 +101,7 @@ def _convert_exactly(
     inputs: Inputs,
     converted: Decoder,
     progress: Progress,
+    watch: RunWatch,
     *,
     force: bool,
     command_line: str,
@@ -126,7 +131,8 @@ def _convert_exactly(
         "max_difference_of_range": difference,
     }
     tables = (_exact_table(changes, difference),)
-    return _written(recipe, inputs, converted, measured, tables, force=force, command_line=command_line)
+    run = watch.record(inputs.device)
+    return _written(recipe, inputs, converted, measured, tables, run, force=force, command_line=command_line)
 
 
 def _written(
@@ -135,6 +141,7 @@ def _written(
     converted: Decoder,
     measured: dict[str, Any],
     tables: tuple[TableData, ...],
+    run: RunRecord,
     *,
     force: bool,
     command_line: str,
@@ -150,6 +157,7 @@ def _written(
         command_line=command_line,
         seed=recipe.seed,
         measured=measured,
+        run=run,
     )
     output = user_path(recipe.output)
     save_checkpoint(output, header, decoder=converted, dtype=DTYPES[recipe.dtype], force=force)

@@ -43,6 +43,7 @@ from flashvaed_cli.stages.fitted_clips import fitted_to_vae
 from flashvaed_cli.stages.loading import Inputs, choose_device, choose_input, input_settings, load_inputs
 from flashvaed_cli.stages.outputs import claim_file
 from flashvaed_cli.stages.result import StageOutcome
+from flashvaed_cli.stages.run_watch import RunWatch
 from flashvaed_cli.stages.training_data import TrainingData, training_data
 from flashvaed_cli.stages.training_files import TrainingFiles, describe_checkpoints
 from flashvaed_cli.stages.training_report import PhaseResult, draw_curves, phase_record, phase_table
@@ -95,6 +96,7 @@ def _run_alone(
     force: bool,
     command_line: str,
 ) -> StageOutcome:
+    watch = RunWatch()
     progress = progress if ranks.is_main else SilentProgress()
     job = _prepare(recipe, ranks, device, progress)
     results, prepared = _train_phases(job, files, progress)
@@ -110,6 +112,7 @@ def _run_alone(
         command_line=command_line,
         seed=recipe.seed,
         measured=measured,
+        run=watch.record(device, job.data.files),
     )
     curves = ranks.from_main(lambda: _finish(files, header, job, results, force=force))
     return StageOutcome((files.output, curves, files.log), (phase_table(results),), measured)
@@ -361,6 +364,8 @@ _NO_PART_OF_THE_RUN = {
 def _run_key(job: _Job, index: int) -> str:
     """Equal for runs that would give the same weights: recipe, decoder and data, wherever they are written."""
     settings = job.recipe.model_dump(mode="json", exclude=_NO_PART_OF_THE_RUN)
+    if settings["weights"] is None:  # trainings that version 0.3 began have no such setting, and go on
+        del settings["weights"]
     has_lpips = job.perceptual is not None
     parts = [settings, job.inputs.checkpoint.sha256, job.inputs.original.sha256, job.data.key, has_lpips, index]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

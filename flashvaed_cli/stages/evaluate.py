@@ -37,6 +37,7 @@ from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.evaluate import EvalRecipe
 from flashvaed_cli.recipe.quantities import parse_memory
 from flashvaed_cli.report.evaluation import (
+    REPORT_JSON,
     ClipFigures,
     DecoderFigures,
     EvaluationReport,
@@ -57,7 +58,6 @@ from flashvaed_cli.stages.report_page import ClipVideos, page_extras
 from flashvaed_cli.stages.result import StageOutcome
 from flashvaed_cli.zoo.builtin import JUDGED_CLIP
 
-REPORT_JSON = "report.json"
 VIDEO, ORIGINAL, ORIGINAL_TUNED = "video", "original", "original, exact"
 _DEFAULT_CHUNK = 4
 _NUM_STRIP_COLUMNS = 4
@@ -147,6 +147,7 @@ def _settings(recipe: EvalRecipe, inputs: Inputs, timed: Tensor, command_line: s
     return {
         "command": command_line,
         "decoder": inputs.checkpoint.location,
+        "sha256": inputs.checkpoint.sha256,
         "original": inputs.original.location,
         "device": f"{device}, {torch.get_num_threads()} threads" if device == "cpu" else device,
         "dtype": recipe.dtype,

@@ -10,7 +10,7 @@ import torch
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint, derived_header, save_checkpoint
 from flashvaed_cli.artifact.header import ArtifactHeader, Lineage
-from flashvaed_cli.artifact.store import read_artifact, read_header, sha256_of
+from flashvaed_cli.artifact.store import content_sha256, read_artifact, read_header
 from flashvaed_cli.calibrate.statistics import collect_statistics
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.families import get_family
@@ -30,6 +30,7 @@ from flashvaed_cli.stages.native import choose_native
 from flashvaed_cli.stages.outputs import claim_file
 from flashvaed_cli.stages.reconstruction import choose_reference, error_table, fit_settings, reconstruct
 from flashvaed_cli.stages.result import StageOutcome
+from flashvaed_cli.stages.run_watch import RunWatch
 from flashvaed_cli.surgery.respec import narrowed_spec
 from flashvaed_cli.surgery.selection import GroupSelection, select_channels
 from flashvaed_cli.surgery.transfer import transfer_weights
@@ -45,6 +46,7 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
         SpecError: a stage cannot be pruned, or the ratio keeps no channel.
         CalibrationError: too few positions, NaN or dead channels.
     """
+    watch = RunWatch()
     location = choose_input(recipe.input, PruneRecipe, progress)
     output = claim_file(recipe.output, force=force, reads=(location, recipe.original, recipe.analysis))
     device = choose_device(recipe.device)
@@ -91,6 +93,7 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
         kept_channels=compose_kept(inputs.checkpoint.kept_channels, kept),
         parents=parents,
         measured=measured,
+        run=watch.record(device, clips.files),
     )
     save_checkpoint(output, header, decoder=student, dtype=DTYPES[recipe.dtype], force=force)
     tables = [_selection_table(selections, decoder, student), *error_table(errors)]
@@ -202,7 +205,7 @@ def _statistics(
             f"of {checkpoint.location} ({checkpoint.sha256[:12]}); run `flashvaed analyze {checkpoint.location}`"
         )
     statistics = _read_statistics(given, header, tensors, checkpoint.require_decoder().spec)
-    parents = (Lineage(role="analysis", location=given, sha256=sha256_of(given)),)
+    parents = (Lineage(role="analysis", location=given, sha256=content_sha256(given)),)
     return statistics, parents, header.measured.get("width_latency")
 
 

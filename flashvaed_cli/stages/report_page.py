@@ -16,20 +16,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint
-from flashvaed_cli.artifact.header import ArtifactHeader
-from flashvaed_cli.artifact.store import read_header
 from flashvaed_cli.atomic import scratch_folder
-from flashvaed_cli.errors import ArtifactError
 from flashvaed_cli.media.writer import VideoWriter
 from flashvaed_cli.ownership import SOFTWARE
 from flashvaed_cli.report.page.album import ClipAlbum
 from flashvaed_cli.report.page.page import LineageEntry, PageExtras
+from flashvaed_cli.stages.ancestry import find_parents, flat
 from flashvaed_cli.stages.training_files import TrainingFiles
 
 _VIDEO_SIDE_PX = 384
 _VIDEO_SECONDS = 6
 _VIDEO_CRF = 24
-_MAX_ANCESTORS = 32
 # Figures of the log by the name that the page gives them; the rest of the log stays in the log.
 _TRAINING_NAMES = {
     "loss": "loss",
@@ -88,8 +85,9 @@ class ClipVideos:
 
 def page_extras(checkpoint: Checkpoint, albums: Sequence[ClipAlbum], command_line: str) -> PageExtras:
     """What the page shows of the decoder's past, as far as its files are still at hand and unchanged."""
-    ancestors = _ancestors(checkpoint)
     header = checkpoint.header
+    parents = () if header is None else find_parents(header, checkpoint.location)
+    ancestors = [one.header for one in flat(parents) if one.header is not None]
     analysis = next((one for one in ancestors if one.kind == "analysis"), None)
     curves, phases = _training(Path(checkpoint.location)) if header is not None else ({}, ())
     commands = [one.command_line for one in reversed(ancestors) if one.command_line]
@@ -103,23 +101,6 @@ def page_extras(checkpoint: Checkpoint, albums: Sequence[ClipAlbum], command_lin
         lineage=_lineage(checkpoint),
         commands=(*dict.fromkeys(commands), command_line),
     )
-
-
-def _ancestors(checkpoint: Checkpoint) -> list[ArtifactHeader]:
-    """Headers of parents, their parents and so on that can still be read, nearest first."""
-    found: dict[str, ArtifactHeader] = {}
-    waiting = [] if checkpoint.header is None else list(checkpoint.header.parents)
-    while waiting and len(found) < _MAX_ANCESTORS:
-        parent = waiting.pop(0)
-        if parent.sha256 in found or not Path(parent.location).is_file():
-            continue
-        try:
-            header = read_header(parent.location)
-        except ArtifactError:
-            continue
-        found[parent.sha256] = header
-        waiting += header.parents
-    return list(found.values())
 
 
 def _lineage(checkpoint: Checkpoint) -> tuple[LineageEntry, ...]:

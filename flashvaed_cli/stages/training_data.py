@@ -75,12 +75,14 @@ class TrainingData:
     Attributes:
         groups: size on the latent grid to the numbers of the clips that have (at least) that size.
         key: names the content, wherever it lies: equal keys draw equal batches.
+        files: what the clips were cut from, or were to be.
         skipped: files and clips that are left out, with the reason.
     """
 
     latents: Latents
     groups: dict[ClipSize, tuple[int, ...]]
     key: str
+    files: tuple[Path, ...]
     skipped: dict[str, str]
     num_encoded: int
     num_workers: int
@@ -242,6 +244,7 @@ def _collect(
         latents,
         {size: tuple(numbers) for size, numbers in groups.items()},
         key=_content_key(stored, wanted, sizes),
+        files=tuple(path for path in source.paths if str(path) not in skipped),
         skipped=skipped,
         num_encoded=num_encoded,
         num_workers=source.workers(wanted.num_clips) if num_encoded else 0,

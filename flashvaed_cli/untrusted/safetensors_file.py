@@ -26,11 +26,15 @@ class SafetensorsIndex:
         shapes: of the tensors, by name.
         metadata: free text of whoever wrote the file.
         num_bytes: of the whole file, as the index promises.
+        start: where the tensors begin.
+        entries: dtype, shape and place of the tensors as they stand there, by name.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     metadata: Mapping[str, str]
     num_bytes: int
+    start: int
+    entries: Mapping[str, Any]
 
 
 class NotSafetensorsError(TensorFileError):
@@ -81,7 +85,7 @@ def _checked(index: dict[str, Any], path: Path, start: int) -> SafetensorsIndex:
         if last < first or (math.prod(shapes[name]) > 0) != (last > first):
             raise _not_an_index(path, f"whose entry {name!r:.60} has a shape that does not fit its data_offsets")
         end = max(end, last)
-    return SafetensorsIndex(shapes, metadata, start + end)
+    return SafetensorsIndex(shapes, metadata, start + end, start, index)
 
 
 def _length(value: object) -> int:

@@ -86,7 +86,7 @@ def test_every_setting_has_a_flag_and_every_flag_a_setting(command: str) -> None
 
 def test_commands_stand_in_pipeline_order() -> None:
     program: Any = get_command(app)
-    assert list(program.commands) == ["analyze", "prune", "convert-ops", "distill", "eval", "export", "decode"]
+    assert list(program.commands) == ["analyze", "prune", "convert-ops", "distill", "eval", "export", "decode", "info"]
 
 
 @pytest.mark.parametrize("command", COMMAND_RECIPES)

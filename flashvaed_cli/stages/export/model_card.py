@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from flashvaed_cli import __version__
 from flashvaed_cli.artifact.checkpoint import Checkpoint
 from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.export.result import ExportResult, Target
 from flashvaed_cli.printable import printable
+from flashvaed_cli.stages.reports import find_reports
 
 CARD = "README.md"
 _BASES = {
@@ -59,6 +61,7 @@ def model_card(
         *(_use(result, paths) for result, paths in zip(results, files, strict=True)),
         _latents(checkpoint, spec),
         _history(checkpoint),
+        *_figures(checkpoint),
         "## Checks\n\nLargest difference of the frames to the decoder's own, as a fraction of their range.\n",
         _checks(results, files),
     ]
@@ -111,6 +114,16 @@ def _history(checkpoint: Checkpoint) -> str:
     if header.recipe:
         lines += ["with the settings", "", "```json", printable(json.dumps(header.recipe)), "```", ""]
     return "\n".join(lines)
+
+
+def _figures(checkpoint: Checkpoint) -> list[str]:
+    """What evaluations beside the decoder found of it."""
+    lines: list[str] = []
+    for folder, figures in find_reports(Path(checkpoint.location), checkpoint.sha256).items():
+        lines += [f"From `{printable(folder)}/report.json`:", ""]
+        lines += [f"- {name}: {printable(text)}" for name, text in figures.items()]
+        lines += [""]
+    return ["## Figures", "", *lines] if lines else []
 
 
 def _checks(results: Sequence[ExportResult], files: Sequence[Sequence[str]]) -> str:

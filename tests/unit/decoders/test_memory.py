@@ -52,7 +52,7 @@ import torch
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.exact import exact_spec
 from flashvaed_cli.decoders.families import get_family
-from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
+from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings, has_kernels
 from flashvaed_cli.decoders.wan import wan_decoder_spec
 from flashvaed_cli.decoders.wan22 import wan22_decoder_spec
 from tests.bench.full_size import paper_layout
@@ -71,17 +71,19 @@ settings = DecodeSettings(chunk=chunk, tile=tile, dtype=getattr(torch, dtype), m
 runtime = DecodeRuntime(decoder, settings)
 weights = decoder.parameter_count * settings.dtype.itemsize
 del decoder
+kernels = has_kernels(settings.dtype, torch.device("cpu"))
 latents = torch.randn(1, 16, 2, *((12, 20) if layout == "ltx-2" else (24, 40)))
 predicted = runtime.plan(latents).predicted_bytes
 Path("/proc/self/clear_refs").write_text("5")
 before = num_bytes("VmRSS") - weights
 for frames in runtime.iter_decode(latents):
     pass
-print(num_bytes("VmHWM") - before, predicted)
+print(num_bytes("VmHWM") - before, predicted, int(kernels))
 """
 CASES = [
     ("original", 8, 1, 16, "float32"),
     ("original", 16, None, None, "bfloat16"),
+    ("original", 8, 1, 16, "float16"),
     ("flash", 32, 1, None, "float32"),
     ("wan2.2", 8, None, None, "float32"),
     ("ltx-2", 16, None, None, "float32"),
@@ -96,5 +98,5 @@ def test_a_process_stays_below_the_prediction(case: tuple) -> None:
         [sys.executable, "-c", MEASURED, json.dumps(case)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    measured, predicted = map(int, done.stdout.split())
-    assert measured <= predicted <= 1.5 * measured
+    measured, predicted, has_kernels = map(int, done.stdout.split())
+    assert measured <= predicted <= (1.5 if has_kernels else 4) * measured

@@ -74,7 +74,7 @@ def made_up(groups: dict[ClipSize, int], stored: ClipSize) -> TrainingData:
     sizes = [size for size, count in groups.items() for _ in range(count)]
     pool = LatentPool({number: coordinates(number, stored) for number in range(len(sizes))})
     numbers = {size: tuple(n for n, one in enumerate(sizes) if one == size) for size in groups}
-    return TrainingData(pool, numbers, "key", {}, len(sizes), 0, None, CPU)
+    return TrainingData(pool, numbers, "key", (), {}, len(sizes), 0, None, CPU)
 
 
 MADE_UP = made_up({ClipSize(2, 3, 4): 9, ClipSize(3, 2, 2): 2}, ClipSize(3, 5, 6))

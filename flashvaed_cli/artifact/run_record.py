@@ -1,0 +1,46 @@
+"""Who made an artifact, when, on what and from which data: told in its header, and no part of its content's hash."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, FiniteFloat
+
+MAX_LISTED_FILES = 64
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataFile(_Frozen):
+    """A file of the data set.
+
+    Attributes:
+        name: without its folder.
+        sha256: None in large sets, of which names and sizes are noted only.
+    """
+
+    name: str
+    size_bytes: int
+    sha256: str | None = None
+
+
+class RunRecord(_Frozen):
+    """One run of a command.
+
+    Attributes:
+        commit: of the source tree that ran, where it is one of git; ends in `+` with changes that are not committed.
+        torch: its version.
+        device: what was computed on, such as `cuda:0 (NVIDIA H100)`.
+        started: UTC, ISO 8601.
+        duration_s: seconds until the artifact was written; of the last session where a training was resumed.
+        data: the first `MAX_LISTED_FILES` of the `num_data_files`.
+    """
+
+    commit: str | None = None
+    torch: str
+    device: str
+    num_threads: int
+    started: str
+    duration_s: FiniteFloat
+    data: tuple[DataFile, ...] = ()
+    num_data_files: int = 0

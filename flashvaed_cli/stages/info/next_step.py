@@ -1,0 +1,52 @@
+"""What to type next, by what a file is."""
+
+from __future__ import annotations
+
+import shlex
+
+from flashvaed_cli.artifact.checkpoint import Checkpoint
+from flashvaed_cli.artifact.header import ArtifactHeader
+
+_USES = ("eval {file} --data clips/", "decode latents.pt -d {file} -o video.mp4", "export {file} -t diffusers")
+_BEGINNING = (
+    "analyze {file}",
+    "prune {file} --ratio 0.25",
+    "convert-ops {file} --profile exact -o exact.safetensors",
+)
+_AFTER = {
+    "analyze": ("prune {parent} --analysis {file} --ratio 0.25",),
+    "prune": ("convert-ops {file}", "eval {file} --data clips/"),
+    "convert-ops": ("distill {file} --data clips/", "eval {file} --data clips/"),
+    "distill": _USES,
+}
+
+
+def next_commands(location: str, header: ArtifactHeader | None, checkpoint: Checkpoint | None) -> tuple[str, ...]:
+    """Commands that fit a file, the next step of the pipeline first."""
+    file = shlex.quote(location)
+    made_by = _command_of(header)
+    if checkpoint is not None and checkpoint.decoder is None:
+        return ()
+    if header is None or made_by is None or header.original is None:
+        templates = _BEGINNING
+        if checkpoint is not None and checkpoint.encoder is None:
+            templates = ("decode latents.pt -d {file} -o video.mp4",)
+    else:
+        templates = _USES if _is_exact(header) else _AFTER[made_by]
+    parent = "" if header is None or not header.parents else shlex.quote(header.parents[0].location)
+    return tuple("flashvaed " + template.format(file=file, parent=parent) for template in templates)
+
+
+def _command_of(header: ArtifactHeader | None) -> str | None:
+    """Which command wrote an artifact: its settings tell, whatever it was called by."""
+    if header is None:
+        return None
+    if header.kind == "analysis":
+        return "analyze"
+    if "phases" in header.measured:
+        return "distill"
+    return "prune" if "selection" in header.measured else "convert-ops" if "operators" in header.measured else None
+
+
+def _is_exact(header: ArtifactHeader) -> bool:
+    return header.recipe.get("profile") in ("exact", "image")
