@@ -13,7 +13,7 @@ import torch
 
 from flashvaed_cli.artifact.checkpoint import load_checkpoint
 from flashvaed_cli.artifact.header import ArtifactHeader
-from flashvaed_cli.artifact.store import read_artifact, read_header, sha256_of
+from flashvaed_cli.artifact.store import content_sha256, read_artifact, read_header
 from flashvaed_cli.decoders.cost import total_gflop
 from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.decoders.streaming import decode
@@ -50,7 +50,7 @@ class Chain:
         return spec
 
     def sha256(self, name: str) -> str:
-        return sha256_of(self.folder / name)
+        return content_sha256(self.folder / name)
 
 
 @pytest.fixture(scope="module")

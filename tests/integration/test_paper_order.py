@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from flashvaed_cli.artifact.header import ArtifactHeader
-from flashvaed_cli.artifact.store import read_artifact, read_header, sha256_of
+from flashvaed_cli.artifact.store import content_sha256, read_artifact, read_header
 from tests.commands import CALIBRATION, TRAINING, succeed
 from tests.toy import write_toy_clip, write_toy_vae
 
@@ -80,7 +80,7 @@ def test_the_papers_order(tmp_path: Path) -> None:
 
 def check_lineage(files: dict[str, Path]) -> None:
     """Every file names the one before it, and the first as its original."""
-    hashes = {name: sha256_of(path) for name, path in files.items()}
+    hashes = {name: content_sha256(path) for name, path in files.items()}
     for before, name in pairwise(ORDER):
         header: ArtifactHeader = read_header(files[name])
         assert header.original is not None
