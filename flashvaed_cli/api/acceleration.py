@@ -20,6 +20,7 @@ from flashvaed_cli.artifact.key_tables import LAYOUTS
 from flashvaed_cli.artifact.recognition import recognise
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.families import are_one_network, get_family
+from flashvaed_cli.decoders.half_range import cast_decoder
 from flashvaed_cli.errors import FlashVaedError
 from flashvaed_cli.zoo.builtin import BUILTINS
 
@@ -117,7 +118,7 @@ def accelerate(
         checkpoint = load_checkpoint(decoder, builtins=BUILTINS)
         _require_same_latents(checkpoint, given, cast(nn.Module, base))
     parameter = next(old.parameters())
-    own = checkpoint.require_decoder().to(parameter.device, parameter.dtype)
+    own = cast_decoder(checkpoint.require_decoder().to(parameter.device), parameter.dtype)
     vae = model.replacing(old, own, derived_header(checkpoint))
     vae.chunk = vae.chunk if chunk is None else chunk
     vae.max_memory_bytes, vae.compiles = num_bytes(max_memory), compile

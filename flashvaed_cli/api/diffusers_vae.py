@@ -23,6 +23,7 @@ from flashvaed_cli.artifact.flash_folder import CODE, CODE_NAME, FLASH_CLASS, fl
 from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.exact import exact_spec, plain_decoder, with_spec
+from flashvaed_cli.decoders.half_range import cast_decoder
 from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.errors import ArtifactError, FlashVaedError, SpecError
 
@@ -170,7 +171,7 @@ class AutoencoderFlash(ModelMixin, ConfigMixin):
     def _at(self, time: float) -> AutoencoderFlash:
         if time != self._own_decoder.spec.decode_timestep:
             assert self._decoder_at is not None
-            self.decoder = self._decoder_at(time).to(self.device, self.dtype)
+            self.decoder = cast_decoder(self._decoder_at(time).to(self.device), self.dtype)
         return self
 
     def _decode(self, z: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from flashvaed_cli.artifact.checkpoint import Checkpoint, load_checkpoint
 from flashvaed_cli.artifact.key_tables import original_layout
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.exact import exact_decoder
+from flashvaed_cli.decoders.half_range import cast_decoder
 from flashvaed_cli.decoders.memory import DType, predict_peak_bytes
 from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.errors import FlashVaedError
@@ -45,6 +46,7 @@ def load_vae(path: Path, encoder: Any = None) -> Any:
     vae = _vae_class(comfy.VAE)(model, encoder)
     vae.device, vae.vae_dtype = device, management.vae_dtype(device, vae.working_dtypes)
     vae.output_device = management.intermediate_device()
+    cast_decoder(decoder, vae.vae_dtype)
     model.to(vae.vae_dtype)
     vae.patcher = patching.ModelPatcher(model, load_device=device, offload_device=management.vae_offload_device())
     vae.model_size()

@@ -89,6 +89,8 @@ def with_spec(decoder: Decoder, spec: DecoderSpec) -> Decoder:
             module.register_parameter(key, parameter)
         for key, buffer in original._buffers.items():
             module.register_buffer(key, buffer)
+        if "eps" in vars(module):  # which a norm of a decoder scaled for float16 has of its own
+            vars(module)["eps"] = vars(original)["eps"]
     return changed.train(decoder.training)
 
 

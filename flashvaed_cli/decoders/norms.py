@@ -23,6 +23,7 @@ class ChannelRMSNorm(nn.Module):
     def __init__(self, width: int, spec: NormSpec | None = None) -> None:
         super().__init__()
         self.spec = spec or NormSpec()
+        self.eps = self.spec.eps
         self.width = width
         self.gamma = nn.Parameter(torch.ones(width)) if self.spec.gain else None
         self.beta = nn.Parameter(torch.zeros(width)) if self.spec.shift else None
@@ -43,19 +44,19 @@ class ChannelRMSNorm(nn.Module):
 
     def _gain(self, x: Tensor) -> Tensor:
         """What a vector of length one (with an eps: of mean square one) is multiplied with."""
-        root = self.width**0.5 if self.spec.eps is None else 1.0
+        root = self.width**0.5 if self.eps is None else 1.0
         return x.new_tensor(root) if self.gamma is None else _per_channel(self.gamma * root, x)
 
     def _unit(self, x: Float[Tensor, "B C *P"]) -> Float[Tensor, "B C *P"]:
-        if self.spec.eps is None:
+        if self.eps is None:
             return F.normalize(x, dim=1, eps=NORM_EPS)
-        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + self.spec.eps)
+        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + self.eps)
 
     def _scale(self, x: Float[Tensor, "B C *P"]) -> Float[Tensor, "B 1 *P"]:
         norm = _vector_norm(x)
-        if self.spec.eps is None:
+        if self.eps is None:
             return norm.clamp_min_(NORM_EPS).reciprocal_()
-        return norm.square_().div_(self.width).add_(self.spec.eps).rsqrt_()
+        return norm.square_().div_(self.width).add_(self.eps).rsqrt_()
 
     def _shifted_(self, y: Float[Tensor, "B C *P"]) -> Float[Tensor, "B C *P"]:
         return y if self.beta is None else y.add_(_per_channel(self.beta.to(y.dtype), y))
@@ -66,11 +67,12 @@ class ChannelLayerNorm(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
+        self.eps = LAYER_NORM_EPS
         self.gamma = nn.Parameter(torch.ones(width))
         self.beta = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Float[Tensor, "B C *P"]) -> Float[Tensor, "B C *P"]:
-        y = F.layer_norm(x.movedim(1, -1), self.gamma.shape, self.gamma, self.beta, LAYER_NORM_EPS)
+        y = F.layer_norm(x.movedim(1, -1), self.gamma.shape, self.gamma, self.beta, self.eps)
         return y.movedim(-1, 1)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.cost import Grid
+from flashvaed_cli.decoders.half_range import cast_decoder
 from flashvaed_cli.decoders.heap import return_freed_memory
 from flashvaed_cli.decoders.layout import channels_last, use_channels_last
 from flashvaed_cli.decoders.lookahead import LatentWindow, latent_windows
@@ -356,7 +357,7 @@ def _prepared(decoder: Decoder, settings: DecodeSettings) -> Decoder:
     """The decoder for inference, cast and laid out in place."""
     prepared = decoder.eval().requires_grad_(False)
     if settings.dtype is not None:
-        prepared = prepared.to(settings.dtype)
+        prepared = cast_decoder(prepared, settings.dtype)
     return use_channels_last(prepared) if settings.memory_format == "channels-last" else prepared
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from flashvaed_cli.decoders.blocks import Upsample
 from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.half_range import cast_decoder
 from flashvaed_cli.decoders.layer_spec import UpsampleSpec
 from flashvaed_cli.decoders.norms import ChannelRMSNorm
 from flashvaed_cli.decoders.operators import Future, LowRankConv3d, Past, extend_with_past, pointwise_conv
@@ -65,7 +66,7 @@ class _KeptEpsNorm(ChannelRMSNorm):
     """
 
     def _unit(self, x: Float[Tensor, "B C *P"]) -> Float[Tensor, "B C *P"]:
-        eps = self.spec.eps
+        eps = self.eps
         assert eps is not None
         return x * (torch.rsqrt(x.square().mean(1, keepdim=True) / eps + 1) * eps**-0.5)
 
@@ -98,7 +99,7 @@ class StepGraph(nn.Module):
 
 def traceable_copy(decoder: Decoder, dtype: torch.dtype) -> Decoder:
     """A copy on the CPU in `dtype`, for inference, whose graph fits clips of any length and keeps every eps."""
-    traceable = copy.deepcopy(decoder).to("cpu", dtype).eval().requires_grad_(False)
+    traceable = cast_decoder(copy.deepcopy(decoder).to("cpu"), dtype).eval().requires_grad_(False)
     for address, block in decoder.spec.blocks():
         if isinstance(block, UpsampleSpec) and block.temporal is not None:
             stage, index = address.split(".")
@@ -110,8 +111,9 @@ def traceable_copy(decoder: Decoder, dtype: torch.dtype) -> Decoder:
         for name, layer in list(parent.named_children()):
             if isinstance(layer, LowRankConv3d):
                 replacement = _AnyLengthLowRank(layer.spec, layer.address)
-            elif isinstance(layer, ChannelRMSNorm) and layer.spec.eps is not None:
+            elif isinstance(layer, ChannelRMSNorm) and layer.eps is not None:
                 replacement = _KeptEpsNorm(layer.width, layer.spec)
+                replacement.eps = layer.eps
             else:
                 continue
             replacement.load_state_dict(layer.state_dict())

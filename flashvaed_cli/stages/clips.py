@@ -167,6 +167,8 @@ def plan_calibration(
             )
             broken |= broken_videos
         except MediaError as error:  # none of them; the latent files alone may do
+            if not latent_files:
+                raise
             broken |= {path: str(error) for path in videos[:1]}
     if not requests and not latent_files:
         raise none_usable(len(paths), broken)

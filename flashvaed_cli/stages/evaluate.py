@@ -21,6 +21,7 @@ from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.cost import total_gflop
 from flashvaed_cli.decoders.exact import exact_decoder
 from flashvaed_cli.decoders.families import get_family
+from flashvaed_cli.decoders.half_range import cast_decoder
 from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.decoders.streaming import State, encode_step
 from flashvaed_cli.errors import MediaError, MetricUnavailableError
@@ -175,8 +176,8 @@ def _decoders(inputs: Inputs, recipe: EvalRecipe) -> dict[str, Decoder]:
     """
     dtype = DTYPES[recipe.dtype]
     derived = derived_decoders(inputs, recipe, taken=(VIDEO, ORIGINAL, ORIGINAL_TUNED))
-    tuned = {name: exact_decoder(decoder.to(dtype)) for name, decoder in derived.items()}
-    return {ORIGINAL: inputs.original.require_decoder().to(dtype), **tuned}
+    tuned = {name: cast_decoder(exact_decoder(decoder), dtype) for name, decoder in derived.items()}
+    return {ORIGINAL: cast_decoder(inputs.original.require_decoder(), dtype), **tuned}
 
 
 def _runtime(name: str, decoder: Decoder, recipe: EvalRecipe) -> DecodeRuntime:

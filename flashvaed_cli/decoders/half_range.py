@@ -1,0 +1,144 @@
+"""Decoders whose activations leave the range of float16, scaled so that they stay within it, with the same frames.
+
+A norm takes out what its input is multiplied with. So the residual stream, which only norms and linear layers read,
+can be halved as often as need be, and so can what runs between the two convolutions of a residual block: powers of two
+change no digit of any number. Only the eps of a norm has to follow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from flashvaed_cli.decoders.blocks import Attention, ConvBlock, Head, ResBlock, Upsample
+from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.convolution import Conv
+from flashvaed_cli.decoders.norms import ChannelLayerNorm, ChannelRMSNorm
+from flashvaed_cli.decoders.shuffle_blocks import ShuffleUpsample
+
+LARGEST = 2.0**11
+"""What may occur in a probe before anything is scaled: a 32nd of what float16 holds."""
+_WANTED = 2.0**8
+_PROBE_GRID = (2, 6, 6)
+_PROBE_SPREAD = 2.0  # of raw latents, about that of the families' statistics
+_SEED = 0
+
+
+def cast_decoder(decoder: Decoder, dtype: torch.dtype) -> Decoder:
+    """The decoder in another dtype, changed in place; for float16, scaled where its activations would leave the range.
+
+    Decoders that are in half precision already are not scaled: their weights have lost what scaling would keep.
+    """
+    if dtype == torch.float16 and next(decoder.parameters()).dtype in (torch.float32, torch.float64):
+        fit_half_range(decoder)
+    return decoder.to(dtype)
+
+
+@torch.no_grad()
+def fit_half_range(decoder: Decoder) -> dict[str, int]:
+    """Scale a decoder in place, if random latents need it; returns the exponents of two by place, empty if nothing.
+
+    `stream` is the residual stream of all stages, an address such as `up2.0.conv1` what runs inside that block.
+    Decoders that add noise are left as they are.
+    """
+    if any(getattr(block, "noise1", None) is not None for block in _blocks(decoder)):
+        return {}
+    peaks = _peaks(decoder)
+    exponents = {place: round(math.log2(_WANTED / peak)) for place, peak in peaks.items() if LARGEST < peak < math.inf}
+    for place, exponent in exponents.items():
+        if place == "stream":
+            _scale_stream(decoder, 2.0**exponent)
+    for block in _blocks(decoder):
+        if isinstance(block, ResBlock) and block.conv1.address in exponents:
+            scale = 2.0 ** exponents[block.conv1.address]
+            _multiply(block.conv1, scale)
+            _follow(block.norm2, scale)
+    return exponents
+
+
+def _blocks(decoder: Decoder) -> Iterator[nn.Module]:
+    for stage in decoder.stages.values():
+        yield from stage  # type: ignore[misc]
+
+
+def _peaks(decoder: Decoder) -> dict[str, float]:
+    """The largest magnitude that random latents give in the stream, and behind the first layer of every block."""
+    peaks: dict[str, float] = defaultdict(float)
+    hooks = []
+
+    def watch(module: nn.Module, place: str) -> None:
+        def look(_module: nn.Module, _inputs: object, output: object) -> None:
+            if isinstance(output, Tensor) and output.numel():
+                peaks[place] = max(peaks[place], float(output.abs().max()))
+
+        hooks.append(module.register_forward_hook(look))
+
+    for block in _blocks(decoder):
+        if isinstance(block, Head):
+            continue
+        watch(block, "stream")
+        for part in block.modules():
+            if isinstance(part, Conv):
+                is_inner = isinstance(block, ResBlock) and part is block.conv1
+                watch(part, part.address if is_inner else "stream")
+    spec, parameter = decoder.spec, next(decoder.parameters())
+    grid = (1 if spec.still else _PROBE_GRID[0], *_PROBE_GRID[1:])
+    generator = torch.Generator().manual_seed(_SEED)
+    latents = _PROBE_SPREAD * torch.randn(1, spec.latent_width, *grid, generator=generator)
+    try:
+        decoder(latents.to(parameter.device, parameter.dtype))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return peaks
+
+
+def _scale_stream(decoder: Decoder, scale: float) -> None:
+    """Multiply the stream from where it begins, the last convolution before the first other block, to the head."""
+    blocks = list(_blocks(decoder))
+    begin = next(i for i, block in enumerate(blocks) if not isinstance(block, ConvBlock)) - 1
+    for block in blocks[begin:]:
+        _scale_block(block, scale, is_first=block is blocks[begin])
+    for bypass in decoder.bypasses.values():
+        if isinstance(conv := getattr(bypass, "conv", None), Conv):
+            conv.bias.mul_(scale)
+
+
+def _scale_block(block: nn.Module, scale: float, *, is_first: bool) -> None:
+    if isinstance(block, ConvBlock):
+        _multiply(block.conv, scale, bias_only=not is_first)
+    elif isinstance(block, ResBlock):
+        _follow(block.norm1, scale)
+        _multiply(block.conv2, scale)
+        if block.shortcut is not None:
+            _multiply(block.shortcut, scale, bias_only=block.shortcut_norm is None)
+        if block.shortcut_norm is not None:
+            _follow(block.shortcut_norm, scale)
+    elif isinstance(block, Attention):
+        _follow(block.norm, scale)
+        block.proj.weight.mul_(scale)
+        block.proj.bias.mul_(scale)
+    elif isinstance(block, Upsample):
+        for conv in (block.temporal, block.spatial):
+            if conv is not None:
+                _multiply(conv, scale, bias_only=True)
+    elif isinstance(block, ShuffleUpsample):
+        _multiply(block.conv, scale, bias_only=True)
+    elif isinstance(block, Head):
+        _follow(block.norm, scale)
+
+
+def _multiply(conv: Conv, scale: float, *, bias_only: bool = False) -> None:
+    conv.bias.mul_(scale)
+    if not bias_only:
+        conv.weight.mul_(scale)
+
+
+def _follow(norm: ChannelRMSNorm | ChannelLayerNorm, scale: float) -> None:
+    """Make a norm of a scaled input give what it gave."""
+    if norm.eps is not None:
+        norm.eps *= scale**2
