@@ -107,6 +107,11 @@ class Checkpoint:
             )
         return self.encoder
 
+    @property
+    def own_encoder(self) -> Encoder | None:
+        """An encoder that was made together with the decoder; that of an original stays where it is."""
+        return self.encoder if self.header is not None and self.header.original is not None else None
+
     def lineage(self, role: str) -> Lineage:
         """How another artifact names this one."""
         return Lineage(role=role, location=self.location, sha256=self.sha256, weights=self.weights)

@@ -1,4 +1,4 @@
-"""Covariances of every prunable tensor of a decoder, accumulated clip by clip.
+"""Covariances of every prunable tensor of a decoder or an encoder, accumulated clip by clip.
 
 Memory does not grow with the number of clips: one clip's activations live at a time, and each tensor
 leaves a C x C matrix and a mean.
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.coder import Coder, Decoder
 from flashvaed_cli.decoders.exact import exact_decoder
 from flashvaed_cli.decoders.groups import tensor_widths
 from flashvaed_cli.numerics.covariance import CovarianceAccumulator, TensorStatistics
@@ -23,12 +23,12 @@ from flashvaed_cli.progress import Progress
 
 @torch.no_grad()
 def collect_statistics(
-    decoder: Decoder, clips: Iterable[Float[Tensor, "_B C _T _Hz _Wz"]], *, num_clips: int | None, progress: Progress
+    coder: Coder, clips: Iterable[Float[Tensor, "_B C _T _Hz _Wz"]], *, num_clips: int | None, progress: Progress
 ) -> dict[str, TensorStatistics]:
-    """Run clips through a decoder and measure the covariance of every tensor that belongs to a channel group.
+    """Run clips through a coder, and measure the covariance of every tensor that belongs to a channel group.
 
     Args:
-        clips: raw latents, one clip (of any size) at a time; consumed once.
+        clips: raw latents (of an encoder, pixels), one clip (of any size) at a time; consumed once.
         num_clips: for the progress bar; None when unknown.
     Returns:
         Tensor address (see `decoders.groups`) to its statistics.
@@ -37,17 +37,17 @@ def collect_statistics(
     """
     accumulators = {
         address: CovarianceAccumulator(width, label=f"activations of {address}")
-        for address, width in tensor_widths(decoder.spec).items()
+        for address, width in tensor_widths(coder.spec).items()
     }
-    decoder = exact_decoder(decoder)
-    device = next(decoder.parameters()).device
-    blocks = dict(decoder.blocks())
+    coder = exact_decoder(coder) if isinstance(coder, Decoder) else coder
+    device = next(coder.parameters()).device
+    blocks = dict(coder.blocks())
     inside = {address: accumulator for address, accumulator in accumulators.items() if address not in blocks}
-    handles = [_watch(decoder.at(address), accumulator) for address, accumulator in inside.items()]
+    handles = [_watch(coder.at(address), accumulator) for address, accumulator in inside.items()]
     try:
         with progress.task("covariances", num_clips) as task:
             for latents in clips:
-                for address, x in decoder.walk(latents.to(device)):
+                for address, x in coder.walk(coder.enter(latents.to(device))):
                     if address in accumulators:
                         accumulators[address].update(x)
                 task.advance()

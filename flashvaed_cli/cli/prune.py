@@ -24,6 +24,7 @@ from flashvaed_cli.cli.options import (
     flag,
     input_argument,
     ratio_overrides,
+    switch,
 )
 from flashvaed_cli.cli.running import resolve_settings, run_stage
 from flashvaed_cli.recipe import PruneRecipe
@@ -57,6 +58,7 @@ def prune(
     original: Annotated[str | None, flag(PruneRecipe, "original")] = None,
     rule: Annotated[SelectionRule | None, flag(PruneRecipe, "rule")] = None,
     layout: Annotated[StudentLayout | None, flag(PruneRecipe, "layout")] = None,
+    with_encoder: Annotated[bool | None, switch(PruneRecipe, "with_encoder")] = None,
     round_to: Annotated[int | None, flag(PruneRecipe, "round_to")] = None,
     target_speedup: Annotated[float | None, flag(PruneRecipe, "target_speedup")] = None,
     target_gflops: Annotated[float | None, flag(PruneRecipe, "target_gflops")] = None,

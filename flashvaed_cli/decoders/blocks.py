@@ -137,10 +137,14 @@ class Downsample(nn.Module):
         self.temporal = None if spec.temporal is None else build_conv(spec.temporal, f"{address}.temporal")
 
     def forward(self, x: Clip, past: Past = None, future: Future = None) -> MappedClip:
+        x = self.halve_size(x)
+        return x if self.temporal is None else self._halve_frames(x, past, future)
+
+    def halve_size(self, x: Clip) -> MappedClip:
+        """The spatial part alone: a kernel around every second row and column, zeros below and right of the frame."""
         frames = F.pad(frames_as_batch(x), (0, 1, 0, 1))
         frames = F.conv2d(frames, self.spatial.weight, self.spatial.bias, stride=2)
-        x = batch_as_frames(frames, x.shape[0])
-        return x if self.temporal is None else self._halve_frames(x, past, future)
+        return batch_as_frames(frames, x.shape[0])
 
     def _halve_frames(self, x: Clip, past: Past, future: Future) -> MappedClip:
         assert self.temporal is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -137,6 +138,9 @@ class Coder(nn.Module):
     def parameter_count(self) -> int:
         """Number of parameters."""
         return sum(p.numel() for p in self.parameters())
+
+
+CoderT = TypeVar("CoderT", bound=Coder)
 
 
 class Decoder(Coder):

@@ -6,7 +6,16 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
-from flashvaed_cli.recipe.fields import ANALYSIS_FILE, BUILTIN_VAE, PRUNED_FILE, Count, Name, Positive, StudentLayout
+from flashvaed_cli.recipe.fields import (
+    ANALYSIS_FILE,
+    BUILTIN_VAE,
+    PRUNED_FILE,
+    Count,
+    Name,
+    Positive,
+    StudentLayout,
+    Switch,
+)
 from flashvaed_cli.recipe.settings import RatioFields, ReconstructingRecipe
 
 
@@ -27,6 +36,11 @@ class PruneRecipe(ReconstructingRecipe, RatioFields):
         default="free",
         description="free: each channel group has a width of its own. native: the original at another base width, "
         "which the family's stock classes load; the ratio is that of the whole decoder.",
+    )
+    with_encoder: Switch = Field(
+        default=False,
+        description="With the native layout: narrow and refit the encoder to the same width, for programs that build "
+        "both at one width.",
     )
     round_to: Count = Field(
         default=1, description="Round kept channel counts to the nearest multiple of this, at least one."
@@ -73,6 +87,8 @@ class PruneRecipe(ReconstructingRecipe, RatioFields):
                 "`target_speedup`: the native layout takes a ratio or `target_gflops`; give one of these, or leave "
                 "`layout: native` out"
             )
+        if self.with_encoder and self.layout != "native":
+            raise ValueError("`with_encoder`: only `layout: native` narrows an encoder; add that, or leave it out")
         return self
 
     @property

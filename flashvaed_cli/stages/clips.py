@@ -102,6 +102,16 @@ class CalibrationClips:
         if not len(self):
             raise none_usable(len(self._skipped), {Path(path): reason for path, reason in self.skipped.items()})
 
+    def pixels(self) -> Iterator[Float[Tensor, "1 3 T H W"]]:
+        """The videos themselves, padded to what the encoder takes; latent files have none.
+
+        Raises:
+            MediaError: a video cannot be read any more.
+        """
+        for clip in self.requests:
+            if clip not in self._skipped:
+                yield encodable(self.vae, load_clip(clip))[None].to(self.device)
+
     def _load(self, clip: ClipRequest | Path) -> Float[Tensor, "B C T Hz Wz"]:
         if isinstance(clip, ClipRequest):
             return encode_clip(self.vae, load_clip(clip), self.device)
@@ -123,11 +133,15 @@ def _file_of(clip: ClipRequest | Path) -> Path:
 @torch.no_grad()
 def encode_clip(vae: Checkpoint, clip: Float[Tensor, "3 T H W"], device: torch.device) -> Float[Tensor, "1 C T Hz Wz"]:
     """Encode the most frames of a clip that are whole latents; sides are padded to what the encoder takes."""
-    encoder = vae.require_encoder()
-    step = encoder.spec.temporal_factor
+    return encode(vae.require_encoder(), encodable(vae, clip)[None].to(device))
+
+
+def encodable(vae: Checkpoint, clip: Float[Tensor, "3 T H W"]) -> Float[Tensor, "3 t h w"]:
+    """The most frames of a clip that are whole latents, with sides padded to what the encoder takes."""
+    spec = vae.require_encoder().spec
+    step = spec.temporal_factor
     clip = clip[:, : 1 + (clip.shape[1] - 1) // step * step]
-    padded = pad_clip(clip, temporal_factor=step, spatial_factor=encoder.spec.spatial_factor)
-    return encode(encoder, padded[None].to(device))
+    return pad_clip(clip, temporal_factor=step, spatial_factor=spec.spatial_factor)
 
 
 def plan_calibration(

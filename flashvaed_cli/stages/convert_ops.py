@@ -160,7 +160,14 @@ def _written(
         run=run,
     )
     output = user_path(recipe.output)
-    save_checkpoint(output, header, decoder=converted, dtype=DTYPES[recipe.dtype], force=force)
+    save_checkpoint(
+        output,
+        header,
+        decoder=converted,
+        encoder=inputs.checkpoint.own_encoder,
+        dtype=DTYPES[recipe.dtype],
+        force=force,
+    )
     return StageOutcome((output,), tables, measured)
 
 

@@ -228,7 +228,8 @@ def _given_up(job: _Job, files: TrainingFiles, progress: Progress) -> list[Path]
 def _finish(
     files: TrainingFiles, header: ArtifactHeader, job: _Job, results: list[PhaseResult], *, force: bool
 ) -> Path:
-    save_checkpoint(files.output, header, decoder=job.student, force=force)
+    encoder = job.inputs.checkpoint.own_encoder
+    save_checkpoint(files.output, header, decoder=job.student, encoder=encoder, force=force)
     curves = draw_curves(files.output, results)
     for path in files.checkpoints(len(results)):
         path.unlink(missing_ok=True)

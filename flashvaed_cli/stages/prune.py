@@ -27,10 +27,12 @@ from flashvaed_cli.stages.budget import Budget, budget_table, judge_budget, plan
 from flashvaed_cli.stages.clips import CalibrationClips, plan_calibration
 from flashvaed_cli.stages.loading import DTYPES, Inputs, choose_device, choose_input, input_settings, load_inputs
 from flashvaed_cli.stages.native import choose_native
+from flashvaed_cli.stages.native_encoder import narrow_encoder
 from flashvaed_cli.stages.outputs import claim_file
 from flashvaed_cli.stages.reconstruction import choose_reference, error_table, fit_settings, reconstruct
 from flashvaed_cli.stages.result import StageOutcome
 from flashvaed_cli.stages.run_watch import RunWatch
+from flashvaed_cli.surgery.native import native_base_width
 from flashvaed_cli.surgery.respec import narrowed_spec
 from flashvaed_cli.surgery.selection import GroupSelection, select_channels
 from flashvaed_cli.surgery.transfer import transfer_weights
@@ -69,6 +71,11 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
     if recipe.reconstruct != "none":
         reference, left = choose_reference(inputs, kept, progress)
         errors = reconstruct(decoder, student, reference, left, clips, fit_settings(recipe), progress)
+    encoder, encoder_record = None, None
+    if recipe.with_encoder:
+        encoder, encoder_record = narrow_encoder(
+            inputs.original, student, native_base_width(student.spec), clips, recipe, progress
+        )
     measured = {
         "layout": recipe.layout,
         "selection": [vars(selection) for selection in selections],
@@ -77,6 +84,8 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
         "parameters_after": student.parameter_count,
         "skipped_clips": clips.skipped,
     }
+    if encoder_record is not None:
+        measured["encoder"] = encoder_record
     if budget is not None:
         measured["budget"] = judge_budget(recipe, budget, decoder, student, progress)
         reached = measured["budget"]["measured"]["speedup"]
@@ -95,8 +104,8 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
         measured=measured,
         run=watch.record(device, clips.files),
     )
-    save_checkpoint(output, header, decoder=student, dtype=DTYPES[recipe.dtype], force=force)
-    tables = [_selection_table(selections, decoder, student), *error_table(errors)]
+    save_checkpoint(output, header, decoder=student, encoder=encoder, dtype=DTYPES[recipe.dtype], force=force)
+    tables = [_selection_table(selections, decoder, student), *error_table(errors), *_encoder_table(encoder_record)]
     if budget is not None:
         tables.append(budget_table(measured["budget"]))
     return StageOutcome((output,), tuple(tables), measured)
@@ -250,6 +259,19 @@ def _warn_of_unvarying(selections: list[GroupSelection], progress: Progress) -> 
                 found.append(f"{selection.group}: {len(channels)} {kind} ({shown})")
     if found:
         progress.warn("channels that do not vary over the calibration clips are kept last. " + "; ".join(found))
+
+
+def _encoder_table(record: Mapping[str, Any] | None) -> tuple[TableData, ...]:
+    if record is None:
+        return ()
+    columns = (
+        Column("parameters", ",d"),
+        Column("share of the latents' variance missed", ".4f"),
+        Column("PSNR through it, dB", ".2f"),
+        Column("through the original's, dB", ".2f"),
+    )
+    figures = ("parameters_after", "latent_error", "psnr_db", "psnr_db_with_original_encoder")
+    return (TableData("The narrowed encoder, on the calibration clips", columns, (tuple(record[f] for f in figures),)),)
 
 
 def _selection_table(selections: list[GroupSelection], before: Decoder, after: Decoder) -> TableData:

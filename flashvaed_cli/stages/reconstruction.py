@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from flashvaed_cli.decoders.coder import Decoder
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from flashvaed_cli.decoders.coder import Coder, Decoder
 from flashvaed_cli.decoders.groups import Kept, compose_kept, tensor_widths
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.settings import ReconstructingRecipe
 from flashvaed_cli.report.tables import Column, TableData
-from flashvaed_cli.stages.clips import CalibrationClips
 from flashvaed_cli.stages.loading import Inputs
 from flashvaed_cli.surgery.layer_fit import FitSettings, LayerError
-from flashvaed_cli.surgery.reconstruct import first_changed_block, reconstruct_decoder
+from flashvaed_cli.surgery.reconstruct import first_changed_block, reconstruct_coder
 
 
 def fit_settings(recipe: ReconstructingRecipe, *, num_separable_iterations: int = 3) -> FitSettings:
@@ -44,11 +47,11 @@ def choose_reference(inputs: Inputs, kept: Kept, progress: Progress) -> tuple[De
 
 
 def reconstruct(
-    before: Decoder,
-    after: Decoder,
-    reference: Decoder,
+    before: Coder,
+    after: Coder,
+    reference: Coder,
     kept: Kept,
-    clips: CalibrationClips,
+    clips: Iterable[Tensor],
     settings: FitSettings,
     progress: Progress,
 ) -> list[LayerError]:
@@ -56,7 +59,7 @@ def reconstruct(
     first = first_changed_block(before, after)
     if first is None:
         return []
-    errors = reconstruct_decoder(reference, after, kept, clips, first_block=first, settings=settings, progress=progress)
+    errors = reconstruct_coder(reference, after, kept, clips, first_block=first, settings=settings, progress=progress)
     starved = [error.address for error in errors if error.num_rows < 2 * error.num_unknowns]
     if starved:
         progress.warn(

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flashvaed_cli.decoders.blocks import Attention, Head, ResBlock, Upsample
+from flashvaed_cli.decoders.blocks import Attention, Downsample, Head, ResBlock, Upsample
 from flashvaed_cli.decoders.operators import (
     ChannelRMSNorm,
     Conv,
@@ -44,7 +44,7 @@ from flashvaed_cli.surgery.layer_fit import (
     rows_for,
 )
 from flashvaed_cli.surgery.recording import BLOCK, BYPASS_GAP, RecordedRows
-from flashvaed_cli.surgery.rows import dense_rows_per_clip, gather_rows
+from flashvaed_cli.surgery.rows import dense_rows_per_clip, finer_positions, gather_rows
 from flashvaed_cli.surgery.transfer import (
     Channels,
     doubled,
@@ -346,6 +346,28 @@ def _solve_shuffle(pair: BlockPair, address: str) -> list[LayerError]:
     return [_solve_layer(pair.fit_of("conv", pair.before, wide), pair, "conv", lambda y: [y], target)]
 
 
+def _solve_downsample(pair: BlockPair, address: str) -> list[LayerError]:
+    """A strided kernel reads what an unstrided one reads at every second position of the finer grid."""
+    old, new = pair.reference, pair.student
+    assert isinstance(old, Downsample) and isinstance(new, Downsample)
+    if pair.settings.mode == "channel":
+        return []
+    spatial = pair.fit_of("spatial", pair.before, pair.after)
+    for y, rows in pair.clips():
+        centres = finer_positions(rows.positions["spatial"], y.shape, step=(1, 2, 2), first=(0, 1, 1))
+        spatial.update([y], pick(rows.outputs["spatial"], pair.after, 1), centres)
+    errors = [spatial.solve_()]
+    if new.temporal is None or not any("temporal" in rows.positions for _, rows in pair.clips()):
+        return errors
+    temporal = pair.fit_of("temporal", pair.after, pair.after)
+    for y, rows in pair.clips():
+        if "temporal" in rows.positions:
+            halved = new.halve_size(y)
+            last = finer_positions(rows.positions["temporal"], halved.shape, step=(2, 1, 1), first=(2, 0, 0))
+            temporal.update([halved], pick(rows.outputs["temporal"], pair.after, 1), last)
+    return [*errors, temporal.solve_()]
+
+
 def _solve_head(pair: BlockPair, address: str) -> list[LayerError]:
     old, new = pair.reference, pair.student
     assert isinstance(old, Head) and isinstance(new, Head)
@@ -368,6 +390,7 @@ BLOCK_SOLVERS: dict[str, Callable[[BlockPair, str], list[LayerError]]] = {
     "attention": _solve_attention,
     "upsample": _solve_upsample,
     "shuffle_upsample": _solve_shuffle,
+    "downsample": _solve_downsample,
     "head": _solve_head,
     "conv": _solve_conv,
 }

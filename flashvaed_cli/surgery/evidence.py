@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.coder import Coder
 from flashvaed_cli.decoders.groups import ChannelGroup, consumers, producers
 from flashvaed_cli.decoders.operators import Conv, dense_kernel
 from flashvaed_cli.errors import CalibrationError
@@ -52,7 +52,7 @@ def pooled_evidence(group: ChannelGroup, statistics: Mapping[str, TensorStatisti
 
 @torch.no_grad()
 def channel_evidence(
-    decoder: Decoder, group: ChannelGroup, statistics: Mapping[str, TensorStatistics]
+    decoder: Coder, group: ChannelGroup, statistics: Mapping[str, TensorStatistics]
 ) -> ChannelEvidence:
     """All that a selection rule may want to know about a group.
 
@@ -67,16 +67,14 @@ def channel_evidence(
     )
 
 
-def _producer_l1(decoder: Decoder, group: ChannelGroup) -> Float64[Tensor, " C"]:
+def _producer_l1(decoder: Coder, group: ChannelGroup) -> Float64[Tensor, " C"]:
     """Sum of the absolute weights that produce each channel, over all layers that write to the group."""
     kernels = [_kernel(decoder, address) for address in producers(decoder.spec, group)]
     # A bypass has several rows per channel, one after another.
     return torch.stack([kernel.abs().reshape(group.width, -1).sum(dim=1) for kernel in kernels]).sum(dim=0)
 
 
-def _consumer_metric(
-    decoder: Decoder, group: ChannelGroup, covariance: Float64[Tensor, "C C"]
-) -> Float64[Tensor, "C C"]:
+def _consumer_metric(decoder: Coder, group: ChannelGroup, covariance: Float64[Tensor, "C C"]) -> Float64[Tensor, "C C"]:
     """Sum over the consumers of VᵀV summed over the taps, each in units of its own output's variance.
 
     So every consumer counts by the share of its output that is lost, whether a norm stands before it or not.
@@ -99,7 +97,7 @@ def _consumer_metric(
     return total
 
 
-def _kernel(decoder: Decoder, address: str) -> Float64[Tensor, "O C taps"]:
+def _kernel(decoder: Coder, address: str) -> Float64[Tensor, "O C taps"]:
     """The dense weights of a layer, whatever its operator."""
     layer = decoder.at(address)
     if isinstance(layer, Conv):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.coder import Coder
 from flashvaed_cli.decoders.families import get_family, original_like
 from flashvaed_cli.decoders.groups import ChannelGroup, Kept, channel_groups, input_tensors, tensor_widths
 from flashvaed_cli.decoders.layer_spec import AttentionSpec, ConvBlockSpec, ResBlockSpec
@@ -84,7 +84,7 @@ def linked_groups(spec: CoderSpec) -> list[ChannelGroup]:
 
 
 def select_native(
-    decoder: Decoder, statistics: Mapping[str, TensorStatistics], spec: DecoderSpec, *, rule: str, seed: int = 0
+    decoder: Coder, statistics: Mapping[str, TensorStatistics], spec: CoderSpec, *, rule: str, seed: int = 0
 ) -> tuple[Kept, list[GroupSelection]]:
     """Choose the kept channels of every stream and every inside for the widths of `spec`.
 

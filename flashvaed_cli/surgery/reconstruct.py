@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.coder import Coder, Decoder
 from flashvaed_cli.decoders.exact import exact_decoder
 from flashvaed_cli.decoders.groups import Kept, input_tensors
 from flashvaed_cli.decoders.layout import channels_last, use_channels_last
@@ -38,7 +38,7 @@ _ENTERING = {_REFERENCE: "reference_entering", STUDENT: "student_entering"}
 """Names in the store: what entered the stage whose bypass is still open."""
 
 
-def first_changed_block(before: Decoder, after: Decoder) -> str | None:
+def first_changed_block(before: Coder, after: Coder) -> str | None:
     """Address of the first block whose spec differs; None when none does."""
     for (address, old), (_, new) in zip(before.spec.blocks(), after.spec.blocks(), strict=True):
         if old != new:
@@ -47,9 +47,9 @@ def first_changed_block(before: Decoder, after: Decoder) -> str | None:
 
 
 @torch.no_grad()
-def reconstruct_decoder(
-    reference: Decoder,
-    student: Decoder,
+def reconstruct_coder(
+    reference: Coder,
+    student: Coder,
     kept: Kept,
     clips: Iterable[Float[Tensor, "_B C _T _Hz _Wz"]],
     *,
@@ -62,7 +62,7 @@ def reconstruct_decoder(
     Args:
         reference: the original; its activations are the targets.
         kept: channels that are left, as indices of the reference's.
-        clips: raw latents, one calibration clip at a time; consumed once.
+        clips: raw latents (of an encoder, pixels), one calibration clip at a time; consumed once.
         first_block: address of the first block to solve; those before it are only run.
     Returns:
         One line per solved layer: relative error before and after.
@@ -74,8 +74,10 @@ def reconstruct_decoder(
     device = next(student.parameters()).device
     generator = torch.Generator().manual_seed(settings.seed)
     errors: list[LayerError] = []
-    student = exact_decoder(student)  # over the same weights
-    if settings.mode == "full":  # channel mode reads the inputs of every layer, which some exact operators never form
+    if isinstance(student, Decoder):
+        student = exact_decoder(student)  # over the same weights
+    # Channel mode reads the inputs of every layer, which some exact operators never form.
+    if settings.mode == "full" and isinstance(reference, Decoder):
         reference = exact_decoder(reference)
     use_channels_last(reference)
     use_channels_last(student)
@@ -105,8 +107,8 @@ def reconstruct_decoder(
 class _Pairing:
     """The two decoders, and what their parts at an address are solved from."""
 
-    reference: Decoder
-    student: Decoder
+    reference: Coder
+    student: Coder
     kept: Kept
     settings: FitSettings
     store: ActivationStore
@@ -162,8 +164,8 @@ def _with_bypass(output: Clip, pair: BypassPair | None, name: str, clip: int) ->
 
 
 def _run_prefix(
-    reference: Decoder,
-    student: Decoder,
+    reference: Coder,
+    student: Coder,
     first_block: str,
     clips: Iterable[Clip],
     store: ActivationStore,
@@ -175,7 +177,7 @@ def _run_prefix(
     num_clips = 0
     for latents in clips:
         for name, decoder in ((_REFERENCE, reference), (STUDENT, student)):
-            x = channels_last(latents.to(device))
+            x = channels_last(decoder.enter(latents.to(device)))
             for address, output in decoder.walk(x, stop=first_block):
                 x = output
                 if address == entrance:

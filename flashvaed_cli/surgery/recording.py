@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from flashvaed_cli.decoders.blocks import Downsample
 from flashvaed_cli.decoders.operators import Conv
 from flashvaed_cli.surgery.rows import gather_rows, sample_positions
 
@@ -82,6 +83,9 @@ def record_block(
     handles = [_hook(layer, name, record) for name, layer in layers.items()]
     try:
         output = block(x)
+        if isinstance(block, Downsample):  # whose layers run strided, past their own call
+            record("spatial", x, block.halve_size(x))
+            record("temporal", x, output[:, :, 1:])
     finally:
         for handle in handles:
             handle.remove()

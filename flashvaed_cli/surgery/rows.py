@@ -80,6 +80,28 @@ def gather_patches(
     return torch.stack(taps, dim=2)  # [N, C, taps]
 
 
+def finer_positions(
+    positions: Int64[Tensor, " N"],
+    finer: tuple[int, ...],
+    *,
+    step: tuple[int, int, int],
+    first: tuple[int, int, int],
+) -> Int64[Tensor, " N"]:
+    """Positions of a strided layer's output on the grid that it reads: index times `step` plus `first`, per axis.
+
+    Args:
+        positions: flat indices into `[B, T', H', W']`.
+        finer: shape `[B, C, T, H, W]` of what is read.
+    """
+    _, _, t, h, w = finer
+    coarse = [(size - start - 1) // stride + 1 for size, stride, start in zip((t, h, w), step, first, strict=True)]
+    column, rest = positions % coarse[2], positions // coarse[2]
+    row, rest = rest % coarse[1], rest // coarse[1]
+    frame, sample = rest % coarse[0], rest // coarse[0]
+    at = [index * stride + start for index, stride, start in zip((frame, row, column), step, first, strict=True)]
+    return ((sample * t + at[0]) * h + at[1]) * w + at[2]
+
+
 def gather_rows(y: Float[Tensor, "B O T H W"], positions: Int64[Tensor, " N"]) -> Float[Tensor, "N O"]:
     """The values of all channels at each position."""
     return y.permute(0, 2, 3, 4, 1).reshape(-1, y.shape[1])[positions.to(y.device)]

@@ -11,15 +11,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flashvaed_cli.decoders.blocks import Attention, ResBlock, Upsample
+from flashvaed_cli.decoders.blocks import Attention, Downsample, ResBlock, Upsample
 from flashvaed_cli.decoders.bypass import Bypass
-from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.coder import CoderT
 from flashvaed_cli.decoders.groups import Kept, input_tensors
 from flashvaed_cli.decoders.layer_spec import Operator, ShuffleUpsampleSpec
 from flashvaed_cli.decoders.norms import ChannelLayerNorm, ChannelRMSNorm
 from flashvaed_cli.decoders.operators import LowRankConv3d, dense_kernel
 from flashvaed_cli.decoders.shuffle_blocks import ShuffleUpsample
-from flashvaed_cli.decoders.spec import DecoderSpec
+from flashvaed_cli.decoders.spec import CoderSpec
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.numerics.reduced_rank import factorise
 from flashvaed_cli.numerics.separable import frame_from_causal, separable_from_dense
@@ -41,8 +41,8 @@ def pick(x: Tensor, channels: Channels, dim: int) -> Tensor:
 
 
 @torch.no_grad()
-def transfer_weights(reference: Decoder, spec: DecoderSpec, kept: Kept) -> Decoder:
-    """Build a decoder from `spec` with the reference's weights cut to the kept channels.
+def transfer_weights(reference: CoderT, spec: CoderSpec, kept: Kept) -> CoderT:
+    """Build a coder from `spec` with the reference's weights cut to the kept channels.
 
     A layer whose operator differs gets the data-free conversion: temporal taps summed for `frame2d`, the best
     rank one per input channel for `dwsep3d`, the nearest kernel of the rank for `lowrank3d`. A new 1x1 shortcut
@@ -53,7 +53,7 @@ def transfer_weights(reference: Decoder, spec: DecoderSpec, kept: Kept) -> Decod
     Raises:
         SpecError: a layer of `spec` cannot come from the reference's.
     """
-    student = Decoder(spec).to(next(reference.parameters()).device)
+    student = type(reference)(spec).to(next(reference.parameters()).device)
     student.eval().requires_grad_(False)
     inputs = input_tensors(spec)
     for address, block in student.blocks():
@@ -71,6 +71,11 @@ def transfer_weights(reference: Decoder, spec: DecoderSpec, kept: Kept) -> Decod
             _transfer_conv(source.spatial, block.spatial, before, after)  # type: ignore[union-attr, arg-type]
         elif isinstance(block, ShuffleUpsample):
             _transfer_shuffle(source, block, before, after)
+        elif isinstance(block, Downsample):
+            assert isinstance(source, Downsample)
+            _transfer_conv(source.spatial, block.spatial, before, after)
+            if block.temporal is not None and source.temporal is not None:
+                _transfer_conv(source.temporal, block.temporal, after, after)
         else:
             if hasattr(block, "norm"):
                 _transfer_norm(source.norm, block.norm, before)  # type: ignore[arg-type]

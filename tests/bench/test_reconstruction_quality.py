@@ -24,7 +24,7 @@ from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.recipe.prune import PruneRecipe
 from flashvaed_cli.report.tables import Cell, Column, TableData, to_rich
 from flashvaed_cli.surgery.layer_fit import FitSettings
-from flashvaed_cli.surgery.reconstruct import first_changed_block, reconstruct_decoder
+from flashvaed_cli.surgery.reconstruct import first_changed_block, reconstruct_coder
 from flashvaed_cli.surgery.respec import converted_spec, narrowed_spec
 from flashvaed_cli.surgery.selection import select_channels
 from flashvaed_cli.surgery.transfer import transfer_weights
@@ -55,7 +55,7 @@ def solved(data: QualityData, spec: DecoderSpec, kept: Kept, mode: str) -> tuple
     first = first_changed_block(original, student)
     assert first is not None
     settings = FitSettings(mode="channel" if mode == "channel" else "full")
-    reconstruct_decoder(
+    reconstruct_coder(
         original, student, kept, data.calibration, first_block=first, settings=settings, progress=SilentProgress()
     )
     return cut, student

@@ -13,7 +13,7 @@ from flashvaed_cli.distill.features import run_with_features
 from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.surgery.evidence import channel_evidence
 from flashvaed_cli.surgery.layer_fit import FitSettings, LayerError
-from flashvaed_cli.surgery.reconstruct import reconstruct_decoder
+from flashvaed_cli.surgery.reconstruct import reconstruct_coder
 from flashvaed_cli.surgery.respec import converted_spec, narrowed_spec, spec_of_widths
 from flashvaed_cli.surgery.selection import select_channels
 from flashvaed_cli.surgery.transfer import transfer_weights
@@ -26,7 +26,7 @@ HELD_OUT = toy_latents(3, 2, 2, seed=9)
 
 def reconstruct(student: Decoder, kept: Kept, first_block: str, mode: str, frac: float = 1e-4) -> list[LayerError]:
     settings = FitSettings(mode=mode, dampening_frac=frac)  # type: ignore[arg-type]
-    return reconstruct_decoder(
+    return reconstruct_coder(
         REFERENCE, student, kept, CLIPS, first_block=first_block, settings=settings, progress=SilentProgress()
     )
 

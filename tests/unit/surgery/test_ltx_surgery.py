@@ -15,7 +15,7 @@ from flashvaed_cli.distill.phases import gradient_masks, plan_phase_2
 from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.surgery import block_solvers
 from flashvaed_cli.surgery.layer_fit import FitSettings, LayerError
-from flashvaed_cli.surgery.reconstruct import reconstruct_decoder
+from flashvaed_cli.surgery.reconstruct import reconstruct_coder
 from flashvaed_cli.surgery.respec import converted_spec, narrowed_spec
 from flashvaed_cli.surgery.selection import select_channels
 from flashvaed_cli.surgery.transfer import transfer_weights
@@ -39,7 +39,7 @@ def short_spec(version: str, *, causal: bool = False) -> DecoderSpec:
 def reconstruct(
     reference: Decoder, student: Decoder, kept: Kept, first_block: str, settings: FitSettings
 ) -> list[LayerError]:
-    return reconstruct_decoder(
+    return reconstruct_coder(
         reference, student, kept, CLIPS, first_block=first_block, settings=settings, progress=SilentProgress()
     )
 

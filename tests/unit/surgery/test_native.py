@@ -24,7 +24,7 @@ from flashvaed_cli.surgery.native import (
     nearest_base_width,
     select_native,
 )
-from flashvaed_cli.surgery.reconstruct import reconstruct_decoder
+from flashvaed_cli.surgery.reconstruct import reconstruct_coder
 from flashvaed_cli.surgery.respec import narrowed_spec
 from flashvaed_cli.surgery.transfer import transfer_weights
 from tests.toy import kept_of, original_spec
@@ -59,7 +59,7 @@ def test_the_student_is_the_original_at_another_width_and_the_fit_helps() -> Non
     student = transfer_weights(decoder, spec, kept)
     before = (student(clips[0]) - decoder(clips[0])).square().mean()
     settings = FitSettings(mode="full", dampening_frac=1e-3, num_separable_iterations=1, seed=0)
-    reconstruct_decoder(
+    reconstruct_coder(
         decoder, student, kept, clips, first_block="conv_in.0", settings=settings, progress=SilentProgress()
     )
     assert student.spec == wan_decoder_spec(2, 4)

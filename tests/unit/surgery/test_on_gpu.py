@@ -11,7 +11,7 @@ from flashvaed_cli.calibrate.statistics import collect_statistics
 from flashvaed_cli.decoders.wan import WAN21
 from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.surgery.layer_fit import FitSettings
-from flashvaed_cli.surgery.reconstruct import reconstruct_decoder
+from flashvaed_cli.surgery.reconstruct import reconstruct_coder
 from flashvaed_cli.surgery.respec import converted_spec, narrowed_spec
 from flashvaed_cli.surgery.selection import select_channels
 from flashvaed_cli.surgery.transfer import transfer_weights
@@ -32,7 +32,7 @@ def test_the_same_sets_and_weights(mode: str) -> None:
         kept, _ = select_channels(reference, statistics, {"up2": 0.75, "up3": 0.75}, rule="greedy-r2")
         spec = converted_spec(narrowed_spec(reference.spec, kept), WAN21.paper_operators)
         student = transfer_weights(reference, spec, kept)
-        reconstruct_decoder(
+        reconstruct_coder(
             reference,
             student,
             kept,

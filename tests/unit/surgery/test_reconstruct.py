@@ -21,7 +21,7 @@ from flashvaed_cli.errors import CalibrationError
 from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.surgery import block_solvers
 from flashvaed_cli.surgery.layer_fit import FitSettings, LayerError
-from flashvaed_cli.surgery.reconstruct import first_changed_block, reconstruct_decoder
+from flashvaed_cli.surgery.reconstruct import first_changed_block, reconstruct_coder
 from flashvaed_cli.surgery.respec import converted_spec, narrowed_spec, with_time_rank
 from flashvaed_cli.surgery.selection import select_channels
 from flashvaed_cli.surgery.transfer import transfer_weights
@@ -50,7 +50,7 @@ def reconstruct(
     clips: list[Tensor] | None = None,
     settings: FitSettings = NEARLY_EXACT,
 ) -> list[LayerError]:
-    return reconstruct_decoder(
+    return reconstruct_coder(
         reference,
         student,
         kept,
@@ -269,7 +269,7 @@ def test_an_unreadable_clip_leaves_no_folder(temporary_folder: Path) -> None:
 
     reference = toy_decoder()
     with pytest.raises(OSError, match="broken file"):
-        reconstruct_decoder(
+        reconstruct_coder(
             reference,
             transfer_weights(reference, reference.spec, {}),
             {},

@@ -1,0 +1,96 @@
+"""`prune --layout native --with-encoder`: the encoder at the width of the native decoder, so that a file is whole.
+
+Some programs (ComfyUI from 0.8, LightX2V) build encoder and decoder at one width. The encoder is narrowed as the
+decoder is, by the same selection and the same least squares, against what the original's layers give on the clips.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flashvaed_cli.artifact.checkpoint import Checkpoint
+from flashvaed_cli.calibrate.statistics import collect_statistics
+from flashvaed_cli.decoders.coder import Decoder, Encoder
+from flashvaed_cli.decoders.families import get_family
+from flashvaed_cli.decoders.spec import EncoderSpec
+from flashvaed_cli.decoders.streaming import decode, encode
+from flashvaed_cli.errors import SpecError
+from flashvaed_cli.progress import Progress
+from flashvaed_cli.recipe.prune import PruneRecipe
+from flashvaed_cli.stages.clips import CalibrationClips
+from flashvaed_cli.stages.reconstruction import fit_settings, reconstruct
+from flashvaed_cli.surgery.native import select_native
+from flashvaed_cli.surgery.transfer import transfer_weights
+
+
+def native_encoder_spec(encoder: EncoderSpec, base_width: int) -> EncoderSpec:
+    """The family's encoder at a base width, with what a configuration says of `encoder`."""
+    family = get_family(encoder.family)
+    spec = family.encoder_spec(base_width, encoder.latent_width)
+    configured = family.configured(spec, family.described(encoder))
+    assert isinstance(configured, EncoderSpec)
+    return configured
+
+
+def narrow_encoder(
+    original: Checkpoint,
+    decoder: Decoder,
+    base_width: int,
+    clips: CalibrationClips,
+    recipe: PruneRecipe,
+    progress: Progress,
+) -> tuple[Encoder, dict[str, Any]]:
+    """The original's encoder at a base width, and how good it is.
+
+    Args:
+        decoder: the narrowed one, which the figures are taken through.
+    Raises:
+        ArtifactError: the original has no encoder.
+        SpecError: all calibration data are latents, which tell nothing of an encoder.
+    """
+    encoder = original.require_encoder()
+    if not clips.requests:
+        raise SpecError("--with-encoder needs videos, and --data names latents only. Add a video, or leave it out")
+    spec = native_encoder_spec(encoder.spec, base_width)
+    statistics = collect_statistics(encoder, clips.pixels(), num_clips=len(clips.requests), progress=progress)
+    kept, _ = select_native(encoder, statistics, spec, rule=recipe.rule, seed=recipe.seed)
+    narrowed = transfer_weights(encoder, spec, kept)
+    errors = []
+    if recipe.reconstruct != "none":
+        pixels = list(clips.pixels())
+        errors = reconstruct(encoder, narrowed, encoder, kept, pixels, fit_settings(recipe), progress)
+    record = {
+        "parameters_before": encoder.parameter_count,
+        "parameters_after": narrowed.parameter_count,
+        "layer_errors": [vars(error) for error in errors],
+        **_quality(encoder, narrowed, decoder, clips),
+    }
+    return narrowed, record
+
+
+@torch.no_grad()
+def _quality(encoder: Encoder, narrowed: Encoder, decoder: Decoder, clips: CalibrationClips) -> dict[str, float]:
+    """On the calibration clips: the share of the latents' variance that is missed, and the PSNR of videos that go
+    through each encoder and the narrowed decoder."""
+    missed, variance, psnr = 0.0, 0.0, {"original": 0.0, "narrowed": 0.0}
+    for pixels in clips.pixels():
+        ours, theirs = encode(narrowed, pixels), encode(encoder, pixels)
+        missed += float((ours - theirs).square().sum())
+        variance += float((theirs - theirs.mean(dim=(0, 2, 3, 4), keepdim=True)).square().sum())
+        for name, latents in (("original", theirs), ("narrowed", ours)):
+            psnr[name] += _psnr_db(decode(decoder, latents), pixels) / len(clips.requests)
+    return {
+        "latent_error": missed / variance if variance > 0 else math.nan,
+        "psnr_db_with_original_encoder": psnr["original"],
+        "psnr_db": psnr["narrowed"],
+    }
+
+
+def _psnr_db(frames: Float[Tensor, "B 3 T H W"], wanted: Float[Tensor, "B 3 T H W"]) -> float:
+    error = float((frames.clamp(-1, 1) - wanted).square().mean())
+    return 10 * math.log10(4 / max(error, 1e-12))
