@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from flashvaed_cli.decoders.coder import Encoder
 from flashvaed_cli.decoders.families import get_family, original_like
 from flashvaed_cli.decoders.spec import DecoderSpec, EncoderSpec
 from flashvaed_cli.export.uniform_layout import encoder_base_width, fits_uniform_layout
@@ -71,6 +72,29 @@ def single_file_obstacle(decoder: DecoderSpec, encoder: EncoderSpec | None) -> s
     if family.name in _ANY_WIDTH and width != fit.base_width:
         return f"it wants encoder and decoder of one base width, these have {width} and {fit.base_width}"
     return None
+
+
+def stand_in_encoder(decoder: DecoderSpec, encoder: EncoderSpec | None) -> Encoder | None:
+    """An encoder of zeros for a decoder that lacks only one of its width; None where that is not what is lacking.
+
+    A program that builds both at one width loads the file then, and decodes with it.
+
+    Args:
+        encoder: what would be written else.
+    """
+    base_width = fits_uniform_layout(decoder, original_like(decoder)).base_width
+    family = get_family(decoder.family)
+    if base_width is None or family.name not in _ANY_WIDTH:
+        return None
+    if encoder is not None and encoder_base_width(encoder) == base_width:
+        return None
+    described = family.described(decoder) if encoder is None else family.described(encoder)
+    spec = family.configured(family.encoder_spec(base_width, decoder.latent_width), described)
+    assert isinstance(spec, EncoderSpec)
+    stand_in = Encoder(spec).eval().requires_grad_(False)
+    for parameter in stand_in.parameters():
+        parameter.zero_()
+    return stand_in
 
 
 def file_metadata(decoder: DecoderSpec) -> dict[str, str]:

@@ -2,18 +2,89 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from oracles import share_of_range
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from flashvaed_cli.artifact.checkpoint import load_checkpoint
-from tests.commands import succeed
-from tests.toy import BASE_WIDTH, write_toy_vae
+from flashvaed_cli.decoders.streaming import encode
+from flashvaed_cli.export.uniform_layout import encoder_base_width
+from flashvaed_cli.stages.export.comfyui import DECODES_ONLY
+from tests.commands import invoke, succeed
+from tests.toy import BASE_WIDTH, write_toy_clip, write_toy_vae
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle; pip install '.[dev]'")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A native student with an encoder of its width, exported for every program that builds both at one."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_toy_vae(folder / "vae.safetensors")
+    write_toy_clip(folder / "clip.mp4")
+    words = "--data clip.mp4 --num-calibration-clips 2 --num-frames 9 --crop-size 64 --layout native --ratio 0.75"
+    printed = succeed(f"prune vae.safetensors {words} --with-encoder -o whole.safetensors", cwd=folder)
+    assert printed["encoder"]["parameters_after"] < printed["encoder"]["parameters_before"]
+    succeed("export whole.safetensors --target diffusers --target safetensors --target comfyui", cwd=folder)
+    return folder
+
+
+@torch.no_grad()
+def test_an_encoder_of_the_same_width(whole: Path) -> None:
+    checkpoint = load_checkpoint(whole / "whole.safetensors", builtins={})
+    encoder = checkpoint.require_encoder()
+    assert encoder_base_width(encoder.spec) == 3 * BASE_WIDTH // 4
+    pixels = torch.rand(1, 3, 5, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    vae = diffusers.AutoencoderKLWan.from_pretrained(whole / "export" / "diffusers", low_cpu_mem_usage=False)
+    assert (vae.config["base_dim"], vae.config["decoder_base_dim"]) == (3 * BASE_WIDTH // 4,) * 2
+    theirs = vae.encode(pixels, return_dict=False)[0].mode()
+    assert share_of_range(theirs, encode(encoder, pixels)) < 1e-5
+
+
+@torch.no_grad()
+def test_the_single_file_in_diffusers(whole: Path) -> None:
+    checkpoint = load_checkpoint(whole / "whole.safetensors", builtins={})
+    latents = torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(0))
+    vae = diffusers.AutoencoderKLWan.from_single_file(
+        str(whole / "export" / "whole.safetensors"),
+        config=str(whole / "export" / "diffusers"),
+        local_files_only=True,
+        low_cpu_mem_usage=False,
+    )
+    assert (
+        share_of_range(vae.decode(latents, return_dict=False)[0], checkpoint.require_decoder()(latents).clamp(-1, 1))
+        < 1e-5
+    )
+
+
+def test_one_file_for_programs_that_build_both_at_one_width(whole: Path, tmp_path: Path) -> None:
+    """With the encoder where there is one; else with a stand-in, and that is said in the file and in the card."""
+    with safe_open(whole / "export" / "comfyui" / "whole.safetensors", "pt") as file:
+        assert DECODES_ONLY not in file.metadata() and file.get_tensor("encoder.conv1.weight").abs().sum() > 0
+    for name in ("vae.safetensors", "clip.mp4"):
+        shutil.copy(whole / name, tmp_path)
+    words = "--data clip.mp4 --num-calibration-clips 1 --num-frames 5 --crop-size 32 --layout native --ratio 0.75"
+    succeed(f"prune vae.safetensors {words}", cwd=tmp_path)
+    printed = succeed("export --target comfyui", cwd=tmp_path)
+    assert any("decodes only" in note for note in printed["notes"])
+    with safe_open(tmp_path / "export" / "comfyui" / "pruned.safetensors", "pt") as file:
+        assert file.metadata()[DECODES_ONLY] == "true"
+        assert file.get_slice("encoder.conv1.weight").get_shape()[0] == 3 * BASE_WIDTH // 4
+    assert "decodes only" in (tmp_path / "export" / "README.md").read_text(encoding="utf-8")
+
+
+def test_an_encoder_needs_the_native_layout_and_videos(whole: Path) -> None:
+    result = invoke("prune vae.safetensors --with-encoder --ratio 0.5 -q", cwd=whole)
+    assert result.exit_code == 2 and "native" in result.stderr
+    save_file({"latents": torch.randn(16, 2, 4, 6)}, whole / "latents.safetensors")
+    words = "--data latents.safetensors --layout native --ratio 0.75 --with-encoder -o x.safetensors -q"
+    result = invoke(f"prune vae.safetensors {words}", cwd=whole)
+    assert result.exit_code == 2 and "Add a video" in result.stderr
 
 
 @torch.no_grad()

@@ -8,13 +8,19 @@ from flashvaed_cli.artifact.checkpoint import Checkpoint, derived_header, load_c
 from flashvaed_cli.comfyui.node import NODE_PREFIX
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.export.checkpoint_file import READ_BACK, export_safetensors, read_back
-from flashvaed_cli.export.comfyui import file_metadata, single_file_obstacle, write_node_folder
+from flashvaed_cli.export.comfyui import file_metadata, single_file_obstacle, stand_in_encoder, write_node_folder
 from flashvaed_cli.export.result import ExportResult
 from flashvaed_cli.recipe.export import ExportRecipe
 from flashvaed_cli.stages.export.layouts import Prepared, encoder_at_hand, prepared
 from flashvaed_cli.stages.loading import DTYPES
 
 COMFYUI_FOLDER = "comfyui"
+DECODES_ONLY = "flashvaed.decodes_only"
+"""In the metadata of a file whose encoder is a stand-in."""
+_DECODES_ONLY_NOTE = (
+    "comfyui: the file decodes only. ComfyUI builds encoder and decoder at one width, so the encoder in it is a "
+    "stand-in of zeros. To encode (image to video), use the original VAE, or prune with --with-encoder"
+)
 
 
 def export_comfyui(checkpoint: Checkpoint, folder: Path, name: str, recipe: ExportRecipe) -> ExportResult:
@@ -24,6 +30,8 @@ def export_comfyui(checkpoint: Checkpoint, folder: Path, name: str, recipe: Expo
         ExportError: what was written does not reproduce the decoder.
     """
     written, encoder = prepared(checkpoint), encoder_at_hand(checkpoint)
+    stand_in = stand_in_encoder(written.decoder.spec, None if encoder is None else encoder.spec)
+    encoder = stand_in or encoder
     obstacle = single_file_obstacle(written.decoder.spec, None if encoder is None else encoder.spec)
     folder.mkdir()
     if obstacle is not None:
@@ -33,12 +41,16 @@ def export_comfyui(checkpoint: Checkpoint, folder: Path, name: str, recipe: Expo
     return export_safetensors(
         {key.removeprefix(prefix): tensor for key, tensor in tensors.items()},
         folder / f"{name}.safetensors",
-        file_metadata(written.decoder.spec),
+        {**file_metadata(written.decoder.spec), **({} if stand_in is None else {DECODES_ONLY: "true"})},
         target="comfyui",
         reference=written.reference(recipe.seed),
         dtype=DTYPES[recipe.dtype],
         exact=frozenset(key.removeprefix(prefix) for key in exact),
-        notes=(*written.notes("comfyui"), "comfyui: put the file into models/vae; Load VAE reads it"),
+        notes=(
+            *written.notes("comfyui"),
+            "comfyui: put the file into models/vae; Load VAE reads it",
+            *([] if stand_in is None else [_DECODES_ONLY_NOTE]),
+        ),
     )
 
 

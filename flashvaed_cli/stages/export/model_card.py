@@ -89,7 +89,8 @@ def _what(checkpoint: Checkpoint, spec: DecoderSpec) -> str:
 
 
 def _use(result: ExportResult, paths: Sequence[str]) -> str:
-    return "- " + _USES[result.target].format(file=paths[0], folder=paths[0].rpartition("/")[0])
+    use = "- " + _USES[result.target].format(file=paths[0], folder=paths[0].rpartition("/")[0])
+    return "\n".join([use, *(f"  - {printable(note.removeprefix(f'{result.target}: '))}" for note in result.notes)])
 
 
 def _latents(checkpoint: Checkpoint, spec: DecoderSpec) -> str:
