@@ -32,6 +32,10 @@ def trace_grid(spec: DecoderSpec) -> tuple[int, int, int]:
     return (1, *TRACE_GRID[1:]) if spec.still else TRACE_GRID
 
 
+MAX_SIZE = 2**31 - 1
+"""Of a batch, and of frames; without a bound older torch guards against one of 2^63 - 1, and refuses its own guard."""
+
+
 class _AnyLengthUpsample(Upsample):
     """The same frames without a branch on the number of latents, so that one graph serves 1 and more."""
 
@@ -140,7 +144,7 @@ def dynamic_axes(inputs: Sequence[Tensor]) -> tuple[object, ...]:
     Args:
         inputs: latents of `trace_grid`, then the caches of a later step.
     """
-    batch, frames = Dim("batch"), Dim("latent_frames")
+    batch, frames = Dim("batch", max=MAX_SIZE), Dim("latent_frames", max=MAX_SIZE)
     height, width = Dim("latent_height"), Dim("latent_width")
     axes: list[dict[int, object]] = [{0: batch, 2: frames, 3: height, 4: width}]
     if inputs[0].shape[2] == 1:
