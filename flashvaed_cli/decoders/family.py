@@ -93,7 +93,5 @@ class Family:
     config_keys: ConfigKeys
     configured: Callable[[DecoderSpec | EncoderSpec, Mapping[str, Any]], DecoderSpec | EncoderSpec] = _as_it_is
     described: Callable[[CoderSpec], dict[str, Any]] = _nothing
-    native_obstacle: str | None = (
-        "its shortcuts copy or shuffle channels in a fixed order, which kept channels would have to follow"
-    )
+    native_obstacle: str | None = None
     frames_per_second: int = 16

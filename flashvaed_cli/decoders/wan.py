@@ -156,5 +156,4 @@ WAN21 = Family(
     paper_keep_ratio=0.125,
     paper_operators={"mid": "dwsep3d", "up0": "dwsep3d", "up1": "dwsep3d", "up2": "frame2d", "up3": "frame2d"},
     config_keys=CONFIG_KEYS,
-    native_obstacle=None,
 )

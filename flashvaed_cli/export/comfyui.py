@@ -12,7 +12,7 @@ from typing import Any
 from flashvaed_cli.decoders.coder import Encoder
 from flashvaed_cli.decoders.families import get_family, original_like
 from flashvaed_cli.decoders.spec import DecoderSpec, EncoderSpec
-from flashvaed_cli.export.uniform_layout import encoder_base_width, fits_uniform_layout
+from flashvaed_cli.decoders.uniform_layout import encoder_base_width, fits_uniform_layout
 
 LATENTS = "latents.latent"
 _ANY_WIDTH = {"wan2.1", "qwen-image"}  # ComfyUI reads the width from the file; elsewhere it is fixed

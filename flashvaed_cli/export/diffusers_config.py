@@ -15,8 +15,8 @@ from flashvaed_cli.decoders.families import get_family, original_like
 from flashvaed_cli.decoders.family import Family
 from flashvaed_cli.decoders.layer_spec import ResBlockSpec
 from flashvaed_cli.decoders.spec import CoderSpec, DecoderSpec, EncoderSpec
+from flashvaed_cli.decoders.uniform_layout import encoder_base_width, fits_uniform_layout
 from flashvaed_cli.errors import ExportError
-from flashvaed_cli.export.uniform_layout import encoder_base_width, fits_uniform_layout
 
 _QWEN = (
     "base_dim",

@@ -48,7 +48,8 @@ class PruneRecipe(ReconstructingRecipe, RatioFields):
     target_speedup: Annotated[float, Field(gt=1, strict=True)] | None = Field(
         default=None,
         description="In place of ratios: prune the family's shallow stages until decoding is predicted to be so many "
-        "times as fast as that of the input, on this device, by the latency model of the analysis.",
+        "times as fast as that of the input, on this device, by the latency model of the analysis; with the native "
+        "layout, the whole decoder, by timing widths.",
     )
     target_gflops: Positive | None = Field(
         default=None,
@@ -80,11 +81,6 @@ class PruneRecipe(ReconstructingRecipe, RatioFields):
         if self.layout == "native" and uneven:
             raise ValueError(
                 f"`{uneven[0]}`: the native layout has one ratio for the whole decoder; give that one, or leave "
-                "`layout: native` out"
-            )
-        if self.layout == "native" and self.target_speedup is not None:
-            raise ValueError(
-                "`target_speedup`: the native layout takes a ratio or `target_gflops`; give one of these, or leave "
                 "`layout: native` out"
             )
         if self.with_encoder and self.layout != "native":

@@ -6,7 +6,7 @@ The record `measured.budget` of the pruned decoder:
     predicted, measured: speedup, latency_before_ms, latency_after_ms; measured also speedup_min and speedup_max over
         the rounds. Without a latency model (`--target-gflops`) nothing is predicted about time.
     gflop_before, gflop_after: arithmetic of decoding that clip.
-    groups: per channel group its width, the width kept, and the predicted error 1 - R2.
+    groups: per channel group (none for the native layout) its width, the width kept, and the predicted error 1 - R2.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from flashvaed_cli.decoders.groups import channel_groups
 from flashvaed_cli.decoders.latency_model import WidthLatency, rounded_ladder, width_ladder
 from flashvaed_cli.decoders.layout import channels_last, use_channels_last
 from flashvaed_cli.decoders.spec import DecoderSpec
-from flashvaed_cli.metrics.speed import speed_ratio, synchronizer, time_alternating
+from flashvaed_cli.metrics.speed import SpeedResult, speed_ratio, synchronizer, time_alternating
 from flashvaed_cli.numerics.covariance import TensorStatistics
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.analyze import AnalyzeRecipe
@@ -44,7 +44,7 @@ _DEFAULTS = AnalyzeRecipe()
 class Budget:
     """The plan that was found, and the clip whose decoding it speaks of."""
 
-    plan: WidthPlan
+    plan: WidthPlan | None  # None: one width for the whole decoder, found by timing
     clip: TimedClip
 
 
@@ -108,19 +108,10 @@ def judge_budget(
 ) -> dict[str, Any]:
     """Time decoder and student in alternation, as the product runs them; returns the record described above."""
     clip, plan = budget.clip, budget.plan
-    latents = channels_last(clip.latents(decoder.spec, recipe.seed))
-    before, after = (
-        use_channels_last(exact_decoder(deepcopy(one).to(DTYPES[clip.dtype]))) for one in (decoder, student)
-    )
-    times = time_alternating(
-        {"before": lambda: before(latents), "after": lambda: after(latents)},
-        num_rounds=_NUM_SPEED_ROUNDS,
-        synchronize=synchronizer(clip.device),
-        progress=progress,
-    )
+    times = times_of(decoder, student, clip, recipe.seed, _NUM_SPEED_ROUNDS, progress)
     ratio = speed_ratio(times["before"], times["after"])
     predicted = None
-    if recipe.target_speedup is not None:
+    if recipe.target_speedup is not None and plan is not None:
         predicted = {
             "speedup": plan.speedup,
             "latency_before_ms": plan.full_cost,
@@ -140,11 +131,29 @@ def judge_budget(
         },
         "gflop_before": total_gflop(decoder.spec, clip.grid(decoder.spec)),
         "gflop_after": total_gflop(student.spec, clip.grid(decoder.spec)),
-        "groups": [
+        "groups": []
+        if plan is None
+        else [
             {"group": name, "width": full, "num_kept": plan.widths[name], "predicted_error": plan.errors[name]}
             for name, full in plan.full_widths.items()
         ],
     }
+
+
+def times_of(
+    decoder: Decoder, student: Decoder, clip: TimedClip, seed: int, num_rounds: int, progress: Progress
+) -> dict[str, SpeedResult]:
+    """Time `before` and `after` in alternation, with the operators and the layout that a runtime would choose."""
+    latents = channels_last(clip.latents(decoder.spec, seed))
+    before, after = (
+        use_channels_last(exact_decoder(deepcopy(one).to(DTYPES[clip.dtype]))) for one in (decoder, student)
+    )
+    return time_alternating(
+        {"before": lambda: before(latents), "after": lambda: after(latents)},
+        num_rounds=num_rounds,
+        synchronize=synchronizer(clip.device),
+        progress=progress,
+    )
 
 
 def budget_table(record: Mapping[str, Any]) -> TableData:

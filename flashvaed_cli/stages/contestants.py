@@ -16,7 +16,7 @@ from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.exact import exact_decoder
 from flashvaed_cli.decoders.families import original_like
 from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
-from flashvaed_cli.export.uniform_layout import fits_uniform_layout
+from flashvaed_cli.decoders.uniform_layout import fits_uniform_layout
 from flashvaed_cli.metrics.autotune import Choice
 from flashvaed_cli.stages.memory_fit import Limits
 

@@ -12,11 +12,13 @@ from flashvaed_cli.decoders.cost import total_gflop
 from flashvaed_cli.decoders.groups import Kept
 from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.errors import SpecError
+from flashvaed_cli.metrics.speed import speed_ratio
 from flashvaed_cli.numerics.covariance import TensorStatistics
-from flashvaed_cli.progress import Progress
+from flashvaed_cli.progress import Progress, SilentProgress
 from flashvaed_cli.recipe.prune import PruneRecipe
 from flashvaed_cli.recipe.settings import DEFAULT_KEEP_RATIO
-from flashvaed_cli.stages.budget import target_clip
+from flashvaed_cli.stages.budget import Budget, target_clip, times_of
+from flashvaed_cli.stages.latency_model import TimedClip
 from flashvaed_cli.surgery.native import (
     largest_base_width_within,
     native_base_width,
@@ -26,6 +28,8 @@ from flashvaed_cli.surgery.native import (
 )
 from flashvaed_cli.surgery.selection import GroupSelection
 
+_NUM_ROUNDS = 3
+
 
 def choose_native(
     recipe: PruneRecipe,
@@ -34,22 +38,26 @@ def choose_native(
     stored: Mapping[str, Any] | None,
     device: torch.device,
     progress: Progress,
-) -> tuple[DecoderSpec, Kept, list[GroupSelection]]:
+) -> tuple[Budget | None, DecoderSpec, Kept, list[GroupSelection]]:
     """The narrower original, and the channels that are left; a ratio between two base widths is rounded, and said.
+
+    A speed-up is reached by timing: the widest decoder that is so many times as fast, found by bisection.
 
     Args:
         stored: the latency model of the analysis, if it has one.
     Raises:
         SpecError: the family or the decoder cannot be native, or the ratio keeps all.
     """
-    full = native_base_width(decoder.spec)
-    if recipe.target_gflops is not None:
-        clip = target_clip(recipe, decoder.spec, stored, device, progress)
-        grid = clip.grid(decoder.spec)
+    full, budget, asked = native_base_width(decoder.spec), None, None
+    if recipe.has_target:
+        budget = Budget(None, target_clip(recipe, decoder.spec, stored, device, progress))
+    if budget is not None and recipe.target_gflops is not None:
+        grid = budget.clip.grid(decoder.spec)
         base = largest_base_width_within(
             decoder.spec, full, recipe.round_to, recipe.target_gflops, lambda spec: total_gflop(spec, grid)
         )
-        asked = None
+    elif budget is not None and recipe.target_speedup is not None:
+        base = fast_enough(decoder, full, budget.clip, recipe, progress)
     else:
         asked = DEFAULT_KEEP_RATIO if recipe.keep_ratio is None else recipe.keep_ratio
         base = nearest_base_width(full, asked, recipe.round_to)
@@ -62,4 +70,34 @@ def choose_native(
         )
     progress.log(f"native layout: base width {full} to {base}, in the whole decoder")
     spec = native_spec(decoder.spec, base)
-    return spec, *select_native(decoder, statistics, spec, rule=recipe.rule, seed=recipe.seed)
+    return budget, spec, *select_native(decoder, statistics, spec, rule=recipe.rule, seed=recipe.seed)
+
+
+@torch.no_grad()
+def fast_enough(decoder: Decoder, full: int, clip: TimedClip, recipe: PruneRecipe, progress: Progress) -> int:
+    """The widest base width at which random weights decode the clip so many times as fast.
+
+    Raises:
+        SpecError: not even the narrowest does.
+    """
+    assert recipe.target_speedup is not None
+    widths = list(range(recipe.round_to, full + 1, recipe.round_to)) or [full]
+    low, high, best = 0, len(widths) - 1, 0.0
+    found: int | None = None
+    while low <= high:
+        middle = (low + high) // 2
+        candidate = Decoder(native_spec(decoder.spec, widths[middle])).to(clip.device).eval().requires_grad_(False)
+        times = times_of(decoder, candidate, clip, recipe.seed, _NUM_ROUNDS, SilentProgress())
+        speedup = speed_ratio(times["before"], times["after"]).median
+        progress.log(f"base width {widths[middle]}: {speedup:.2f} times as fast")
+        best = max(best, speedup)
+        if speedup >= recipe.target_speedup:
+            found, low = widths[middle], middle + 1
+        else:
+            high = middle - 1
+    if found is None:
+        raise SpecError(
+            f"--target-speedup {recipe.target_speedup:g}: the fastest native decoder measured is {best:.2f} times as "
+            "fast. Ask for less, or leave --layout native out"
+        )
+    return found

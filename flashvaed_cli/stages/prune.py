@@ -59,9 +59,8 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
         inputs.original, recipe, recipe.num_calibration_clips, device, progress, still=decoder.spec.still
     )
     statistics, parents, latency_model = _statistics(recipe, inputs.checkpoint, clips, progress)
-    budget = None
     if recipe.layout == "native":
-        spec, kept, selections = choose_native(recipe, decoder, statistics, latency_model, device, progress)
+        budget, spec, kept, selections = choose_native(recipe, decoder, statistics, latency_model, device, progress)
     else:
         budget, kept, selections = _choose_free(recipe, inputs, statistics, latency_model, device, progress)
         spec = narrowed_spec(decoder.spec, kept)
@@ -128,6 +127,7 @@ def _choose_free(
         ratios, round_to = _ratios_of(prepared, decoder.spec), 1
     if recipe.has_target:
         budget = plan_budget(recipe, decoder, statistics, latency_model, device, progress)
+        assert budget.plan is not None
         ratios, round_to = budget.plan.keep_ratios, 1  # exactly the widths of the plan
     kept, selections = select_channels(
         decoder,

@@ -11,17 +11,15 @@ from collections.abc import Callable, Mapping
 from flashvaed_cli.decoders.coder import Coder
 from flashvaed_cli.decoders.families import get_family, original_like
 from flashvaed_cli.decoders.groups import ChannelGroup, Kept, channel_groups, input_tensors, tensor_widths
-from flashvaed_cli.decoders.layer_spec import AttentionSpec, ConvBlockSpec, ResBlockSpec
+from flashvaed_cli.decoders.layer_spec import AttentionSpec, ResBlockSpec
 from flashvaed_cli.decoders.spec import CoderSpec, DecoderSpec
+from flashvaed_cli.decoders.uniform_layout import fits_uniform_layout
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.numerics.covariance import TensorStatistics
 from flashvaed_cli.numerics.independence import r2_of_set
 from flashvaed_cli.numerics.selection import SELECTION_RULES, unvarying_channels
 from flashvaed_cli.surgery.evidence import channel_evidence
 from flashvaed_cli.surgery.selection import GroupSelection
-
-_MULTIPLE_OF_BASE = 4
-"""Wan's entry has four times the base width."""
 
 
 def native_base_width(spec: DecoderSpec) -> int:
@@ -33,10 +31,8 @@ def native_base_width(spec: DecoderSpec) -> int:
     obstacle = get_family(spec.family).native_obstacle
     if obstacle is not None:
         raise SpecError(f"--layout native: {spec.family} cannot be native: {obstacle}. Leave --layout out")
-    entry = next(block for address, block in spec.blocks() if address == "conv_in.0")
-    assert isinstance(entry, ConvBlockSpec)
-    base_width = entry.conv.out_width // _MULTIPLE_OF_BASE
-    if native_spec(spec, base_width) != spec:
+    base_width = fits_uniform_layout(spec, original_like(spec)).base_width
+    if base_width is None:
         raise SpecError(
             "--layout native: this decoder is not its original at another base width any more, so no stock class can "
             "build what is made of it. Give the original, or leave --layout out"

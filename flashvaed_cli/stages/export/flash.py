@@ -12,10 +12,10 @@ from flashvaed_cli.artifact.layouts import Layout
 from flashvaed_cli.artifact.writing import to_program
 from flashvaed_cli.decoders.coder import Encoder
 from flashvaed_cli.decoders.families import get_family, original_like
+from flashvaed_cli.decoders.uniform_layout import encoder_base_width
 from flashvaed_cli.export.checkpoint_file import Reference, export_diffusers
 from flashvaed_cli.export.diffusers_config import diffusers_config, encoder_fault
 from flashvaed_cli.export.result import ExportResult
-from flashvaed_cli.export.uniform_layout import encoder_base_width
 from flashvaed_cli.recipe.export import ExportRecipe
 from flashvaed_cli.stages.loading import DTYPES
 

@@ -17,12 +17,12 @@ from flashvaed_cli.artifact.writing import to_program
 from flashvaed_cli.decoders.coder import Decoder, Encoder
 from flashvaed_cli.decoders.expansion import expanded_decoder
 from flashvaed_cli.decoders.families import get_family, original_like
+from flashvaed_cli.decoders.uniform_layout import fits_uniform_layout
 from flashvaed_cli.errors import ArtifactError, ExportError
 from flashvaed_cli.export.checkpoint_file import Reference, export_diffusers, export_safetensors
 from flashvaed_cli.export.diffusers_config import diffusers_config, encoder_fault, single_file_note
 from flashvaed_cli.export.parity import seeded_latents
 from flashvaed_cli.export.result import ExportResult
-from flashvaed_cli.export.uniform_layout import fits_uniform_layout
 from flashvaed_cli.recipe.export import ExportRecipe
 from flashvaed_cli.stages.export.flash import export_flash_folder
 from flashvaed_cli.stages.loading import DTYPES

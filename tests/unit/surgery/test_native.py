@@ -13,8 +13,11 @@ from flashvaed_cli.decoders.families import FAMILIES
 from flashvaed_cli.decoders.layer_spec import AttentionSpec
 from flashvaed_cli.decoders.wan import wan_decoder_spec
 from flashvaed_cli.errors import SpecError
+from flashvaed_cli.metrics.speed import SpeedResult
 from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.recipe.prune import PruneRecipe
+from flashvaed_cli.stages import native as native_stage
+from flashvaed_cli.stages.latency_model import TimedClip
 from flashvaed_cli.surgery.attention_fit import set_collapsed
 from flashvaed_cli.surgery.layer_fit import FitSettings
 from flashvaed_cli.surgery.native import (
@@ -66,11 +69,35 @@ def test_the_student_is_the_original_at_another_width_and_the_fit_helps() -> Non
     assert (student(clips[0]) - decoder(clips[0])).square().mean() < before
 
 
-@pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"wan2.1"}))
-def test_other_families_say_why_not(name: str) -> None:
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_can_be_native_or_says_why_not(name: str) -> None:
     family = FAMILIES[name]
+    spec = family.decoder_spec(8, 4)
+    if family.native_obstacle is None:
+        assert native_base_width(spec) == 8
+        return
     with pytest.raises(SpecError, match=f"{name} cannot be native: {family.native_obstacle}"):
-        native_base_width(family.decoder_spec(8, 4))
+        native_base_width(spec)
+
+
+@torch.no_grad()
+def test_the_widest_decoder_that_is_fast_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By timing: here a decoder takes as long as it is wide."""
+    decoder = Decoder(wan_decoder_spec(16, 4))
+    clip = TimedClip(5, 16, torch.device("cpu"), "float32")
+
+    def times_of(before: Decoder, after: Decoder, *_: object) -> dict[str, SpeedResult]:
+        return {
+            name: SpeedResult((float(native_base_width(one.spec)),))
+            for name, one in (("before", before), ("after", after))
+        }
+
+    monkeypatch.setattr(native_stage, "times_of", times_of)
+    for target, width in ((2.0, 8), (1.5, 10), (16.0, 1)):
+        recipe = PruneRecipe(layout="native", target_speedup=target)
+        assert native_stage.fast_enough(decoder, 16, clip, recipe, SilentProgress()) == width
+    with pytest.raises(SpecError, match=r"16\.00 times as fast"):
+        native_stage.fast_enough(decoder, 16, clip, PruneRecipe(layout="native", target_speedup=17.0), SilentProgress())
 
 
 def test_a_decoder_pruned_freely_is_refused() -> None:
@@ -87,9 +114,7 @@ def test_the_nearest_width_is_taken() -> None:
     assert nearest_base_width(16, 0.01, 1) == 1
 
 
-@pytest.mark.parametrize(
-    "given", [{"stage_keep_ratios": {"up3": 0.5}}, {"group_keep_ratios": {"up3.stream": 0.5}}, {"target_speedup": 2.0}]
-)
+@pytest.mark.parametrize("given", [{"stage_keep_ratios": {"up3": 0.5}}, {"group_keep_ratios": {"up3.stream": 0.5}}])
 def test_settings_that_the_native_layout_cannot_follow_are_refused(given: dict) -> None:
     with pytest.raises(ValidationError, match="native layout"):
         PruneRecipe(layout="native", **given)

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import pytest
-from small_decoders import layer, short_spec
 
 from flashvaed_cli.decoders.families import FAMILIES, get_family
 from flashvaed_cli.decoders.layer_spec import AttentionSpec, BlockSpec, HeadSpec, ResBlockSpec
 from flashvaed_cli.decoders.spec import DecoderSpec, EncoderSpec, StageSpec
+from flashvaed_cli.decoders.uniform_layout import encoder_base_width, fits_uniform_layout
 from flashvaed_cli.decoders.wan import wan_decoder_spec
-from flashvaed_cli.export.uniform_layout import encoder_base_width, fits_uniform_layout
+from tests.unit.export.small_decoders import layer, short_spec
 
 
 @pytest.mark.parametrize(("base_width", "latent_width"), [(4, 16), (12, 16), (96, 16), (7, 8)])
