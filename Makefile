@@ -69,7 +69,11 @@ DEMO_INPUTS := $(DEMO_RECIPE) $(DEMO)/.data $(INSTALLED)
 # Eval comes last, so that its table ends the output.
 demo: $(DEMO)/.exported
 	@$(MAKE) --no-print-directory $(DEMO)/report/report.json
-	@echo "The demo is complete: $(DEMO)/report/report.md, and the decoder is $(DEMO)/flash.safetensors"
+	@echo
+	@echo "The demo is complete. Look at $(DEMO)/report/report.html in a browser. Then, for example:"
+	@echo "  $(FLASHVAED) info $(DEMO)/flash.safetensors"
+	@echo "  $(FLASHVAED) export $(DEMO)/flash.safetensors -t diffusers -o $(DEMO)/for-diffusers"
+	@echo "  make demo DATA=my-videos/"
 
 # Changes only when DATA does; then everything is made anew.
 $(DEMO)/.data: FORCE

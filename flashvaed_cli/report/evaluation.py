@@ -160,7 +160,10 @@ def kept_interval(report: EvaluationReport, decoder: DecoderFigures) -> tuple[fl
 
 def summary_table(report: EvaluationReport) -> TableData:
     """One row per figure, one column per decoder: fits a terminal however many figures there are."""
-    columns = (Column("", align="left"), *(Column(decoder.name) for decoder in report.decoders))
+    columns = (
+        Column("", align="left", wraps=False),
+        *(Column(decoder.name, wraps=True) for decoder in report.decoders),
+    )
     kept = [retention_percent(report, decoder) for decoder in report.decoders]
     rows: list[tuple[Cell, ...]] = []
 
@@ -179,20 +182,25 @@ def summary_table(report: EvaluationReport) -> TableData:
     add("frames per second", ".2f", [decoder.frames_per_second for decoder in report.decoders])
     add("ms per frame", ".2f", [decoder.frame_ms for decoder in report.decoders])
     if any(decoder.speedup for decoder in report.decoders):
-        rows.append(("speed-up (range)", *(_speedup_text(decoder.speedup) for decoder in report.decoders)))
-    add("parameters", ",d", [decoder.num_parameters for decoder in report.decoders])
+        rows.append(("speed-up", *(_speedup_text(decoder.speedup) for decoder in report.decoders)))
+        rows.append(("speed-up, range of rounds", *(_range_text(decoder.speedup) for decoder in report.decoders)))
+    add("parameters, million", ".3f", [_scaled(decoder.num_parameters, 1e6) for decoder in report.decoders])
     add("file, MB", ".2f", [_scaled(decoder.file_bytes, 1e6) for decoder in report.decoders])
     add("GFLOPs per frame", ".2f", [decoder.gflops for decoder in report.decoders])
     add("peak memory, MB", ".0f", [_scaled(decoder.peak_memory_bytes, 1e6) for decoder in report.decoders])
     return TableData("Decoders", columns, tuple(rows))
 
 
+_READING = (
+    "Higher PSNR and SSIM are better, lower LPIPS and flicker; a sharpness of 1 is that of the reference. PSNR, SSIM and "
+    "sharpness kept are shares of the original's figures against the video.\n"
+)
 _QUALITY_ROWS = (
     ("PSNR to the video, dB", ".2f", "psnr_db"),
     ("SSIM to the video", ".4f", "ssim"),
-    ("LPIPS to the video (lower is better)", ".4f", "lpips"),
-    ("sharpness to the video (1 = equal)", ".3f", "sharpness_ratio"),
-    ("flicker to the video (lower is better)", ".4f", "flicker"),
+    ("LPIPS to the video", ".4f", "lpips"),
+    ("sharpness to the video", ".3f", "sharpness_ratio"),
+    ("flicker to the video", ".4f", "flicker"),
 )
 
 
@@ -247,6 +255,7 @@ def report_markdown(report: EvaluationReport, *, title: str = "Evaluation") -> s
     if report.settings:
         parts.append("".join(f"- {key}: {value}\n" for key, value in report.settings.items()))
     parts.append(to_markdown(summary_table(report)))
+    parts.append(_READING)
     if report.notes:
         parts.append("## Notes\n\n" + "".join(f"- {note}\n" for note in report.notes))
     if report.clips:
@@ -319,7 +328,11 @@ def _text(value: float | int | None, number_format: str) -> str | None:
 
 
 def _speedup_text(speedup: Spread | None) -> str | None:
-    return None if speedup is None else f"{speedup.median:.2f}× ({speedup.min:.2f}–{speedup.max:.2f})"
+    return None if speedup is None else f"{speedup.median:.2f}×"
+
+
+def _range_text(speedup: Spread | None) -> str | None:
+    return None if speedup is None else f"{speedup.min:.1f}–{speedup.max:.1f}"
 
 
 def _link(name: str, path: str) -> str:

@@ -24,11 +24,13 @@ class Column:
         name: heading, with the unit.
         number_format: format spec of numbers, such as `.2f` or `,d`; text is shown as it is.
         align: numbers go right.
+        wraps: whether cells may break over lines in a narrow terminal; None: text does, numbers do not.
     """
 
     name: str
     number_format: str = ".4g"
     align: Literal["left", "right"] = "right"
+    wraps: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,9 @@ def to_rich(table: TableData) -> Table:
     view = Table(title=Text(table.title) if table.title else None, title_justify="left", header_style="bold")
     for column in table.columns:
         # numbers broken over two lines cannot be read, names can
-        view.add_column(Text(column.name), justify=column.align, no_wrap=column.align == "right")
+        wraps = column.align == "left" if column.wraps is None else column.wraps
+        overflow = "fold" if column.wraps else "ellipsis"
+        view.add_column(Text(column.name), justify=column.align, no_wrap=not wraps, overflow=overflow)
     for texts in table.texts():
         view.add_row(*(Text(printable(text)) for text in texts))
     return view

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import io
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from flashvaed_cli.report.evaluation import (
     ClipFigures,
@@ -20,6 +22,7 @@ from flashvaed_cli.report.evaluation import (
     summary_table,
     to_json,
 )
+from flashvaed_cli.report.tables import to_rich
 
 
 @dataclass(frozen=True)
@@ -98,9 +101,26 @@ def test_summary_has_a_row_per_known_figure() -> None:
     assert rows["PSNR to the video, dB"] == ("30.00", "29.07")
     assert rows["PSNR to the original, dB"] == (None, "100.00")
     assert rows["PSNR kept, %"] == ("100.0", "96.9")
-    assert rows["speed-up (range)"] == (None, "8.00× (7.50–8.20)")
+    assert rows["speed-up"] == (None, "8.00×")
+    assert rows["speed-up, range of rounds"] == (None, "7.5–8.2")
     assert rows["file, MB"] == ("4.00", None)
     assert not any("LPIPS" in label or "memory" in label for label in rows)
+
+
+@pytest.mark.parametrize("columns", [80, 100, 120])
+def test_the_summary_of_five_decoders_fits_a_terminal(columns: int) -> None:
+    """Labels and figures stay whole; only names may break over lines."""
+    figures = report().decoders[1]
+    names = ("original, exact", "flash", "converted", "cut")
+    decoders = (report().decoders[0], *(replace(figures, name=name) for name in names))
+    table = summary_table(report(decoders=decoders, clips=()))
+    console = Console(width=columns, record=True, file=io.StringIO())
+    console.print(to_rich(table))
+    shown = console.export_text()
+    assert max(map(len, shown.splitlines())) <= columns and "…" not in shown
+    for label, *cells in table.texts():
+        line = next(line for line in shown.splitlines() if f" {label} " in line)
+        assert all(cell in line for cell in cells)
 
 
 def test_clip_table() -> None:
