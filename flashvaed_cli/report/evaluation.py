@@ -192,8 +192,8 @@ def summary_table(report: EvaluationReport) -> TableData:
 
 
 _READING = (
-    "Higher PSNR and SSIM are better, lower LPIPS and flicker; a sharpness of 1 is that of the reference. PSNR, SSIM and "
-    "sharpness kept are shares of the original's figures against the video.\n"
+    "Higher PSNR and SSIM are better, lower LPIPS and flicker; a sharpness of 1 is that of the reference. PSNR, SSIM "
+    "and sharpness kept are shares of the original's figures against the video.\n"
 )
 _QUALITY_ROWS = (
     ("PSNR to the video, dB", ".2f", "psnr_db"),
