@@ -30,7 +30,7 @@ from flashvaed_cli.media.cuts import none_usable
 from flashvaed_cli.media.latent_files import is_latent_file
 from flashvaed_cli.media.video import count_frames, iter_frames, probe_video
 from flashvaed_cli.media.writer import VideoWriter
-from flashvaed_cli.metrics.lpips_metric import LpipsMetric, load_lpips
+from flashvaed_cli.metrics.lpips_metric import LpipsMetric, load_lpips, lpips_checkpoint_path
 from flashvaed_cli.metrics.quality import QualityAccumulator, QualityResult, mean_quality
 from flashvaed_cli.metrics.speed import SpeedResult, speed_ratio, synchronizer, time_alternating
 from flashvaed_cli.ownership import SOFTWARE
@@ -164,7 +164,9 @@ def _lpips(recipe: EvalRecipe, device: torch.device, notes: list[str]) -> LpipsM
     except MetricUnavailableError as error:
         if recipe.lpips == "on":
             raise
-        notes.append(f"LPIPS is absent. {error}")
+        is_absent = not recipe.allow_download and not lpips_checkpoint_path("alex").is_file()
+        short = "LPIPS is left out: its backbone's weights are not here (--allow-download gets them, 233 MB)."
+        notes.append(short if is_absent else f"LPIPS is left out. {error}")
         return None
 
 
