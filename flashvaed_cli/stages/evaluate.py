@@ -96,7 +96,7 @@ def run_evaluate(recipe: EvalRecipe, *, progress: Progress, force: bool, command
     names = distinct_names(files)
     reads = (location, recipe.original, *recipe.compare, *files)
     refuse_to_replace((output / f"{name}{suffix}" for name in names for suffix in (".png", ".mp4")), reads)
-    with filled_at_the_end(output, REPORT_JSON, reads) as draft:
+    with filled_at_the_end(output, REPORT_JSON, reads, force=force) as draft:
         comparisons = []
         for path, name in zip(files, names, strict=True):
             try:

@@ -7,15 +7,20 @@ export, which `filled_at_the_end` then fills.
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from flashvaed_cli.artifact.store import sha256_of
 from flashvaed_cli.atomic import draft_folder, open_to_all_allowed, real_target, remove_leftovers
 from flashvaed_cli.errors import FlashVaedError
 from flashvaed_cli.ownership import is_own_file
 from flashvaed_cli.paths import user_path
+
+_MARKED = (".png", ".mp4")
+"""Files that carry a mark wherever this program writes them."""
 
 
 def claim_file(
@@ -68,7 +73,9 @@ def claim_folder(output: str | Path, *markers: str, force: bool) -> Path:
 
 
 @contextmanager
-def filled_at_the_end(folder: Path, marker: str, reads: Sequence[str | Path | None] = ()) -> Iterator[Path]:
+def filled_at_the_end(
+    folder: Path, marker: str, reads: Sequence[str | Path | None] = (), *, force: bool = False
+) -> Iterator[Path]:
     """Yield an empty folder in a hidden sibling of `folder`; when the block ends well, its files go into `folder`.
 
     A new `folder` appears with all of its files at once. In one that is there, files of the same name are replaced
@@ -77,13 +84,14 @@ def filled_at_the_end(folder: Path, marker: str, reads: Sequence[str | Path | No
     it was; a killed process can leave the sibling behind, which the next one removes.
 
     Raises:
-        FlashVaedError: a file would take the place of one of `reads`; or the folder's parent has vanished.
+        FlashVaedError: a file would take the place of one of `reads`, or of one that this program did not write and
+            `force` is not set; or the folder's parent has vanished.
     """
     with draft_folder(folder) as draft:
         try:
             yield draft
             open_to_all_allowed(draft)
-            _fill(folder, draft, marker, reads)
+            _fill(folder, draft, marker, reads, force=force)
         except Exception as error:
             if draft.exists() or folder.exists():
                 raise
@@ -102,16 +110,50 @@ def moved(paths: tuple[Path, ...], folder: Path) -> tuple[Path, ...]:
     return tuple(folder / path.name for path in paths)
 
 
-def _fill(folder: Path, draft: Path, marker: str, reads: Sequence[str | Path | None]) -> None:
+def _fill(folder: Path, draft: Path, marker: str, reads: Sequence[str | Path | None], *, force: bool) -> None:
     if not folder.exists():
         draft.rename(folder)
         return
     files = sorted((path for path in draft.rglob("*") if path.is_file()), key=lambda path: path == draft / marker)
-    refuse_to_replace((folder / file.relative_to(draft) for file in files), reads)
+    names = [file.relative_to(draft) for file in files]
+    refuse_to_replace((folder / name for name in names), reads)
+    if not force:
+        refuse_foreign_among(folder, names, _recorded_hashes(folder / marker))
     for file in files if (folder / marker).exists() else reversed(files):
         target = folder / file.relative_to(draft)
         target.parent.mkdir(exist_ok=True)
         file.replace(target)
+
+
+def hashes_of(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in a folder, by its place there: a manifest that holds them under `sha256_of_files` lets
+    a later run replace these files, and no others of their names."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
+
+
+def _recorded_hashes(manifest: Path) -> dict[str, str] | None:
+    """What a manifest says of the files beside it; None if it is of a kind or a version that says nothing."""
+    if manifest.suffix != ".json" or not is_own_file(manifest):
+        return None
+    hashes = json.loads(manifest.read_bytes()).get("sha256_of_files")
+    return hashes if isinstance(hashes, dict) else None
+
+
+def refuse_foreign_among(folder: Path, names: Sequence[Path], hashes: dict[str, str] | None = None) -> None:
+    """Raise FlashVaedError if a file to replace is not of this program: by its mark, or by the hash of a manifest."""
+    for name in names:
+        path = folder / name
+        if not path.exists() or is_own_file(path):
+            continue
+        if hashes is None and path.suffix not in _MARKED:
+            continue  # nothing tells
+        if hashes is not None and hashes.get(name.as_posix()) == sha256_of(path):
+            continue
+        raise FlashVaedError(
+            f"{path} was not written by flashvaed, or was changed since. Give another folder with --output, or replace "
+            "it with --force."
+        )
 
 
 def _refuse_foreign_file(path: Path, *, force: bool) -> None:

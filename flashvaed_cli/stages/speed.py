@@ -68,7 +68,7 @@ def run_speed(recipe: EvalRecipe, *, progress: Progress, force: bool, command_li
         "rounds": recipe.num_speed_rounds,
     }
     report = SpeedReport(tuple(tables), settings, tuple(dict.fromkeys(notes)))
-    with filled_at_the_end(output, SPEED_JSON) as draft:
+    with filled_at_the_end(output, SPEED_JSON, force=force) as draft:
         written = save_speed(report, draft)
     figures = {"speed": str(output / SPEED_JSON), "tables": speed_document(report)["tables"]}
     paths = moved((written["markdown"], written["json"]), output)

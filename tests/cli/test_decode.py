@@ -188,3 +188,14 @@ def test_one_latent_is_one_picture(tmp_path: Path, vae: Path, latents: Tensor) -
     succeed(f"decode image.pt -d {vae} -o image.png", cwd=tmp_path)
     read = np.asarray(Image.open(tmp_path / "image.png")).astype(int)
     assert abs(read - to_pixels(frames_of(vae, latents[:, :, :1]))[0]).max() <= 1
+
+
+def test_pictures_of_others_are_left_alone(tmp_path: Path, vae: Path, latents: Tensor) -> None:
+    """Also in a folder that holds frames of ours."""
+    succeed(f"decode in/a.safetensors -d {vae} --format png -o frames", cwd=tmp_path)
+    (tmp_path / "frames" / "000003.png").write_bytes(b"a photo")
+    result = invoke(f"decode in/a.safetensors -d {vae} --format png -o frames -q", cwd=tmp_path)
+    assert result.exit_code == 2 and "000003.png was not written by flashvaed" in result.stderr
+    assert (tmp_path / "frames" / "000003.png").read_bytes() == b"a photo"
+    succeed(f"decode in/a.safetensors -d {vae} --format png -o frames --force", cwd=tmp_path)
+    assert (tmp_path / "frames" / "000003.png").read_bytes() != b"a photo"

@@ -100,3 +100,22 @@ def test_the_name_of_where_we_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "ltx0.9.1").mkdir()
     monkeypatch.chdir(tmp_path / "ltx0.9.1")
     assert export_name(".") == "ltx0.9.1"
+
+
+def test_what_others_put_under_our_names_is_left_alone(tmp_path: Path) -> None:
+    """A manifest of ours speaks for the files that it has the hashes of, and for no others."""
+    write_toy_vae(tmp_path / "vae.safetensors")
+    words = "export vae.safetensors -t safetensors"
+    succeed(words, cwd=tmp_path)
+    succeed(words, cwd=tmp_path)
+    for name in ("README.md", "vae.safetensors"):
+        file = tmp_path / "export" / name
+        written = file.read_bytes()
+        file.write_bytes(b"mine")
+        result = invoke(f"{words} -q", cwd=tmp_path)
+        assert result.exit_code == 2 and f"{name} was not written by flashvaed, or was changed since" in result.stderr
+        assert file.read_bytes() == b"mine"
+        file.write_bytes(written)
+    (tmp_path / "export" / "README.md").write_bytes(b"mine")
+    succeed(f"{words} --force", cwd=tmp_path)
+    assert (tmp_path / "export" / "README.md").read_bytes() != b"mine"

@@ -50,6 +50,7 @@ class _Output:
     crf: int
     stdout: BufferedIOBase | None
     reads: tuple[str, ...]
+    force: bool
 
 
 def run_decode(
@@ -76,7 +77,7 @@ def run_decode(
     reads = (location, *map(str, files))
     claim_targets(targets, reads, force=force)
     fps = Fraction(get_family(checkpoint.family).frames_per_second)
-    output = _Output(parse_frame_rate(recipe.fps) if recipe.fps else fps, recipe.crf, stdout, reads)
+    output = _Output(parse_frame_rate(recipe.fps) if recipe.fps else fps, recipe.crf, stdout, reads, force)
     for target in targets:
         _decode(target, player, output, course, progress, is_only=len(files) == len(targets) == 1)
     if not course.decoded:
@@ -146,7 +147,13 @@ def _decode(
     start, done, size = time.perf_counter(), 0, (0, 0)
     try:
         latents = load_latents(clip.path, latent_width=player.latent_width)[clip.index : clip.index + 1]
-        settings = {"fps": output.fps, "crf": output.crf, "stdout": output.stdout, "reads": output.reads}
+        settings = {
+            "fps": output.fps,
+            "crf": output.crf,
+            "stdout": output.stdout,
+            "reads": output.reads,
+            "force": output.force,
+        }
         with progress.task(f"decode {clip.shown}", clip.num_frames) as task, target.open(**settings) as sink:
             for frames in player.frames(latents, clip.scale):
                 sink.write(frames)

@@ -22,7 +22,13 @@ from flashvaed_cli.paths import user_path
 from flashvaed_cli.recipe.decode import STDOUT, DecodeRecipe
 from flashvaed_cli.recipe.fields import FrameFormat, LatentScale
 from flashvaed_cli.stages.compared import distinct_names
-from flashvaed_cli.stages.outputs import claim_file, claim_folder, filled_at_the_end, refuse_to_replace
+from flashvaed_cli.stages.outputs import (
+    claim_file,
+    claim_folder,
+    filled_at_the_end,
+    refuse_foreign_among,
+    refuse_to_replace,
+)
 
 _FORMATS: dict[str, FrameFormat] = {".mp4": "mp4", ".png": "png", ".npy": "npy", ".pt": "pt", ".pth": "pt"}
 
@@ -54,12 +60,13 @@ class Target:
 
     @contextmanager
     def open(
-        self, *, fps: Fraction, crf: int, stdout: BufferedIOBase | None, reads: Sequence[str | Path]
+        self, *, fps: Fraction, crf: int, stdout: BufferedIOBase | None, reads: Sequence[str | Path], force: bool
     ) -> Iterator[FrameSink]:
         """The sink of the clip's frames; what it writes is there when the block has ended well."""
         if self.is_folder:
             assert self.path is not None
-            with filled_at_the_end(self.path, picture_name(0), reads) as draft, PictureFolder(draft) as sink:
+            filled = filled_at_the_end(self.path, picture_name(0), reads, force=force)
+            with filled as draft, PictureFolder(draft) as sink:
                 yield sink
             _remove_later_pictures(self.path, self.clip.num_frames)
             return
@@ -116,6 +123,8 @@ def claim_targets(targets: Sequence[Target], reads: Sequence[str], *, force: boo
     for path, target in paths.items():
         if target.is_folder:
             claim_folder(path, picture_name(0), force=force)
+            if not force:
+                refuse_foreign_among(path, [Path(picture_name(i)) for i in range(target.clip.num_frames)])
         else:
             claim_file(path, force=force, reads=reads)
 

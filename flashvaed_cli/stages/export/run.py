@@ -25,7 +25,7 @@ from flashvaed_cli.stages.export.layouts import (
 )
 from flashvaed_cli.stages.export.model_card import CARD, model_card
 from flashvaed_cli.stages.loading import DTYPES, choose_input, load_input, with_plain_operators
-from flashvaed_cli.stages.outputs import claim_folder, filled_at_the_end
+from flashvaed_cli.stages.outputs import claim_folder, filled_at_the_end, hashes_of
 from flashvaed_cli.stages.result import StageOutcome
 
 MANIFEST = "export.json"
@@ -59,7 +59,7 @@ def run_export(recipe: ExportRecipe, *, progress: Progress, force: bool, command
     output = claim_folder(recipe.output, MANIFEST, force=force)
     location = choose_input(recipe.input, ExportRecipe, progress)
     checkpoint = with_plain_operators(load_input(location, recipe.family, progress, weights=recipe.weights))
-    with filled_at_the_end(output, MANIFEST, reads=(location,)) as draft:
+    with filled_at_the_end(output, MANIFEST, reads=(location,), force=force) as draft:
         course = _write_targets(checkpoint, draft, export_name(location), recipe, progress)
         table = _table(course.results, draft)
         manifest = {
@@ -73,6 +73,7 @@ def run_export(recipe: ExportRecipe, *, progress: Progress, force: bool, command
         files = [[path.relative_to(draft).as_posix() for path in result.paths] for result in course.results]
         card = model_card(checkpoint, export_name(location), course.results, files)
         (draft / CARD).write_text(card, encoding="utf-8")
+        manifest["sha256_of_files"] = hashes_of(draft)
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     paths = [output / path.relative_to(draft) for result in course.results for path in result.paths]
     return StageOutcome((*paths, output / CARD, output / MANIFEST), (table,), manifest, course.notes())
