@@ -88,10 +88,11 @@ def test_frames_that_are_not_finite_name_the_layer(chunk: int | None) -> None:
 
 
 def test_half_precision_is_told_what_to_take_instead() -> None:
+    """Of a decoder that is in float16 already, so that nothing can be scaled any more."""
     decoder = toy_decoder()
     with torch.no_grad():
-        decoder.at("up0.0.conv2").weight.mul_(1e6)  # type: ignore[union-attr]
-    runtime = DecodeRuntime(decoder, DecodeSettings(dtype=torch.float16))
+        decoder.at("up0.0.conv2").weight.mul_(2e5)  # type: ignore[union-attr]
+    runtime = DecodeRuntime(decoder.half(), DecodeSettings())
     with pytest.raises(NonFiniteError, match=r"overflows float16\. Instead, decode with --dtype bfloat16 or float32"):
         runtime.decode(toy_latents(2))
 
