@@ -42,6 +42,14 @@ MAX_TAPS = 63
 MAX_FACTOR = 64
 """Frames, rows or columns that one position becomes, in one block or one decoder."""
 
+MAX_LATENT = 1e6
+"""Magnitude of a latent value; diffusion models give about 10. Squares of 2e19 and more overflow float32 in a norm,
+which then gives zeros: a flat picture instead of an error."""
+MAX_WEIGHT = 1e12
+"""Magnitude of a weight, for the same reason; released ones stay below 100."""
+MAX_STATISTIC = 1e6
+"""Magnitude of a latent mean or deviation, and of one over a deviation; released ones lie between 0.01 and 10."""
+
 MAX_FILES_SEARCHED = 200_000
 """Files and folders visited for one folder or pattern of clips."""
 MAX_LISTED_MISTAKES = 12

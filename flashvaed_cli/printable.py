@@ -17,6 +17,17 @@ def printable(text: str, longest: int | None = None) -> str:
     return f"{text[:half]} ... {text[-half:]}"
 
 
+def printable_line(text: str, longest: int | None = None) -> str:
+    r"""`printable` for what must stay on one line, such as a file name: line breaks and tabs are written out too."""
+    text = text.replace("\n", "\\n").replace("\t", "\\t")
+    return printable(text, longest)
+
+
+def printable_message(text: str, longest: int | None = None) -> str:
+    """`printable` for a message; lines after the first are indented, so that none can pass for another message."""
+    return printable(text, longest).replace("\n", "\n  ")
+
+
 def _written_out(character: str) -> str:
     code = ord(character)
     if 0xDC80 <= code <= 0xDCFF:

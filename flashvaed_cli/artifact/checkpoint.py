@@ -27,6 +27,7 @@ from flashvaed_cli.artifact.mismatch import compare_shapes
 from flashvaed_cli.artifact.recognition import ROLES, recognise, twins
 from flashvaed_cli.artifact.run_record import RunRecord
 from flashvaed_cli.artifact.store import content_sha256, read_artifact, sha256_of_files, write_artifact
+from flashvaed_cli.artifact.weight_checks import require_usable_weights
 from flashvaed_cli.decoders.coder import Decoder, Encoder
 from flashvaed_cli.decoders.families import families_named, get_family
 from flashvaed_cli.decoders.groups import tensor_widths
@@ -135,12 +136,19 @@ def load_checkpoint(
     return _load_located(location, locate(location, builtins), family, weights)
 
 
+def _usable(checkpoint: Checkpoint) -> Checkpoint:
+    for coder in (checkpoint.decoder, checkpoint.encoder):
+        if coder is not None:
+            require_usable_weights(coder, checkpoint.location)
+    return checkpoint
+
+
 def _load_located(location: str, path: Path, family: str | None, weights: str | None) -> Checkpoint:
     if not has_own_header(path):
-        return _load_foreign(location, path, family, weights)
+        return _usable(_load_foreign(location, path, family, weights))
     if weights is not None:
         raise ArtifactError(f"{location}: an artifact of flashvaed, with one set of weights. Leave --weights out.")
-    checkpoint = _load_artifact(location, path)
+    checkpoint = _usable(_load_artifact(location, path))
     if family is not None and checkpoint.family not in families_named(family):
         raise ArtifactError(f"{location}: of the family {checkpoint.family}, not {family}: leave --family out.")
     return checkpoint
@@ -206,7 +214,7 @@ def in_memory_checkpoint(weights: ForeignWeights, location: str) -> Checkpoint:
     Raises:
         ArtifactError: as `load_checkpoint` does.
     """
-    return _from_weights(location, weights, None)
+    return _usable(_from_weights(location, weights, None))
 
 
 def _from_weights(location: str, weights: ForeignWeights, family: str | None) -> Checkpoint:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from flashvaed_cli.artifact.foreign import CONFIG_NAME, ForeignWeights
+from flashvaed_cli.artifact.header_checks import check_statistics
 from flashvaed_cli.artifact.layouts import Role
 from flashvaed_cli.artifact.ltx_keys import MEAN_NAMES, STD_NAMES
 from flashvaed_cli.decoders.families import get_family
@@ -60,7 +61,12 @@ def latent_statistics(
     (scaling,) = _numbers([config.get("scaling_factor") or 1.0], "scaling_factor", CONFIG_NAME, location)
     if scaling <= 0:
         raise ArtifactError(f"{location}: scaling_factor is {scaling}, which divides deviations: it is positive.")
-    return tuple(mean), tuple(value / scaling for value in std)
+    statistics = tuple(mean), tuple(value / scaling for value in std)
+    try:
+        check_statistics(*statistics, ())
+    except ValueError as error:
+        raise ArtifactError(f"{location}: {error}. Put the right figures into a {CONFIG_NAME} beside it.") from error
+    return statistics
 
 
 def _numbers(row: object, key: str, source: str, location: str) -> list[float]:

@@ -9,7 +9,7 @@ from flashvaed_cli.decoders.families import FAMILIES
 from flashvaed_cli.decoders.groups import tensor_widths
 from flashvaed_cli.decoders.layer_spec import block_growth, block_in_width, block_out_width, block_shrinkage
 from flashvaed_cli.decoders.spec import CoderSpec, DecoderSpec, EncoderSpec
-from flashvaed_cli.limits import MAX_WIDTH
+from flashvaed_cli.limits import MAX_STATISTIC, MAX_WIDTH
 
 _COLOURS = 3
 
@@ -27,6 +27,9 @@ def check_statistics(mean: tuple[float, ...], std: tuple[float, ...], coders: It
     """Raise ValueError unless there is one mean and one positive deviation per latent channel, or none at all."""
     if std and min(std) <= 0:
         raise ValueError(f"latent_std holds {min(std)}; deviations are positive")
+    for name, values in (("latent_mean", mean), ("latent_std", std), ("1 / latent_std", [1 / value for value in std])):
+        if values and not max(map(abs, values)) <= MAX_STATISTIC:
+            raise ValueError(f"{name} holds {max(values, key=abs):g}; no latents are scaled by more than 1e6")
     if len(mean) != len(std):
         raise ValueError(f"latent_mean has {len(mean)} figures and latent_std {len(std)}")
     for spec in coders:

@@ -17,7 +17,7 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 from flashvaed_cli.cli.streams import send_nowhere
-from flashvaed_cli.printable import printable
+from flashvaed_cli.printable import printable_line, printable_message
 from flashvaed_cli.progress import Progress, Task
 
 PLAIN_WIDTH = 120
@@ -46,7 +46,7 @@ def stderr_console() -> Console:
 
 def print_error(message: str) -> None:
     """One red message."""
-    stderr_console().print(Text(f"Error: {printable(message, LONGEST_MESSAGE)}", style="bold red"))
+    stderr_console().print(Text(f"Error: {printable_message(message, LONGEST_MESSAGE)}", style="bold red"))
 
 
 @contextmanager
@@ -92,7 +92,7 @@ class PlainProgress:
         task.finish()
 
     def log(self, message: str) -> None:
-        self._console.print(Text(printable(message, LONGEST_MESSAGE)))
+        self._console.print(Text(printable_message(message, LONGEST_MESSAGE)))
 
     def warn(self, message: str) -> None:
         _print_warning(self._console, message)
@@ -123,14 +123,14 @@ class RichProgress:
 
     @contextmanager
     def task(self, description: str, total: int | None = None) -> Iterator[Task]:
-        task_id = self._bars.add_task(printable(description), total=total, info="")
+        task_id = self._bars.add_task(printable_line(description), total=total, info="")
         try:
             yield _RichTask(self._bars, task_id)
         finally:
             self._bars.remove_task(task_id)
 
     def log(self, message: str) -> None:
-        self._console.print(Text(printable(message, LONGEST_MESSAGE)))
+        self._console.print(Text(printable_message(message, LONGEST_MESSAGE)))
 
     def warn(self, message: str) -> None:
         _print_warning(self._console, message)
@@ -149,7 +149,7 @@ class _RichTask:
     def advance(self, count: int = 1, **info: object) -> None:
         self._bars.advance(self._task_id, count)
         if info:
-            self._bars.update(self._task_id, info=printable(format_info(info)))
+            self._bars.update(self._task_id, info=printable_line(format_info(info)))
 
 
 class _PlainTask:
@@ -203,4 +203,4 @@ def format_info(info: Mapping[str, object]) -> str:
 
 
 def _print_warning(console: Console, message: str) -> None:
-    console.print(Text(f"Warning: {printable(message, LONGEST_MESSAGE)}", style="yellow"))
+    console.print(Text(f"Warning: {printable_message(message, LONGEST_MESSAGE)}", style="yellow"))

@@ -22,6 +22,7 @@ from flashvaed_cli.cli.options import (
     switch,
 )
 from flashvaed_cli.cli.running import USING_PANEL, resolve_settings, run_stage
+from flashvaed_cli.cli.streams import was_closed
 from flashvaed_cli.errors import DecodeError
 from flashvaed_cli.recipe import DecodeRecipe
 from flashvaed_cli.recipe.decode import STDOUT
@@ -89,6 +90,8 @@ def decode(
     to_stdout = settings.output == STDOUT
     if to_stdout and sys.stdout.isatty():
         raise DecodeError("--output - gives raw frames, and standard output is a terminal. Pipe it into a program.")
+    if to_stdout and was_closed(sys.stdout):
+        raise DecodeError("--output - gives raw frames, and standard output is closed. Pipe it into a program.")
     from flashvaed_cli.stages.decode.run import run_decode
 
     stage = partial(run_decode, stdout=cast(BufferedIOBase, sys.stdout.buffer) if to_stdout else None)

@@ -28,7 +28,7 @@ from flashvaed_cli.cli.options import (
 )
 from flashvaed_cli.cli.running import resolve_settings, run_stage
 from flashvaed_cli.recipe import DistillRecipe, PhaseRecipe
-from flashvaed_cli.recipe.fields import CacheDType, LatentScale, PhaseChoice, SelectionRule
+from flashvaed_cli.recipe.fields import LatentScale, PhaseChoice, SelectionRule
 
 EPILOG = """Examples:
 
@@ -66,7 +66,7 @@ def distill(
     ] = None,
     num_workers: Annotated[int | None, flag(DistillRecipe, "num_workers")] = None,
     cache_latents: Annotated[str | None, flag(DistillRecipe, "cache_latents", metavar="DIR")] = None,
-    cache_dtype: Annotated[CacheDType | None, flag(DistillRecipe, "cache_dtype")] = None,
+    cache_dtype: Annotated[str | None, flag(DistillRecipe, "cache_dtype", metavar="float32|float16")] = None,
     loss_weight: Annotated[
         list[str] | None,
         flag(DistillRecipe, "loss_weights", "--loss-weight", metavar="TERM=WEIGHT", default="the paper's"),

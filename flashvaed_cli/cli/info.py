@@ -55,7 +55,6 @@ def info(
 
     Reads artifacts and checkpoints of other programs; with several files, shows what differs. Writes nothing.
     """
-    context.params["force"] = False
     from flashvaed_cli.stages.info.run import run_info
 
     run_stage(context, run_info, resolve_settings(context, InfoRecipe))

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from flashvaed_cli.errors import RecipeError
 from flashvaed_cli.recipe import AnalyzeRecipe, CommandRecipe, shipped_recipes
-from flashvaed_cli.recipe.fields import DType
+from flashvaed_cli.recipe.quantities import parse_ratio
 
 ValueT = TypeVar("ValueT")
 
@@ -93,9 +93,11 @@ FamilyOption = Annotated[
 WeightsOption = Annotated[str | None, flag(AnalyzeRecipe, "weights", metavar="NAME", rich_help_panel=_COMMON)]
 AllowDownloadOption = Annotated[bool | None, switch(AnalyzeRecipe, "allow_download", rich_help_panel=_COMMON)]
 DeviceOption = Annotated[
-    str | None, flag(AnalyzeRecipe, "device", metavar="auto|cpu|cuda[:N]|mps", rich_help_panel=_COMMON)
+    str | None, flag(AnalyzeRecipe, "device", metavar="auto|cpu|gpu|cuda[:N]|mps", rich_help_panel=_COMMON)
 ]
-DTypeOption = Annotated[DType | None, flag(AnalyzeRecipe, "dtype", rich_help_panel=_COMMON)]
+DTypeOption = Annotated[
+    str | None, flag(AnalyzeRecipe, "dtype", metavar="float32|bfloat16|float16", rich_help_panel=_COMMON)
+]
 SeedOption = Annotated[int | None, flag(AnalyzeRecipe, "seed", rich_help_panel=_COMMON)]
 ForceOption = Annotated[
     bool,
@@ -150,7 +152,7 @@ def ratio_overrides(texts: Sequence[str] | None) -> dict[str, object]:
 
     A common ratio alone empties the recipe's ratios by stage and by group.
     """
-    common, by_name = parse_by_stage("--ratio", texts, float)
+    common, by_name = parse_by_stage("--ratio", texts, parse_ratio)
     by_group = {name: ratio for name, ratio in by_name.items() if "." in name}
     by_stage = {name: ratio for name, ratio in by_name.items() if name not in by_group}
     overrides: dict[str, object] = {}

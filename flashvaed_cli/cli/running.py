@@ -18,7 +18,7 @@ from flashvaed_cli.cli.console import open_progress, result_console
 from flashvaed_cli.cli.interruption import OutputWatch, Terminated, interruption, is_main_process
 from flashvaed_cli.cli.streams import reader_may_leave
 from flashvaed_cli.errors import OutOfMemory, is_out_of_memory
-from flashvaed_cli.printable import printable
+from flashvaed_cli.printable import printable_line
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe import CommandRecipe, find_recipe, load_recipe, resolve
 
@@ -117,7 +117,9 @@ def run_stage(
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when huggingface_hub is imported
     try:
         with open_progress(quiet=context.params["quiet"]) as progress:
-            result = stage(recipe, progress=progress, force=context.params["force"], command_line=command_line(context))
+            result = stage(
+                recipe, progress=progress, force=context.params.get("force", False), command_line=command_line(context)
+            )
     except KeyboardInterrupt as error:  # stages write their output whole, at the end
         raise interruption(error, output.outcome()) from error
     except Exception as error:
@@ -128,7 +130,7 @@ def run_stage(
         raise
     context.meta[DONE_KEY] = True
     if is_main_process():
-        with reader_may_leave():
+        with reader_may_leave(has_written=bool(result.paths)):
             _print_result(context, result, on_stderr=result_on_stderr)
     return result
 
@@ -150,7 +152,7 @@ def _print_result(context: typer.Context, result: StageResult, *, on_stderr: boo
     console = result_console(on_stderr=on_stderr)
     console.print(result.table())
     for path in result.paths:
-        console.print(Text(printable(f"wrote {path}")), soft_wrap=True)
+        console.print(Text(printable_line(f"wrote {path}")), soft_wrap=True)
 
 
 def command_line(context: typer.Context) -> str:

@@ -23,10 +23,17 @@ def prepare_streams() -> None:
             stream.reconfigure(errors="replace")
 
 
+def was_closed(stream: TextIO) -> bool:
+    """Whether a stream was closed when the program began, so that what is written to it goes nowhere."""
+    return getattr(stream, "name", None) == os.devnull
+
+
 @contextmanager
-def reader_may_leave() -> Iterator[None]:
+def reader_may_leave(*, has_written: bool) -> Iterator[None]:
     """Print a result. A reader that has had enough (`| head -1`) is no error: the files are written.
 
+    Args:
+        has_written: there are files that hold the result too.
     Raises:
         FlashVaedError: the result cannot be printed for another reason.
     """
@@ -37,7 +44,8 @@ def reader_may_leave() -> Iterator[None]:
         send_nowhere(sys.stdout)
         if not isinstance(error, BrokenPipeError):
             raise FlashVaedError(
-                f"the files are written, but the result cannot be printed: {error.strerror}. Check where stdout goes."
+                f"{'the files are written, but ' if has_written else ''}the result cannot be printed: "
+                f"{error.strerror}. Check where stdout goes."
             ) from error
 
 

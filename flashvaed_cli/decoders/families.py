@@ -9,7 +9,7 @@ from flashvaed_cli.decoders.family import Family
 from flashvaed_cli.decoders.ltx import LTX_090, LTX_091, LTX_095, LTX_2
 from flashvaed_cli.decoders.qwen_image import QWEN_IMAGE
 from flashvaed_cli.decoders.qwen_image2 import QWEN_IMAGE_2
-from flashvaed_cli.decoders.spec import DecoderSpec, EncoderSpec
+from flashvaed_cli.decoders.spec import CoderSpec, DecoderSpec, EncoderSpec
 from flashvaed_cli.decoders.wan import WAN21
 from flashvaed_cli.decoders.wan22 import WAN22
 from flashvaed_cli.errors import SpecError
@@ -70,6 +70,19 @@ def original_like(spec: DecoderSpec) -> Callable[[int, int], DecoderSpec]:
     def build(base_width: int, latent_width: int) -> DecoderSpec:
         configured = family.configured(family.decoder_spec(base_width, latent_width), config)
         assert isinstance(configured, DecoderSpec)
+        return configured
+
+    return build
+
+
+def encoder_like(spec: CoderSpec) -> Callable[[int, int], EncoderSpec]:
+    """`original_like` for the family's encoder; `spec`, of either role, says what a configuration would."""
+    family = get_family(spec.family)
+    config = family.described(spec)
+
+    def build(base_width: int, latent_width: int) -> EncoderSpec:
+        configured = family.configured(family.encoder_spec(base_width, latent_width), config)
+        assert isinstance(configured, EncoderSpec)
         return configured
 
     return build

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
 import os
 import shutil
 import types
@@ -33,6 +34,7 @@ from flashvaed_cli.decoders.planning import DecodePlan, choose_plan
 from flashvaed_cli.decoders.streaming import State, WindowBuffer, check_latents, windows_of_parts
 from flashvaed_cli.decoders.tiling import TileLayout, Window, tile_layout
 from flashvaed_cli.errors import DecodeError, NonFiniteError, SpecError
+from flashvaed_cli.limits import MAX_LATENT
 
 Run = Callable[[Tensor, State | None, State | None], Tensor]
 """Some blocks of a decoder: their input, past and future to their output."""
@@ -166,6 +168,17 @@ class DecodeRuntime:
         """The kept frames of a window of latents, decoded as a video of its own."""
         return _Run(self, layout).step(latents, first=True, last=True)[:, :, window.keep_start : window.keep_stop]
 
+    def require_usable(self, latents: Tensor) -> None:
+        """Refuse latents that no decoder can take: NaN, infinite, or so large that a norm overflows and gives zeros.
+
+        Raises:
+            NonFiniteError: they are.
+        """
+        largest = float(latents.detach().abs().amax())
+        if not largest <= MAX_LATENT:
+            found = f"values up to {largest:.2g}" if math.isfinite(largest) else "NaN or infinite values"
+            raise NonFiniteError(f"the latents hold {found}, where latents are about 10. Check where they come from.")
+
     def require_finite(self, frames: Tensor, latents: Tensor) -> None:
         """Refuse frames that hold NaN or infinite values, and name the layer where they first appear.
 
@@ -280,6 +293,7 @@ class _Run:
     @torch.no_grad()
     def step(self, latents: Tensor, *, first: bool, last: bool) -> Tensor:
         """The next frames, clamped."""
+        self._runtime.require_usable(latents)
         # A compiled step always gives its state, unless there is one step only: no third graph for the last.
         keep = not last or (self._compiles and not first)
         x = self._before(latents.to(device=self._device, dtype=self._dtype), self._before_state, first=first, keep=keep)

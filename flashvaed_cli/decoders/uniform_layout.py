@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from flashvaed_cli.decoders.families import get_family
+from flashvaed_cli.decoders.families import encoder_like
 from flashvaed_cli.decoders.layer_spec import (
     AttentionSpec,
     BlockSpec,
@@ -47,12 +47,12 @@ def fits_uniform_layout(spec: DecoderSpec, original: Callable[[int, int], Decode
 
 def encoder_base_width(spec: EncoderSpec) -> int | None:
     """The base width at which an encoder is its family's original; None if it is another network."""
-    first, family = spec.stages[0].blocks[0], get_family(spec.family)
+    first = spec.stages[0].blocks[0]
     if not isinstance(first, ConvBlockSpec):
         return None
     base_width = first.conv.out_width
     try:
-        uniform = family.configured(family.encoder_spec(base_width, spec.latent_width), family.described(spec))
+        uniform = encoder_like(spec)(base_width, spec.latent_width)
     except ValueError:
         return None
     return base_width if uniform == spec else None

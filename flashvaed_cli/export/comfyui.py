@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flashvaed_cli.decoders.coder import Encoder
-from flashvaed_cli.decoders.families import get_family, original_like
+from flashvaed_cli.decoders.families import encoder_like, get_family, original_like
 from flashvaed_cli.decoders.spec import DecoderSpec, EncoderSpec
 from flashvaed_cli.decoders.uniform_layout import encoder_base_width, fits_uniform_layout
 
@@ -88,10 +88,7 @@ def stand_in_encoder(decoder: DecoderSpec, encoder: EncoderSpec | None) -> Encod
         return None
     if encoder is not None and encoder_base_width(encoder) == base_width:
         return None
-    described = family.described(decoder) if encoder is None else family.described(encoder)
-    spec = family.configured(family.encoder_spec(base_width, decoder.latent_width), described)
-    assert isinstance(spec, EncoderSpec)
-    stand_in = Encoder(spec).eval().requires_grad_(False)
+    stand_in = Encoder(encoder_like(encoder or decoder)(base_width, decoder.latent_width)).eval().requires_grad_(False)
     for parameter in stand_in.parameters():
         parameter.zero_()
     return stand_in

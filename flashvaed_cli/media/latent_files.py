@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flashvaed_cli.errors import MediaError
+from flashvaed_cli.limits import MAX_LATENT
 from flashvaed_cli.untrusted.files import open_regular
 from flashvaed_cli.untrusted.pytorch_file import load_pytorch
 from flashvaed_cli.untrusted.safetensors_file import load_safetensors
@@ -57,6 +58,11 @@ def load_latents(path: str | Path, *, latent_width: int | None = None) -> Float[
         raise MediaError(f"{path}: the latents of shape {list(latents.shape)} are empty. Encode them again.")
     if not torch.isfinite(latents).all():
         raise MediaError(f"{path}: the latents hold NaN or infinite values. Encode them again.")
+    if (largest := float(latents.abs().max())) > MAX_LATENT:
+        raise MediaError(
+            f"{path}: the latents hold values up to {largest:.2g}, where latents of video models are about 10. "
+            "Encode them again, or check how they were saved."
+        )
     return latents.contiguous()
 
 

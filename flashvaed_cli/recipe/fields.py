@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from flashvaed_cli.recipe.quantities import parse_bucket, parse_memory, parse_size
+from flashvaed_cli.recipe.quantities import parse_bucket, parse_memory, parse_ratio, parse_size
 
 BUILTIN_VAE = "builtin:tiny-wan"
 
@@ -18,7 +18,7 @@ FLASH_FILE = "flash.safetensors"
 
 DEFAULT_KEEP_RATIO = 0.25
 
-DType = Literal["float32", "bfloat16", "float16"]
+FloatFormat = Literal["float32", "bfloat16", "float16"]
 SelectionRule = Literal["greedy-r2", "greedy-energy", "next-layer", "pivoted-qr", "chip", "l1", "variance", "random"]
 ReconstructMode = Literal["none", "channel", "full"]
 StudentLayout = Literal["free", "native"]
@@ -27,7 +27,6 @@ StageOperator = Literal["causal3d", "dwsep3d", "frame2d"]
 PhaseChoice = Literal["1", "2", "3", "all"]
 ExportTarget = Literal["safetensors", "diffusers", "onnx", "comfyui", "pt2"]
 LatentScale = Literal["normalized", "raw"]
-CacheDType = Literal["float32", "float16"]
 FrameFormat = Literal["mp4", "png", "npy", "pt"]
 
 
@@ -70,10 +69,30 @@ def _checked_size(text: str) -> str:
 
 
 def _checked_device(text: str) -> str:
-    if re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", text) is None:
-        hint = "a GPU is called cuda (NVIDIA, AMD) or mps (Apple); " if "gpu" in text.lower() else ""
-        raise ValueError(f"{text!r} is no device: {hint}give auto, cpu, cuda, mps, or cuda:1 for the second GPU")
+    if re.fullmatch(r"auto|cpu|mps|gpu|cuda(:[0-9]{1,3})?", text) is None:
+        hint = "a GPU is called gpu, cuda (NVIDIA, AMD) or mps (Apple); " if "gpu" in text.lower() else ""
+        raise ValueError(f"{text!r} is no device: {hint}give auto, cpu, gpu, cuda, mps, or cuda:1 for the second GPU")
     return text
+
+
+_SHORT_FORMATS = {
+    **dict.fromkeys(("fp32", "f32", "float"), "float32"),
+    **dict.fromkeys(("fp16", "f16", "half"), "float16"),
+    "bf16": "bfloat16",
+}
+
+
+def _full_format(value: object) -> object:
+    return _SHORT_FORMATS.get(value, value) if isinstance(value, str) else value
+
+
+def _ratio_from_text(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_ratio(value)
+    except ValueError:
+        return value  # the check for a number names it
 
 
 def _checked_memory(text: str) -> str:
@@ -89,7 +108,9 @@ Switch = Annotated[bool, Field(strict=True)]
 Positive = Annotated[float, Field(gt=0, strict=True)]
 OptionalPositive = Annotated[Annotated[float, Field(gt=0, strict=True)] | None, BeforeValidator(_zero_as_none)]
 NonNegative = Annotated[float, Field(ge=0, strict=True)]
-KeepRatio = Annotated[float, Field(gt=0, le=1, strict=True)]
+KeepRatio = Annotated[Annotated[float, Field(gt=0, le=1, strict=True)], BeforeValidator(_ratio_from_text)]
+DType = Annotated[FloatFormat, BeforeValidator(_full_format)]
+CacheDType = Annotated[Literal["float32", "float16"], BeforeValidator(_full_format)]
 Name = Annotated[str, Field(min_length=1)]
 Names = Annotated[tuple[Name, ...], BeforeValidator(one_as_tuple)]
 Sizes = Annotated[

@@ -52,6 +52,22 @@ def parse_memory(text: str) -> int:
     return num_bytes
 
 
+def parse_ratio(text: str) -> float:
+    """The number of `0.25`, `1/8` or `25%`.
+
+    Raises:
+        ValueError: none of them.
+    """
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text.strip())
+    if match is not None and int(match[2]):
+        return int(match[1]) / int(match[2])
+    if match is None and text.strip().endswith("%"):
+        return float(text.strip()[:-1]) / 100
+    if match is None:
+        return float(text)
+    raise ValueError("must be a ratio above 0 and up to 1, such as 0.125, 1/8 or 12.5%")
+
+
 def parse_frame_rate(text: str) -> Fraction:
     """Frames per second of `24`, `23.976` or `30000/1001`.
 

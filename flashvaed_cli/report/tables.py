@@ -10,7 +10,7 @@ from typing import Literal
 from rich.table import Table
 from rich.text import Text
 
-from flashvaed_cli.printable import printable
+from flashvaed_cli.printable import printable_line
 
 Cell = str | int | float | None
 MISSING = "–"
@@ -74,7 +74,7 @@ def to_rich(table: TableData) -> Table:
         overflow = "fold" if column.wraps else "ellipsis"
         view.add_column(Text(column.name), justify=column.align, no_wrap=not wraps, overflow=overflow)
     for texts in table.texts():
-        view.add_row(*(Text(printable(text)) for text in texts))
+        view.add_row(*(Text(printable_line(text)) for text in texts))
     return view
 
 

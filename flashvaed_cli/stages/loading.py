@@ -12,7 +12,7 @@ from flashvaed_cli.artifact.checkpoint import Checkpoint, load_checkpoint, load_
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.exact import plain_decoder
 from flashvaed_cli.decoders.still import still_decoder
-from flashvaed_cli.errors import ArtifactError, FlashVaedError
+from flashvaed_cli.errors import FlashVaedError
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.settings import CommandRecipe
 from flashvaed_cli.zoo.builtin import BUILTINS
@@ -21,7 +21,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that a recipe names, as `cuda` or `cuda:1`; `auto` takes CUDA, then MPS, then the CPU.
+    """The device that a recipe names, as `cuda` or `cuda:1`; `gpu` takes CUDA or MPS, `auto` either of them or the CPU.
 
     Raises:
         FlashVaedError: this machine does not have it.
@@ -29,6 +29,8 @@ def choose_device(name: str) -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(device for device, there in available.items() if there))
+    if name == "gpu":
+        name = "mps" if available["mps"] else "cuda"
     device = torch.device(name)
     count = torch.cuda.device_count() if device.type == "cuda" and available["cuda"] else 1
     if not available[device.type] or (device.index or 0) >= count:
@@ -113,7 +115,6 @@ def load_inputs(
     if parent.location != checkpoint.location:
         _warn_of(parent, progress)
     for loaded in (checkpoint, parent):
-        _require_finite_weights(loaded)
         for coder in (loaded.decoder, loaded.encoder):
             if coder is not None:
                 coder.to(device)
@@ -148,16 +149,3 @@ def _warn_of(checkpoint: Checkpoint, progress: Progress) -> None:
 def with_plain_operators(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with its decoder's exact operators replaced by the plain ones that they stand for."""
     return replace(checkpoint, decoder=plain_decoder(checkpoint.require_decoder()))
-
-
-def _require_finite_weights(checkpoint: Checkpoint) -> None:
-    coders = [coder for coder in (checkpoint.decoder, checkpoint.encoder) if coder is not None]
-    for coder in coders:
-        for name, parameter in coder.named_parameters():
-            low, high = torch.aminmax(parameter.detach())
-            if not bool(torch.isfinite(low) & torch.isfinite(high)):
-                layer = name.removeprefix("stages.")
-                raise ArtifactError(
-                    f"{checkpoint.location}: {layer} of the {coder.spec.role} holds NaN or infinite values; "
-                    "the file is damaged, or its number format too narrow: get or make it again"
-                )

@@ -10,31 +10,20 @@ import math
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint
 from flashvaed_cli.calibrate.statistics import collect_statistics
 from flashvaed_cli.decoders.coder import Decoder, Encoder
-from flashvaed_cli.decoders.families import get_family
-from flashvaed_cli.decoders.spec import EncoderSpec
+from flashvaed_cli.decoders.families import encoder_like
 from flashvaed_cli.decoders.streaming import decode, encode
 from flashvaed_cli.errors import SpecError
+from flashvaed_cli.metrics.quality import PSNR_CAP_DB, compare_frames
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.prune import PruneRecipe
 from flashvaed_cli.stages.clips import CalibrationClips
 from flashvaed_cli.stages.reconstruction import fit_settings, reconstruct
 from flashvaed_cli.surgery.native import select_native
 from flashvaed_cli.surgery.transfer import transfer_weights
-
-
-def native_encoder_spec(encoder: EncoderSpec, base_width: int) -> EncoderSpec:
-    """The family's encoder at a base width, with what a configuration says of `encoder`."""
-    family = get_family(encoder.family)
-    spec = family.encoder_spec(base_width, encoder.latent_width)
-    configured = family.configured(spec, family.described(encoder))
-    assert isinstance(configured, EncoderSpec)
-    return configured
 
 
 def narrow_encoder(
@@ -56,7 +45,7 @@ def narrow_encoder(
     encoder = original.require_encoder()
     if not clips.requests:
         raise SpecError("--with-encoder needs videos, and --data names latents only. Add a video, or leave it out")
-    spec = native_encoder_spec(encoder.spec, base_width)
+    spec = encoder_like(encoder.spec)(base_width, encoder.spec.latent_width)
     statistics = collect_statistics(encoder, clips.pixels(), num_clips=len(clips.requests), progress=progress)
     kept, _ = select_native(encoder, statistics, spec, rule=recipe.rule, seed=recipe.seed)
     narrowed = transfer_weights(encoder, spec, kept)
@@ -83,14 +72,10 @@ def _quality(encoder: Encoder, narrowed: Encoder, decoder: Decoder, clips: Calib
         missed += float((ours - theirs).square().sum())
         variance += float((theirs - theirs.mean(dim=(0, 2, 3, 4), keepdim=True)).square().sum())
         for name, latents in (("original", theirs), ("narrowed", ours)):
-            psnr[name] += _psnr_db(decode(decoder, latents), pixels) / len(clips.requests)
+            quality = compare_frames(decode(decoder, latents), pixels)
+            psnr[name] += min(quality.psnr_db, PSNR_CAP_DB) / len(clips.requests)
     return {
         "latent_error": missed / variance if variance > 0 else math.nan,
         "psnr_db_with_original_encoder": psnr["original"],
         "psnr_db": psnr["narrowed"],
     }
-
-
-def _psnr_db(frames: Float[Tensor, "B 3 T H W"], wanted: Float[Tensor, "B 3 T H W"]) -> float:
-    error = float((frames.clamp(-1, 1) - wanted).square().mean())
-    return 10 * math.log10(4 / max(error, 1e-12))

@@ -7,7 +7,6 @@ the same command continues a run that was killed.
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from flashvaed_cli.media.frames.container import is_still
 from flashvaed_cli.media.procedural import render_frames
 from flashvaed_cli.media.sources import find_clips
 from flashvaed_cli.media.video import iter_frames, read_clip, scaled_size
+from flashvaed_cli.metrics.quality import psnr_db
 from flashvaed_cli.zoo.linear_start import start_linear
 from flashvaed_cli.zoo.training import Autoencoder, RunState, TrainingPlan, start_state, train
 
@@ -143,11 +143,6 @@ def held_out_clips(path: Path) -> dict[str, Float[Tensor, "B C T H W"]]:
     tops, lefts = ([round(i * (side - CROP) / 2) for i in range(3)] for side in large.shape[2:])
     crops = [large[:, :, top : top + CROP, left : left + CROP] for top in tops for left in lefts]
     return {"whole": whole[None], "crops": torch.stack(crops)}
-
-
-def psnr_db(output: Tensor, pixels: Tensor) -> float:
-    """PSNR in [-1, 1] (peak 2) from the mean square error over everything given."""
-    return 10 * math.log10(4 / (output.float() - pixels).square().mean().item())
 
 
 @torch.no_grad()

@@ -72,6 +72,27 @@ def test_a_full_stdout_is_one_message(
     assert "the files are written, but the result cannot be printed: No space left" in capsys.readouterr().err
 
 
+def test_a_full_stdout_does_not_promise_files_that_nobody_wrote(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Result, "paths", ())
+    with Path("/dev/full").open("w", encoding="utf-8") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert run(monkeypatch) == 2
+    assert capsys.readouterr().err.startswith("Error: the result cannot be printed: No space left")
+
+
+def test_frames_are_not_decoded_into_a_closed_stdout(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    prepare_streams()
+    with sys.stdout, pytest.raises(SystemExit) as ended:
+        main(["decode", "x.safetensors", "-o", "-"])
+    assert ended.value.code == 2
+    assert "standard output is closed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_what_a_terminal_cannot_show_is_replaced(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, encoding: str

@@ -9,7 +9,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from flashvaed_cli.artifact.header import ArtifactHeader
-from flashvaed_cli.printable import printable
+from flashvaed_cli.printable import printable_line
 from flashvaed_cli.report.tables import Cell, Column, TableData, to_rich
 from flashvaed_cli.stages.ancestry import Ancestor
 from flashvaed_cli.stages.info.facts import CoderFacts, FileFacts
@@ -32,9 +32,9 @@ def show_one(facts: FileFacts, size: str) -> RenderableType:
         parts.append(to_rich(_measured_table(facts)))
     if facts.parents:
         parts.append(_lineage(facts))
-    parts += [Text(printable(note)) for note in facts.notes]
+    parts += [Text(printable_line(note)) for note in facts.notes]
     if facts.next_commands:
-        parts.append(Text("\nNext:\n" + "\n".join(f"  {printable(command)}" for command in facts.next_commands)))
+        parts.append(Text("\nNext:\n" + "\n".join(f"  {printable_line(command)}" for command in facts.next_commands)))
     return Group(*parts)
 
 
@@ -52,7 +52,7 @@ def show_side_by_side(several: Sequence[FileFacts], size: str) -> RenderableType
 
 
 def _summary(several: Sequence[FileFacts], size: str) -> TableData:
-    columns = (Column("", align="left"), *(Column(printable(facts.location), align="left") for facts in several))
+    columns = (Column("", align="left"), *(Column(printable_line(facts.location), align="left") for facts in several))
     rows: list[tuple[Cell, ...]] = []
     for name, read in _ROWS.items():
         texts = [read(facts) for facts in several]
@@ -85,7 +85,7 @@ def _data(header: ArtifactHeader) -> str | None:
         return None
     shown = run.data[:_NUM_SHOWN_FILES]
     named = ", ".join(
-        f"{printable(file.name)} ({file.sha256[:12] if file.sha256 else f'{file.size_bytes:,d} bytes'})"
+        f"{printable_line(file.name)} ({file.sha256[:12] if file.sha256 else f'{file.size_bytes:,d} bytes'})"
         for file in shown
     )
     more = run.num_data_files - len(shown)
@@ -135,7 +135,7 @@ _ROWS: dict[str, Callable[[FileFacts], str | None]] = {
     ),
     "operators": _of_decoder(lambda decoder: _counts(_all_operators(decoder))),
     "written by": _of_header(_written_by),
-    "command": _of_header(lambda header: printable(header.command_line, _MAX_COMMAND_CHARS)),
+    "command": _of_header(lambda header: printable_line(header.command_line, _MAX_COMMAND_CHARS)),
     "data": _of_header(_data),
 }
 
@@ -177,7 +177,7 @@ def _measured_table(facts: FileFacts) -> TableData:
 
 
 def _lineage(facts: FileFacts) -> Tree:
-    tree = Tree(Text(f"Lineage of {printable(facts.location)}", style="bold"))
+    tree = Tree(Text(f"Lineage of {printable_line(facts.location)}", style="bold"))
     for parent in facts.parents:
         _grow(tree, parent)
     return tree
@@ -187,11 +187,11 @@ def _grow(tree: Tree, ancestor: Ancestor) -> None:
     lineage, header = ancestor.lineage, ancestor.header
     weights = f", weights {lineage.weights}" if lineage.weights else ""
     lines = [
-        f"{printable(lineage.role)}: {printable(lineage.location)}{printable(weights)}",
-        f"SHA-256 {printable(lineage.sha256)[:12]}, {_STATES[ancestor.state]}",
+        f"{printable_line(lineage.role)}: {printable_line(lineage.location)}{printable_line(weights)}",
+        f"SHA-256 {printable_line(lineage.sha256)[:12]}, {_STATES[ancestor.state]}",
     ]
     if header is not None and header.command_line:
-        lines.append(printable(header.command_line, _MAX_COMMAND_CHARS))
+        lines.append(printable_line(header.command_line, _MAX_COMMAND_CHARS))
     if header is not None and header.run is not None:
         lines.append(f"{header.run.started.replace('T', ' ')[:16]} UTC, {_duration(header.run.duration_s)}")
     branch = tree.add(Text("\n".join(lines)))

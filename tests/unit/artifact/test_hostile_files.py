@@ -62,6 +62,9 @@ _CONV = ("decoder", "stages", 1, "blocks", 0, "conv")
         (_set("latent_std", 3, to=0.0), r"latent_std holds 0\.0"),
         (_set("latent_std", 3, to=-1.0), r"latent_std holds -1\.0"),
         (_set("latent_std", 3, to=math.nan), r"latent_std\.3: .*finite"),
+        (_set("latent_std", 3, to=1e300), r"latent_std holds 1e\+300"),
+        (_set("latent_std", 3, to=1e-300), r"1 / latent_std holds 1e\+300"),
+        (_set("latent_mean", 3, to=-1e300), r"latent_mean holds -1e\+300"),
         (_set("latent_mean", 3, to=math.inf), r"latent_mean\.3: .*finite"),
         (_set("latent_std", to=[1.0] * 15), "16 figures and latent_std 15"),
         (_set("latent_mean", to=[]), "0 figures and latent_std 16"),
@@ -151,6 +154,23 @@ def test_configurations_with_odd_values_load_or_are_named(tmp_path: Path, weight
         with suppress(ArtifactError):  # anything else is a traceback
             checkpoint = load_checkpoint(_folder(tmp_path, weights, config), builtins={})
             assert all(map(math.isfinite, checkpoint.latent_mean)) and min(checkpoint.latent_std) > 0
+
+
+def test_statistics_of_a_configuration_are_checked_alike(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    folder = _folder(tmp_path, weights, {"latents_mean": [0.0] * 16, "latents_std": [1.0] * 15 + [1e300]})
+    with pytest.raises(ArtifactError, match=r"latent_std holds 1e\+300.*config\.json"):
+        load_checkpoint(folder, builtins={})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1e20])
+def test_weights_that_nothing_can_run_with_are_named(tmp_path: Path, value: float) -> None:
+    decoder = small_decoder()
+    with torch.no_grad():
+        decoder.at("up2.0.conv1").weight[0, 0, 0, 0, 0] = value  # type: ignore[union-attr, index]
+    wanted = r"up2\.0\.conv1\.weight of the decoder holds .*; the file is damaged"
+    save_file(to_foreign(decoder.state_dict(), DECODER_SPEC, WAN_DIFFUSERS), tmp_path / "foreign.safetensors")
+    with pytest.raises(ArtifactError, match=wanted):
+        load_checkpoint(tmp_path / "foreign.safetensors", builtins={})
 
 
 @pytest.mark.parametrize("weight_map", [None, [], 3, {"a": None}, {"a": ["x"]}, {}])

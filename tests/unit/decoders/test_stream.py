@@ -97,9 +97,10 @@ def test_half_precision_is_told_what_to_take_instead() -> None:
         runtime.decode(toy_latents(2))
 
 
-def test_latents_that_are_not_finite_are_named_as_such() -> None:
+@pytest.mark.parametrize(("value", "found"), [(torch.nan, "NaN"), (-torch.inf, "NaN or inf"), (1e20, r"up to 1e\+20")])
+def test_latents_that_no_decoder_can_take_are_named_as_such(value: float, found: str) -> None:
     latents = toy_latents(2)
-    latents[0, 0, 1] = torch.nan
-    with pytest.raises(NonFiniteError, match="the latents hold NaN"):
+    latents[0, 0, 1] = value
+    with pytest.raises(NonFiniteError, match=f"the latents hold .*{found}"):
         DecodeRuntime(toy_decoder(), DecodeSettings()).decode(latents)
     assert first_overflow(toy_decoder(), toy_latents(2)) is None

@@ -24,6 +24,15 @@ def test_a_comfyui_latent_has_its_scale(tmp_path: Path) -> None:
     assert not is_always_raw("x.safetensors")
 
 
+@pytest.mark.parametrize(("value", "found"), [(1e20, r"up to 1e\+20"), (-3e38, r"up to 3e\+38"), (torch.nan, "NaN")])
+def test_latents_that_would_decode_to_a_flat_picture_are_refused(tmp_path: Path, value: float, found: str) -> None:
+    latents = torch.randn(1, 4, 3, 2, 5)
+    latents[0, 1, 1, 1, 1] = value
+    save_file({"latents": latents}, tmp_path / "x.safetensors")
+    with pytest.raises(MediaError, match=f"x.safetensors: the latents hold .*{found}"):
+        load_latents(tmp_path / "x.safetensors", latent_width=4)
+
+
 def test_a_list_of_clips_is_a_batch(tmp_path: Path) -> None:
     clips = [torch.randn(4, 3, 2, 5) for _ in range(2)]
     torch.save(clips, tmp_path / "wan.pt")

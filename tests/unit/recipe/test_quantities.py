@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
 
 from flashvaed_cli.errors import RecipeError
-from flashvaed_cli.recipe import DistillRecipe, EvalRecipe, resolve
-from flashvaed_cli.recipe.quantities import parse_bucket, parse_memory, parse_size
+from flashvaed_cli.recipe import DistillRecipe, EvalRecipe, PruneRecipe, resolve
+from flashvaed_cli.recipe.quantities import parse_bucket, parse_memory, parse_ratio, parse_size
 
 
 @pytest.mark.parametrize(
@@ -18,6 +19,25 @@ def test_sizes(text: str, size: tuple[int, int]) -> None:
 def test_no_sizes(text: str) -> None:
     with pytest.raises(ValueError, match="480p, 720p, 1080p or WIDTHxHEIGHT"):
         parse_size(text)
+
+
+@pytest.mark.parametrize("text", ["1/8", "0.125", "12.5%", " 1/8 ", "125e-3"])
+def test_ratios(text: str) -> None:
+    assert parse_ratio(text) == 0.125
+    assert PruneRecipe.model_validate({"stage_keep_ratios": {"up3": text}}).stage_keep_ratios == {"up3": 0.125}
+
+
+@pytest.mark.parametrize("text", ["1/0", "8/1", "2", "0", "x", "", "-1/8", "1/8/2", "150%", "nan"])
+def test_no_ratios(text: str) -> None:
+    with pytest.raises(ValidationError):
+        PruneRecipe.model_validate({"keep_ratio": text})
+
+
+@pytest.mark.parametrize(
+    ("short", "full"), [("bf16", "bfloat16"), ("fp16", "float16"), ("half", "float16"), ("fp32", "float32")]
+)
+def test_short_names_of_number_formats(short: str, full: str) -> None:
+    assert PruneRecipe.model_validate({"dtype": short}).dtype == full
 
 
 def test_buckets_as_text_and_as_numbers_are_the_same() -> None:
