@@ -1,4 +1,5 @@
-"""The decoder as `torch.export` programs, `.pt2`: PyTorch runs them without this program's code.
+"""The decoder as `torch.export` programs (`.pt2`), which PyTorch runs without this program's code, or as packages that
+AOTInductor has compiled for this machine's processor or GPU.
 
 Inputs and outputs are those of the ONNX graphs: a clip at once, or steps with their caches.
 """
@@ -6,14 +7,18 @@ Inputs and outputs are those of the ONNX graphs: a clip at once, or steps with t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.export import ExportedProgram
 
 from flashvaed_cli.atomic import draft_folder
 from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.runtime import require_compiler
 from flashvaed_cli.decoders.streaming import decode
 from flashvaed_cli.errors import ExportError
 from flashvaed_cli.export.graphs import (
@@ -27,10 +32,15 @@ from flashvaed_cli.export.graphs import (
     traceable_copy,
 )
 from flashvaed_cli.export.parity import copy_in, own_rounding, relative_difference, require_parity, seeded_latents
-from flashvaed_cli.export.result import ExportResult
+from flashvaed_cli.export.result import ExportResult, Target
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+COMPILED_TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""A compiler adds up in another order."""
 _CHECKS = ((2, TRACE_GRID), (1, (4, 4, 7)), (3, (1, 3, 2)))  # batch; latent frames, height, width
+_CPU = torch.device("cpu")
+
+Program = Callable[..., Any]
 
 
 @torch.no_grad()
@@ -40,57 +50,107 @@ def export_pt2(decoder: Decoder, path: Path, *, dtype: torch.dtype = torch.float
     Raises:
         ExportError: torch cannot export the decoder, or what is loaded again decodes differently. No file is written.
     """
-    traceable = traceable_copy(decoder, dtype)
-    latents = seeded_latents(decoder.spec, trace_grid(decoder.spec), seed=seed, batch=TRACE_BATCH).to(dtype)
-    graphs: dict[str, tuple[ClipGraph | StepGraph, list[torch.Tensor]]] = {path.name: (ClipGraph(traceable), [latents])}
+    with draft_folder(path) as draft:
+        files = []
+        for suffix, program in _programs(decoder, path, dtype, _CPU, seed):
+            files.append(draft / f"{path.stem}{suffix}.pt2")
+            torch.export.save(program, files[-1])
+        loaded = [torch.export.load(file).module() for file in files]
+        difference, allowed = _compared(decoder, loaded, dtype, _CPU, seed, path.name, TOLERANCES[dtype])
+        return _moved("pt2", files, path.parent, difference, allowed, ())
+
+
+@torch.no_grad()
+def export_aoti(
+    decoder: Decoder, path: Path, *, device: torch.device = _CPU, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> ExportResult:
+    """Write the programs of `export_pt2` compiled ahead of time: `NAME.aoti.pt2` and, for steps, two more.
+
+    Args:
+        path: that of the first, `.../NAME.aoti.pt2`.
+        device: what they are compiled for: this machine's CPU or GPU, and machines with the same instructions.
+    Raises:
+        DecodeError: no compiler here.
+        ExportError: torch cannot export or compile the decoder, or what is loaded decodes differently. No file is
+            written.
+    """
+    require_compiler(device)
+    with draft_folder(path) as draft:
+        files = []
+        for suffix, program in _programs(decoder, path, dtype, device, seed):
+            files.append(draft / f"{path.name.removesuffix('.aoti.pt2')}{suffix}.aoti.pt2")
+            with _torch_speaks(f"compile the decoder to {files[-1].name}"):
+                torch._inductor.aoti_compile_and_package(program, package_path=str(files[-1]))
+        loaded = [torch._inductor.aoti_load_package(str(file)) for file in files]
+        tolerance = COMPILED_TOLERANCES[dtype]
+        difference, allowed = _compared(decoder, loaded, dtype, device, seed, path.name, tolerance)
+        note = f"aoti: compiled for this machine's {device.type.upper()} by torch {torch.__version__}; others need a "
+        return _moved("aoti", files, path.parent, difference, allowed, (f"{note}build of their own",))
+
+
+def _programs(
+    decoder: Decoder, path: Path, dtype: torch.dtype, device: torch.device, seed: int
+) -> Iterator[tuple[str, ExportedProgram]]:
+    """The suffix of each program's name, and the program."""
+    traceable = traceable_copy(decoder, dtype).to(device)
+    latents = seeded_latents(decoder.spec, trace_grid(decoder.spec), seed=seed, batch=TRACE_BATCH).to(device, dtype)
+    yield "", _traced(ClipGraph(traceable), [latents], path.name)
     if decoder.spec.is_causal and not decoder.spec.still:
         caches = first_caches(traceable, latents)
         step = StepGraph(traceable, tuple(caches))
-        graphs[f"{path.stem}.step.first.pt2"] = step, [latents]
-        graphs[f"{path.stem}.step.next.pt2"] = step, [latents, *caches.values()]
-    with draft_folder(path) as draft:
-        for name, (graph, inputs) in graphs.items():
-            _save(graph, inputs, draft / name)
-        modules = [torch.export.load(draft / name).module() for name in graphs]
-        difference, allowed = _compared(decoder, modules, dtype, seed, path.name)
-        size_bytes = sum(file.stat().st_size for file in draft.iterdir())
-        for name in graphs:
-            (draft / name).replace(path.with_name(name))
-    paths = tuple(path.with_name(name) for name in graphs)
-    return ExportResult("pt2", paths, size_bytes, difference, allowed, f"torch {torch.__version__}")
+        yield ".step.first", _traced(step, [latents], path.name)
+        yield ".step.next", _traced(step, [latents, *caches.values()], path.name)
 
 
-def _save(graph: ClipGraph | StepGraph, inputs: list[torch.Tensor], file: Path) -> None:
+def _traced(graph: ClipGraph | StepGraph, inputs: list[torch.Tensor], name: str) -> ExportedProgram:
+    with _torch_speaks(f"export the decoder to {name}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's, about itself
+        return torch.export.export(graph.eval(), tuple(inputs), dynamic_shapes=dynamic_axes(inputs), strict=False)
+
+
+@contextmanager
+def _torch_speaks(task: str) -> Iterator[None]:
+    """The exceptions of torch's exporter and compiler share no parent of their own: one message with their reason."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporter's, about itself
-            program = torch.export.export(
-                graph.eval(), tuple(inputs), dynamic_shapes=dynamic_axes(inputs), strict=False
-            )
-            torch.export.save(program, file)
-    except Exception as error:  # the exporter's exceptions share no parent of their own
-        reason = str(error).splitlines()[0]
-        raise ExportError(f"torch {torch.__version__} cannot export the decoder to {file.name}: {reason}") from error
+        yield
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ExportError(f"torch {torch.__version__} cannot {task}: {reason}") from error
+
+
+def _moved(
+    target: Target, files: Sequence[Path], folder: Path, difference: float, allowed: float, notes: tuple[str, ...]
+) -> ExportResult:
+    """The result, with its files moved out of their draft."""
+    size_bytes = sum(file.stat().st_size for file in files)
+    paths = tuple(file.replace(folder / file.name) for file in files)
+    return ExportResult(target, paths, size_bytes, difference, allowed, f"torch {torch.__version__}", notes=notes)
 
 
 def _compared(
-    decoder: Decoder, modules: Sequence[torch.nn.Module], dtype: torch.dtype, seed: int, name: str
+    decoder: Decoder,
+    programs: Sequence[Program],
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    name: str,
+    tolerance: float,
 ) -> tuple[float, float]:
     """The largest difference at every size, and what was allowed."""
-    reference = copy_in(decoder, torch.float32)
+    reference = copy_in(decoder, torch.float32).to(device)
     worst, allowed = 0.0, 0.0
     for batch, grid in _CHECKS:
         size = (1 if decoder.spec.still else grid[0], grid[1], grid[2])
-        latents = seeded_latents(decoder.spec, size, seed=seed, batch=batch)
+        latents = seeded_latents(decoder.spec, size, seed=seed, batch=batch).to(device)
         expected = decode(reference, latents)
-        found = [modules[0](latents.to(dtype))]
-        if len(modules) > 1:
-            found.append(_in_steps(modules[1], modules[2], latents.to(dtype)))
+        found = [programs[0](latents.to(dtype))]
+        if len(programs) > 1:
+            found.append(_in_steps(programs[1], programs[2], latents.to(dtype)))
         for frames in found:
             difference = relative_difference(frames.float(), expected)
             limit = require_parity(
                 difference,
-                TOLERANCES[dtype],
+                tolerance,
                 where=f"{name}, loaded again, latents {list(latents.shape)},",
                 rounding=None if dtype == torch.bfloat16 else partial(own_rounding, decoder, latents, dtype),
             )
@@ -98,7 +158,7 @@ def _compared(
     return worst, allowed
 
 
-def _in_steps(first: torch.nn.Module, following: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
+def _in_steps(first: Program, following: Program, latents: torch.Tensor) -> torch.Tensor:
     """One latent frame a step."""
     parts = list(latents.split(1, dim=2))
     frames, *caches = first(parts[0])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Target = Literal["safetensors", "diffusers", "onnx-clip", "onnx-step", "comfyui", "pt2"]
+Target = Literal["safetensors", "diffusers", "onnx-clip", "onnx-step", "comfyui", "pt2", "aoti"]
 
 
 @dataclass(frozen=True)

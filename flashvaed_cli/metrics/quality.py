@@ -10,8 +10,13 @@ one chunk and one frame. Definitions:
     LPIPS: mean over frames, lower is better.
     Sharpness ratio: mean squared Laplacian of the luma, output / reference. Below 1: softer.
     Flicker: mean |(y[t] - y[t-1]) - (r[t] - r[t-1])|, the error of the temporal differences.
+    Flicker at borders: the same where t is the first frame of a latent frame, where chunks can meet.
+    First and worst frame: PSNR of that frame alone. A mean over clips takes the worst of all.
+    MS-SSIM: five scales, frames mapped to [0, 1], mean over frames of at least 161 x 161; torchmetrics' borders.
+    Delta E: CIEDE2000 over all pixels, mean and 95th percentile; see `colour`.
 
-Reference: Wang et al. 2004, Image quality assessment (SSIM); Zhang et al. 2018, arXiv 1801.03924 (LPIPS).
+Reference: Wang et al. 2004, Image quality assessment (SSIM); Wang, Simoncelli and Bovik 2003, Multiscale structural
+similarity; Zhang et al. 2018, arXiv 1801.03924 (LPIPS).
 """
 
 from __future__ import annotations
@@ -25,8 +30,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from flashvaed_cli.metrics.colour import ColourShift
+
 PSNR_CAP_DB = 100.0
 SSIM_WINDOW = 11
+MS_SSIM_MIN_SIDE = (SSIM_WINDOW - 1) * 2**4 + 1
 PIXEL_RANGE = 2.0  # from -1 to 1
 LUMA_WEIGHTS = (0.2126, 0.7152, 0.0722)  # ITU-R BT.709
 FRAMES_PER_PASS = 4  # bounds the temporaries of SSIM and LPIPS
@@ -39,8 +47,8 @@ FrameMetric = Callable[[Tensor, Tensor], Tensor]
 class QualityResult:
     """Figures of one clip (or their mean over clips); None where a figure is not defined.
 
-    `ssim` needs frames of at least 11 x 11, `lpips` its backbone, `sharpness_ratio` 3 x 3 and a
-    reference that is not flat, `flicker` two frames.
+    `ssim` needs frames of at least 11 x 11, `ms_ssim` 161 x 161, `lpips` its backbone, `sharpness_ratio` 3 x 3 and a
+    reference that is not flat, `flicker` two frames, `vmaf` an ffmpeg that has it.
     """
 
     psnr_db: float
@@ -49,6 +57,13 @@ class QualityResult:
     sharpness_ratio: float | None
     flicker: float | None
     num_frames: int
+    border_flicker: float | None = None
+    first_frame_psnr_db: float | None = None
+    worst_frame_psnr_db: float | None = None
+    ms_ssim: float | None = None
+    delta_e: float | None = None
+    delta_e_95: float | None = None
+    vmaf: float | None = None
 
 
 class _RunningMean:
@@ -73,13 +88,29 @@ class QualityAccumulator:
     Values are clamped to [-1, 1] first: what is compared is what a video file would show.
     """
 
-    def __init__(self, *, lpips: FrameMetric | None = None, lpips_min_side: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        lpips: FrameMetric | None = None,
+        lpips_min_side: int = 0,
+        thorough: bool = False,
+        frames_per_latent: int = 1,
+    ) -> None:
         """Start empty.
 
         Args:
             lpips: see `load_lpips`; None leaves LPIPS out.
             lpips_min_side: smallest frame side that `lpips` can take; smaller frames are left out.
+            thorough: MS-SSIM and Delta E too, which take longer than all others together.
+            frames_per_latent: of every latent frame but the first, which is one frame.
         """
+        self._frames_per_latent = frames_per_latent
+        self._num_seen = 0
+        self._first_error: float | None = None
+        self._worst_error = 0.0
+        self._border_flicker = _RunningMean()
+        self._ms_ssim = _RunningMean()
+        self._colour = ColourShift() if thorough else None
         self._lpips_metric = lpips
         self._lpips_min_side = lpips_min_side
         self._squared_error = _RunningMean()
@@ -101,12 +132,18 @@ class QualityAccumulator:
         output = _as_batch(output).float().clamp(-1, 1)  # [B, C, T, H, W]
         reference = _as_batch(reference).to(output.device).float().clamp(-1, 1)
         _check_same_shape(output, reference)
-        self._add_flicker(output - reference)
+        error = output - reference
+        self._add_flicker(error)
+        self._add_frames(error)
         for y, r in _frame_passes(output, reference):  # [N, C, H, W]
             self._squared_error.add((y - r).square().mean(dim=(1, 2, 3)))
             height, width = y.shape[-2:]
             if min(height, width) >= SSIM_WINDOW:
                 self._ssim.add(_ssim_per_frame(y, r))
+            if self._colour is not None:
+                self._colour.add(y, r)
+                if min(height, width) >= MS_SSIM_MIN_SIDE:
+                    self._ms_ssim.add(_ms_ssim_per_frame(y, r))
             if self._lpips_metric is not None and min(height, width) >= self._lpips_min_side:
                 self._lpips.add(self._lpips_metric(y, r))
             if min(height, width) >= 3:
@@ -118,8 +155,20 @@ class QualityAccumulator:
         if self._last_error is not None:
             error = torch.cat([self._last_error.unsqueeze(2), error], dim=2)
         if error.shape[2] > 1:
-            self._flicker.add(error.diff(dim=2).abs().mean(dim=(1, 3, 4)))
+            change = error.diff(dim=2).abs().mean(dim=(1, 3, 4))  # [B, T]
+            self._flicker.add(change)
+            first = self._num_seen if self._last_error is not None else 1  # number of the frame that changed first
+            numbers = torch.arange(first, first + change.shape[1], device=change.device)
+            if self._frames_per_latent > 1:
+                self._border_flicker.add(change[:, (numbers - 1) % self._frames_per_latent == 0])
         self._last_error = error[:, :, -1].clone()  # a view would keep the whole chunk alive
+
+    def _add_frames(self, error: Float[Tensor, "B C T H W"]) -> None:
+        per_frame = error.square().mean(dim=(0, 1, 3, 4)).tolist()
+        if per_frame and self._first_error is None:
+            self._first_error = per_frame[0]
+        self._worst_error = max([*per_frame, self._worst_error], key=_nan_is_largest)
+        self._num_seen += len(per_frame)
 
     def result(self) -> QualityResult:
         """The figures over all frames so far.
@@ -137,6 +186,12 @@ class QualityAccumulator:
             sharpness_ratio=_ratio(self._output_energy.mean, self._reference_energy.mean),
             flicker=self._flicker.mean,
             num_frames=self._squared_error.count,
+            border_flicker=self._border_flicker.mean,
+            first_frame_psnr_db=None if self._first_error is None else _psnr_from_mse(self._first_error),
+            worst_frame_psnr_db=_psnr_from_mse(self._worst_error),
+            ms_ssim=self._ms_ssim.mean,
+            delta_e=None if self._colour is None else self._colour.mean,
+            delta_e_95=None if self._colour is None else self._colour.percentile_95,
         )
 
 
@@ -146,15 +201,19 @@ def compare_frames(
     *,
     lpips: FrameMetric | None = None,
     lpips_min_side: int = 0,
+    thorough: bool = False,
+    frames_per_latent: int = 1,
 ) -> QualityResult:
     """All figures of a clip that is in memory as a whole. See `QualityAccumulator`."""
-    accumulator = QualityAccumulator(lpips=lpips, lpips_min_side=lpips_min_side)
+    accumulator = QualityAccumulator(
+        lpips=lpips, lpips_min_side=lpips_min_side, thorough=thorough, frames_per_latent=frames_per_latent
+    )
     accumulator.update(output, reference)
     return accumulator.result()
 
 
 def mean_quality(results: Sequence[QualityResult]) -> QualityResult:
-    """Mean over clips, every clip with the same weight; `num_frames` is their sum.
+    """Mean over clips, every clip with the same weight; `num_frames` is their sum, the worst frame that of all.
 
     Decibels are averaged as such, identical clips counting `PSNR_CAP_DB`. A figure that some clips
     lack is averaged over those that have it.
@@ -165,14 +224,18 @@ def mean_quality(results: Sequence[QualityResult]) -> QualityResult:
     if not results:
         raise ValueError("the mean over no clips is not defined")
     means: dict[str, float | None] = {}
-    for name in (field.name for field in fields(QualityResult) if field.name not in ("psnr_db", "num_frames")):
-        values = [value for result in results if (value := getattr(result, name)) is not None]
-        means[name] = math.fsum(values) / len(values) if values else None
-    # only infinity is capped: a NaN must stay visible
-    decibels = [PSNR_CAP_DB if result.psnr_db > PSNR_CAP_DB else result.psnr_db for result in results]
-    return QualityResult(
-        psnr_db=sum(decibels) / len(decibels), num_frames=sum(result.num_frames for result in results), **means
-    )
+    for name in (field.name for field in fields(QualityResult) if field.name != "num_frames"):
+        values = [capped(name, value) for result in results if (value := getattr(result, name)) is not None]
+        if name == "worst_frame_psnr_db":
+            means[name] = min(values, default=None)
+        else:
+            means[name] = math.fsum(values) / len(values) if values else None
+    return QualityResult(num_frames=sum(result.num_frames for result in results), **means)  # type: ignore[arg-type]
+
+
+def capped(name: str, value: float) -> float:
+    """A figure with infinite decibels (identical frames) replaced by `PSNR_CAP_DB`; a NaN stays visible."""
+    return PSNR_CAP_DB if name.endswith("psnr_db") and value > PSNR_CAP_DB else value
 
 
 def psnr_db(output: Float[Tensor, "*B C T H W"], reference: Float[Tensor, "*B C T H W"]) -> float:
@@ -250,6 +313,26 @@ def _ssim_per_frame(output: Float[Tensor, "N C H W"], reference: Float[Tensor, "
     )
     assert isinstance(values, Tensor)
     return values
+
+
+def _ms_ssim_per_frame(output: Float[Tensor, "N C H W"], reference: Float[Tensor, "N C H W"]) -> Float[Tensor, " N"]:
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
+    values = multiscale_structural_similarity_index_measure(
+        (output + 1) / 2,
+        (reference + 1) / 2,
+        sigma=1.5,
+        kernel_size=SSIM_WINDOW,
+        data_range=1.0,
+        reduction="none",
+        normalize="relu",
+    )
+    assert isinstance(values, Tensor)
+    return values
+
+
+def _nan_is_largest(value: float) -> float:
+    return math.inf if math.isnan(value) else value
 
 
 def _laplacian_energy_per_frame(frames: Float[Tensor, "N C H W"]) -> Float[Tensor, " N"]:

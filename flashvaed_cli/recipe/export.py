@@ -29,8 +29,8 @@ class ExportRecipe(CommandRecipe):
     )
     targets: Annotated[tuple[ExportTarget, ...], BeforeValidator(one_as_tuple), Field(min_length=1)] = Field(
         default=("safetensors", "diffusers", "onnx"),
-        description="Formats to write: safetensors, diffusers, onnx, comfyui, pt2; repeatable. Without it the first "
-        "three, diffusers where it has a model like the decoder.",
+        description="Formats to write: safetensors, diffusers, onnx, comfyui, pt2, aoti (pt2 compiled for this "
+        "machine); repeatable. Without it the first three, diffusers where it has a model like the decoder.",
     )
     opset: Annotated[int, Field(ge=18, strict=True)] = Field(default=18, description="ONNX operator set.")
     output: Name = Field(default="export", description="Folder to write to.")

@@ -25,7 +25,7 @@ StudentLayout = Literal["free", "native"]
 OperatorProfile = Literal["paper", "exact", "image"]
 StageOperator = Literal["causal3d", "dwsep3d", "frame2d"]
 PhaseChoice = Literal["1", "2", "3", "all"]
-ExportTarget = Literal["safetensors", "diffusers", "onnx", "comfyui", "pt2"]
+ExportTarget = Literal["safetensors", "diffusers", "onnx", "comfyui", "pt2", "aoti"]
 LatentScale = Literal["normalized", "raw"]
 FrameFormat = Literal["mp4", "png", "npy", "pt"]
 

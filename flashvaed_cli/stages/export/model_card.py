@@ -37,6 +37,8 @@ _USES: dict[Target, str] = {
     "`future_NAME` is the next step's `past_NAME` input.",
     "pt2": '**PyTorch without flashvaed**: `torch.export.load("{file}").module()(latents)`; the `step` programs take '
     "and give the caches that the ONNX steps do.",
+    "aoti": '**PyTorch, compiled**: `torch._inductor.aoti_load_package("{file}")(latents)`, on a machine like the one '
+    "that wrote it.",
     "comfyui": "**ComfyUI**: `{file}`; put a single file into `models/vae`, or the folder (it has a README) into "
     "`custom_nodes`.",
 }

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flashvaed_cli.artifact.checkpoint import BUILTIN_SCHEME, Checkpoint
-from flashvaed_cli.errors import ArtifactError, ExportError
+from flashvaed_cli.errors import ArtifactError, DecodeError, ExportError
 from flashvaed_cli.export.onnx_graph import GraphKind, OnnxOptions, export_onnx
-from flashvaed_cli.export.pt2 import export_pt2
+from flashvaed_cli.export.pt2 import export_aoti, export_pt2
 from flashvaed_cli.export.result import ExportResult
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.export import ExportRecipe
@@ -24,7 +24,7 @@ from flashvaed_cli.stages.export.layouts import (
     export_original_layout,
 )
 from flashvaed_cli.stages.export.model_card import CARD, model_card
-from flashvaed_cli.stages.loading import DTYPES, choose_input, load_input, with_plain_operators
+from flashvaed_cli.stages.loading import DTYPES, choose_device, choose_input, load_input, with_plain_operators
 from flashvaed_cli.stages.outputs import claim_folder, filled_at_the_end, hashes_of
 from flashvaed_cli.stages.result import StageOutcome
 
@@ -95,7 +95,7 @@ def _write_targets(
     for target, job in _jobs(checkpoint, folder, name, recipe, progress, course.skipped):
         try:
             course.results += job()
-        except (ExportError, ArtifactError) as error:
+        except (ExportError, ArtifactError, DecodeError) as error:
             course.failed.append({"target": target, "reason": str(error)})
     if not course.results:
         raise ExportError("\n".join(["nothing was written:", *(entry["reason"] for entry in course.failed)]))
@@ -120,6 +120,10 @@ def _jobs(
     if "pt2" in recipe.targets:
         program = folder / f"{name}.pt2"
         yield "pt2", lambda: [export_pt2(decoder, program, dtype=DTYPES[recipe.dtype], seed=recipe.seed)]
+    if "aoti" in recipe.targets:
+        package, device = folder / f"{name}.aoti.pt2", choose_device(recipe.device)
+        settings = {"device": device, "dtype": DTYPES[recipe.dtype], "seed": recipe.seed}
+        yield "aoti", lambda: [export_aoti(decoder, package, **settings)]
     if "onnx" not in recipe.targets:
         return
     if recipe.dtype == "bfloat16" and "targets" not in recipe.model_fields_set:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from dataclasses import FrozenInstanceError, replace
 
+import numpy as np
 import pytest
 import torch
 import torchmetrics.functional.image  # noqa: F401  imported here so that no single test pays for it
@@ -165,3 +166,67 @@ def test_bad_use() -> None:
         QualityAccumulator().result()
     with pytest.raises((TypeError, ValueError)):  # jaxtyping's when shapes are checked, else the function's own
         QualityAccumulator().update(clip(4), clip(5))
+
+
+def _ms_ssim_by_hand(output: torch.Tensor, reference: torch.Tensor) -> float:
+    """Of one grey-valued frame `[H, W]` in [0, 1], in float64 by scipy's filters: contrast and structure at five
+    scales, luminance at the last, which torchmetrics takes with mirrored borders (the others without)."""
+    from scipy.ndimage import correlate1d
+
+    x, y = output.double().numpy(), reference.double().numpy()
+    window = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
+    window /= window.sum()
+
+    def blurred(image: np.ndarray) -> np.ndarray:
+        return correlate1d(correlate1d(image, window, axis=0, mode="mirror"), window, axis=1, mode="mirror")
+
+    product = 1.0
+    for scale, weight in enumerate((0.0448, 0.2856, 0.3001, 0.2363, 0.1333)):
+        mean_x, mean_y = blurred(x), blurred(y)
+        var_x, var_y, both = blurred(x * x) - mean_x**2, blurred(y * y) - mean_y**2, blurred(x * y) - mean_x * mean_y
+        contrast = (2 * both + 0.03**2) / (var_x + var_y + 0.03**2)
+        luminance = (2 * mean_x * mean_y + 0.01**2) / (mean_x**2 + mean_y**2 + 0.01**2)
+        inner = contrast[5:-5, 5:-5]
+        product *= float((contrast * luminance if scale == 4 else inner).mean()) ** weight
+        x, y = (z[: z.shape[0] // 2 * 2, : z.shape[1] // 2 * 2] for z in (x, y))
+        x, y = (z.reshape(z.shape[0] // 2, 2, z.shape[1] // 2, 2).mean((1, 3)) for z in (x, y))
+    return product
+
+
+def test_ms_ssim_is_the_published_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.nn.functional.interpolate(torch.rand(1, 1, 24, 28, generator=generator), (192, 224))[0, 0]
+    output = (reference + 0.2 * torch.rand(192, 224, generator=generator)).clamp(0, 1)
+    grey = [(2 * image - 1).expand(3, 1, -1, -1) for image in (output, reference)]
+    found = compare_frames(*grey, thorough=True).ms_ssim
+    assert found == pytest.approx(_ms_ssim_by_hand(output, reference), abs=1e-5)
+    assert compare_frames(clip(), clip(), thorough=True).ms_ssim is None  # too small for five scales
+    assert compare_frames(*grey).ms_ssim is None
+
+
+@pytest.mark.parametrize("chunks", [(9,), (1, 4, 4), (2, 3, 1, 3)])
+def test_flicker_at_borders_is_that_of_first_frames_of_latents(chunks: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(2)
+    output, reference = (torch.rand(3, 9, 12, 12, generator=generator) * 2 - 1 for _ in range(2))
+    accumulator = QualityAccumulator(frames_per_latent=4)
+    for one, other in zip(output.split(chunks, dim=1), reference.split(chunks, dim=1), strict=True):
+        accumulator.update(one, other)
+    change = (output - reference).diff(dim=1).abs().mean(dim=(0, 2, 3))  # of frame 1, 2, ...
+    assert accumulator.result().border_flicker == pytest.approx(float(change[[0, 4]].mean()), rel=1e-5)
+    assert compare_frames(output, reference).border_flicker is None
+    assert compare_frames(output, output, frames_per_latent=4).border_flicker == 0
+
+
+def test_first_and_worst_frame() -> None:
+    reference = torch.zeros(3, 5, 12, 12)
+    output = reference + torch.tensor([0.2, 0.1, 0.4, 0.0, 0.1]).view(1, 5, 1, 1)
+    result = compare_frames(output, reference)
+    assert result.first_frame_psnr_db == pytest.approx(10 * math.log10(4 / 0.04), abs=1e-4)
+    assert result.worst_frame_psnr_db == pytest.approx(10 * math.log10(4 / 0.16), abs=1e-4)
+    same = compare_frames(reference, reference, thorough=True, frames_per_latent=4)
+    assert same.worst_frame_psnr_db == same.first_frame_psnr_db == math.inf
+    mean = mean_quality([result, same])
+    assert mean.worst_frame_psnr_db == result.worst_frame_psnr_db  # the worst of all clips
+    assert mean.first_frame_psnr_db is not None and math.isfinite(mean.first_frame_psnr_db)
+    one_frame = compare_frames(output[:, :1], reference[:, :1], thorough=True, frames_per_latent=4)
+    assert one_frame.flicker is None and one_frame.border_flicker is None and one_frame.delta_e is not None
