@@ -62,7 +62,7 @@ def srgb_to_lab(frames: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N 3 H W"]:
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=1)
 
 
-def delta_e_2000(one: Float[Tensor, "N 3 *P"], other: Float[Tensor, "N 3 *P"]) -> Float[Tensor, N * P]:
+def delta_e_2000(one: Float[Tensor, "N 3 ..."], other: Float[Tensor, "N 3 ..."]) -> Float[Tensor, "N ..."]:
     """CIEDE2000 of L*a*b* values, with all three parametric weights 1."""
     (light_1, a_1, b_1), (light_2, a_2, b_2) = one.unbind(1), other.unbind(1)
     chroma = (torch.hypot(a_1, b_1) + torch.hypot(a_2, b_2)) / 2
