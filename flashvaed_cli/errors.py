@@ -81,6 +81,12 @@ class Interrupted(FlashVaedError):
         self.exit_code = 128 + signal_number
 
 
+class GateFailed(FlashVaedError):
+    """The work is done and written, and a condition that was set does not hold."""
+
+    exit_code = 1
+
+
 _OUT_OF_MEMORY = (  # what torch, oneDNN, CUDA's libraries and C++ say, where the type of the error does not
     "out of memory",
     "can't allocate memory",

@@ -18,6 +18,8 @@ SOFTWARE = "flashvaed"
 HEADER_KEY = "flashvaed"
 """The key of an artifact's own header in the metadata of a safetensors file."""
 
+_JUNIT_MARK = b'<testsuite name="flashvaed eval"'
+_XML_START = 512
 _MAX_JSON_BYTES = 64_000_000
 _VIDEO_SUFFIXES = (".mp4",)
 # A manifest of flashvaed 0.3 and earlier has no kind.
@@ -36,6 +38,9 @@ def is_own_file(path: Path) -> bool:
             return _video_comment(path).startswith(SOFTWARE)
         if suffix == ".json":
             return _is_own_document(path)
+        if suffix == ".xml":
+            with path.open("rb") as file:
+                return _JUNIT_MARK in file.read(_XML_START)
         if suffix == ".jsonl":
             with path.open("rb") as file:
                 return isinstance(first := json.loads(file.readline(4096)), dict) and "run_key" in first

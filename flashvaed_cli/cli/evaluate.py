@@ -24,10 +24,13 @@ from flashvaed_cli.cli.options import (
     switch,
 )
 from flashvaed_cli.cli.running import resolve_settings, run_stage
+from flashvaed_cli.errors import GateFailed
 from flashvaed_cli.recipe import EvalRecipe
 from flashvaed_cli.recipe.fields import LatentScale
 
 SPEED_PANEL = {"rich_help_panel": "Speed"}
+FEATURES_PANEL = {"rich_help_panel": "Fréchet distance"}
+GATES_PANEL = {"rich_help_panel": "Gates"}
 EPILOG = """Examples:
 
 flashvaed eval
@@ -35,6 +38,10 @@ flashvaed eval
 flashvaed eval flash.safetensors --data holiday.mp4 --max-side 480 --output report-holiday
 
 flashvaed eval --lpips on --no-video --json
+
+flashvaed eval --require "psnr_retention>=0.969" --require "speedup>=4" --junit eval.xml
+
+flashvaed eval --protocol davis --data DAVIS/ --features i3d_torchscript.pt
 
 flashvaed eval --speed --frames 9,81 --sizes 256x256,480p --dtype bfloat16
 
@@ -63,6 +70,9 @@ def evaluate(
     tile: Annotated[int | None, flag(EvalRecipe, "tile")] = None,
     max_memory: Annotated[str | None, flag(EvalRecipe, "max_memory", metavar="AMOUNT")] = None,
     num_speed_rounds: Annotated[int | None, flag(EvalRecipe, "num_speed_rounds")] = None,
+    speed_budget: Annotated[
+        float | None, flag(EvalRecipe, "speed_budget", metavar="SECONDS", default="60, with --speed none")
+    ] = None,
     speed: Annotated[bool | None, switch(EvalRecipe, "speed", **SPEED_PANEL)] = None,
     sizes: Annotated[str | None, flag(EvalRecipe, "sizes", metavar="SIZE,...", **SPEED_PANEL)] = None,
     frames: Annotated[str | None, flag(EvalRecipe, "frames", metavar="N,...", **SPEED_PANEL)] = None,
@@ -70,6 +80,20 @@ def evaluate(
     autotune: Annotated[bool | None, switch(EvalRecipe, "autotune", **SPEED_PANEL)] = None,
     video: Annotated[bool | None, switch(EvalRecipe, "video")] = None,
     lpips: Annotated[Literal["auto", "on", "off"] | None, flag(EvalRecipe, "lpips")] = None,
+    vmaf: Annotated[Literal["auto", "on", "off"] | None, flag(EvalRecipe, "vmaf")] = None,
+    protocol: Annotated[Literal["ucf101", "davis", "panda"] | None, flag(EvalRecipe, "protocol")] = None,
+    center_crop: Annotated[int | None, flag(EvalRecipe, "center_crop")] = None,
+    features: Annotated[str | None, flag(EvalRecipe, "features", metavar="FILE", **FEATURES_PANEL)] = None,
+    features_input: Annotated[
+        Literal["clip", "image"] | None, flag(EvalRecipe, "features_input", **FEATURES_PANEL)
+    ] = None,
+    features_frames: Annotated[int | None, flag(EvalRecipe, "features_frames", **FEATURES_PANEL)] = None,
+    features_size: Annotated[int | None, flag(EvalRecipe, "features_size", **FEATURES_PANEL)] = None,
+    features_range: Annotated[
+        Literal["signed", "unit", "bytes"] | None, flag(EvalRecipe, "features_range", **FEATURES_PANEL)
+    ] = None,
+    require: Annotated[list[str] | None, flag(EvalRecipe, "require", metavar="CONDITION", **GATES_PANEL)] = None,
+    junit: Annotated[str | None, flag(EvalRecipe, "junit", metavar="FILE", **GATES_PANEL)] = None,
     recipe: RecipeOption = None,
     step: StepOption = None,
     family: FamilyOption = None,
@@ -95,4 +119,6 @@ def evaluate(
         return
     from flashvaed_cli.stages.evaluate import run_evaluate
 
-    run_stage(context, run_evaluate, settings)
+    gates = run_stage(context, run_evaluate, settings).as_dict().get("gates")
+    if isinstance(gates, list) and (failed := [gate["text"] for gate in gates if not gate["passed"]]):
+        raise GateFailed("\n".join([f"{len(failed)} of {len(gates)} conditions do not hold:", *failed]))

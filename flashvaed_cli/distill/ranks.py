@@ -69,6 +69,14 @@ class Ranks:
         if self.count > 1:
             self.sum(torch.zeros(1, device=_own_device()))
 
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, in their order, on every rank."""
+        if self.count == 1:
+            return [value]
+        found: list = [None] * self.count
+        distributed.all_gather_object(found, value)
+        return found
+
     def from_main(self, make: Callable[[], T]) -> T:
         """Let the main rank make something while the others wait; all return it.
 

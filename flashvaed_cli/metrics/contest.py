@@ -59,6 +59,7 @@ def run_contest(
     device: torch.device | str,
     *,
     num_rounds: int = 5,
+    budget_s: float | None = None,
     progress: Progress | None = None,
 ) -> list[ContestResult]:
     """Start every contestant cold, call it once more for its memory, then time all in turns.
@@ -67,6 +68,7 @@ def run_contest(
 
     Args:
         num_rounds: counted rounds, at least 1.
+        budget_s: see `time_alternating`.
         progress: told after every call.
     Returns:
         Results in the order of `contestants`.
@@ -85,7 +87,12 @@ def run_contest(
             task.advance(candidate=name)
     if calls:
         speeds = time_alternating(
-            calls, num_warmup=0, num_rounds=num_rounds, synchronize=synchronizer(device), progress=progress
+            calls,
+            num_warmup=0,
+            num_rounds=num_rounds,
+            budget_s=budget_s,
+            synchronize=synchronizer(device),
+            progress=progress,
         )
         for name, speed in speeds.items():
             cold = results[name]

@@ -12,8 +12,8 @@ one chunk and one frame. Definitions:
     Flicker: mean |(y[t] - y[t-1]) - (r[t] - r[t-1])|, the error of the temporal differences.
     Flicker at borders: the same where t is the first frame of a latent frame, where chunks can meet.
     First and worst frame: PSNR of that frame alone. A mean over clips takes the worst of all.
-    MS-SSIM: five scales, frames mapped to [0, 1], mean over frames of at least 161 x 161; torchmetrics' borders.
-    Delta E: CIEDE2000 over all pixels, mean and 95th percentile; see `colour`.
+    MS-SSIM: five scales, frames mapped to [0, 1], mean over frames of at least 161 x 161.
+    Delta E: CIEDE2000, mean and 95th percentile; see `colour`.
 
 Reference: Wang et al. 2004, Image quality assessment (SSIM); Wang, Simoncelli and Bovik 2003, Multiscale structural
 similarity; Zhang et al. 2018, arXiv 1801.03924 (LPIPS).
@@ -31,10 +31,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from flashvaed_cli.metrics.colour import ColourShift
+from flashvaed_cli.metrics.structure import MS_SSIM_MIN_SIDE, WINDOW, ms_ssim_per_frame, ssim_per_frame
 
 PSNR_CAP_DB = 100.0
-SSIM_WINDOW = 11
-MS_SSIM_MIN_SIDE = (SSIM_WINDOW - 1) * 2**4 + 1
 PIXEL_RANGE = 2.0  # from -1 to 1
 LUMA_WEIGHTS = (0.2126, 0.7152, 0.0722)  # ITU-R BT.709
 FRAMES_PER_PASS = 4  # bounds the temporaries of SSIM and LPIPS
@@ -138,12 +137,12 @@ class QualityAccumulator:
         for y, r in _frame_passes(output, reference):  # [N, C, H, W]
             self._squared_error.add((y - r).square().mean(dim=(1, 2, 3)))
             height, width = y.shape[-2:]
-            if min(height, width) >= SSIM_WINDOW:
-                self._ssim.add(_ssim_per_frame(y, r))
+            if min(height, width) >= WINDOW:
+                self._ssim.add(ssim_per_frame(y, r))
             if self._colour is not None:
                 self._colour.add(y, r)
                 if min(height, width) >= MS_SSIM_MIN_SIDE:
-                    self._ms_ssim.add(_ms_ssim_per_frame(y, r))
+                    self._ms_ssim.add(ms_ssim_per_frame(y, r))
             if self._lpips_metric is not None and min(height, width) >= self._lpips_min_side:
                 self._lpips.add(self._lpips_metric(y, r))
             if min(height, width) >= 3:
@@ -252,11 +251,11 @@ def psnr_db(output: Float[Tensor, "*B C T H W"], reference: Float[Tensor, "*B C 
 def ssim(output: Float[Tensor, "*B C T H W"], reference: Float[Tensor, "*B C T H W"]) -> float | None:
     """Structural similarity, mean over frames; None for frames smaller than the 11 x 11 window."""
     _check_same_shape(output, reference)
-    if min(output.shape[-2:]) < SSIM_WINDOW:
+    if min(output.shape[-2:]) < WINDOW:
         return None
     mean = _RunningMean()
     for y, r in _frame_passes(_as_batch(output).float(), _as_batch(reference).float()):
-        mean.add(_ssim_per_frame(y, r))
+        mean.add(ssim_per_frame(y, r))
     return mean.mean
 
 
@@ -302,33 +301,6 @@ def _frame_passes(output: Tensor, reference: Tensor) -> Iterator[tuple[Tensor, T
     flat_output = output.transpose(1, 2).flatten(0, 1)  # [B*T, C, H, W]
     flat_reference = reference.transpose(1, 2).flatten(0, 1)  # [B*T, C, H, W]
     yield from zip(flat_output.split(FRAMES_PER_PASS), flat_reference.split(FRAMES_PER_PASS), strict=True)
-
-
-def _ssim_per_frame(output: Float[Tensor, "N C H W"], reference: Float[Tensor, "N C H W"]) -> Float[Tensor, " N"]:
-    # at the top it would cost every command that touches this file some 3 s of import
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    values = structural_similarity_index_measure(
-        (output + 1) / 2, (reference + 1) / 2, sigma=1.5, kernel_size=SSIM_WINDOW, data_range=1.0, reduction="none"
-    )
-    assert isinstance(values, Tensor)
-    return values
-
-
-def _ms_ssim_per_frame(output: Float[Tensor, "N C H W"], reference: Float[Tensor, "N C H W"]) -> Float[Tensor, " N"]:
-    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
-
-    values = multiscale_structural_similarity_index_measure(
-        (output + 1) / 2,
-        (reference + 1) / 2,
-        sigma=1.5,
-        kernel_size=SSIM_WINDOW,
-        data_range=1.0,
-        reduction="none",
-        normalize="relu",
-    )
-    assert isinstance(values, Tensor)
-    return values
 
 
 def _nan_is_largest(value: float) -> float:

@@ -80,6 +80,7 @@ def time_alternating(
     *,
     num_warmup: int = 1,
     num_rounds: int = 5,
+    budget_s: float | None = None,
     synchronize: Callable[[], object] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, SpeedResult]:
@@ -89,6 +90,7 @@ def time_alternating(
         candidates: name to call; run in this order in every round.
         num_warmup: rounds that are run but not counted (compilation, allocator, caches).
         num_rounds: counted rounds, at least 1.
+        budget_s: no further round begins that is not expected to end within so many seconds; one is always counted.
         synchronize: called before each reading of the clock; see `synchronizer`.
         progress: told after every call.
     Returns:
@@ -100,8 +102,12 @@ def time_alternating(
         raise ValueError(f"{len(candidates)} candidates in {num_warmup} + {num_rounds} rounds leave nothing to time")
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     total = (num_warmup + num_rounds) * len(candidates)
+    started = time.perf_counter()
     with (progress or SilentProgress()).task("timing", total) as task:
         for round_index in range(num_warmup + num_rounds):
+            spent = time.perf_counter() - started
+            if budget_s is not None and round_index > num_warmup and spent * (1 + 1 / round_index) > budget_s:
+                break
             for name, call in candidates.items():
                 elapsed = _time_once(call, synchronize)
                 if round_index >= num_warmup:

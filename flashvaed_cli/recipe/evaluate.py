@@ -17,12 +17,14 @@ from flashvaed_cli.recipe.fields import (
     Name,
     Names,
     OptionalCount,
+    OptionalPositive,
     Sizes,
     Switch,
 )
 from flashvaed_cli.recipe.quantities import NAMED_SIZES
 from flashvaed_cli.recipe.settings import ClipFields
 
+_PROTOCOLS = {"ucf101": (17, 256), "davis": (17, 256), "panda": (33, 256)}
 _SPEED_ONLY = ("sizes", "frames", "compile", "autotune")
 
 
@@ -48,6 +50,10 @@ class EvalRecipe(ClipFields):
     )
     num_speed_rounds: Count = Field(
         default=5, description="Timed rounds of all decoders in alternation, after a warm-up."
+    )
+    speed_budget: OptionalPositive = Field(
+        default=60.0,
+        description="Seconds that timing may take: fewer rounds where they are slow, at least one. 0 sets no limit.",
     )
     speed: Switch = Field(
         default=False,
@@ -77,6 +83,38 @@ class EvalRecipe(ClipFields):
     lpips: Literal["auto", "on", "off"] = Field(
         default="auto", description="auto reports LPIPS when the backbone's weights are there; on fails without them."
     )
+    vmaf: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="auto reports VMAF where an ffmpeg with libvmaf is found (pip install 'flashvaed[vmaf]' brings "
+        "one); on fails without it.",
+    )
+    features: Name | None = Field(
+        default=None,
+        description="TorchScript network for a Fréchet distance over all clips, such as an I3D (FVD) or an Inception "
+        "(FID). It is a program: give only files that you trust.",
+    )
+    features_input: Literal["clip", "image"] = Field(
+        default="clip", description="What it takes: windows of frames, [N, 3, T, S, S], or images, [N, 3, S, S]."
+    )
+    features_frames: Count = Field(default=16, description="Frames per window.")
+    features_size: Count = Field(default=224, description="Side S that frames are resized to.")
+    features_range: Literal["signed", "unit", "bytes"] = Field(
+        default="signed", description="Pixels that it takes: [-1, 1], [0, 1] or bytes."
+    )
+    center_crop: OptionalCount = Field(
+        default=None, description="Resize each frame's shorter side to so many pixels, and judge the middle square."
+    )
+    protocol: Literal["ucf101", "davis", "panda"] | None = Field(
+        default=None,
+        description="Frames and crop of published tables, on a folder that you have: ucf101 and davis, 17 frames; "
+        "panda, 33; all the middle 256 x 256.",
+    )
+    require: Names = Field(
+        default=(),
+        description="A condition such as psnr_retention>=0.969 or video.ssim>0.9; repeatable. Where one does not hold "
+        "the exit code is 1.",
+    )
+    junit: Name | None = Field(default=None, description="Also write the conditions as a JUnit XML file.")
     output: Name = Field(
         default="report", description="Folder to write report.json, report.md and pictures (speed.json, speed.md) to."
     )
@@ -87,4 +125,22 @@ class EvalRecipe(ClipFields):
         if given and not self.speed:
             listed = ", ".join(f"`{name}`" for name in given)
             raise ValueError(f"{listed}: only with --speed, which times decoders and judges no clip")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _protocol_sets_frames_and_crop(cls, settings: object) -> object:
+        protocol = settings.get("protocol") if isinstance(settings, dict) else None
+        if not isinstance(settings, dict) or protocol not in _PROTOCOLS:
+            return settings
+        num_frames, crop = _PROTOCOLS[protocol]
+        for name, value in (("num_frames", num_frames), ("center_crop", crop)):
+            if settings.get(name, value) != value:
+                raise ValueError(f"`protocol` {protocol} has {name} {value}: leave `{name}` or `protocol` out")
+        return {**settings, "num_frames": num_frames, "center_crop": crop}
+
+    @model_validator(mode="after")
+    def _crop_replaces_max_side(self) -> EvalRecipe:
+        if self.center_crop is not None and self.max_side is not None:
+            raise ValueError("`center_crop` resizes frames itself: leave `max_side` out")
         return self

@@ -9,45 +9,70 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from flashvaed_cli.atomic import atomic_path
-from flashvaed_cli.numerics.bootstrap import bootstrap_interval
+from flashvaed_cli.numerics.bootstrap import bootstrap_interval, bootstrap_mean_interval
+from flashvaed_cli.report.figures import FIGURES, PSNR_CAP_DB, RETENTION, Figure
 from flashvaed_cli.report.tables import Cell, Column, TableData, to_markdown
 
-SCHEMA = 1
-PSNR_CAP_DB = 100.0
+SCHEMA = 2
 REPORT_JSON = "report.json"
-_FIGURES = ("psnr_db", "ssim", "lpips", "sharpness_ratio", "flicker")
 
 
 @runtime_checkable
 class Quality(Protocol):
-    """Figures of one decoder against one reference; None where a figure is not defined."""
+    """Those of `FIGURES` that are known of one decoder against one reference, as attributes of their names; None where
+    one is not defined."""
 
     @property
     def psnr_db(self) -> float: ...
-    @property
-    def ssim(self) -> float | None: ...
-    @property
-    def lpips(self) -> float | None: ...
-    @property
-    def sharpness_ratio(self) -> float | None: ...
-    @property
-    def flicker(self) -> float | None: ...
     @property
     def num_frames(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A measured ratio over several rounds."""
+    """A measured ratio over rounds; None where it is not known how many."""
 
     median: float
     min: float
     max: float
+    num_rounds: int | None = None
+
+
+@dataclass(frozen=True)
+class FrechetDistances:
+    """Between the features of a decoder's output and of a reference's; None where there is none."""
+
+    to_ground_truth: float | None
+    to_original: float | None
+    num_samples: int
+    num_features: int
+
+
+@dataclass(frozen=True)
+class GateVerdict:
+    """Whether a condition holds.
+
+    Attributes:
+        condition: as it was given.
+        decoder: whose figure it is about.
+        value: of the figure; None where it was not measured, which fails.
+    """
+
+    condition: str
+    decoder: str
+    value: float | None
+    passed: bool
+
+    @property
+    def text(self) -> str:
+        """The condition and what was found."""
+        found = "was not measured" if self.value is None else f"is {self.value:.6g}"
+        return f"{self.condition}: of {self.decoder} it {found}"
 
 
 @dataclass(frozen=True)
@@ -64,6 +89,7 @@ class DecoderFigures:
         file_bytes: of its weights on disk.
         gflops: per decoded frame; a multiplication with addition counts 2.
         peak_memory_bytes: while decoding.
+        frechet: over all clips together.
     """
 
     name: str
@@ -75,6 +101,7 @@ class DecoderFigures:
     file_bytes: int | None = None
     gflops: float | None = None
     peak_memory_bytes: int | None = None
+    frechet: FrechetDistances | None = None
 
     @property
     def frame_ms(self) -> float | None:
@@ -105,6 +132,7 @@ class EvaluationReport:
         settings: how it was measured (device, dtype, rounds, command), shown as given.
         notes: what changes the meaning of a figure (LPIPS absent and how to get it, skipped clips).
         files: what else was written (pictures, videos), by name.
+        gates: the conditions that were set.
     """
 
     decoders: tuple[DecoderFigures, ...]
@@ -112,6 +140,7 @@ class EvaluationReport:
     settings: Mapping[str, str | int | float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
+    gates: tuple[GateVerdict, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse a report without decoders or with two of one name."""
@@ -134,8 +163,8 @@ def retention_percent(report: EvaluationReport, decoder: DecoderFigures) -> dict
     Reference: arXiv 2602.19161, section 4 (the "96.9 % of the quality").
     """
     kept: dict[str, float | None] = {}
-    for name in ("psnr_db", "ssim", "sharpness_ratio"):
-        own, original = (_figure(figures.to_ground_truth, name) for figures in (decoder, report.original))
+    for name in RETENTION:
+        own, original = (figure_of(figures.to_ground_truth, name) for figures in (decoder, report.original))
         kept[name] = 100 * own / original if own is not None and original else None
     return kept
 
@@ -147,7 +176,7 @@ def kept_interval(report: EvaluationReport, decoder: DecoderFigures) -> tuple[fl
     """
     pairs: dict[str, dict[str, float]] = {}
     for row in report.clips:
-        value = _figure(row.to_ground_truth, "psnr_db")
+        value = figure_of(row.to_ground_truth, "psnr_db")
         if value is not None:
             pairs.setdefault(row.clip, {})[row.decoder] = value
     both = [(pair[decoder.name], pair[report.original.name]) for pair in pairs.values() if decoder.name in pair]
@@ -158,8 +187,49 @@ def kept_interval(report: EvaluationReport, decoder: DecoderFigures) -> tuple[fl
     return bootstrap_interval(both, share)
 
 
-def summary_table(report: EvaluationReport) -> TableData:
-    """One row per figure, one column per decoder: fits a terminal however many figures there are."""
+def clip_values(report: EvaluationReport, decoder: str, reference: str, name: str) -> dict[str, float]:
+    """A figure of a decoder by clip, where it is defined.
+
+    Args:
+        reference: `to_ground_truth` or `to_original`.
+        name: of one of `FIGURES`.
+    """
+    rows = (row for row in report.clips if row.decoder == decoder)
+    values = {row.clip: figure_of(getattr(row, reference), name) for row in rows}
+    return {clip: value for clip, value in values.items() if value is not None and math.isfinite(value)}
+
+
+def mean_interval(report: EvaluationReport, decoder: str, reference: str, name: str) -> tuple[float, float] | None:
+    """The 95 % interval of a mean over clips, resampled over them; None for fewer than three, and of the worst frame,
+    which is no mean."""
+    if name == "worst_frame_psnr_db":
+        return None
+    return bootstrap_mean_interval(list(clip_values(report, decoder, reference, name).values()))
+
+
+def differences(report: EvaluationReport) -> list[dict[str, object]]:
+    """How much every further student differs from the first, to the original: the mean of the differences clip by clip
+    with its 95 % interval, which other clips do not widen."""
+    found: list[dict[str, object]] = []
+    students = [decoder.name for decoder in report.decoders[1:] if decoder.to_original is not None]
+    for other in students[1:]:
+        for figure in FIGURES:
+            ours, theirs = (clip_values(report, one, "to_original", figure.name) for one in (students[0], other))
+            pairs = [theirs[clip] - ours[clip] for clip in ours if clip in theirs]
+            if pairs:
+                entry = {"decoder": other, "than": students[0], "figure": figure.name, "num_clips": len(pairs)}
+                found.append(
+                    {**entry, "mean": math.fsum(pairs) / len(pairs), "interval_95": bootstrap_mean_interval(pairs)}
+                )
+    return found
+
+
+def summary_table(report: EvaluationReport, *, full: bool = False) -> TableData:
+    """One row per figure, one column per decoder: fits a terminal however many figures there are.
+
+    Args:
+        full: also the figures that are not main ones, and the intervals of the means.
+    """
     columns = (
         Column("", align="left", wraps=False),
         *(Column(decoder.name, wraps=True) for decoder in report.decoders),
@@ -171,11 +241,18 @@ def summary_table(report: EvaluationReport) -> TableData:
         if any(value is not None for value in values):
             rows.append((label, *(_text(value, number_format) for value in values)))
 
-    for label, number_format, name in _QUALITY_ROWS:
-        add(label, number_format, [_figure(decoder.to_ground_truth, name) for decoder in report.decoders])
-    for label, number_format, name in _QUALITY_ROWS:
-        label = label.replace("to the video", "to the original")
-        add(label, number_format, [_figure(decoder.to_original, name) for decoder in report.decoders])
+    for reference, to in (("to_ground_truth", "to the video"), ("to_original", "to the original")):
+        for figure in FIGURES:
+            if not (full or figure.is_main):
+                continue
+            values = [figure_of(getattr(decoder, reference), figure.name) for decoder in report.decoders]
+            label = figure.label.format(to=to)
+            add(label if to in label else f"{label}, {to}", figure.number_format, values)
+            if full and (shown := _interval_texts(report, reference, figure)):
+                rows.append(("95 % interval of it", *shown))
+    for reference, to in (("to_ground_truth", "to the video"), ("to_original", "to the original")):
+        values = [decoder.frechet and getattr(decoder.frechet, reference) for decoder in report.decoders]
+        add(f"Fréchet distance {to}", ".3f", values)
     add("PSNR kept, %", ".1f", [share["psnr_db"] for share in kept])
     add("SSIM kept, %", ".1f", [share["ssim"] for share in kept])
     add("sharpness kept, %", ".1f", [share["sharpness_ratio"] for share in kept])
@@ -183,7 +260,12 @@ def summary_table(report: EvaluationReport) -> TableData:
     add("ms per frame", ".2f", [decoder.frame_ms for decoder in report.decoders])
     if any(decoder.speedup for decoder in report.decoders):
         rows.append(("speed-up", *(_speedup_text(decoder.speedup) for decoder in report.decoders)))
-        rows.append(("speed-up, range of rounds", *(_range_text(decoder.speedup) for decoder in report.decoders)))
+        ranges = [_range_text(decoder.speedup) for decoder in report.decoders]
+        counts = {decoder.speedup.num_rounds for decoder in report.decoders if decoder.speedup} - {None}
+        if any(ranges):
+            rows.append((f"its range in {max(counts)} rounds" if counts else "speed-up, range of rounds", *ranges))
+        elif counts:
+            rows.append(("rounds of timing", *("1" if decoder.speedup else None for decoder in report.decoders)))
     add("parameters, million", ".3f", [_scaled(decoder.num_parameters, 1e6) for decoder in report.decoders])
     add("file, MB", ".2f", [_scaled(decoder.file_bytes, 1e6) for decoder in report.decoders])
     add("GFLOPs per frame", ".2f", [decoder.gflops for decoder in report.decoders])
@@ -195,13 +277,40 @@ _READING = (
     "Higher PSNR and SSIM are better, lower LPIPS and flicker; a sharpness of 1 is that of the reference. PSNR, SSIM "
     "and sharpness kept are shares of the original's figures against the video.\n"
 )
-_QUALITY_ROWS = (
-    ("PSNR to the video, dB", ".2f", "psnr_db"),
-    ("SSIM to the video", ".4f", "ssim"),
-    ("LPIPS to the video", ".4f", "lpips"),
-    ("sharpness to the video", ".3f", "sharpness_ratio"),
-    ("flicker to the video", ".4f", "flicker"),
-)
+
+
+def _interval_texts(report: EvaluationReport, reference: str, figure: Figure) -> list[str | None] | None:
+    """The interval of every decoder; None where none has one."""
+    intervals = [mean_interval(report, decoder.name, reference, figure.name) for decoder in report.decoders]
+    if not any(intervals):
+        return None
+    return [one and "–".join(format(end, figure.number_format) for end in one) for one in intervals]
+
+
+def difference_table(report: EvaluationReport) -> TableData | None:
+    """`differences` for people; None where there are not two students."""
+    entries = differences(report)
+    if not entries:
+        return None
+    by_name = {figure.name: figure for figure in FIGURES}
+    columns = (
+        Column("figure", align="left"),
+        Column("decoder", align="left"),
+        Column("difference"),
+        Column("95 % interval"),
+        Column("clips", "d"),
+    )
+    rows: list[tuple[Cell, ...]] = []
+    for entry in entries:
+        figure = by_name[str(entry["figure"])]
+        signed = f"+{figure.number_format}"
+        interval = entry["interval_95"]
+        shown = " to ".join(format(end, signed) for end in interval) if isinstance(interval, tuple) else None
+        mean, count = entry["mean"], entry["num_clips"]
+        assert isinstance(mean, float) and isinstance(count, int)
+        label = figure.label.format(to="to the original")
+        rows.append((label, str(entry["decoder"]), format(mean, signed), shown, count))
+    return TableData(f"Differences to {entries[0]['than']}, clip by clip", columns, tuple(rows))
 
 
 def clip_table(report: EvaluationReport) -> TableData:
@@ -224,8 +333,8 @@ def clip_table(report: EvaluationReport) -> TableData:
             clip.num_frames,
             f"{clip.width}×{clip.height}",
             clip.decoder,
-            *(_figure(clip.to_ground_truth, name) for name in figures),
-            _figure(clip.to_original, "psnr_db"),
+            *(figure_of(clip.to_ground_truth, name) for name in figures),
+            figure_of(clip.to_original, "psnr_db"),
         )
         for clip in report.clips
     )
@@ -233,8 +342,13 @@ def clip_table(report: EvaluationReport) -> TableData:
 
 
 def to_json(report: EvaluationReport) -> str:
-    """Valid JSON of all figures, with derived ones (retention, ms per frame). Ends with a newline."""
-    document = {
+    """`report_document` as JSON. Ends with a newline."""
+    return json.dumps(report_document(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def report_document(report: EvaluationReport) -> dict[str, object]:
+    """All figures as JSON takes them, with derived ones (retention, ms per frame)."""
+    return {
         "kind": "flashvaed-evaluation",
         "schema": SCHEMA,
         "psnr_cap_db": PSNR_CAP_DB,
@@ -242,11 +356,12 @@ def to_json(report: EvaluationReport) -> str:
             key: _number(value) if isinstance(value, float) else value for key, value in report.settings.items()
         },
         "decoders": [_decoder_document(report, decoder) for decoder in report.decoders],
+        "differences": differences(report),
         "clips": [_clip_document(clip) for clip in report.clips],
         "notes": list(report.notes),
         "files": dict(report.files),
+        "gates": [{**asdict(gate), "value": _number(gate.value), "text": gate.text} for gate in report.gates],
     }
-    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def report_markdown(report: EvaluationReport, *, title: str = "Evaluation") -> str:
@@ -254,10 +369,15 @@ def report_markdown(report: EvaluationReport, *, title: str = "Evaluation") -> s
     parts = [f"# {title}\n"]
     if report.settings:
         parts.append("".join(f"- {key}: {value}\n" for key, value in report.settings.items()))
-    parts.append(to_markdown(summary_table(report)))
+    parts.append(to_markdown(summary_table(report, full=True)))
     parts.append(_READING)
+    if report.gates:
+        marks = [f"- {'passed' if gate.passed else '**failed**'}: {gate.text}\n" for gate in report.gates]
+        parts.append("## Conditions\n\n" + "".join(marks))
     if report.notes:
         parts.append("## Notes\n\n" + "".join(f"- {note}\n" for note in report.notes))
+    if (compared := difference_table(report)) is not None:
+        parts.append(to_markdown(compared))
     if report.clips:
         parts.append(to_markdown(clip_table(report)))
     if report.files:
@@ -278,17 +398,27 @@ def _decoder_document(report: EvaluationReport, decoder: DecoderFigures) -> dict
     speedup = decoder.speedup
     return {
         "name": decoder.name,
-        "to_ground_truth": _quality_document(decoder.to_ground_truth),
-        "to_original": _quality_document(decoder.to_original),
+        "to_ground_truth": _mean_document(report, decoder, "to_ground_truth"),
+        "to_original": _mean_document(report, decoder, "to_original"),
         "retention_percent": {key: _number(value) for key, value in retention_percent(report, decoder).items()},
         "frames_per_second": _number(decoder.frames_per_second),
         "frame_ms": _number(decoder.frame_ms),
-        "speedup": speedup and {key: _number(getattr(speedup, key)) for key in ("median", "min", "max")},
+        "speedup": speedup and {key: _number(getattr(speedup, key)) for key in ("median", "min", "max", "num_rounds")},
         "num_parameters": decoder.num_parameters,
         "file_bytes": decoder.file_bytes,
         "gflops_per_frame": _number(decoder.gflops),
         "peak_memory_bytes": decoder.peak_memory_bytes,
+        "frechet": decoder.frechet and asdict(decoder.frechet),
     }
+
+
+def _mean_document(report: EvaluationReport, decoder: DecoderFigures, reference: str) -> dict[str, object] | None:
+    figures = _quality_document(getattr(decoder, reference))
+    if figures is None:
+        return None
+    intervals = {one.name: mean_interval(report, decoder.name, reference, one.name) for one in FIGURES}
+    num_clips = sum(row.decoder == decoder.name and getattr(row, reference) is not None for row in report.clips)
+    return {**figures, "num_clips": num_clips, "interval_95": intervals}
 
 
 def _clip_document(clip: ClipFigures) -> dict[str, object]:
@@ -306,13 +436,14 @@ def _clip_document(clip: ClipFigures) -> dict[str, object]:
 def _quality_document(quality: Quality | None) -> dict[str, float | int | None] | None:
     if quality is None:
         return None
-    return {**{name: _number(_figure(quality, name)) for name in _FIGURES}, "num_frames": quality.num_frames}
+    figures = {figure.name: _number(figure_of(quality, figure.name)) for figure in FIGURES}
+    return {**figures, "num_frames": quality.num_frames}
 
 
-def _figure(quality: Quality | None, name: str) -> float | None:
-    """One figure; a PSNR above the cap (identical clips) counts as the cap."""
-    value = None if quality is None else getattr(quality, name)
-    return PSNR_CAP_DB if name == "psnr_db" and value is not None and value > PSNR_CAP_DB else value
+def figure_of(quality: Quality | None, name: str) -> float | None:
+    """One figure; a PSNR above the cap (identical frames) counts as the cap."""
+    value = None if quality is None else getattr(quality, name, None)
+    return PSNR_CAP_DB if name.endswith("psnr_db") and value is not None and value > PSNR_CAP_DB else value
 
 
 def _number(value: float | None) -> float | None:
@@ -332,7 +463,8 @@ def _speedup_text(speedup: Spread | None) -> str | None:
 
 
 def _range_text(speedup: Spread | None) -> str | None:
-    return None if speedup is None else f"{speedup.min:.1f}–{speedup.max:.1f}"
+    """None of a single round, which has no range."""
+    return None if speedup is None or speedup.num_rounds == 1 else f"{speedup.min:.1f}–{speedup.max:.1f}"
 
 
 def _link(name: str, path: str) -> str:

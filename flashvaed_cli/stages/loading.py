@@ -29,6 +29,7 @@ def choose_device(name: str) -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(device for device, there in available.items() if there))
+    asked = name
     if name == "gpu":
         name = "mps" if available["mps"] else "cuda"
     device = torch.device(name)
@@ -38,7 +39,7 @@ def choose_device(name: str) -> torch.device:
         if available["cuda"]:
             listed += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
         raise FlashVaedError(
-            f"--device {name}: this machine has none that torch can use; available: {', '.join(listed)}"
+            f"--device {asked}: this machine has none that torch can use; available: {', '.join(listed)}"
         )
     return device
 

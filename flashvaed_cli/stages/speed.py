@@ -108,6 +108,7 @@ def _settings(recipe: EvalRecipe) -> SpeedSettings:
     return SpeedSettings(
         dtype=DTYPES[recipe.dtype],
         num_rounds=recipe.num_speed_rounds,
+        budget_s=recipe.speed_budget if recipe.given("speed_budget") else None,
         chunk=recipe.chunk,
         tile=recipe.tile,
         max_memory_bytes=None if recipe.max_memory is None else parse_memory(recipe.max_memory),

@@ -53,6 +53,7 @@ class SpeedSettings:
 
     dtype: torch.dtype = torch.float32
     num_rounds: int = 5
+    budget_s: float | None = None
     chunk: int | None = None
     tile: int | None = None
     max_memory_bytes: int | None = None
@@ -130,7 +131,9 @@ def time_decoders(
     notes += [f"{size}: {e.contestant.name}: {e.contestant.refusal}" for e in entries if e.contestant.refusal]
     contestants = [entry.contestant for entry in entries]
     before = measure_rates(device, settings.dtype)
-    results = run_contest(contestants, device, num_rounds=settings.num_rounds, progress=progress)
+    results = run_contest(
+        contestants, device, num_rounds=settings.num_rounds, budget_s=settings.budget_s, progress=progress
+    )
     rates = before.best(measure_rates(device, settings.dtype))
     table = SpeedTable(
         num_frames=size.num_frames,

@@ -140,6 +140,8 @@ def _faster(student: DecoderFigures, tuned: DecoderFigures | None) -> HeadlineFi
     if student.speedup is None:
         return HeadlineFigure("–", "speed was not measured", "")
     detail = f"range of the rounds {student.speedup.min:.2f}–{student.speedup.max:.2f}"
+    if student.speedup.num_rounds == 1:
+        detail = "one round: measure again on a faster or quieter machine"
     if tuned is not None and tuned.frames_per_second and student.frames_per_second:
         detail = f"{student.frames_per_second / tuned.frames_per_second:.2f}× over the tuned exact original; {detail}"
     return HeadlineFigure(f"{student.speedup.median:.1f}×", "times faster than the eager original", detail)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -106,3 +107,13 @@ def test_cuda_peak_and_synchronizer() -> None:
     assert peak.num_bytes is not None
     assert peak.num_bytes >= 64 * 2**20
     assert synchronizer("cuda") is not None
+
+
+def test_rounds_stop_where_the_next_would_not_fit_the_budget() -> None:
+    def work() -> None:
+        time.sleep(0.05)
+
+    limited = time_alternating({"a": work}, num_rounds=50, budget_s=0.3)["a"]
+    assert 2 <= len(limited.seconds) <= 5
+    assert len(time_alternating({"a": work}, num_rounds=3, budget_s=0.001)["a"].seconds) == 1
+    assert len(time_alternating({"a": work}, num_rounds=3)["a"].seconds) == 3

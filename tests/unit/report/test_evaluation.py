@@ -16,6 +16,8 @@ from flashvaed_cli.report.evaluation import (
     EvaluationReport,
     Spread,
     clip_table,
+    differences,
+    mean_interval,
     report_markdown,
     retention_percent,
     save_report,
@@ -82,7 +84,7 @@ def test_json_is_valid_and_capped() -> None:
     assert flash["to_original"]["psnr_db"] == document["psnr_cap_db"] == 100.0
     assert flash["to_ground_truth"]["lpips"] is None
     assert flash["retention_percent"]["psnr_db"] == pytest.approx(96.9)
-    assert flash["speedup"] == {"median": 8.0, "min": 7.5, "max": 8.2}
+    assert flash["speedup"] == {"median": 8.0, "min": 7.5, "max": 8.2, "num_rounds": None}
     assert flash["frame_ms"] == 12.5
     assert document["clips"][0]["clip"] == "a.mp4"
     assert document["notes"] == ["LPIPS left out: get the backbone"]
@@ -152,3 +154,34 @@ def test_names_must_differ() -> None:
         EvaluationReport((DecoderFigures("a"), DecoderFigures("a")))
     with pytest.raises(ValueError, match="different names"):
         EvaluationReport(())
+
+
+def clips_of(decoder: str, decibels: list[float]) -> tuple[ClipFigures, ...]:
+    return tuple(ClipFigures(f"{i}.mp4", decoder, 5, 8, 8, None, Figures(psnr)) for i, psnr in enumerate(decibels))
+
+
+def test_students_are_compared_clip_by_clip() -> None:
+    """Clips differ by 20 dB and the decoders by about 1: paired, that is certain, and unpaired it is not."""
+    decibels = [20.0, 25.0, 30.0, 35.0, 40.0]
+    one, other = Figures(30.0), Figures(31.0)
+    full = report(
+        decoders=(DecoderFigures("original"), DecoderFigures("a", None, one), DecoderFigures("b", None, other)),
+        clips=(*clips_of("a", decibels), *clips_of("b", [d + 1 + 0.1 * (d > 30) for d in decibels])),
+    )
+    (found,) = (entry for entry in differences(full) if entry["figure"] == "psnr_db")
+    assert found["mean"] == pytest.approx(1.04) and (found["decoder"], found["than"]) == ("b", "a")
+    low, high = found["interval_95"]  # type: ignore[misc]
+    assert 1 <= low < 1.04 < high <= 1.1
+    interval = mean_interval(full, "b", "to_original", "psnr_db")
+    assert interval is not None and interval[1] - interval[0] > 5
+    document = json.loads(to_json(full))
+    assert document["decoders"][1]["to_original"]["num_clips"] == 5
+    assert document["decoders"][1]["to_original"]["interval_95"]["psnr_db"][0] < 30
+    assert "## Differences to a, clip by clip" in report_markdown(full)
+    assert differences(report()) == []
+
+
+def test_a_single_round_has_no_range() -> None:
+    decoders = (report().decoders[0], replace(report().decoders[1], speedup=Spread(8.0, 8.0, 8.0, num_rounds=1)))
+    rows = {str(row[0]): row[1:] for row in summary_table(report(decoders=decoders)).rows}
+    assert rows["rounds of timing"] == (None, "1") and not any("range" in label for label in rows)

@@ -83,7 +83,7 @@ def test_json_and_markdown(tmp_path: Path) -> None:
     assert document == speed_document(report)
     assert document["kind"] == "flashvaed-speed" and document["settings"] == {"device": "cpu"}
     eager, _, flash, large = document["tables"][0]["rows"]
-    assert flash["seconds"] == {"median": 0.5, "min": 0.48, "max": 0.531}
+    assert flash["seconds"] == {"median": 0.5, "min": 0.48, "max": 0.531, "num_rounds": None}
     assert flash["frames_per_second"] == 18.0 and flash["gflop_per_s"] == 332.0
     assert eager["over_eager"] is None and large["failure"] == "does not fit" and large["matmul_percent"] is None
     text = paths["markdown"].read_text(encoding="utf-8")

@@ -1,0 +1,144 @@
+"""Every decoder's frames against the video and against the original's, chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flashvaed_cli.distill.ranks import Ranks
+from flashvaed_cli.metrics.frechet import FeatureExtractor, FeatureStatistics, frechet_distance, needs_more_samples
+from flashvaed_cli.metrics.lpips_metric import LpipsMetric
+from flashvaed_cli.metrics.quality import QualityAccumulator, QualityResult
+from flashvaed_cli.metrics.vmaf import MIN_SIDE, VmafStream
+from flashvaed_cli.report.evaluation import FrechetDistances
+
+Frames = Float[Tensor, "3 T H W"]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What is measured beside what always is.
+
+    Attributes:
+        lpips: None leaves it out.
+        ffmpeg: one with libvmaf; None leaves VMAF out.
+        features: of the Fréchet distances, over all clips together; None leaves them out.
+    """
+
+    lpips: LpipsMetric | None = None
+    ffmpeg: str | None = None
+    features: FeatureExtractor | None = None
+
+
+class ClipJudge:
+    """Quality of one decoder on one clip, against the video and against the original's output."""
+
+    def __init__(self, metrics: Metrics, frames_per_latent: int, until_the_end: ExitStack) -> None:
+        """Start empty.
+
+        Args:
+            until_the_end: ends what runs beside this process.
+        """
+        self._metrics, self._until_the_end = metrics, until_the_end
+        lpips = metrics.lpips
+        self._accumulators = {
+            reference: QualityAccumulator(
+                lpips=lpips,
+                lpips_min_side=0 if lpips is None else lpips.min_side,
+                thorough=True,
+                frames_per_latent=frames_per_latent,
+            )
+            for reference in ("video", "original")
+        }
+        self._vmaf: dict[str, VmafStream] = {}
+        self._has: set[str] = set()
+
+    def update(self, frames: Frames, video: Frames | None, original: Frames) -> None:
+        """Add the next frames of the decoder, of the video if there is one, and of the original."""
+        if video is not None:
+            self._compare("video", frames, video)
+        if frames is not original:
+            self._compare("original", frames, original)
+
+    def to_video(self) -> QualityResult | None:
+        """None where there is no video."""
+        return self._result("video")
+
+    def to_original(self) -> QualityResult | None:
+        """None of the original itself."""
+        return self._result("original")
+
+    def _compare(self, reference: str, frames: Frames, wanted: Frames) -> None:
+        self._has.add(reference)
+        self._accumulators[reference].update(frames, wanted)
+        height, width = frames.shape[-2:]
+        if self._metrics.ffmpeg is not None and min(height, width) >= MIN_SIDE:
+            if reference not in self._vmaf:
+                stream = VmafStream(self._metrics.ffmpeg, height, width)
+                self._vmaf[reference] = self._until_the_end.enter_context(stream)
+            self._vmaf[reference].update(frames, wanted)
+
+    def _result(self, reference: str) -> QualityResult | None:
+        if reference not in self._has:
+            return None
+        result = self._accumulators[reference].result()
+        if (stream := self._vmaf.get(reference)) is not None:
+            result = replace(result, vmaf=stream.result())
+        return result
+
+
+class FeatureJudge:
+    """The features of every view (the video, the original, the students) over all clips."""
+
+    def __init__(self, extractor: FeatureExtractor) -> None:
+        self._extractor = extractor
+        self.statistics: dict[str, FeatureStatistics] = {}
+        self._waiting: dict[str, Tensor] = {}
+
+    def update(self, views: Mapping[str, Frames]) -> None:
+        """Add the next frames of a clip."""
+        step = self._extractor.num_frames if self._extractor.takes == "clip" else 1
+        for name, frames in views.items():
+            waiting = torch.cat([self._waiting[name], frames], dim=1) if name in self._waiting else frames
+            for window in waiting[:, : waiting.shape[1] // step * step].split(step, dim=1):
+                features = self._extractor(window)
+                statistics = self.statistics.setdefault(name, FeatureStatistics(features.shape[1]))
+                statistics.add(features)
+            self._waiting[name] = waiting[:, waiting.shape[1] // step * step :].clone()
+
+    def end_clip(self) -> None:
+        """Frames that fill no window are left out."""
+        self._waiting.clear()
+
+    def share(self, name: str, ranks: Ranks) -> None:
+        """Add up a view's features over all processes, on each; a process without a clip of it takes part too."""
+        if ranks.count == 1:
+            return
+        found = [one for one in ranks.gather(self.statistics.get(name)) if one is not None]
+        if found:
+            self.statistics[name] = FeatureStatistics.added_up(found)
+
+    def distances(self, name: str, *, video: str, original: str) -> FrechetDistances | None:
+        """Those of a view; None without two samples of it."""
+        own = self.statistics.get(name)
+        if own is None or own.count < 2:
+            return None
+        to_video = self.statistics.get(video)
+        return FrechetDistances(
+            to_ground_truth=None if to_video is None else frechet_distance(own, to_video),
+            to_original=None if name == original else frechet_distance(own, self.statistics[original]),
+            num_samples=int(own.count),
+            num_features=len(own.total),
+        )
+
+    def warning(self) -> str | None:
+        """Whether there are too few samples for what they are used for."""
+        if not self.statistics:
+            return f"no clip has {self._extractor.num_frames} frames: there is no Fréchet distance"
+        one = next(iter(self.statistics.values()))
+        return needs_more_samples(int(one.count), len(one.total))

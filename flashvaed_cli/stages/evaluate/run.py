@@ -1,0 +1,337 @@
+"""`flashvaed eval`: the original decoder and derived ones on the same latents, side by side.
+
+Videos are read, encoded, decoded by all and compared chunk by chunk, so memory does not grow with their length, and of
+many clips only the worst keep their pictures. Processes of one launch share the clips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flashvaed_cli.artifact.checkpoint import Checkpoint
+from flashvaed_cli.artifact.header import ArtifactHeader
+from flashvaed_cli.artifact.store import read_header
+from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.cost import total_gflop
+from flashvaed_cli.decoders.exact import exact_decoder
+from flashvaed_cli.decoders.half_range import cast_decoder
+from flashvaed_cli.distill.ranks import Ranks, joined_ranks
+from flashvaed_cli.errors import MediaError, MetricUnavailableError
+from flashvaed_cli.media.clips import usable_files
+from flashvaed_cli.media.cuts import none_usable
+from flashvaed_cli.media.latent_files import is_latent_file
+from flashvaed_cli.media.video import probe_video
+from flashvaed_cli.metrics.frechet import load_extractor
+from flashvaed_cli.metrics.lpips_metric import LpipsMetric, load_lpips, lpips_checkpoint_path
+from flashvaed_cli.metrics.quality import QualityResult, mean_quality
+from flashvaed_cli.metrics.vmaf import find_ffmpeg
+from flashvaed_cli.ownership import has_own_header
+from flashvaed_cli.paths import user_path
+from flashvaed_cli.progress import Progress, SilentProgress
+from flashvaed_cli.recipe.evaluate import EvalRecipe
+from flashvaed_cli.report.evaluation import (
+    REPORT_JSON,
+    ClipFigures,
+    DecoderFigures,
+    EvaluationReport,
+    report_document,
+    save_report,
+    summary_table,
+)
+from flashvaed_cli.report.gates import judge_gates, parse_requirement
+from flashvaed_cli.report.junit import write_junit
+from flashvaed_cli.report.page.album import ClipAlbum
+from flashvaed_cli.report.page.page import PAGE, render_page
+from flashvaed_cli.report.speed import SPEED_JSON
+from flashvaed_cli.stages.clips import find_data
+from flashvaed_cli.stages.compared import derived_decoders, distinct_names
+from flashvaed_cli.stages.evaluate.compare import ORIGINAL, VIDEO, ClipToJudge, Comparison, compare_clip
+from flashvaed_cli.stages.evaluate.judge import FeatureJudge, Metrics
+from flashvaed_cli.stages.evaluate.page import page_extras
+from flashvaed_cli.stages.evaluate.seen import warn_of_seen
+from flashvaed_cli.stages.evaluate.timing import ORIGINAL_TUNED, runtime_of, timed
+from flashvaed_cli.stages.fitted_clips import latent_grid, whole_side
+from flashvaed_cli.stages.loading import DTYPES, Inputs, choose_device, choose_input, input_settings, load_inputs
+from flashvaed_cli.stages.outputs import claim_file, claim_folder, filled_at_the_end, moved, refuse_to_replace
+from flashvaed_cli.stages.result import StageOutcome
+from flashvaed_cli.zoo.builtin import JUDGED_CLIP
+
+MAX_PICTURED = 12
+"""Clips that keep pictures and videos: those where the first student is worst."""
+
+
+@dataclass
+class _Course:
+    """What became of the clips of one process."""
+
+    rows: list[ClipFigures] = field(default_factory=list)
+    pictured: list[Comparison] = field(default_factory=list)
+    broken: dict[Path, str] = field(default_factory=dict)
+    latents: Tensor | None = None
+
+    def add(self, comparison: Comparison) -> None:
+        """Keep the figures, and the pictures of the worst."""
+        self.rows += comparison.rows
+        self.latents = comparison.latents if self.latents is None else self.latents
+        self.pictured.append(comparison)
+        self.keep_worst()
+
+    def keep_worst(self) -> None:
+        """Remove the pictures of all but the worst `MAX_PICTURED`."""
+        worst_first = sorted(self.pictured, key=lambda one: _worst_psnr(one.album))
+        for left_out in worst_first[MAX_PICTURED:]:
+            for path in left_out.files:
+                path.unlink(missing_ok=True)
+        kept = {id(one) for one in worst_first[:MAX_PICTURED]}
+        self.pictured = [one for one in self.pictured if id(one) in kept]
+
+
+def run_evaluate(recipe: EvalRecipe, *, progress: Progress, force: bool, command_line: str) -> StageOutcome:
+    """Compare all decoders on every clip, time them in alternation, write report, page and pictures.
+
+    Started by `accelerate launch` or torchrun, each process judges its share of the clips; the main one alone times,
+    writes and speaks.
+
+    Raises:
+        ArtifactError: decoder or original cannot be loaded.
+        MediaError: no readable clip (a damaged one is skipped and named in the notes), or sides that hold no latent.
+        MetricUnavailableError: a metric that was asked for by name cannot be measured here.
+        RecipeError: a requirement names no figure.
+        FlashVaedError: the output folder holds files of something else.
+    """
+    with joined_ranks(choose_device(recipe.device)) as (ranks, device):
+        progress = progress if ranks.is_main else SilentProgress()
+        return _run(recipe, ranks, device, progress, force=force, command_line=command_line)
+
+
+def _run(
+    recipe: EvalRecipe, ranks: Ranks, device: torch.device, progress: Progress, *, force: bool, command_line: str
+) -> StageOutcome:
+    requirements = [parse_requirement(text) for text in recipe.require]
+    output = ranks.from_main(lambda: claim_folder(recipe.output, REPORT_JSON, SPEED_JSON, force=force))
+    junit = None if recipe.junit is None else user_path(recipe.junit)
+    if junit is not None:
+        ranks.from_main(lambda: claim_file(junit, force=force, reads=recipe.data))
+    location = choose_input(recipe.input, EvalRecipe, progress)
+    inputs = load_inputs(location, **input_settings(recipe), device=device, progress=progress)
+    if recipe.max_side is not None:
+        whole_side("max_side", recipe.max_side, latent_grid(inputs.original))  # refuses what holds no latent
+    notes: list[str] = []
+    metrics = _metrics(recipe, device, notes)
+    features = None if metrics.features is None else FeatureJudge(metrics.features)
+    decoders = _decoders(inputs, recipe)
+    if any(decoder.spec.still for decoder in decoders.values()) and recipe.num_frames != 1:
+        recipe = recipe.model_copy(update={"num_frames": 1})
+        notes.append("Of every clip the first frame is judged: there is a decoder of single images among them.")
+    runtimes = {name: runtime_of(name, decoder, recipe) for name, decoder in decoders.items()}
+    found = find_data(recipe.data, default=(JUDGED_CLIP,))
+    files, broken = usable_files(found, recipe.num_clips, latent_width=inputs.original.latent_width)
+    clips = _named(files)
+    reads = (location, recipe.original, *recipe.compare, *files)
+    refuse_to_replace((output / f"{clip.stem}{suffix}" for clip in clips for suffix in (".png", ".mp4")), reads)
+    course = _Course(broken=dict(broken) if ranks.is_main else {})
+    with _shared_draft(ranks, output, reads, force=force) as draft:
+        for clip in clips[ranks.rank :: ranks.count]:
+            try:
+                course.add(compare_clip(clip, runtimes, inputs, recipe, metrics, features, draft, progress))
+            except MediaError as error:  # damaged where only decoding shows it
+                course.broken[clip.path] = str(error)
+                for suffix in (".png", ".mp4"):
+                    (draft / f"{clip.stem}{suffix}").unlink(missing_ok=True)
+        course = _gathered(course, [clip.shown for clip in clips], ranks)
+        if features is not None:
+            for name in (VIDEO, *decoders):
+                features.share(name, ranks)
+        for path, reason in course.broken.items():
+            progress.warn(f"skipped {path}: {reason}")
+            notes.append(f"skipped {path.name}: {reason}")
+        if not course.rows or course.latents is None:
+            raise none_usable(len(course.broken), course.broken)
+        if not ranks.is_main:
+            return StageOutcome((), ())
+        judged = [path for path in files if path not in course.broken]
+        notes += [*_notes_on_colours(judged), *_notes_on_seen(inputs.checkpoint, recipe, judged, progress)]
+        figures = [_figures(name, decoder, course, features) for name, decoder in decoders.items()]
+        if features is not None and (few := features.warning()) is not None:
+            notes.append(few)
+        if len(judged) > MAX_PICTURED:
+            notes.append(f"pictures and videos are kept of the {MAX_PICTURED} worst of {len(judged)} clips")
+        figures = timed(figures, runtimes, decoders[ORIGINAL], course.latents, recipe, device, progress)
+        pictures = tuple(path for comparison in course.pictured for path in comparison.files)
+        report = EvaluationReport(
+            decoders=tuple(figures),
+            clips=tuple(course.rows),
+            settings=_settings(recipe, inputs, course.latents, ranks, command_line),
+            notes=tuple(notes),
+            files={path.name: path.name for path in pictures},
+        )
+        report = replace(report, gates=judge_gates(report, requirements))
+        written = save_report(report, draft)
+        page = draft / PAGE
+        albums = [comparison.album for comparison in course.pictured]
+        page.write_text(
+            render_page(report, page_extras(inputs.checkpoint, albums, command_line)),
+            encoding="utf-8",
+            errors="backslashreplace",
+        )
+    if junit is not None:
+        write_junit(report, junit)
+    paths = moved((page, written["markdown"], written["json"], *pictures), output)
+    paths = paths if junit is None else (*paths, junit)
+    document = {**report_document(report), "report": str(output / REPORT_JSON)}
+    return StageOutcome(paths, (summary_table(report),), document, tuple(notes))
+
+
+@contextmanager
+def _shared_draft(ranks: Ranks, output: Path, reads: Sequence[str | Path | None], *, force: bool) -> Iterator[Path]:
+    """The main process' draft folder, which all of them write pictures to."""
+    if ranks.is_main:
+        with filled_at_the_end(output, REPORT_JSON, reads, force=force) as draft:
+            yield ranks.from_main(lambda: draft)
+    else:
+        yield ranks.from_main(lambda: output)
+
+
+def _gathered(course: _Course, order: Sequence[str], ranks: Ranks) -> _Course:
+    """The clips of all processes, in the order of the files."""
+    if ranks.count == 1:
+        return course
+    courses = ranks.gather(replace(course, latents=None if course.latents is None else course.latents.cpu()))
+    position = {name: index for index, name in enumerate(order)}
+    together = _Course(latents=next((one.latents for one in courses if one.latents is not None), None))
+    for one in courses:
+        together.rows += one.rows
+        together.pictured += one.pictured
+        together.broken |= one.broken
+    together.rows.sort(key=lambda row: position[row.clip])
+    together.pictured.sort(key=lambda one: position[one.rows[0].clip])
+    if ranks.is_main:
+        together.keep_worst()
+    return together
+
+
+def _named(files: Sequence[Path]) -> list[ClipToJudge]:
+    """Every file with a name of its own: its path where two share one."""
+    names = [path.name for path in files]
+    stems = distinct_names(files)
+    return [
+        ClipToJudge(path, str(path) if names.count(path.name) > 1 else path.name, stem)
+        for path, stem in zip(files, stems, strict=True)
+    ]
+
+
+def _worst_psnr(album: ClipAlbum) -> float:
+    return float("inf") if album.worst is None else album.worst.psnr_db
+
+
+def _notes_on_colours(paths: Iterable[Path]) -> list[str]:
+    """Which clips are judged in other colours than they are stored in."""
+    videos = [path for path in paths if not is_latent_file(path)]
+    return [f"{path.name}: {how}." for path in videos if (how := probe_video(path).tone_mapping)]
+
+
+def _notes_on_seen(checkpoint: Checkpoint, recipe: EvalRecipe, files: Sequence[Path], progress: Progress) -> list[str]:
+    """Which decoders are judged on what they were fitted to; warned of at once too."""
+    headers: list[tuple[str, ArtifactHeader | None]] = [(checkpoint.location, checkpoint.header)]
+    headers += [(place, read_header(place)) for place in recipe.compare if has_own_header(Path(place))]
+    notes = [warn_of_seen(Path(place).name, header, place, files) for place, header in headers]
+    for note in filter(None, notes):
+        progress.warn(note)
+    return [note for note in notes if note is not None]
+
+
+def _settings(
+    recipe: EvalRecipe, inputs: Inputs, latents: Tensor, ranks: Ranks, command_line: str
+) -> dict[str, str | int | float]:
+    """How it was measured, as the report shows it. `latents`: those of the timing."""
+    device = inputs.device.type
+    settings: dict[str, str | int | float] = {
+        "command": command_line,
+        "decoder": inputs.checkpoint.location,
+        "sha256": inputs.checkpoint.sha256,
+        "original": inputs.original.location,
+        "device": f"{device}, {torch.get_num_threads()} threads" if device == "cpu" else device,
+        "dtype": recipe.dtype,
+        "speed": f"in alternation, {recipe.num_speed_rounds} rounds at most, latents {list(latents.shape)}",
+    }
+    if recipe.protocol is not None:
+        settings["protocol"] = f"{recipe.protocol}: {recipe.num_frames} frames, middle {recipe.center_crop} px square"
+    if recipe.features is not None:
+        settings["features"] = f"{recipe.features}, {recipe.features_input}, {recipe.features_size} px"
+    return settings | ({"processes": ranks.count} if ranks.count > 1 else {})
+
+
+def _metrics(recipe: EvalRecipe, device: torch.device, notes: list[str]) -> Metrics:
+    features = None
+    if recipe.features is not None:
+        features = load_extractor(
+            recipe.features,
+            device,
+            takes=recipe.features_input,
+            num_frames=recipe.features_frames,
+            size=recipe.features_size,
+            pixels=recipe.features_range,
+        )
+    return Metrics(_lpips(recipe, device, notes), _ffmpeg(recipe, notes), features)
+
+
+def _ffmpeg(recipe: EvalRecipe, notes: list[str]) -> str | None:
+    if recipe.vmaf == "off":
+        return None
+    try:
+        return find_ffmpeg()
+    except MetricUnavailableError as error:
+        if recipe.vmaf == "on":
+            raise
+        notes.append(str(error))
+        return None
+
+
+def _lpips(recipe: EvalRecipe, device: torch.device, notes: list[str]) -> LpipsMetric | None:
+    if recipe.lpips == "off":
+        return None
+    try:
+        return load_lpips("alex", device, allow_download=recipe.allow_download)
+    except MetricUnavailableError as error:
+        if recipe.lpips == "on":
+            raise
+        is_absent = not recipe.allow_download and not lpips_checkpoint_path("alex").is_file()
+        short = "LPIPS is left out: its backbone's weights are not here (--allow-download gets them, 233 MB)."
+        notes.append(short if is_absent else f"LPIPS is left out. {error}")
+        return None
+
+
+def _decoders(inputs: Inputs, recipe: EvalRecipe) -> dict[str, Decoder]:
+    """The original first; then the derived ones by file name, with exact operators.
+
+    Raises:
+        ArtifactError: a decoder to compare with cannot be loaded, or is of another original.
+    """
+    dtype = DTYPES[recipe.dtype]
+    derived = derived_decoders(inputs, recipe, taken=(VIDEO, ORIGINAL, ORIGINAL_TUNED))
+    tuned = {name: cast_decoder(exact_decoder(decoder), dtype) for name, decoder in derived.items()}
+    return {ORIGINAL: cast_decoder(inputs.original.require_decoder(), dtype), **tuned}
+
+
+def _figures(name: str, decoder: Decoder, course: _Course, features: FeatureJudge | None) -> DecoderFigures:
+    rows = [row for row in course.rows if row.decoder == name]
+    to_video = [row.to_ground_truth for row in rows if isinstance(row.to_ground_truth, QualityResult)]
+    to_original = [row.to_original for row in rows if isinstance(row.to_original, QualityResult)]
+    latents = course.latents
+    assert latents is not None
+    num_frames = 1 + decoder.spec.temporal_factor * (latents.shape[2] - 1)
+    return DecoderFigures(
+        name=name,
+        to_ground_truth=mean_quality(to_video) if to_video else None,
+        to_original=mean_quality(to_original) if to_original else None,
+        num_parameters=decoder.parameter_count,
+        file_bytes=decoder.parameter_count * torch.float32.itemsize,
+        gflops=total_gflop(decoder.spec, (latents.shape[2], latents.shape[3], latents.shape[4])) / num_frames,
+        frechet=None if features is None else features.distances(name, video=VIDEO, original=ORIGINAL),
+    )
