@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,13 +17,17 @@ from flashvaed_cli import __version__
 from flashvaed_cli.cli import analyze, convert_ops, decode, distill, evaluate, export, info, prune
 from flashvaed_cli.cli.interruption import interruption, signals_raise
 from flashvaed_cli.cli.running import ARGV_KEY, DONE_KEY, SIGNALS_KEY
+from flashvaed_cli.cli.spelling import suggestions
 from flashvaed_cli.errors import FlashVaedError
+from flashvaed_cli.printable import printable
 
 HELP = "Turn the decoder of a video VAE into a fast drop-in decoder for the same latents."
 EPILOG = (
     "Every command works without arguments in an empty folder, on the embedded builtin:tiny-wan. "
     "The whole pipeline: flashvaed analyze && flashvaed prune --ratio 0.25 && flashvaed convert-ops && "
-    "flashvaed distill && flashvaed eval && flashvaed export"
+    "flashvaed distill && flashvaed eval && flashvaed export\n\n"
+    "Exit codes: 0 done; 1 done, and a condition of --require does not hold; 2 a mistake that the message names; "
+    "130 interrupted, 143 terminated, 129 the terminal was closed."
 )
 
 
@@ -45,6 +51,8 @@ class _Program(TyperGroup):
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         argv = list(args)
+        if args[:1] == ["help"]:  # as git and others have it
+            args = [*args[1:2], "--help"]
         context = super().make_context(info_name, args, parent, **extra)
         context.meta[ARGV_KEY] = argv
         return context
@@ -58,6 +66,7 @@ class _Program(TyperGroup):
 
             if not error.is_told_elsewhere:
                 print_error(str(error))
+                _print_document(ctx, str(error), error.exit_code)
             raise typer.Exit(error.exit_code) from error
         except OSError as error:
             if error.errno not in _ADVICE:
@@ -65,8 +74,27 @@ class _Program(TyperGroup):
             from flashvaed_cli.cli.console import print_error
 
             place = f"{error.filename}: " if error.filename else ""
-            print_error(f"{place}{error.strerror}. {_ADVICE[error.errno]}.")
+            message = f"{place}{error.strerror}. {_ADVICE[error.errno]}."
+            print_error(message)
+            _print_document(ctx, message, FlashVaedError.exit_code)
             raise typer.Exit(FlashVaedError.exit_code) from error
+        except Exception as error:
+            if isinstance(flag := getattr(error, "option_name", None), str) and hasattr(error, "possibilities"):
+                command = getattr(getattr(error, "ctx", None), "command", None)
+                known = [name for parameter in getattr(command, "params", ()) for name in parameter.opts]
+                error.possibilities = suggestions(flag, known)
+            if callable(describe := getattr(error, "format_message", None)):  # a flag or command that is not known
+                _print_document(ctx, describe(), FlashVaedError.exit_code)
+            raise
+
+
+def _print_document(ctx: Any, message: str, exit_code: int) -> None:
+    """Under `--json`, an error as the one JSON document of standard output; none where the result stands there."""
+    if "--json" not in ctx.meta.get(ARGV_KEY, ()) or ctx.meta.get(DONE_KEY):
+        return
+    document = {"kind": "flashvaed-error", "schema": 1, "message": printable(message), "exit_code": exit_code}
+    with contextlib.suppress(OSError):
+        typer.echo(json.dumps(document, indent=2))
 
 
 @contextmanager

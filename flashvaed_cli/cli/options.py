@@ -101,7 +101,12 @@ DTypeOption = Annotated[
 SeedOption = Annotated[int | None, flag(AnalyzeRecipe, "seed", rich_help_panel=_COMMON)]
 ForceOption = Annotated[
     bool,
-    typer.Option("--force", "-f", help="Overwrite files that this program did not write.", rich_help_panel=_COMMON),
+    typer.Option(
+        "--force",
+        "-f",
+        help="Make a finished result again; replace results of other settings, and files of other programs.",
+        rich_help_panel=_COMMON,
+    ),
 ]
 QuietOption = Annotated[
     bool,

@@ -146,7 +146,8 @@ def _memory_advice(context: typer.Context, error: BaseException) -> str:
 
 def _print_result(context: typer.Context, result: StageResult, *, on_stderr: bool = False) -> None:
     if context.params["json_output"]:
-        document = {**result.as_dict(), "paths": [str(path) for path in result.paths]}
+        kind = {"kind": f"flashvaed-{context.command.name}", "schema": 1}
+        document = {**kind, **result.as_dict(), "paths": [str(path) for path in result.paths]}
         typer.echo(json.dumps(_finite(document), indent=2, allow_nan=False), err=on_stderr)
         return
     console = result_console(on_stderr=on_stderr)

@@ -133,6 +133,7 @@ class EvaluationReport:
         notes: what changes the meaning of a figure (LPIPS absent and how to get it, skipped clips).
         files: what else was written (pictures, videos), by name.
         gates: the conditions that were set.
+        made_with: settings, inputs and data, by which a later run knows whether anything has changed.
     """
 
     decoders: tuple[DecoderFigures, ...]
@@ -141,6 +142,7 @@ class EvaluationReport:
     notes: tuple[str, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
     gates: tuple[GateVerdict, ...] = ()
+    made_with: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse a report without decoders or with two of one name."""
@@ -356,6 +358,7 @@ def report_document(report: EvaluationReport) -> dict[str, object]:
             key: _number(value) if isinstance(value, float) else value for key, value in report.settings.items()
         },
         "decoders": [_decoder_document(report, decoder) for decoder in report.decoders],
+        "made_with": dict(report.made_with),
         "differences": differences(report),
         "clips": [_clip_document(clip) for clip in report.clips],
         "notes": list(report.notes),

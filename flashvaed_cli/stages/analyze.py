@@ -39,12 +39,13 @@ from flashvaed_cli.recipe.analyze import AnalyzeRecipe
 from flashvaed_cli.recipe.fields import SelectionRule
 from flashvaed_cli.report.curves import plot_latency, plot_r2_curves, plot_spectra
 from flashvaed_cli.report.tables import Column, TableData
-from flashvaed_cli.stages.clips import plan_calibration
+from flashvaed_cli.stages.clips import find_data, plan_calibration
 from flashvaed_cli.stages.latency_model import TimedClip, latency_model_record, whole_clip
 from flashvaed_cli.stages.loading import DTYPES, choose_device, choose_input, input_settings, load_inputs
 from flashvaed_cli.stages.outputs import claim_file
 from flashvaed_cli.stages.result import StageOutcome
 from flashvaed_cli.stages.run_watch import RunWatch
+from flashvaed_cli.stages.up_to_date import finished_artifact
 from flashvaed_cli.surgery.evidence import channel_evidence
 
 SHOWN_RATIOS = (0.125, 0.25, 0.5)
@@ -63,6 +64,8 @@ def run_analyze(recipe: AnalyzeRecipe, *, progress: Progress, force: bool, comma
     output = claim_file(
         recipe.output, force=force, reads=(location,), beside=plot_files(Path(recipe.output)) if recipe.plots else ()
     )
+    if (done := finished_artifact(output, recipe, location, lambda: find_data(recipe.data), force=force)) is not None:
+        return done
     device = choose_device(recipe.device)
     inputs = load_inputs(location, **input_settings(recipe), device=device, progress=progress)
     decoder = inputs.checkpoint.require_decoder()

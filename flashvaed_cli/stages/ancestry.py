@@ -52,6 +52,11 @@ def find_parents(header: ArtifactHeader, location: str) -> tuple[Ancestor, ...]:
     return _parents(header, Path(location).parent, _MAX_DEPTH)
 
 
+def find_lineage(location: str, sha256: str, folder: Path) -> Ancestor:
+    """One file by its recorded place, which counts from here and from `folder`, and hash."""
+    return _find(Lineage(role="input", location=location, sha256=sha256), folder, 0)
+
+
 def flat(ancestors: tuple[Ancestor, ...]) -> Iterator[Ancestor]:
     """All of them, each hash once, nearest first."""
     waiting, seen = list(ancestors), set()

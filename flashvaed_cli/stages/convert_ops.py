@@ -23,12 +23,13 @@ from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.convert_ops import ConvertOpsRecipe
 from flashvaed_cli.report.tables import Column, TableData
 from flashvaed_cli.stages.asked_names import require_known_operators
-from flashvaed_cli.stages.clips import plan_calibration
+from flashvaed_cli.stages.clips import find_data, plan_calibration
 from flashvaed_cli.stages.loading import DTYPES, Inputs, choose_device, choose_input, input_settings, load_inputs
 from flashvaed_cli.stages.outputs import claim_file
 from flashvaed_cli.stages.reconstruction import choose_reference, error_table, fit_settings, reconstruct
 from flashvaed_cli.stages.result import StageOutcome
 from flashvaed_cli.stages.run_watch import RunWatch
+from flashvaed_cli.stages.up_to_date import finished_artifact
 from flashvaed_cli.surgery.respec import converted_spec, with_time_rank
 from flashvaed_cli.surgery.transfer import transfer_weights
 
@@ -56,7 +57,9 @@ def run_convert_ops(recipe: ConvertOpsRecipe, *, progress: Progress, force: bool
     """
     watch = RunWatch()
     location = choose_input(recipe.input, ConvertOpsRecipe, progress)
-    claim_file(recipe.output, force=force, reads=(location, recipe.original))
+    output = claim_file(recipe.output, force=force, reads=(location, recipe.original))
+    if (done := finished_artifact(output, recipe, location, lambda: find_data(recipe.data), force=force)) is not None:
+        return done
     device = choose_device(recipe.device)
     inputs = load_inputs(location, **input_settings(recipe), device=device, progress=progress)
     decoder = inputs.checkpoint.require_decoder()

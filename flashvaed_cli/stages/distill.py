@@ -39,6 +39,7 @@ from flashvaed_cli.progress import Progress, SilentProgress
 from flashvaed_cli.recipe.distill import DistillRecipe, PhaseRecipe
 from flashvaed_cli.stages.asked_names import require_known_ratios
 from flashvaed_cli.stages.clip_source import NUM_STATISTICS_CLIPS
+from flashvaed_cli.stages.clips import find_data
 from flashvaed_cli.stages.fitted_clips import fitted_to_vae
 from flashvaed_cli.stages.loading import Inputs, choose_device, choose_input, input_settings, load_inputs
 from flashvaed_cli.stages.outputs import claim_file
@@ -48,6 +49,7 @@ from flashvaed_cli.stages.training_data import TrainingData, training_data
 from flashvaed_cli.stages.training_files import TrainingFiles, describe_checkpoints
 from flashvaed_cli.stages.training_report import PhaseResult, draw_curves, phase_record, phase_table
 from flashvaed_cli.stages.training_watch import SampleStrips, TensorBoardLog, TrainingLog, TrainingWatch
+from flashvaed_cli.stages.up_to_date import finished_artifact
 from flashvaed_cli.stages.validation import Validation, open_validation
 from flashvaed_cli.surgery.selection import select_channels
 
@@ -73,6 +75,12 @@ def run_distill(recipe: DistillRecipe, *, progress: Progress, force: bool, comma
         reads=(location, recipe.original),
         beside=TrainingFiles(user_path(recipe.output)).replaced(),
     )
+
+    def data() -> list[Path]:
+        return [*find_data(recipe.data), *(find_data(recipe.validation_data) if recipe.validation_data else ())]
+
+    if (done := finished_artifact(output, recipe, location, data, force=force)) is not None:
+        return done
     if recipe.dtype not in _COMPUTE_DTYPES:
         raise DistillationError(f"--dtype {recipe.dtype} does not train: use {' or '.join(_COMPUTE_DTYPES)}")
     files = TrainingFiles(output)

@@ -24,7 +24,7 @@ from flashvaed_cli.recipe.prune import PruneRecipe
 from flashvaed_cli.report.tables import Column, TableData
 from flashvaed_cli.stages.asked_names import require_known_ratios
 from flashvaed_cli.stages.budget import Budget, budget_table, judge_budget, plan_budget
-from flashvaed_cli.stages.clips import CalibrationClips, plan_calibration
+from flashvaed_cli.stages.clips import CalibrationClips, find_data, plan_calibration
 from flashvaed_cli.stages.loading import DTYPES, Inputs, choose_device, choose_input, input_settings, load_inputs
 from flashvaed_cli.stages.native import choose_native
 from flashvaed_cli.stages.native_encoder import narrow_encoder
@@ -32,6 +32,7 @@ from flashvaed_cli.stages.outputs import claim_file
 from flashvaed_cli.stages.reconstruction import choose_reference, error_table, fit_settings, reconstruct
 from flashvaed_cli.stages.result import StageOutcome
 from flashvaed_cli.stages.run_watch import RunWatch
+from flashvaed_cli.stages.up_to_date import finished_artifact
 from flashvaed_cli.surgery.native import native_base_width
 from flashvaed_cli.surgery.respec import narrowed_spec
 from flashvaed_cli.surgery.selection import GroupSelection, select_channels
@@ -51,6 +52,8 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
     watch = RunWatch()
     location = choose_input(recipe.input, PruneRecipe, progress)
     output = claim_file(recipe.output, force=force, reads=(location, recipe.original, recipe.analysis))
+    if (done := finished_artifact(output, recipe, location, lambda: find_data(recipe.data), force=force)) is not None:
+        return done
     device = choose_device(recipe.device)
     inputs = load_inputs(location, **input_settings(recipe), device=device, progress=progress)
     decoder = inputs.checkpoint.require_decoder()

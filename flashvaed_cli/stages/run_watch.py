@@ -40,7 +40,7 @@ class RunWatch:
             num_threads=torch.get_num_threads(),
             started=self.started.isoformat(timespec="seconds"),
             duration_s=round(time.perf_counter() - self.clock, 3),
-            data=_described(data),
+            data=described_files(data),
             num_data_files=len(data),
         )
 
@@ -52,7 +52,8 @@ def describe_device(device: torch.device) -> str:
     return f"{device.type} ({platform.machine()})" if device.type == "cpu" else device.type
 
 
-def _described(data: Sequence[Path]) -> tuple[DataFile, ...]:
+def described_files(data: Sequence[Path]) -> tuple[DataFile, ...]:
+    """Names, sizes and, unless there are many or large ones, hashes of files."""
     sizes = {path: path.stat().st_size for path in data if path.is_file()}
     is_small = len(sizes) <= MAX_LISTED_FILES and sum(sizes.values()) <= _MAX_HASHED_BYTES
     return tuple(

@@ -234,14 +234,14 @@ def _rows(entries: list[_Entry], results: list[ContestResult], grid: Grid, dtype
 
 
 def _seconds(speed: SpeedResult | None) -> Spread | None:
-    return None if speed is None else Spread(speed.median, speed.min, speed.max)
+    return None if speed is None else Spread(speed.median, speed.min, speed.max, len(speed.seconds))
 
 
 def _ratio(baseline: SpeedResult | None, speed: SpeedResult | None) -> Spread | None:
     if baseline is None or speed is None:
         return None
     ratio = speed_ratio(baseline, speed)
-    return Spread(ratio.median, ratio.min, ratio.max)
+    return Spread(ratio.median, ratio.min, ratio.max, len(ratio.ratios))
 
 
 def _peak_bytes(entry: _Entry, result: ContestResult) -> int | None:

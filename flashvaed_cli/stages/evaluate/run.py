@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint
+from flashvaed_cli.artifact.foreign import checkpoint_files
 from flashvaed_cli.artifact.header import ArtifactHeader
-from flashvaed_cli.artifact.store import read_header
+from flashvaed_cli.artifact.store import read_header, sha256_of_files
 from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.cost import total_gflop
 from flashvaed_cli.decoders.exact import exact_decoder
@@ -60,6 +61,7 @@ from flashvaed_cli.stages.fitted_clips import latent_grid, whole_side
 from flashvaed_cli.stages.loading import DTYPES, Inputs, choose_device, choose_input, input_settings, load_inputs
 from flashvaed_cli.stages.outputs import claim_file, claim_folder, filled_at_the_end, moved, refuse_to_replace
 from flashvaed_cli.stages.result import StageOutcome
+from flashvaed_cli.stages.up_to_date import finished_folder, provenance
 from flashvaed_cli.zoo.builtin import JUDGED_CLIP
 
 MAX_PICTURED = 12
@@ -119,6 +121,8 @@ def _run(
     if junit is not None:
         ranks.from_main(lambda: claim_file(junit, force=force, reads=recipe.data))
     location = choose_input(recipe.input, EvalRecipe, progress)
+    if (done := _finished(recipe, output, location, force=force)) is not None:
+        return done
     inputs = load_inputs(location, **input_settings(recipe), device=device, progress=progress)
     if recipe.max_side is not None:
         whole_side("max_side", recipe.max_side, latent_grid(inputs.original))  # refuses what holds no latent
@@ -169,6 +173,7 @@ def _run(
             clips=tuple(course.rows),
             settings=_settings(recipe, inputs, course.latents, ranks, command_line),
             notes=tuple(notes),
+            made_with=provenance(recipe, _hashes(inputs, recipe), judged),
             files={path.name: path.name for path in pictures},
         )
         report = replace(report, gates=judge_gates(report, requirements))
@@ -214,6 +219,23 @@ def _gathered(course: _Course, order: Sequence[str], ranks: Ranks) -> _Course:
     if ranks.is_main:
         together.keep_worst()
     return together
+
+
+def _finished(recipe: EvalRecipe, output: Path, location: str, *, force: bool) -> StageOutcome | None:
+    """The report of an earlier run on the same files."""
+    found = finished_folder(
+        output / REPORT_JSON, recipe, location, lambda: find_data(recipe.data, default=(JUDGED_CLIP,)), force=force
+    )
+    if found is None:
+        return None
+    document, outcome = found
+    return replace(outcome, figures={**document, "report": str(output / REPORT_JSON)})
+
+
+def _hashes(inputs: Inputs, recipe: EvalRecipe) -> dict[str, str]:
+    """What was read beside the clips."""
+    read = {one.location: one.sha256 for one in (inputs.checkpoint, inputs.original)}
+    return read | {place: sha256_of_files(checkpoint_files(Path(place))) for place in recipe.compare}
 
 
 def _named(files: Sequence[Path]) -> list[ClipToJudge]:

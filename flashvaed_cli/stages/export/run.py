@@ -27,6 +27,7 @@ from flashvaed_cli.stages.export.model_card import CARD, model_card
 from flashvaed_cli.stages.loading import DTYPES, choose_device, choose_input, load_input, with_plain_operators
 from flashvaed_cli.stages.outputs import claim_folder, filled_at_the_end, hashes_of
 from flashvaed_cli.stages.result import StageOutcome
+from flashvaed_cli.stages.up_to_date import finished_folder, provenance
 
 MANIFEST = "export.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".sft", ".pth", ".pt", ".ckpt", ".bin")
@@ -58,6 +59,9 @@ def run_export(recipe: ExportRecipe, *, progress: Progress, force: bool, command
     """
     output = claim_folder(recipe.output, MANIFEST, force=force)
     location = choose_input(recipe.input, ExportRecipe, progress)
+    found = finished_folder(output / MANIFEST, recipe, location, list, force=force)
+    if found is not None and not found[0].get("failed"):
+        return found[1]
     checkpoint = with_plain_operators(load_input(location, recipe.family, progress, weights=recipe.weights))
     with filled_at_the_end(output, MANIFEST, reads=(location,), force=force) as draft:
         course = _write_targets(checkpoint, draft, export_name(location), recipe, progress)
@@ -67,6 +71,7 @@ def run_export(recipe: ExportRecipe, *, progress: Progress, force: bool, command
             "command": command_line,
             "decoder": location,
             "sha256": checkpoint.sha256,
+            "made_with": provenance(recipe, {location: checkpoint.sha256}, ()),
             "files": [result.to_record(draft) for result in course.results],
             "failed": course.failed,
         }
