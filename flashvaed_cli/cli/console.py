@@ -49,6 +49,11 @@ def print_error(message: str) -> None:
     stderr_console().print(Text(f"Error: {printable_message(message, LONGEST_MESSAGE)}", style="bold red"))
 
 
+def print_step(message: str) -> None:
+    """One line between the steps of a recipe."""
+    stderr_console().print(Text(printable_line(message), style="bold"))
+
+
 @contextmanager
 def open_progress(*, quiet: bool) -> Iterator[Progress]:
     """The progress that suits where stderr goes; bars are cleared away at the end."""

@@ -18,6 +18,7 @@ from flashvaed_cli.cli.options import (
     RecipeOption,
     SeedOption,
     StepOption,
+    VerboseOption,
     WeightsOption,
     flag,
     input_argument,
@@ -76,6 +77,7 @@ def convert_ops(
     seed: SeedOption = None,
     force: ForceOption = False,
     quiet: QuietOption = False,
+    verbose: VerboseOption = False,
     json_output: JsonOption = False,
 ) -> None:
     """Give every stage the cheapest operator that it can bear, and solve the new kernels by least squares.

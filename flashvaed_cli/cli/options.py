@@ -114,6 +114,9 @@ QuietOption = Annotated[
         "--quiet", "-q", help="No progress and no logs; warnings and the result stay.", rich_help_panel=_COMMON
     ),
 ]
+VerboseOption = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Show every layer, not the worst three.", rich_help_panel=_COMMON)
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print the result as one JSON object.", rich_help_panel=_COMMON)
 ]

@@ -20,6 +20,7 @@ from flashvaed_cli.cli.options import (
     RecipeOption,
     SeedOption,
     StepOption,
+    VerboseOption,
     WeightsOption,
     flag,
     input_argument,
@@ -83,6 +84,7 @@ def prune(
     seed: SeedOption = None,
     force: ForceOption = False,
     quiet: QuietOption = False,
+    verbose: VerboseOption = False,
     json_output: JsonOption = False,
 ) -> None:
     """Keep the most independent channels of the shallow stages, and solve the weights around them anew.

@@ -151,9 +151,15 @@ def _print_result(context: typer.Context, result: StageResult, *, on_stderr: boo
         typer.echo(json.dumps(_finite(document), indent=2, allow_nan=False), err=on_stderr)
         return
     console = result_console(on_stderr=on_stderr)
+    if context.params.get("verbose") and (detailed := getattr(result, "detailed", None)) is not None:
+        console.print(detailed())
     console.print(result.table())
-    for path in result.paths:
+    for path in result.paths if getattr(result, "is_new", True) else ():
         console.print(Text(printable_line(f"wrote {path}")), soft_wrap=True)
+    if following := getattr(result, "next_commands", ()):
+        console.print(Text("next:"))
+        for command in following:
+            console.print(Text(printable_line(f"  {command}")), soft_wrap=True)
 
 
 def command_line(context: typer.Context) -> str:

@@ -47,7 +47,7 @@ def ms_ssim_per_frame(output: Float[Tensor, "N C H W"], reference: Float[Tensor,
 def _similarities(x: Float[Tensor, "N C H W"], y: Float[Tensor, "N C H W"]) -> tuple[Tensor, Tensor]:
     """Luminance, and contrast times structure, at every pixel."""
     n, c, height, width = x.shape
-    maps = torch.cat([x, y, x * x, y * y, x * y]).view(1, 5 * n * c, height, width)
+    maps = torch.cat([x, y, x * x, y * y, x * y]).reshape(1, 5 * n * c, height, width)
     mean_x, mean_y, square_x, square_y, both = _blurred(maps).view(5, n, c, height, width).unbind()
     product = mean_x * mean_y
     mean_x, mean_y = mean_x.square(), mean_y.square()

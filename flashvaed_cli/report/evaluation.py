@@ -263,7 +263,7 @@ def summary_table(report: EvaluationReport, *, full: bool = False) -> TableData:
     if any(decoder.speedup for decoder in report.decoders):
         rows.append(("speed-up", *(_speedup_text(decoder.speedup) for decoder in report.decoders)))
         ranges = [_range_text(decoder.speedup) for decoder in report.decoders]
-        counts = {decoder.speedup.num_rounds for decoder in report.decoders if decoder.speedup} - {None}
+        counts = {decoder.speedup.num_rounds or 0 for decoder in report.decoders if decoder.speedup} - {0}
         if any(ranges):
             rows.append((f"its range in {max(counts)} rounds" if counts else "speed-up, range of rounds", *ranges))
         elif counts:

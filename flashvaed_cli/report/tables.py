@@ -68,6 +68,7 @@ def format_cell(cell: Cell, column: Column) -> str:
 def to_rich(table: TableData) -> Table:
     """For the terminal. Cells are plain text: square brackets in a file name are no markup."""
     view = Table(title=Text(table.title) if table.title else None, title_justify="left", header_style="bold")
+    view.show_header = any(column.name for column in table.columns)
     for column in table.columns:
         # numbers broken over two lines cannot be read, names can
         wraps = column.align == "left" if column.wraps is None else column.wraps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from flashvaed_cli.recipe.convert_ops import ConvertOpsRecipe
 from flashvaed_cli.report.tables import Column, TableData
 from flashvaed_cli.stages.asked_names import require_known_operators
 from flashvaed_cli.stages.clips import find_data, plan_calibration
+from flashvaed_cli.stages.held_out import judge_held_out, summary_tables
+from flashvaed_cli.stages.info.next_step import next_commands
 from flashvaed_cli.stages.loading import DTYPES, Inputs, choose_device, choose_input, input_settings, load_inputs
 from flashvaed_cli.stages.outputs import claim_file
 from flashvaed_cli.stages.reconstruction import choose_reference, error_table, fit_settings, reconstruct
@@ -79,7 +82,7 @@ def run_convert_ops(recipe: ConvertOpsRecipe, *, progress: Progress, force: bool
     if spec == decoder.spec:
         raise SpecError(f"{location}: every stage has the operator asked for already; nothing to convert")
     student = transfer_weights(decoder, spec, {})
-    errors, skipped, data = [], {}, []
+    errors, skipped, data, clips = [], {}, [], None
     if recipe.reconstruct != "none":
         clips = plan_calibration(
             inputs.original, recipe, recipe.num_calibration_clips, device, progress, still=decoder.spec.still
@@ -94,9 +97,13 @@ def run_convert_ops(recipe: ConvertOpsRecipe, *, progress: Progress, force: bool
         "layer_errors": [vars(error) for error in errors],
         "skipped_clips": skipped,
     }
-    tables = (_operator_table(decoder, student), *error_table(errors))
+    judged = judge_held_out(inputs.reference(), student, inputs.original, clips, recipe, device, progress)
+    measured["held_out"] = judged
+    tables = summary_tables(judged, (decoder.parameter_count, student.parameter_count), errors)
+    details = (_operator_table(decoder, student), *error_table(errors))
     run = watch.record(device, data)
-    return _written(recipe, inputs, student, measured, tables, run, force=force, command_line=command_line)
+    outcome = _written(recipe, inputs, student, measured, tables, run, force=force, command_line=command_line)
+    return replace(outcome, details=details)
 
 
 def _convert_exactly(
@@ -171,7 +178,8 @@ def _written(
         dtype=DTYPES[recipe.dtype],
         force=force,
     )
-    return StageOutcome((output,), tables, measured)
+    following = next_commands(recipe.output, header, None, data=recipe.data)
+    return StageOutcome((output,), tables, measured, next_commands=following)
 
 
 def _exact_table(changes: list[tuple[str, Operator, Operator]], difference: float) -> TableData:

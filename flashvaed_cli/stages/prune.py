@@ -25,6 +25,8 @@ from flashvaed_cli.report.tables import Column, TableData
 from flashvaed_cli.stages.asked_names import require_known_ratios
 from flashvaed_cli.stages.budget import Budget, budget_table, judge_budget, plan_budget
 from flashvaed_cli.stages.clips import CalibrationClips, find_data, plan_calibration
+from flashvaed_cli.stages.held_out import judge_held_out, summary_tables
+from flashvaed_cli.stages.info.next_step import next_commands
 from flashvaed_cli.stages.loading import DTYPES, Inputs, choose_device, choose_input, input_settings, load_inputs
 from flashvaed_cli.stages.native import choose_native
 from flashvaed_cli.stages.native_encoder import narrow_encoder
@@ -96,6 +98,8 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
                 f"asked for a speed-up of {recipe.target_speedup:g}, measured {reached:.2f}: on a busy machine measure "
                 "again (flashvaed analyze), or ask for more"
             )
+    judged = judge_held_out(inputs.reference(), student, inputs.original, clips, recipe, device, progress)
+    measured["held_out"] = judged
     header = derived_header(
         inputs.checkpoint,
         recipe=recipe.model_dump(mode="json"),
@@ -107,10 +111,13 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
         run=watch.record(device, clips.files),
     )
     save_checkpoint(output, header, decoder=student, encoder=encoder, dtype=DTYPES[recipe.dtype], force=force)
-    tables = [_selection_table(selections, decoder, student), *error_table(errors), *_encoder_table(encoder_record)]
+    details = (_selection_table(selections, decoder, student), *error_table(errors))
+    tables = [*summary_tables(judged, (decoder.parameter_count, student.parameter_count), errors)]
+    tables += _encoder_table(encoder_record)
     if budget is not None:
         tables.append(budget_table(measured["budget"]))
-    return StageOutcome((output,), tuple(tables), measured)
+    following = next_commands(recipe.output, header, None, data=recipe.data)
+    return StageOutcome((output,), tuple(tables), measured, details=details, next_commands=following)
 
 
 def _choose_free(

@@ -15,16 +15,27 @@ from flashvaed_cli.report.tables import TableData, to_rich
 
 @dataclass(frozen=True)
 class StageOutcome:
-    """Result of one command. `figures` is what `--json` prints; `notes` follow the tables."""
+    """Result of one command. `figures` is what `--json` prints; `notes` follow the tables.
+
+    `details` are tables for `--verbose`; `next_commands` are what fits next, shown at the very end. `is_new` is False
+    where an earlier run had written the files.
+    """
 
     paths: tuple[Path, ...]
     tables: tuple[TableData, ...]
     figures: Mapping[str, object] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    details: tuple[TableData, ...] = ()
+    next_commands: tuple[str, ...] = ()
+    is_new: bool = True
 
     def table(self) -> RenderableType:
         """All tables, one below the other, then the notes."""
         return Group(*(to_rich(table) for table in self.tables), *(Text(printable(note)) for note in self.notes))
+
+    def detailed(self) -> RenderableType:
+        """What `--verbose` adds."""
+        return Group(*(to_rich(table) for table in self.details))
 
     def as_dict(self) -> Mapping[str, object]:
         """The figures."""

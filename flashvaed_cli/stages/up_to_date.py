@@ -51,7 +51,7 @@ def finished_artifact(
     is_old = header.tool != __version__ or not _are_unchanged(find_parents(header, str(output)))
     if is_old or not _data_unchanged(header.run.data, header.run.started, data):
         return None
-    return StageOutcome((output,), (), header.measured, (_note(output),))
+    return StageOutcome((output,), (), header.measured, (_note(output),), is_new=False)
 
 
 def provenance(recipe: CommandRecipe, inputs: Mapping[str, str], data: Sequence[Path]) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def finished_folder(
         return None
     if is_old or not _data_unchanged(files, started, data):
         return None
-    return document, StageOutcome((marker,), (), document, (_note(marker.parent),))
+    return document, StageOutcome((marker,), (), document, (_note(marker.parent),), is_new=False)
 
 
 def _note(place: Path) -> str:

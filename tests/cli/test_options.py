@@ -29,7 +29,7 @@ FLAG_OF_FIELD = {
     "loss_weights": "loss_weight",
 }
 RECIPE_ONLY = {"phases"}
-NOT_FIELDS = {"recipe", "step", "force", "quiet", "json_output", *FLAG_OF_FIELD.values()}
+NOT_FIELDS = {"recipe", "step", "force", "quiet", "verbose", "json_output", *FLAG_OF_FIELD.values()}
 
 
 @dataclass
@@ -86,7 +86,18 @@ def test_every_setting_has_a_flag_and_every_flag_a_setting(command: str) -> None
 
 def test_commands_stand_in_pipeline_order() -> None:
     program: Any = get_command(app)
-    assert list(program.commands) == ["analyze", "prune", "convert-ops", "distill", "eval", "export", "decode", "info"]
+    assert list(program.commands) == [
+        "analyze",
+        "prune",
+        "convert-ops",
+        "distill",
+        "eval",
+        "export",
+        "decode",
+        "info",
+        "run",
+        "recipes",
+    ]
 
 
 @pytest.mark.parametrize("command", COMMAND_RECIPES)

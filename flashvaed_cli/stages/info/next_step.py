@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint
 from flashvaed_cli.artifact.header import ArtifactHeader
@@ -21,8 +22,14 @@ _AFTER = {
 }
 
 
-def next_commands(location: str, header: ArtifactHeader | None, checkpoint: Checkpoint | None) -> tuple[str, ...]:
-    """Commands that fit a file, the next step of the pipeline first."""
+def next_commands(
+    location: str, header: ArtifactHeader | None, checkpoint: Checkpoint | None, *, data: Sequence[str] | None = None
+) -> tuple[str, ...]:
+    """Commands that fit a file, the next step of the pipeline first.
+
+    Args:
+        data: what was fitted to, for what is fitted next; None where that is not known.
+    """
     file = shlex.quote(location)
     made_by = _command_of(header)
     if checkpoint is not None and checkpoint.decoder is None:
@@ -32,7 +39,14 @@ def next_commands(location: str, header: ArtifactHeader | None, checkpoint: Chec
         if checkpoint is not None and checkpoint.encoder is None:
             templates = ("decode latents.pt -d {file} -o video.mp4",)
     else:
-        templates = _USES if _is_exact(header) else _AFTER[made_by]
+        templates = _USES if _is_finished(header) else _AFTER[made_by]
+    if data is not None:
+        fitting = "".join(f" --data {shlex.quote(place)}" for place in data).replace("{", "{{").replace("}", "}}")
+        judging = " --data held-out/" if data else ""
+        templates = tuple(
+            template.removesuffix(" --data clips/") + (judging if template.startswith("eval") else fitting)
+            for template in templates
+        )
     parent = "" if header is None or not header.parents else shlex.quote(header.parents[0].location)
     return tuple("flashvaed " + template.format(file=file, parent=parent) for template in templates)
 
@@ -48,5 +62,6 @@ def _command_of(header: ArtifactHeader | None) -> str | None:
     return "prune" if "selection" in header.measured else "convert-ops" if "operators" in header.measured else None
 
 
-def _is_exact(header: ArtifactHeader) -> bool:
-    return header.recipe.get("profile") in ("exact", "image")
+def _is_finished(header: ArtifactHeader) -> bool:
+    """Exact operators, images, native layouts: nothing of the pipeline has to follow."""
+    return header.recipe.get("profile") in ("exact", "image") or header.recipe.get("layout") == "native"
