@@ -33,6 +33,7 @@ class RunRecord(_Frozen):
         device: what was computed on, such as `cuda:0 (NVIDIA H100)`.
         started: UTC, ISO 8601.
         duration_s: seconds until the artifact was written; of the last session where a training was resumed.
+        speedup: times faster than the eager original, measured at the end of the command.
         data: the first `MAX_LISTED_FILES` of the `num_data_files`.
     """
 
@@ -44,3 +45,4 @@ class RunRecord(_Frozen):
     duration_s: FiniteFloat
     data: tuple[DataFile, ...] = ()
     num_data_files: int = 0
+    speedup: FiniteFloat | None = None

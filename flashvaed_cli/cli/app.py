@@ -82,9 +82,9 @@ class _Program(TyperGroup):
             if isinstance(flag := getattr(error, "option_name", None), str) and hasattr(error, "possibilities"):
                 command = getattr(getattr(error, "ctx", None), "command", None)
                 known = [name for parameter in getattr(command, "params", ()) for name in parameter.opts]
-                error.possibilities = suggestions(flag, known)
+                error.possibilities = suggestions(flag, known)  # type: ignore[attr-defined]
             if callable(describe := getattr(error, "format_message", None)):  # a flag or command that is not known
-                _print_document(ctx, describe(), FlashVaedError.exit_code)
+                _print_document(ctx, str(describe()), FlashVaedError.exit_code)
             raise
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -18,7 +17,7 @@ from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.errors import FlashVaedError
 from flashvaed_cli.media.latent_files import is_latent_file
 from flashvaed_cli.metrics.quality import QualityResult, compare_frames, mean_quality
-from flashvaed_cli.metrics.speed import speed_ratio, synchronizer, time_alternating
+from flashvaed_cli.metrics.speed import SpeedRatio, speed_ratio, synchronizer, time_alternating
 from flashvaed_cli.progress import Progress, SilentProgress
 from flashvaed_cli.recipe.settings import CalibratedRecipe
 from flashvaed_cli.report.tables import Cell, Column, TableData
@@ -40,7 +39,7 @@ def judge_held_out(
     recipe: CalibratedRecipe,
     device: torch.device,
     progress: Progress,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], SpeedRatio]:
     """PSNR and sharpness to the original's output, and the speed-up over it, eager.
 
     Args:
@@ -48,8 +47,8 @@ def judge_held_out(
         vae: the original with its encoder.
         fitted: the clips of the fit; None where nothing was fitted.
     Returns:
-        `clips` (names), `which` (how they relate to those of the fit), `psnr_db`, `sharpness_ratio`, `speedup`,
-        `num_rounds`, GFLOP of the first clip before and after.
+        `clips` (names), `which` (how they relate to those of the fit), `psnr_db`, `sharpness_ratio`, GFLOP of the first
+        clip before and after; and how many times faster the student was.
     """
     clips, which = _held_out_clips(vae, fitted, recipe, device, student.spec.still)
     eager = DecodeRuntime(original, DecodeSettings(memory_format="contiguous"))
@@ -67,26 +66,25 @@ def judge_held_out(
     ratio = speed_ratio(speeds["original"], speeds["student"])
     mean = mean_quality(quality)
     grid = (first.shape[2], first.shape[3], first.shape[4])
-    return {
+    record = {
         "clips": [path.name for path in clips.files],
         "which": which,
         "num_clips": len(quality),
         "psnr_db": mean.psnr_db,
         "sharpness_ratio": mean.sharpness_ratio,
-        "speedup": ratio.median,
-        "num_rounds": len(ratio.ratios),
         "gflop_before": total_gflop(original.spec, grid),
         "gflop_after": total_gflop(student.spec, grid),
     }
+    return record, ratio
 
 
 def summary_tables(
-    record: Mapping[str, Any], parameters: tuple[int, int], errors: Sequence[LayerError]
+    record: Mapping[str, Any], speed: SpeedRatio, parameters: tuple[int, int], errors: Sequence[LayerError]
 ) -> tuple[TableData, ...]:
     """What matters: quality, speed and size in one column, and the layers that least squares could reproduce least."""
     rows: list[tuple[Cell, ...]] = [
         (f"PSNR to the original, dB, {record['which']}", f"{min(record['psnr_db'], 100):.2f}"),
-        ("times faster than the eager original", _speedup(record)),
+        ("times faster than the eager original", _speedup(speed)),
         ("million parameters", f"{parameters[0] / 1e6:.3f} to {parameters[1] / 1e6:.3f}"),
         ("GFLOP for such a clip", f"{record['gflop_before']:.1f} to {record['gflop_after']:.1f}"),
     ]
@@ -97,9 +95,10 @@ def summary_tables(
     return (TableData("", (Column("", align="left"), Column("")), tuple(rows)),)
 
 
-def _speedup(record: Mapping[str, Any]) -> str:
-    rounds = f"{record['num_rounds']} rounds" if record["num_rounds"] > 1 else "1 round"
-    return f"{record['speedup']:.2f} ({rounds})" if math.isfinite(record["speedup"]) else "–"
+def _speedup(speed: SpeedRatio) -> str:
+    if len(speed.ratios) == 1:
+        return f"{speed.median:.2f} (1 round)"
+    return f"{speed.median:.2f} ({speed.min:.1f}–{speed.max:.1f} in {len(speed.ratios)} rounds)"
 
 
 def _held_out_clips(

@@ -98,7 +98,7 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
                 f"asked for a speed-up of {recipe.target_speedup:g}, measured {reached:.2f}: on a busy machine measure "
                 "again (flashvaed analyze), or ask for more"
             )
-    judged = judge_held_out(inputs.reference(), student, inputs.original, clips, recipe, device, progress)
+    judged, speed = judge_held_out(inputs.reference(), student, inputs.original, clips, recipe, device, progress)
     measured["held_out"] = judged
     header = derived_header(
         inputs.checkpoint,
@@ -108,16 +108,18 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
         kept_channels=compose_kept(inputs.checkpoint.kept_channels, kept),
         parents=parents,
         measured=measured,
-        run=watch.record(device, clips.files),
+        run=watch.record(device, clips.files, speedup=speed.median),
     )
     save_checkpoint(output, header, decoder=student, encoder=encoder, dtype=DTYPES[recipe.dtype], force=force)
     details = (_selection_table(selections, decoder, student), *error_table(errors))
-    tables = [*summary_tables(judged, (decoder.parameter_count, student.parameter_count), errors)]
+    tables = [*summary_tables(judged, speed, (decoder.parameter_count, student.parameter_count), errors)]
     tables += _encoder_table(encoder_record)
     if budget is not None:
         tables.append(budget_table(measured["budget"]))
     following = next_commands(recipe.output, header, None, data=recipe.data)
-    return StageOutcome((output,), tuple(tables), measured, details=details, next_commands=following)
+    return StageOutcome(
+        (output,), tuple(tables), {**measured, "speedup": speed.median}, details=details, next_commands=following
+    )
 
 
 def _choose_free(

@@ -27,11 +27,12 @@ class RunWatch:
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     clock: float = field(default_factory=time.perf_counter)
 
-    def record(self, device: torch.device, data: Sequence[Path] = ()) -> RunRecord:
+    def record(self, device: torch.device, data: Sequence[Path] = (), *, speedup: float | None = None) -> RunRecord:
         """The run so far: call it when the artifact is about to be written.
 
         Args:
             data: the files that were read as clips or latents; up to 64 files of 1 GB in all are hashed.
+            speedup: what was measured of the result; a time, so no part of the hash that names the artifact.
         """
         return RunRecord(
             commit=_commit(),
@@ -42,6 +43,7 @@ class RunWatch:
             duration_s=round(time.perf_counter() - self.clock, 3),
             data=described_files(data),
             num_data_files=len(data),
+            speedup=speedup,
         )
 
 

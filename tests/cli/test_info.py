@@ -86,7 +86,7 @@ def test_recorded_places_are_not_read_unless_the_hash_fits(made: Path, tmp_path:
     """A parent that names somebody's file tells nothing of what is in it."""
     folder = tmp_path / "copy"
     shutil.copytree(made, folder)
-    succeed(f"prune vae.safetensors --ratio 0.25 {CALIBRATION} -o pruned.safetensors", cwd=folder)
+    succeed(f"prune vae.safetensors --ratio 0.25 {CALIBRATION} -o pruned.safetensors --force", cwd=folder)
     (parent,) = (one for one in info("converted.safetensors", folder)["lineage"] if one["role"] == "decoder")
     assert (parent["state"], parent["command"], parent["parents"]) == ("changed", None, [])
 

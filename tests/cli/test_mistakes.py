@@ -137,10 +137,10 @@ def test_an_original_that_moved_is_asked_for_and_found(folder: Path, tmp_path: P
     succeed(f"{words} --original {place}", cwd=tmp_path)
     # It also serves the decoders to compare with.
     (tmp_path / "more.safetensors").write_bytes((folder / "cut.safetensors").read_bytes())
-    succeed(f"{words} --original {place} --compare more.safetensors", cwd=tmp_path)
+    succeed(f"{words} --original {place} --compare more.safetensors --force", cwd=tmp_path)
     # Beside the decoder it needs no naming.
     (tmp_path / "vae.safetensors").write_bytes((folder / "vae.safetensors").read_bytes())
-    succeed(words, cwd=tmp_path)
+    succeed(f"{words} --force", cwd=tmp_path)
 
 
 def test_an_analysis_of_another_decoder_in_the_folder_is_not_used(folder: Path, tmp_path: Path) -> None:
@@ -183,12 +183,15 @@ def test_stdout_holds_the_result_and_nothing_else(folder: Path, tmp_path: Path) 
     printed = invoke(f"{words} --json", cwd=folder)
     assert strict_json(printed.stdout)["paths"] == [str(tmp_path / "p.safetensors")]
     assert "covariances" in printed.stderr
-    quiet = invoke(f"{words} --quiet", cwd=folder)
+    quiet = invoke(f"{words} --quiet --force", cwd=folder)
     assert quiet.stderr == ""
-    assert "Pruned: " in quiet.stdout and "wrote " in quiet.stdout
-    both = invoke(f"{words} --quiet --json", cwd=folder)
+    assert "PSNR to the original" in quiet.stdout and "wrote " in quiet.stdout and "conv1" not in quiet.stdout
+    assert quiet.stdout.rstrip().endswith("flashvaed eval " + str(tmp_path / "p.safetensors") + " --data held-out/")
+    assert "up2.0.conv1" in invoke(f"{words} --quiet --verbose --force", cwd=folder).stdout
+    both = invoke(f"{words} --quiet --json --force", cwd=folder)
     assert both.stderr == ""
-    assert both.stdout == printed.stdout
+    one, other = (strict_json(run.stdout) for run in (printed, both))
+    assert one.keys() == other.keys() and one["selection"] == other["selection"]
 
 
 def test_training_in_bfloat16_takes_a_pruned_decoder(folder: Path, tmp_path: Path) -> None:

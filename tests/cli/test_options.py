@@ -206,7 +206,13 @@ def test_quiet_keeps_warnings(runner: CliRunner, stage: FakeStage) -> None:
 
 def test_json_is_one_object_on_stdout(runner: CliRunner, stage: FakeStage) -> None:
     result = runner.invoke(app, ["prune", "--json"])
-    assert json.loads(result.stdout) == {"psnr_db": "inf", "rows": [1.5], "paths": ["made.safetensors"]}
+    assert json.loads(result.stdout) == {
+        "kind": "flashvaed-prune",
+        "schema": 1,
+        "psnr_db": "inf",
+        "rows": [1.5],
+        "paths": ["made.safetensors"],
+    }
 
 
 @pytest.mark.parametrize(
@@ -262,3 +268,39 @@ def test_an_interrupt_says_what_was_not_written(runner: CliRunner, stage: FakeSt
     result = runner.invoke(app, ["prune", "-q", "--output", "mine.safetensors"])
     assert result.exit_code == 130
     assert result.stderr.endswith("Error: interrupted: nothing was written to mine.safetensors\n")
+
+
+def test_mistakes_under_json_are_json(runner: CliRunner, stage: FakeStage) -> None:
+    stage.error = CalibrationError("too few clips")
+    for words, message in (
+        (["prune", "--json"], "too few clips"),
+        (["prune", "--json", "--ratio", "2"], "less than or equal to 1"),
+        (["prune", "--jsonn", "--json"], "No such option: --jsonn"),
+    ):
+        result = runner.invoke(app, words)
+        document = json.loads(result.stdout)
+        assert (document["kind"], document["schema"], document["exit_code"]) == ("flashvaed-error", 1, result.exit_code)
+        assert message in document["message"] and result.exit_code == 2 and message.split()[0] in result.stderr
+    assert runner.invoke(app, ["prune"]).stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "suggested"),
+    [
+        ("prune --clips x", "--data"),
+        ("distill --steps 3", "--num-steps"),
+        ("prune --keep-ratio 0.5", "--ratio"),
+        ("eval --teacher x", "--original"),
+        ("prune --ratoi 0.5", "--ratio"),
+        ("decode x --vae y", "--decoder"),
+    ],
+)
+def test_words_of_other_programs_are_understood(runner: CliRunner, words: str, suggested: str) -> None:
+    result = runner.invoke(app, words.split())
+    assert result.exit_code == 2 and f"(Possible options: {suggested})" in " ".join(result.stderr.split())
+
+
+def test_help_is_a_word_too(runner: CliRunner) -> None:
+    assert runner.invoke(app, ["help"]).stdout == runner.invoke(app, ["--help"]).stdout
+    assert runner.invoke(app, ["help", "prune"]).stdout == runner.invoke(app, ["prune", "--help"]).stdout
+    assert "Exit codes: 0 done; 1 done, and a condition" in " ".join(runner.invoke(app, ["--help"]).stdout.split())

@@ -21,7 +21,7 @@ ERRORS = {
     "onednn": RuntimeError("could not create a memory object"),
     "kernel": OSError(errno.ENOMEM, "Cannot allocate memory"),
 }
-MODULES = {"convert-ops": "convert_ops", "eval": "evaluate", "export": "export.run"}
+MODULES = {"convert-ops": "convert_ops", "eval": "evaluate.run", "export": "export.run"}
 FLAGS = {
     "analyze": "--max-side",
     "prune": "--crop-size",

@@ -225,11 +225,13 @@ def test_the_closed_form_beats_cut_weights(chain: Chain) -> None:
 
 def test_commands_run_again_over_their_own_files(chain: Chain) -> None:
     before = chain.sha256("pruned.safetensors")
-    succeed(STEPS["prune"], cwd=chain.folder)
+    again = succeed(STEPS["prune"], cwd=chain.folder)
+    assert "up to date" in again["notes"][0] and again["selection"] == chain.printed["prune"]["selection"]
+    succeed(f"{STEPS['prune']} --force", cwd=chain.folder)
     # Same input, same seed, one thread: the same bytes.
     assert chain.sha256("pruned.safetensors") == before
     succeed(f"eval pruned.safetensors --data clip.mp4 {JUDGING} -o again", cwd=chain.folder)
-    succeed(f"eval pruned.safetensors --data clip.mp4 {JUDGING} -o again --no-video", cwd=chain.folder)
+    succeed(f"eval pruned.safetensors --data clip.mp4 {JUDGING} -o again --no-video --force", cwd=chain.folder)
 
 
 def test_pruning_twice_composes_the_kept_channels(chain: Chain) -> None:

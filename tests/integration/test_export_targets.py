@@ -38,7 +38,9 @@ def test_one_failure_leaves_the_other_formats(tmp_path: Path, monkeypatch: pytes
     assert [row["target"] for row in manifest["files"]] == ["safetensors", "diffusers"]
     assert manifest["failed"] == printed["failed"]
 
-    again = succeed("export vae.safetensors -t safetensors -t diffusers --seed 1", cwd=tmp_path)  # into the same folder
+    again = succeed(
+        "export vae.safetensors -t safetensors -t diffusers --seed 1 --force", cwd=tmp_path
+    )  # into the same folder
     assert again["failed"] == [] and set(again["paths"]) == written
 
 
@@ -70,7 +72,7 @@ def test_onnx_has_no_bfloat16(tmp_path: Path) -> None:
     written = succeed("export vae.safetensors --dtype bfloat16", cwd=tmp_path)
     assert [row["target"] for row in written["files"]] == ["safetensors", "diffusers"] and written["failed"] == []
     assert any("ONNX" in note for note in written["notes"])
-    asked = invoke("export vae.safetensors --dtype bfloat16 -t onnx", cwd=tmp_path)
+    asked = invoke("export vae.safetensors --dtype bfloat16 -t onnx -o onnx", cwd=tmp_path)
     assert asked.exit_code == 2 and "not bfloat16" in " ".join(asked.stderr.split())
 
 

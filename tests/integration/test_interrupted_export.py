@@ -30,7 +30,7 @@ def test_an_interrupt_between_two_targets_writes_nothing(tmp_path: Path, monkeyp
     succeed("export vae.safetensors --target safetensors --seed 1 --output out", cwd=tmp_path)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert before.keys() == {"vae.safetensors", "export.json", "README.md"}
-    assert invoke(f"{words} --dtype float16", cwd=tmp_path).exit_code == 130
+    assert invoke(f"{words} --dtype float16 --force", cwd=tmp_path).exit_code == 130
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "vae.safetensors"]
     assert drafts == [["vae.safetensors"]] * 2  # the first target had been written each time

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from flashvaed_cli.artifact.store import read_artifact
-from tests.commands import CALIBRATION, TRAINING, succeed
+from tests.commands import CALIBRATION, TRAINING, strict_json, succeed
 from tests.toy import write_toy_clip, write_toy_vae
 
 LIMIT_S = 120.0
@@ -80,7 +80,7 @@ def test_killed_while_it_writes(folder: Path, output: str) -> None:
 def test_killed_at_random_over_an_older_result(folder: Path) -> None:
     succeed(COMMANDS["pruned.safetensors"], cwd=folder)
     before = (folder / "pruned.safetensors").read_bytes()
-    process = start(COMMANDS["pruned.safetensors"] + " --seed 1", folder)
+    process = start(COMMANDS["pruned.safetensors"] + " --seed 1 --force", folder)
     assert process.stderr is not None
     process.stderr.readline()  # it has started to work
     time.sleep(random.Random(0).uniform(0, 0.5))
@@ -96,7 +96,8 @@ def test_sigterm_outside_of_training_says_that_nothing_was_written(folder: Path)
     process.send_signal(signal.SIGTERM)
     printed, errors = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 143, errors
-    assert printed == b"" and errors.endswith(b"Error: terminated: nothing was written to pruned.safetensors\n")
+    assert strict_json(printed.decode())["exit_code"] == 143
+    assert errors.endswith(b"Error: terminated: nothing was written to pruned.safetensors\n")
     assert {path.name for path in folder.iterdir()} == {"vae.safetensors", "clip.mp4"}
 
 
@@ -133,7 +134,8 @@ def test_sigterm_saves_and_says_how_to_go_on(folder: Path) -> None:
     process.send_signal(signal.SIGTERM)
     printed, errors = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 143, errors
-    assert printed == b"" and b"run again to go on" in errors
+    assert "run again to go on" in strict_json(printed.decode())["message"]
+    assert b"run again to go on" in errors
     assert (folder / "flash.phase1.ckpt").exists() and not (folder / "flash.safetensors").exists()
     # Cadence may change between a run and its resumption.
     assert succeed(DISTILL, cwd=folder)["phases"][0]["resumed_from"] >= 1

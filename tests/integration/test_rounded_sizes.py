@@ -60,14 +60,14 @@ def test_sizes_that_are_timed_are_rounded_up_and_said(folder: Path, tmp_path: Pa
     assert analysis["stderr"] == said
     assert (analysis["clips"]["latency_frames"], analysis["clips"]["latency_side"]) == (5, 24)
     prune = "prune vae.safetensors --target-gflops 0.03 --reconstruct none --num-frames 1 --crop-size 24"
-    pruned = succeed(f"{prune} {FEW_CLIPS} {timed} {words}", cwd=folder)
+    pruned = succeed(f"{prune} {FEW_CLIPS} {timed} {words} --force", cwd=folder)
     assert pruned["stderr"] == said
     assert (pruned["budget"]["num_frames"], pruned["budget"]["side"]) == (5, 24)
 
 
 def test_widths_that_rounding_leaves_whole_are_said(folder: Path, tmp_path: Path) -> None:
     prune = f"prune vae.safetensors --reconstruct none {FEW_CLIPS} --num-frames 1 --crop-size 24 --data clip.mp4"
-    words = f"{prune} -o '{tmp_path / 'a.safetensors'}' -q"  # 8 channels in up2, 4 in up3
+    words = f"{prune} -o '{tmp_path / 'a.safetensors'}' -q --force"  # 8 channels in up2, 4 in up3
     some = invoke(f"{words} --ratio 0.3 --round-to 4", cwd=folder)
     assert some.exit_code == 0
     assert "up3.stream (0.3 of 4), up3.0.inner (0.3 of 4)" in some.stderr and "up2" not in some.stderr
@@ -82,7 +82,7 @@ def test_widths_that_rounding_leaves_whole_are_said(folder: Path, tmp_path: Path
 
 def test_the_rounded_sizes_are_those_that_are_taken(folder: Path, tmp_path: Path) -> None:
     """Asking for what is taken gives the same statistics, and no word is said."""
-    words = f"{COMMANDS['analyze']} --data clip.mp4 -o '{tmp_path / 'a.safetensors'}'"
+    words = f"{COMMANDS['analyze']} --data clip.mp4 -o '{tmp_path / 'a.safetensors'}' --force"
     odd, whole = (
         succeed(f"{words} {sizes}", cwd=folder) for sizes in (ODD, "--num-frames 1 --crop-size 24 --max-side 32")
     )
@@ -94,7 +94,7 @@ def test_the_rounded_sizes_are_those_that_are_taken(folder: Path, tmp_path: Path
 def test_eval_judges_exactly_as_many_frames_as_asked_for(folder: Path, tmp_path: Path) -> None:
     save_file({"latents": torch.randn(16, 3, 4, 5)}, tmp_path / "latents.safetensors")
     for data, sides in (("clip.mp4", (32, 40)), (str(tmp_path / "latents.safetensors"), (32, 40))):
-        words = f"eval vae.safetensors --data '{data}' --num-frames 4 --no-video -o '{tmp_path / 'report'}' {JUDGING}"
+        words = f"eval vae.safetensors --data '{data}' --num-frames 4 -o '{tmp_path / 'report'}' {JUDGING} -f"
         succeed(words, cwd=folder)
         (clip,) = read_report(tmp_path / "report")["clips"]
         assert (clip["num_frames"], (clip["height"], clip["width"])) == (4, sides)
