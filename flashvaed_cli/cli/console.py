@@ -12,8 +12,17 @@ from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bars
+from rich.progress import Task as BarTask
 from rich.text import Text
 
 from flashvaed_cli.cli.streams import send_nowhere
@@ -23,6 +32,7 @@ from flashvaed_cli.progress import Progress, Task
 PLAIN_WIDTH = 120
 PLAIN_INTERVAL_S = 5.0
 LONGEST_MESSAGE = 2000
+_TIMES_WIDTH = 2 * len("0:00:00") + 5  # elapsed and left, and what stands between six columns
 
 
 class _LastingConsole(Console):
@@ -110,11 +120,11 @@ class RichProgress:
         self._console = console
         self._bars = Bars(
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=_bar_width(console)),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[info]}", markup=False),
+            _InfoColumn(console),
             console=console,
             transient=True,
         )
@@ -128,7 +138,8 @@ class RichProgress:
 
     @contextmanager
     def task(self, description: str, total: int | None = None) -> Iterator[Task]:
-        task_id = self._bars.add_task(printable_line(description), total=total, info="")
+        shown = printable_line(description, self._console.width // 3)
+        task_id = self._bars.add_task(shown, total=total, info={})
         try:
             yield _RichTask(self._bars, task_id)
         finally:
@@ -139,6 +150,26 @@ class RichProgress:
 
     def warn(self, message: str) -> None:
         _print_warning(self._console, message)
+
+
+def _bar_width(console: Console) -> int:
+    return 24 if console.width >= PLAIN_WIDTH else 12
+
+
+class _InfoColumn(ProgressColumn):
+    """As many of the figures as the terminal has room for: the last go first, and step and times stay whole."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def render(self, task: BarTask) -> Text:
+        counted = len(f"{task.completed:.0f}") + len(f"{task.total or 0:.0f}") + 1
+        left = self._console.width - len(task.description) - _bar_width(self._console) - counted - _TIMES_WIDTH
+        info = dict(task.fields["info"])
+        while info and len(shown := printable_line(format_info(info))) > left:
+            info.popitem()
+        return Text(shown if info else "", no_wrap=True)
 
 
 class _QuietTask:
@@ -154,7 +185,7 @@ class _RichTask:
     def advance(self, count: int = 1, **info: object) -> None:
         self._bars.advance(self._task_id, count)
         if info:
-            self._bars.update(self._task_id, info=printable_line(format_info(info)))
+            self._bars.update(self._task_id, info=info)
 
 
 class _PlainTask:

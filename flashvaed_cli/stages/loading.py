@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict
@@ -51,7 +52,21 @@ def choose_input(given: str | None, recipe_type: type[CommandRecipe], progress: 
     defaults = recipe_type.default_inputs
     chosen = next(place for place in defaults if ":" in place or Path(place).exists())
     progress.log(f"input: {chosen}" + ("" if chosen == defaults[0] else f" ({defaults[0]} is not here)"))
+    if (newer := _newer_than(chosen, defaults)) is not None:
+        progress.warn(
+            f"{chosen} is older than {newer}, which was made after it and may be meant: name the one to take, or make "
+            f"{chosen} again"
+        )
     return chosen
+
+
+def _newer_than(chosen: str, defaults: Sequence[str]) -> str | None:
+    """The first of the places that were passed over whose file is newer than the chosen one."""
+    if ":" in chosen:
+        return None
+    made = Path(chosen).stat().st_mtime
+    others = (place for place in defaults[defaults.index(chosen) + 1 :] if ":" not in place and Path(place).exists())
+    return next((place for place in others if Path(place).stat().st_mtime > made), None)
 
 
 @dataclass(frozen=True)

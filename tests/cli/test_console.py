@@ -67,3 +67,17 @@ def test_bars_draw_and_leave_logs_behind() -> None:
 
 def test_info_is_short() -> None:
     assert format_info({"loss": 0.123456, "step": 3}) == "loss=0.1235 step=3"
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_step_total_and_times_stay_whole_and_figures_go_first(width: int) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+    info = {"loss": 0.1234, "psnr_db": 33.21, "gradient_norm": 0.5123, "learning_rate": 1e-4, "images_per_s": 12.5}
+    with RichProgress(console) as progress, progress.task("distill phase 3, a name that is long", 1200) as task:
+        task.advance(601, **info)
+        (line,) = console.render_lines(progress._bars.get_renderable())[:1]
+        shown = "".join(segment.text for segment in line)
+    assert "601/1200" in shown and shown.count(":") >= 4 and len(shown.rstrip()) <= width
+    assert "…" not in shown
+    assert ("loss=0.1234" in shown) or width == 80
+    assert "images_per_s" not in shown

@@ -187,7 +187,7 @@ def test_stdout_holds_the_result_and_nothing_else(folder: Path, tmp_path: Path) 
     assert quiet.stderr == ""
     assert "PSNR to the original" in quiet.stdout and "wrote " in quiet.stdout and "conv1" not in quiet.stdout
     assert quiet.stdout.rstrip().endswith("flashvaed eval " + str(tmp_path / "p.safetensors") + " --data held-out/")
-    assert "up2.0.conv1" in invoke(f"{words} --quiet --verbose --force", cwd=folder).stdout
+    assert "up2.0.inner" in invoke(f"{words} --quiet --verbose --force", cwd=folder).stdout
     both = invoke(f"{words} --quiet --json --force", cwd=folder)
     assert both.stderr == ""
     one, other = (strict_json(run.stdout) for run in (printed, both))
