@@ -10,6 +10,7 @@ from flashvaed_cli.cli.options import (
     DATA_SETTINGS,
     AllowDownloadOption,
     DeviceOption,
+    DryRunOption,
     DTypeOption,
     FamilyOption,
     ForceOption,
@@ -75,6 +76,7 @@ def convert_ops(
     device: DeviceOption = None,
     dtype: DTypeOption = None,
     seed: SeedOption = None,
+    dry_run: DryRunOption = False,
     force: ForceOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
@@ -86,6 +88,11 @@ def convert_ops(
     """
     operators = keyed_overrides("--operator", operator, str)
     settings = resolve_settings(context, ConvertOpsRecipe, {"operators": operators} if operators else None)
+    if dry_run:
+        from flashvaed_cli.stages.dry_run import preview_convert_ops
+
+        run_stage(context, preview_convert_ops, settings)
+        return
     from flashvaed_cli.stages.convert_ops import run_convert_ops
 
     run_stage(context, run_convert_ops, settings)

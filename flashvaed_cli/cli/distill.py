@@ -11,6 +11,7 @@ from flashvaed_cli.cli.options import (
     RATIO_SETTINGS,
     AllowDownloadOption,
     DeviceOption,
+    DryRunOption,
     DTypeOption,
     FamilyOption,
     ForceOption,
@@ -116,6 +117,7 @@ def distill(
     device: DeviceOption = None,
     dtype: DTypeOption = None,
     seed: SeedOption = None,
+    dry_run: DryRunOption = False,
     force: ForceOption = False,
     quiet: QuietOption = False,
     json_output: JsonOption = False,
@@ -129,6 +131,11 @@ def distill(
     if by_term := keyed_overrides("--loss-weight", loss_weight, float):
         overrides["loss_weights"] = by_term
     settings = resolve_settings(context, DistillRecipe, overrides)
+    if dry_run:
+        from flashvaed_cli.stages.dry_run import preview_distill
+
+        run_stage(context, preview_distill, settings)
+        return
     from flashvaed_cli.stages.distill import run_distill
 
     run_stage(context, run_distill, settings)

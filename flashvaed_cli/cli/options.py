@@ -114,6 +114,15 @@ QuietOption = Annotated[
         "--quiet", "-q", help="No progress and no logs; warnings and the result stay.", rich_help_panel=_COMMON
     ),
 ]
+DryRunOption = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        "-n",
+        help="Show what would be made, read and written, and about how long it would take; write nothing.",
+        rich_help_panel=_COMMON,
+    ),
+]
 VerboseOption = Annotated[
     bool, typer.Option("--verbose", "-v", help="Show every layer, not the worst three.", rich_help_panel=_COMMON)
 ]

@@ -12,6 +12,7 @@ from flashvaed_cli.cli.options import (
     RATIO_SETTINGS,
     AllowDownloadOption,
     DeviceOption,
+    DryRunOption,
     DTypeOption,
     FamilyOption,
     ForceOption,
@@ -82,6 +83,7 @@ def prune(
     device: DeviceOption = None,
     dtype: DTypeOption = None,
     seed: SeedOption = None,
+    dry_run: DryRunOption = False,
     force: ForceOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
@@ -93,6 +95,11 @@ def prune(
     """
     has_target = target_speedup is not None or target_gflops is not None
     settings = resolve_settings(context, PruneRecipe, {**(NO_RATIOS if has_target else {}), **ratio_overrides(ratio)})
+    if dry_run:
+        from flashvaed_cli.stages.dry_run import preview_prune
+
+        run_stage(context, preview_prune, settings)
+        return
     from flashvaed_cli.stages.prune import run_prune
 
     run_stage(context, run_prune, settings)

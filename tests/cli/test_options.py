@@ -29,7 +29,7 @@ FLAG_OF_FIELD = {
     "loss_weights": "loss_weight",
 }
 RECIPE_ONLY = {"phases"}
-NOT_FIELDS = {"recipe", "step", "force", "quiet", "verbose", "json_output", *FLAG_OF_FIELD.values()}
+NOT_FIELDS = {"recipe", "step", "force", "quiet", "verbose", "dry_run", "json_output", *FLAG_OF_FIELD.values()}
 
 
 @dataclass
