@@ -63,7 +63,7 @@ $(INSTALLED_DEV): pyproject.toml | $(PYTHON)
 
 DEMO := build/demo
 DEMO_RECIPE := recipes/demo.yaml
-DEMO_FLAGS = --recipe $(DEMO_RECIPE) $(foreach path,$(DATA),--data $(path))
+DEMO_FLAGS = --force --recipe $(DEMO_RECIPE) $(foreach path,$(DATA),--data $(path))
 DEMO_INPUTS := $(DEMO_RECIPE) $(DEMO)/.data $(INSTALLED)
 
 # Eval comes last, so that its table ends the output.
@@ -93,7 +93,7 @@ $(DEMO)/flash.safetensors: $(DEMO)/converted.safetensors
 	$(FLASHVAED) distill $< $(DEMO_FLAGS) --output $@
 
 $(DEMO)/.exported: $(DEMO)/flash.safetensors
-	$(FLASHVAED) export $< --recipe $(DEMO_RECIPE) --output $(DEMO)/export
+	$(FLASHVAED) export $< --force --recipe $(DEMO_RECIPE) --output $(DEMO)/export
 	@touch $@
 
 # For comparison: the same channels and operators with weights that are only cut and summed.

@@ -5,19 +5,22 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from flashvaed_cli.artifact.checkpoint import derived_header, save_checkpoint
 from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.calibrate.statistics import collect_statistics
 from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.exact import exact_decoder
 from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.decoders.groups import Kept
+from flashvaed_cli.decoders.streaming import decode
 from flashvaed_cli.distill.loop import train
 from flashvaed_cli.distill.losses import LossWeights
 from flashvaed_cli.distill.objective import Perceptual
@@ -33,6 +36,7 @@ from flashvaed_cli.distill.ranks import Ranks, joined_ranks
 from flashvaed_cli.distill.settings import TrainSettings
 from flashvaed_cli.errors import DistillationError, MetricUnavailableError
 from flashvaed_cli.metrics.lpips_metric import load_lpips
+from flashvaed_cli.metrics.quality import compare_frames, mean_quality
 from flashvaed_cli.numerics.independence import reconstruction_map
 from flashvaed_cli.paths import user_path
 from flashvaed_cli.progress import Progress, SilentProgress
@@ -41,19 +45,24 @@ from flashvaed_cli.stages.asked_names import require_known_ratios
 from flashvaed_cli.stages.clip_source import NUM_STATISTICS_CLIPS
 from flashvaed_cli.stages.clips import find_data
 from flashvaed_cli.stages.fitted_clips import fitted_to_vae
+from flashvaed_cli.stages.info.next_step import next_commands
 from flashvaed_cli.stages.loading import Inputs, choose_device, choose_input, input_settings, load_inputs
 from flashvaed_cli.stages.outputs import claim_file
 from flashvaed_cli.stages.result import StageOutcome
 from flashvaed_cli.stages.run_watch import RunWatch
 from flashvaed_cli.stages.training_data import TrainingData, training_data
 from flashvaed_cli.stages.training_files import TrainingFiles, describe_checkpoints
-from flashvaed_cli.stages.training_report import PhaseResult, draw_curves, phase_record, phase_table
+from flashvaed_cli.stages.training_report import PhaseResult, draw_curves, phase_record, phase_table, same_clips_table
 from flashvaed_cli.stages.training_watch import SampleStrips, TensorBoardLog, TrainingLog, TrainingWatch
 from flashvaed_cli.stages.up_to_date import finished_artifact
 from flashvaed_cli.stages.validation import Validation, open_validation
 from flashvaed_cli.surgery.selection import select_channels
 
 _COMPUTE_DTYPES = ("float32", "bfloat16")
+
+
+_NUM_COMPARED = 2
+"""Training clips on which the student is compared before and after."""
 
 
 def run_distill(recipe: DistillRecipe, *, progress: Progress, force: bool, command_line: str) -> StageOutcome:
@@ -107,12 +116,16 @@ def _run_alone(
     watch = RunWatch()
     progress = progress if ranks.is_main else SilentProgress()
     job = _prepare(recipe, ranks, device, progress)
+    clips = job.data.first(_NUM_COMPARED) if ranks.is_main else []
+    before = _psnr_db(job, clips)
     results, prepared = _train_phases(job, files, progress)
+    after = _psnr_db(job, clips)
     measured = {
         "data": job.data.record(),
         "phases": [phase_record(phase, result) for phase, result in results],
         "num_processes": ranks.count,
         "prepared_channels": prepared,
+        "same_clips": {"num_clips": len(clips), "psnr_db_before": before, "psnr_db_after": after},
     }
     header = derived_header(
         job.inputs.checkpoint,
@@ -123,7 +136,17 @@ def _run_alone(
         run=watch.record(device, job.data.files),
     )
     curves = ranks.from_main(lambda: _finish(files, header, job, results, force=force))
-    return StageOutcome((files.output, curves, files.log), (phase_table(results),), measured)
+    tables = (phase_table(results), same_clips_table(before, after, len(clips)))
+    following = next_commands(recipe.output, header, None, data=recipe.data)
+    return StageOutcome((files.output, curves, files.log), tables, measured, next_commands=following)
+
+
+@torch.no_grad()
+def _psnr_db(job: _Job, clips: Sequence[Tensor]) -> float:
+    """To the original's output, on the same clips whenever it is called; identical frames count `PSNR_CAP_DB`."""
+    student, teacher = exact_decoder(job.student), exact_decoder(job.teacher)
+    results = [compare_frames(decode(student, latents), decode(teacher, latents)) for latents in clips]
+    return mean_quality(results).psnr_db if results else 0.0
 
 
 def _note_what_is_kept(error: KeyboardInterrupt, recipe: DistillRecipe, files: TrainingFiles) -> None:

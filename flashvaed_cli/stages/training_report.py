@@ -41,6 +41,12 @@ def draw_curves(output: Path, results: Sequence[PhaseResult]) -> Path:
     return plot_losses(output.with_suffix(".losses.png"), curves)
 
 
+def same_clips_table(before: float, after: float, num_clips: int) -> TableData:
+    """What training has gained: batches differ, these clips do not."""
+    columns = (Column("PSNR to the original, dB", align="left"), Column("before", ".2f"), Column("after", ".2f"))
+    return TableData("", columns, ((f"the same {num_clips} training clips", before, after),))
+
+
 def phase_table(results: Sequence[PhaseResult]) -> TableData:
     """One row per phase."""
     columns = (
@@ -48,7 +54,7 @@ def phase_table(results: Sequence[PhaseResult]) -> TableData:
         Column("steps", "d"),
         Column("loss, first", ".4f"),
         Column("last", ".4f"),
-        Column("PSNR to original dB, first", ".2f"),
+        Column("PSNR dB, first batch", ".2f"),
         Column("last", ".2f"),
         Column("clips/s", ".2f"),
         Column("minutes", ".1f"),
