@@ -26,7 +26,7 @@ from flashvaed_cli.surgery.layer_fit import LayerError
 
 NUM_CLIPS = 2
 _NUM_ROUNDS = 3
-_BUDGET_S = 20.0
+_BUDGET_S = 8.0
 _NUM_WORST = 3
 
 
