@@ -72,7 +72,7 @@ demo: $(DEMO)/.exported
 	@echo
 	@echo "The demo is complete. Look at $(DEMO)/report/report.html in a browser. Then, for example:"
 	@echo "  $(FLASHVAED) info $(DEMO)/flash.safetensors"
-	@echo "  $(FLASHVAED) export $(DEMO)/flash.safetensors -t diffusers -o $(DEMO)/for-diffusers"
+	@echo "  $(FLASHVAED) export $(DEMO)/flash.safetensors -t onnx -o $(DEMO)/onnx"
 	@echo "  make demo DATA=my-videos/"
 
 # Changes only when DATA does; then everything is made anew.
