@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from flashvaed_cli.recipe.fields import (
     BUILTIN_VAE,
@@ -114,7 +114,9 @@ class EvalRecipe(ClipFields):
         description="A condition such as psnr_retention>=0.969 or video.ssim>0.9; repeatable. Where one does not hold "
         "the exit code is 1.",
     )
-    junit: Name | None = Field(default=None, description="Also write the conditions as a JUnit XML file.")
+    junit: Annotated[str, StringConstraints(pattern=r"\.xml$")] | None = Field(
+        default=None, description="Also write the conditions as a JUnit file, whose name ends in .xml."
+    )
     output: Name = Field(
         default="report", description="Folder to write report.json, report.md and pictures (speed.json, speed.md) to."
     )

@@ -187,7 +187,8 @@ def _decode_s(inputs: Inputs, grid: Grid, batch: int) -> float:
 
 def _data(recipe: CommandRecipe) -> list[str]:
     places = getattr(recipe, "data", ())
-    return [*places] or [f"{len(find_data(()))} clips that ship with the program"]
+    found = find_data(places)  # what is missing is said now
+    return [*places] or [f"{len(found)} clips that ship with the program"]
 
 
 def _outcome(

@@ -57,6 +57,7 @@ def test_convert_ops_and_distill(folder: Path) -> None:
         ("--ratio upp3=0.5", "no stage 'upp3'"),
         ("--target-gflops 0.03", "follow from measurements"),
         ("--ratio up3=0.1", "keeps none of 4 channels"),
+        ("--data nowhere.mp4", "nowhere.mp4 does not exist"),
     ],
 )
 def test_mistakes_are_those_of_the_command(folder: Path, words: str, message: str) -> None:

@@ -38,6 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "config.json").write_text('{"dim": 96}', encoding="utf-8")
     (folder / "graph.onnx").write_bytes(b"\x08\x07\x12\x07pytorch" * 20)
     (folder / "text.safetensors").write_text("not tensors", encoding="utf-8")
+    (folder / "others.xml").write_text("<testsuites/>", encoding="utf-8")
     (folder / "notes").mkdir()
     (folder / "notes" / "diary.txt").write_text("precious", encoding="utf-8")
     (folder / "typo.yaml").write_text("prune: {keep_ration: 0.5, round_to: none}\n", encoding="utf-8")
@@ -103,6 +104,10 @@ MISTAKES = {
     "output is a folder": (f"{PRUNE} -o notes", ["notes is a folder"]),
     "output is a file of others": (f"{PRUNE} -o clip.mp4", ["was not written by flashvaed", "--force"]),
     "report among other files": ("eval cut.safetensors -o notes", ["notes holds other files", "--force"]),
+    "JUnit over an artifact": ("eval cut.safetensors --junit vae.safetensors", ["--junit = 'vae.safetensors'", ".xml"]),
+    "JUnit over a file of others": (
+        "eval cut.safetensors --data clip.mp4 --junit others.xml", ["others.xml exists and was not written by flashvaed"]
+    ),
     "report into a file": ("eval cut.safetensors -o clip.mp4", ["clip.mp4 is a file"]),
     "report below a file": ("eval cut.safetensors -o clip.mp4/report", ["clip.mp4 is a file"]),
     "export among other files": ("export cut.safetensors -o notes", ["notes holds other files", "--force"]),
