@@ -106,7 +106,7 @@ MISTAKES = {
     "report among other files": ("eval cut.safetensors -o notes", ["notes holds other files", "--force"]),
     "JUnit over an artifact": ("eval cut.safetensors --junit vae.safetensors", ["--junit = 'vae.safetensors'", ".xml"]),
     "JUnit over a file of others": (
-        "eval cut.safetensors --data clip.mp4 --junit others.xml", ["others.xml exists and was not written by flashvaed"]
+        "eval cut.safetensors --data clip.mp4 --junit others.xml", ["others.xml exists and was not written by"]
     ),
     "report into a file": ("eval cut.safetensors -o clip.mp4", ["clip.mp4 is a file"]),
     "report below a file": ("eval cut.safetensors -o clip.mp4/report", ["clip.mp4 is a file"]),
