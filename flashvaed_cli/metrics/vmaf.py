@@ -11,18 +11,20 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import TracebackType
 
-from jaxtyping import Float
-from torch import Tensor
+import numpy as np
+from jaxtyping import UInt8
 
 from flashvaed_cli.atomic import scratch_folder
 from flashvaed_cli.errors import MetricUnavailableError
-from flashvaed_cli.media.pixels import to_pixels
+
+Pixels = UInt8[np.ndarray, "H W 3"]
 
 _HOW_TO_GET = "pip install 'flashvaed[vmaf]' brings one"
 _GRAPH = (
@@ -94,8 +96,8 @@ class VmafStream:
         self._pool.shutdown()
         self._scratch.__exit__(None, None, None)
 
-    def update(self, output: Float[Tensor, "3 T H W"], reference: Float[Tensor, "3 T H W"]) -> None:
-        """Add the next frames.
+    def update(self, output: Iterable[Pixels], reference: Iterable[Pixels]) -> None:
+        """Add the next frames, RGB with 8 bits.
 
         Raises:
             MetricUnavailableError: ffmpeg ended early.
@@ -124,9 +126,9 @@ class VmafStream:
         except (OSError, ValueError, KeyError) as error:
             raise self._failure(complaint) from error
 
-    def _feed(self, writer: int, frames: Tensor) -> None:
-        for frame in to_pixels(frames, 0):
-            left = memoryview(frame).cast("B")
+    def _feed(self, writer: int, frames: Iterable[Pixels]) -> None:
+        for frame in frames:
+            left = memoryview(np.ascontiguousarray(frame).tobytes())
             while left:
                 left = left[os.write(writer, left) :]
 

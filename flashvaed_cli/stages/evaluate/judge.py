@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flashvaed_cli.distill.ranks import Ranks
+from flashvaed_cli.media.pixels import to_pixels
 from flashvaed_cli.metrics.frechet import FeatureExtractor, FeatureStatistics, frechet_distance, needs_more_samples
 from flashvaed_cli.metrics.lpips_metric import LpipsMetric
 from flashvaed_cli.metrics.quality import QualityAccumulator, QualityResult
@@ -81,7 +82,7 @@ class ClipJudge:
             if reference not in self._vmaf:
                 stream = VmafStream(self._metrics.ffmpeg, height, width)
                 self._vmaf[reference] = self._until_the_end.enter_context(stream)
-            self._vmaf[reference].update(frames, wanted)
+            self._vmaf[reference].update(to_pixels(frames, 0), to_pixels(wanted, 0))
 
     def _result(self, reference: str) -> QualityResult | None:
         if reference not in self._has:

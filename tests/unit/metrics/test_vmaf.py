@@ -37,7 +37,7 @@ def test_it_is_what_ffmpeg_says_of_files(ffmpeg: str, tmp_path: Path) -> None:
     expected = json.loads((tmp_path / "log.json").read_text())["pooled_metrics"]["vmaf"]["mean"]
     with VmafStream(ffmpeg, 72, 88) as stream:
         for one, other in zip(output.split(5, dim=1), reference.split(5, dim=1), strict=True):
-            stream.update(one, other)
+            stream.update(to_pixels(one, 0), to_pixels(other, 0))
         assert stream.result() == pytest.approx(expected, abs=1e-6)
     assert 0 < expected < 100
 
@@ -46,7 +46,7 @@ def test_it_is_what_ffmpeg_says_of_files(ffmpeg: str, tmp_path: Path) -> None:
 def test_one_flat_frame_and_odd_sides_have_a_value(ffmpeg: str, size: tuple[int, int]) -> None:
     frames = torch.full((3, 1, *size), 0.25)
     with VmafStream(ffmpeg, *size) as stream:
-        stream.update(frames, frames)
+        stream.update(to_pixels(frames, 0), to_pixels(frames, 0))
         assert stream.result() > 90
 
 
@@ -55,7 +55,9 @@ def test_a_program_that_fails_is_named(tmp_path: Path) -> None:
     broken.write_text("#!/bin/sh\necho 'no such filter' >&2\nexit 1\n")
     broken.chmod(0o755)
     with VmafStream(str(broken), 32, 32) as stream, pytest.raises(MetricUnavailableError, match="ffmpeg failed"):
-        stream.update(torch.zeros(3, 200, 32, 32), torch.zeros(3, 200, 32, 32))  # more than a pipe holds
+        stream.update(
+            to_pixels(torch.zeros(3, 200, 32, 32), 0), to_pixels(torch.zeros(3, 200, 32, 32), 0)
+        )  # more than a pipe holds
     with VmafStream(str(broken), 32, 32) as stream, pytest.raises(MetricUnavailableError, match="no such filter"):
         stream.result()
 
