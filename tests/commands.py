@@ -14,7 +14,7 @@ from flashvaed_cli.cli.app import app
 
 CALIBRATION = "--num-calibration-clips 2 --num-frames 5 --crop-size 32"
 TRAINING = "--num-clips 2 --num-frames 5 --crop-size 32 --batch-size 1 --loss-weight lpips=0"
-JUDGING = "--num-speed-rounds 1 --lpips off"
+JUDGING = "--num-speed-rounds 1 --lpips off --vmaf off"
 
 
 def invoke(words: str, *, cwd: Path) -> Result:

@@ -171,7 +171,7 @@ def test_distillation_leaves_out_what_does_not_fit_and_trains_the_rest(chain: Ch
         assert phase["num_steps"] == 4 and phase["resumed_from"] is None
         assert phase["history"] and all(math.isfinite(v) for entry in phase["history"] for v in entry.values())
     same = chain.printed["distill"]["same_clips"]
-    assert same["num_clips"] == 2 and 10 < same["psnr_db_before"] < 100 and 10 < same["psnr_db_after"] < 100
+    assert same["num_clips"] in (1, 2) and 10 < same["psnr_db_before"] < 100 and 10 < same["psnr_db_after"] < 100
     _, before = read_artifact(chain.folder / "converted.safetensors")
     _, after = read_artifact(chain.folder / "flash.safetensors")
     assert before.keys() == after.keys()

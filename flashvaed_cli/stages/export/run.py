@@ -71,7 +71,7 @@ def run_export(recipe: ExportRecipe, *, progress: Progress, force: bool, command
             "command": command_line,
             "decoder": location,
             "sha256": checkpoint.sha256,
-            "made_with": provenance(recipe, {location: checkpoint.sha256}, ()),
+            "made_with": provenance(recipe, _hashes(location, checkpoint), ()),
             "files": [result.to_record(draft) for result in course.results],
             "failed": course.failed,
         }
@@ -82,6 +82,12 @@ def run_export(recipe: ExportRecipe, *, progress: Progress, force: bool, command
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     paths = [output / path.relative_to(draft) for result in course.results for path in result.paths]
     return StageOutcome((*paths, output / CARD, output / MANIFEST), (table,), manifest, course.notes())
+
+
+def _hashes(location: str, checkpoint: Checkpoint) -> dict[str, str]:
+    """What an export depends on: the decoder, and the original, whose encoder goes into it."""
+    original = None if checkpoint.header is None else checkpoint.header.original
+    return {location: checkpoint.sha256} | ({} if original is None else {original.location: original.sha256})
 
 
 def export_name(location: str) -> str:
