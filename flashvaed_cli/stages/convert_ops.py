@@ -97,13 +97,13 @@ def run_convert_ops(recipe: ConvertOpsRecipe, *, progress: Progress, force: bool
         "layer_errors": [vars(error) for error in errors],
         "skipped_clips": skipped,
     }
-    judged, speed = judge_held_out(inputs.reference(), student, inputs.original, clips, recipe, device, progress)
-    measured["held_out"] = judged
-    tables = summary_tables(judged, speed, (decoder.parameter_count, student.parameter_count), errors)
+    judged = judge_held_out(inputs.reference(), student, inputs.original, clips, recipe, device, progress)
+    measured["held_out"] = judged.figures
+    tables = summary_tables(judged, (decoder.parameter_count, student.parameter_count), errors)
     details = (_operator_table(decoder, student), *error_table(errors))
-    run = watch.record(device, data, speedup=speed.median)
+    run = watch.record(device, data, speedup=judged.speedup)
     outcome = _written(recipe, inputs, student, measured, tables, run, force=force, command_line=command_line)
-    return replace(outcome, details=details, figures={**outcome.figures, "speedup": speed.median})
+    return replace(outcome, details=details, figures={**outcome.figures, "speedup": judged.speedup})
 
 
 def _convert_exactly(

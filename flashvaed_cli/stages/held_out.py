@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.cost import total_gflop
 from flashvaed_cli.decoders.exact import exact_decoder
 from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
-from flashvaed_cli.errors import FlashVaedError
+from flashvaed_cli.errors import ArtifactError, FlashVaedError, MediaError, NonFiniteError
 from flashvaed_cli.media.latent_files import is_latent_file
 from flashvaed_cli.metrics.quality import QualityResult, compare_frames, mean_quality
 from flashvaed_cli.metrics.speed import SpeedRatio, speed_ratio, synchronizer, time_alternating
@@ -30,6 +31,25 @@ _BUDGET_S = 8.0
 _NUM_WORST = 3
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """How a decoder did; None where nothing could be judged.
+
+    Attributes:
+        figures: `clips` (names), `which` (how they relate to those of the fit), `num_clips`, `psnr_db`,
+            `sharpness_ratio`, GFLOP of the first clip before and after.
+        speed: how many times faster than the eager original.
+    """
+
+    figures: Mapping[str, Any] | None = None
+    speed: SpeedRatio | None = None
+
+    @property
+    def speedup(self) -> float | None:
+        """The median."""
+        return None if self.speed is None else self.speed.median
+
+
 @torch.no_grad()
 def judge_held_out(
     original: Decoder,
@@ -39,7 +59,7 @@ def judge_held_out(
     recipe: CalibratedRecipe,
     device: torch.device,
     progress: Progress,
-) -> tuple[dict[str, Any], SpeedRatio]:
+) -> HeldOut:
     """PSNR and sharpness to the original's output, and the speed-up over it, eager.
 
     Args:
@@ -47,9 +67,25 @@ def judge_held_out(
         vae: the original with its encoder.
         fitted: the clips of the fit; None where nothing was fitted.
     Returns:
-        `clips` (names), `which` (how they relate to those of the fit), `psnr_db`, `sharpness_ratio`, GFLOP of the first
-        clip before and after; and how many times faster the student was.
+        Nothing in it, and a warning, where there is no clip
+        to judge on or its frames are not finite: the result is good without.
     """
+    try:
+        return _judged(original, student, vae, fitted, recipe, device, progress)
+    except (ArtifactError, MediaError, NonFiniteError) as error:
+        progress.warn(f"the result is not judged: {error}")
+        return HeldOut()
+
+
+def _judged(
+    original: Decoder,
+    student: Decoder,
+    vae: Checkpoint,
+    fitted: CalibrationClips | None,
+    recipe: CalibratedRecipe,
+    device: torch.device,
+    progress: Progress,
+) -> HeldOut:
     clips, which = _held_out_clips(vae, fitted, recipe, device, student.spec.still)
     eager = DecodeRuntime(original, DecodeSettings(memory_format="contiguous"))
     tuned = DecodeRuntime(exact_decoder(student), DecodeSettings())
@@ -75,21 +111,20 @@ def judge_held_out(
         "gflop_before": total_gflop(original.spec, grid),
         "gflop_after": total_gflop(student.spec, grid),
     }
-    return record, ratio
+    return HeldOut(record, ratio)
 
 
-def summary_tables(
-    record: Mapping[str, Any], speed: SpeedRatio, parameters: tuple[int, int], errors: Sequence[LayerError]
-) -> tuple[TableData, ...]:
+def summary_tables(judged: HeldOut, parameters: tuple[int, int], errors: Sequence[LayerError]) -> tuple[TableData, ...]:
     """What matters: quality, speed and size in one column, and the layers that least squares could reproduce least."""
-    rows: list[tuple[Cell, ...]] = [
-        (f"PSNR to the original, dB, {record['which']}", f"{min(record['psnr_db'], 100):.2f}"),
-        ("times faster than the eager original", _speedup(speed)),
-        ("million parameters", f"{parameters[0] / 1e6:.3f} to {parameters[1] / 1e6:.3f}"),
-        ("GFLOP for such a clip", f"{record['gflop_before']:.1f} to {record['gflop_after']:.1f}"),
-    ]
-    if record["sharpness_ratio"] is not None:
-        rows.insert(1, ("sharpness, the original's is 1", f"{record['sharpness_ratio']:.3f}"))
+    rows: list[tuple[Cell, ...]] = []
+    if (record := judged.figures) is not None:
+        rows.append((f"PSNR to the original, dB, {record['which']}", f"{min(record['psnr_db'], 100):.2f}"))
+        if record["sharpness_ratio"] is not None:
+            rows.append(("sharpness, the original's is 1", f"{record['sharpness_ratio']:.3f}"))
+        rows.append(("GFLOP for such a clip", f"{record['gflop_before']:.1f} to {record['gflop_after']:.1f}"))
+    if judged.speed is not None:
+        rows.append(("times faster than the eager original", _speedup(judged.speed)))
+    rows.append(("million parameters", f"{parameters[0] / 1e6:.3f} to {parameters[1] / 1e6:.3f}"))
     worst = sorted(errors, key=lambda one: one.after, reverse=True)[:_NUM_WORST]
     rows += [(f"layer {error.address} misses of its target", f"{100 * error.after:.2g} %") for error in worst]
     return (TableData("", (Column("", align="left"), Column("")), tuple(rows)),)
@@ -119,7 +154,9 @@ def _held_out_clips(
                 vae, recipe.model_copy(update=settings), NUM_CLIPS, device, SilentProgress(), still=still
             )
             return plan, which
-        except FlashVaedError:
-            pass  # broken ones
-    assert fitted is not None
+        except FlashVaedError:  # broken ones, or no encoder
+            if fitted is None:
+                raise
+    if fitted is None:
+        raise MediaError("there is no clip to judge on; give --data")
     return fitted, "on the clips of the fit"

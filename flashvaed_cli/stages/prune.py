@@ -98,8 +98,8 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
                 f"asked for a speed-up of {recipe.target_speedup:g}, measured {reached:.2f}: on a busy machine measure "
                 "again (flashvaed analyze), or ask for more"
             )
-    judged, speed = judge_held_out(inputs.reference(), student, inputs.original, clips, recipe, device, progress)
-    measured["held_out"] = judged
+    judged = judge_held_out(inputs.reference(), student, inputs.original, clips, recipe, device, progress)
+    measured["held_out"] = judged.figures
     header = derived_header(
         inputs.checkpoint,
         recipe=recipe.model_dump(mode="json"),
@@ -108,17 +108,17 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
         kept_channels=compose_kept(inputs.checkpoint.kept_channels, kept),
         parents=parents,
         measured=measured,
-        run=watch.record(device, clips.files, speedup=speed.median),
+        run=watch.record(device, clips.files, speedup=judged.speedup),
     )
     save_checkpoint(output, header, decoder=student, encoder=encoder, dtype=DTYPES[recipe.dtype], force=force)
     details = (_selection_table(selections, decoder, student), *error_table(errors))
-    tables = [*summary_tables(judged, speed, (decoder.parameter_count, student.parameter_count), errors)]
+    tables = [*summary_tables(judged, (decoder.parameter_count, student.parameter_count), errors)]
     tables += _encoder_table(encoder_record)
     if budget is not None:
         tables.append(budget_table(measured["budget"]))
     following = next_commands(recipe.output, header, None, data=recipe.data)
     return StageOutcome(
-        (output,), tuple(tables), {**measured, "speedup": speed.median}, details=details, next_commands=following
+        (output,), tuple(tables), {**measured, "speedup": judged.speedup}, details=details, next_commands=following
     )
 
 

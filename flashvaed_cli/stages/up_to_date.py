@@ -16,7 +16,7 @@ from typing import Any
 from flashvaed_cli import __version__
 from flashvaed_cli.artifact.run_record import DataFile
 from flashvaed_cli.artifact.store import read_header, sha256_of
-from flashvaed_cli.errors import FlashVaedError
+from flashvaed_cli.errors import ArtifactError, FlashVaedError
 from flashvaed_cli.ownership import has_own_header, is_own_file
 from flashvaed_cli.recipe.settings import CommandRecipe
 from flashvaed_cli.stages.ancestry import Ancestor, find_lineage, find_parents, flat
@@ -42,7 +42,10 @@ def finished_artifact(
     """
     if force or not output.is_file() or not has_own_header(output):
         return None
-    header = read_header(output)
+    try:
+        header = read_header(output)
+    except ArtifactError:
+        return None  # damaged: it is made again
     if not header.command_line or not header.recipe or header.run is None:
         return None  # an original, or of an old version
     command = _command_of(header.command_line)
@@ -87,7 +90,7 @@ def finished_folder(
         files = tuple(DataFile.model_validate(file) for file in made["data"])
         is_old = made["tool"] != __version__ or not _inputs_unchanged(made["inputs"], marker)
         started = str(made["started"])
-    except (KeyError, TypeError, ValueError, StopIteration):
+    except (KeyError, TypeError, ValueError, AttributeError, StopIteration):
         return None
     _require_same(marker.parent, (str(made.get("command")), recorded), recipe, location, command_line)
     hashes = document.get("sha256_of_files")
@@ -137,12 +140,12 @@ def _inputs_unchanged(inputs: Mapping[str, str], marker: Path) -> bool:
 
 def _data_unchanged(recorded: Sequence[DataFile], started: str, find: Callable[[], Iterable[Path]]) -> bool:
     """Whether the recorded files are there as they were, and no file is newer than the run."""
-    began = datetime.fromisoformat(started).timestamp() + 1  # recorded in whole seconds
     sizes: dict[str, list[Path]] = {}
     try:
+        began = datetime.fromisoformat(started).timestamp() + 1  # recorded in whole seconds
         files = list(find())
-    except FlashVaedError:
-        return False  # the command says what is missing
+    except (ValueError, OverflowError, OSError, FlashVaedError):
+        return False  # not a time; or the command says which file is missing
     for path in files:
         if path.stat().st_mtime > began:
             return False

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
+from flashvaed_cli import __version__
+from flashvaed_cli.artifact.checkpoint import load_checkpoint, save_checkpoint
+from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.artifact.store import sha256_of
 from flashvaed_cli.cli.app import app
 from flashvaed_cli.cli.run import plan_steps
 from flashvaed_cli.recipe import find_recipe, load_recipe
-from tests.commands import invoke, read_report
+from tests.commands import JUDGING, invoke, read_report
 from tests.toy import write_toy_clip, write_toy_vae
 
 RECIPE = """
@@ -118,3 +122,41 @@ def test_recipes_are_listed_and_printed(tmp_path: Path) -> None:
     assert printed.stdout == find_recipe("mild").read_text()
     unknown = run(tmp_path, "recipes wild")
     assert unknown.exit_code == 2 and "there are demo, fast" in unknown.stderr
+
+
+def test_a_decoder_of_single_images_is_up_to_date_like_any_other(folder: Path) -> None:
+    """Its frames are cut to one whatever is asked; what was asked is what is compared."""
+    assert invoke("convert-ops vae.safetensors --profile image -o still.safetensors", cwd=folder).exit_code == 0
+    words = f"eval still.safetensors --data clip.mp4 {JUDGING} --junit eval.xml"
+    assert invoke(words, cwd=folder).exit_code == 0
+    assert "is up to date" in invoke(words, cwd=folder).stdout
+    (folder / "eval.xml").unlink()
+    assert invoke(words, cwd=folder).exit_code == 0 and (folder / "eval.xml").is_file()
+
+
+@pytest.mark.parametrize(
+    "made_with",
+    [
+        {"recipe": {}, "inputs": ["a"], "data": [], "tool": __version__, "started": "x", "command": "export"},
+        {"recipe": {}, "inputs": {"a": 1}, "data": [], "tool": __version__, "started": "x", "command": "export"},
+        {"recipe": {}, "inputs": {}, "data": [], "tool": __version__, "started": "x"},
+    ],
+)
+def test_manifests_of_strangers_are_no_traceback(folder: Path, made_with: object) -> None:
+    (folder / "export").mkdir()
+    document = {"kind": "flashvaed-export", "command": "flashvaed export", "made_with": made_with}
+    (folder / "export" / "export.json").write_text(json.dumps(document))
+    result = invoke("export vae.safetensors -t safetensors", cwd=folder)  # anything but SystemExit is raised
+    assert result.exit_code in (0, 2)
+
+
+def test_a_decoder_without_clips_is_converted_and_not_judged(folder: Path) -> None:
+    """Bare weights without an encoder: cut weights need no data, so none may be asked for."""
+    checkpoint = load_checkpoint(folder / "vae.safetensors", builtins={})
+    mean, std = checkpoint.latent_mean, checkpoint.latent_std
+    header = ArtifactHeader(kind="decoder", family=checkpoint.family, latent_mean=mean, latent_std=std)
+    save_checkpoint(folder / "bare.safetensors", header, decoder=checkpoint.require_decoder())
+    words = "convert-ops bare.safetensors --reconstruct none --data clip.mp4"
+    result = invoke(words, cwd=folder)
+    assert result.exit_code == 0, result.stderr
+    assert "the result is not judged" in result.stderr and (folder / "converted.safetensors").is_file()

@@ -126,7 +126,7 @@ def _run(
     inputs = load_inputs(location, **input_settings(recipe), device=device, progress=progress)
     if recipe.max_side is not None:
         whole_side("max_side", recipe.max_side, latent_grid(inputs.original))  # refuses what holds no latent
-    notes: list[str] = []
+    asked, notes = recipe, list[str]()
     metrics = _metrics(recipe, device, notes)
     features = None if metrics.features is None else FeatureJudge(metrics.features)
     decoders = _decoders(inputs, recipe)
@@ -173,7 +173,7 @@ def _run(
             clips=tuple(course.rows),
             settings=_settings(recipe, inputs, course.latents, ranks, command_line),
             notes=tuple(notes),
-            made_with=provenance(recipe, _hashes(inputs, recipe), judged),
+            made_with=provenance(asked, _hashes(inputs, recipe), judged),
             files={path.name: path.name for path in pictures},
         )
         report = replace(report, gates=judge_gates(report, requirements))
@@ -222,7 +222,9 @@ def _gathered(course: _Course, order: Sequence[str], ranks: Ranks) -> _Course:
 
 
 def _finished(recipe: EvalRecipe, output: Path, location: str, *, force: bool) -> StageOutcome | None:
-    """The report of an earlier run on the same files."""
+    """The report of an earlier run on the same files; None too where the JUnit file that belongs to it is gone."""
+    if recipe.junit is not None and not user_path(recipe.junit).exists():
+        force = True
     found = finished_folder(
         output / REPORT_JSON, recipe, location, lambda: find_data(recipe.data, default=(JUDGED_CLIP,)), force=force
     )
