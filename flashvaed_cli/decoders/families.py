@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import TypeVar
 
 from flashvaed_cli.decoders.family import Family
 from flashvaed_cli.decoders.ltx import LTX_090, LTX_091, LTX_095, LTX_2
@@ -13,6 +14,8 @@ from flashvaed_cli.decoders.spec import CoderSpec, DecoderSpec, EncoderSpec
 from flashvaed_cli.decoders.wan import WAN21
 from flashvaed_cli.decoders.wan22 import WAN22
 from flashvaed_cli.errors import SpecError
+
+SpecT = TypeVar("SpecT", DecoderSpec, EncoderSpec)
 
 FAMILIES: dict[str, Family] = {
     family.name: family for family in (WAN21, WAN22, QWEN_IMAGE, QWEN_IMAGE_2, LTX_090, LTX_091, LTX_095, LTX_2)
@@ -64,25 +67,21 @@ def _without_name(family: Family) -> tuple[object, ...]:
 def original_like(spec: DecoderSpec) -> Callable[[int, int], DecoderSpec]:
     """The builder of a family's original, base width and latent width to spec, with what a configuration says of
     `spec`: causality and the like."""
-    family = get_family(spec.family)
-    config = family.described(spec)
-
-    def build(base_width: int, latent_width: int) -> DecoderSpec:
-        configured = family.configured(family.decoder_spec(base_width, latent_width), config)
-        assert isinstance(configured, DecoderSpec)
-        return configured
-
-    return build
+    return _builder(spec, get_family(spec.family).decoder_spec, DecoderSpec)
 
 
 def encoder_like(spec: CoderSpec) -> Callable[[int, int], EncoderSpec]:
     """`original_like` for the family's encoder; `spec`, of either role, says what a configuration would."""
+    return _builder(spec, get_family(spec.family).encoder_spec, EncoderSpec)
+
+
+def _builder(spec: CoderSpec, released: Callable[[int, int], SpecT], role: type[SpecT]) -> Callable[[int, int], SpecT]:
     family = get_family(spec.family)
     config = family.described(spec)
 
-    def build(base_width: int, latent_width: int) -> EncoderSpec:
-        configured = family.configured(family.encoder_spec(base_width, latent_width), config)
-        assert isinstance(configured, EncoderSpec)
+    def build(base_width: int, latent_width: int) -> SpecT:
+        configured = family.configured(released(base_width, latent_width), config)
+        assert isinstance(configured, role)
         return configured
 
     return build
