@@ -30,7 +30,7 @@ from flashvaed_cli.recipe.fields import LatentScale
 
 SPEED_PANEL = {"rich_help_panel": "Speed"}
 FEATURES_PANEL = {"rich_help_panel": "Fréchet distance"}
-GATES_PANEL = {"rich_help_panel": "Gates"}
+GATES_PANEL = {"rich_help_panel": "Conditions"}
 EPILOG = """Examples:
 
 flashvaed eval

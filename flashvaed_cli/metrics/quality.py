@@ -36,7 +36,8 @@ from flashvaed_cli.metrics.structure import MS_SSIM_MIN_SIDE, WINDOW, ms_ssim_pe
 PSNR_CAP_DB = 100.0
 PIXEL_RANGE = 2.0  # from -1 to 1
 LUMA_WEIGHTS = (0.2126, 0.7152, 0.0722)  # ITU-R BT.709
-FRAMES_PER_PASS = 4  # bounds the temporaries of SSIM and LPIPS
+FRAMES_PER_PASS = 4
+PIXELS_PER_PASS = 4 * 480 * 832  # with the above it bounds the temporaries of SSIM, LPIPS and Delta E
 
 FrameMetric = Callable[[Tensor, Tensor], Tensor]
 """Output and reference frames `[N, 3, H, W]` in [-1, 1] to one value per frame, `[N]`."""
@@ -300,7 +301,9 @@ def _frame_passes(output: Tensor, reference: Tensor) -> Iterator[tuple[Tensor, T
     """Frames of both `[B, C, T, H, W]`, a few at a time as `[N, C, H, W]`."""
     flat_output = output.transpose(1, 2).flatten(0, 1)  # [B*T, C, H, W]
     flat_reference = reference.transpose(1, 2).flatten(0, 1)  # [B*T, C, H, W]
-    yield from zip(flat_output.split(FRAMES_PER_PASS), flat_reference.split(FRAMES_PER_PASS), strict=True)
+    pixels = max(output.shape[-2] * output.shape[-1], 1)
+    step = min(max(PIXELS_PER_PASS // pixels, 1), FRAMES_PER_PASS)
+    yield from zip(flat_output.split(step), flat_reference.split(step), strict=True)
 
 
 def _nan_is_largest(value: float) -> float:

@@ -26,6 +26,7 @@ from flashvaed_cli.recipe.settings import ClipFields
 
 _PROTOCOLS = {"ucf101": (17, 256), "davis": (17, 256), "panda": (33, 256)}
 _SPEED_ONLY = ("sizes", "frames", "compile", "autotune")
+_JUDGING_ONLY = ("require", "junit", "features", "protocol", "center_crop")
 
 
 class EvalRecipe(ClipFields):
@@ -127,6 +128,10 @@ class EvalRecipe(ClipFields):
         if given and not self.speed:
             listed = ", ".join(f"`{name}`" for name in given)
             raise ValueError(f"{listed}: only with --speed, which times decoders and judges no clip")
+        judging = [name for name in _JUDGING_ONLY if getattr(self, name)]
+        if judging and self.speed:
+            listed = ", ".join(f"`{name}`" for name in judging)
+            raise ValueError(f"{listed}: not with --speed, which times decoders and judges no clip")
         return self
 
     @model_validator(mode="before")

@@ -75,22 +75,27 @@ def parse_requirement(text: str) -> Requirement:
     return Requirement(text.strip(), match["decoder"], match["figure"], match["operator"], bound)
 
 
+def require_decoders(requirements: Sequence[Requirement], names: Sequence[str]) -> None:
+    """Raise RecipeError if a condition names a decoder that will not be in the report; to be asked before the work."""
+    for one in requirements:
+        if one.decoder is not None and one.decoder not in names:
+            raise RecipeError(f"--require {one.text}: no decoder {one.decoder}; {', '.join(names)}.")
+
+
 def judge_gates(report: EvaluationReport, requirements: Sequence[Requirement]) -> tuple[GateVerdict, ...]:
     """Whether each condition holds; a figure that was not measured fails it.
 
     Raises:
-        RecipeError: it names a decoder that the report does not have.
+        RecipeError: one names a decoder that the report does not have.
     """
+    require_decoders(requirements, [one.name for one in report.decoders])
     return tuple(_judge(report, one) for one in requirements)
 
 
 def _judge(report: EvaluationReport, requirement: Requirement) -> GateVerdict:
     judged = next((one for one in report.decoders[1:] if one.to_original is not None), report.original)
     if requirement.decoder is not None:
-        names = [one.name for one in report.decoders]
-        if requirement.decoder not in names:
-            raise RecipeError(f"--require {requirement.text}: no decoder {requirement.decoder}; {', '.join(names)}.")
-        judged = report.decoders[names.index(requirement.decoder)]
+        judged = next(one for one in report.decoders if one.name == requirement.decoder)
     value = _value(report, judged, requirement.figure)
     passed = value is not None and _OPERATORS[requirement.operator](value, requirement.bound)
     return GateVerdict(requirement.text, judged.name, value, passed)

@@ -76,8 +76,8 @@ def provenance(recipe: CommandRecipe, inputs: Mapping[str, str], data: Sequence[
 
 def finished_folder(
     marker: Path, recipe: CommandRecipe, location: str, data: Callable[[], Iterable[Path]], *, force: bool
-) -> tuple[dict[str, Any], StageOutcome] | None:
-    """`finished_artifact` for a folder, whose `marker` holds its `provenance` as `made_with`; also its document."""
+) -> StageOutcome | None:
+    """`finished_artifact` for a folder, whose `marker` holds its `provenance` as `made_with`, and the figures."""
     if force or not marker.is_file() or not is_own_file(marker):
         return None
     document = json.loads(marker.read_bytes())
@@ -98,7 +98,7 @@ def finished_folder(
         return None
     if is_old or not _data_unchanged(files, started, data):
         return None
-    return document, StageOutcome((marker,), (), document, (_note(marker.parent),), is_new=False)
+    return StageOutcome((marker,), (), document, (_note(marker.parent),), is_new=False)
 
 
 def _note(place: Path) -> str:

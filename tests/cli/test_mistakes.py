@@ -104,6 +104,11 @@ MISTAKES = {
     "output is a folder": (f"{PRUNE} -o notes", ["notes is a folder"]),
     "output is a file of others": (f"{PRUNE} -o clip.mp4", ["was not written by flashvaed", "--force"]),
     "report among other files": ("eval cut.safetensors -o notes", ["notes holds other files", "--force"]),
+    "condition on a decoder that is not there": (
+        f"eval cut.safetensors --data clip.mp4 {JUDGING} --require mild:psnr_db>=1 -o conditions",
+        ["no decoder mild; original, cut, original, exact"],
+    ),
+    "condition with --speed": ("eval cut.safetensors --speed --require ssim>=1", ["--require: not with --speed"]),
     "JUnit over an artifact": ("eval cut.safetensors --junit vae.safetensors", ["--junit = 'vae.safetensors'", ".xml"]),
     "JUnit over a file of others": (
         "eval cut.safetensors --data clip.mp4 --junit others.xml", ["others.xml exists and was not written by"]

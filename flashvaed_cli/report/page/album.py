@@ -81,6 +81,11 @@ class ClipAlbum:
         """The decoders that are compared with the original."""
         return tuple(self.differences)
 
+    @property
+    def worst_psnr_db(self) -> float:
+        """Of the worst place; infinity where there is none."""
+        return math.inf if self.worst is None else self.worst.psnr_db
+
 
 class AlbumBuilder:
     """Collects an album while a clip is decoded."""

@@ -79,7 +79,7 @@ class PageExtras:
 def render_page(report: EvaluationReport, extras: PageExtras, *, title: str = "flashvaed report") -> str:
     """The whole page as HTML, of at most `MAX_BYTES` if leaving videos out makes it so."""
     environment = Environment(loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined)
-    albums = sorted(extras.albums, key=_worst_first)
+    albums = sorted(extras.albums, key=lambda album: album.worst_psnr_db)
     with_videos = {album.clip for album in albums if album.videos}
     while True:
         html = environment.get_template("template.html").render(
@@ -172,10 +172,6 @@ def _smaller(student: DecoderFigures, original: DecoderFigures) -> HeadlineFigur
     return HeadlineFigure(
         f"{100 * student.num_parameters / original.num_parameters:.0f} %", "of the parameters", detail
     )
-
-
-def _worst_first(album: ClipAlbum) -> float:
-    return math.inf if album.worst is None else album.worst.psnr_db
 
 
 def _video_bytes(album: ClipAlbum) -> int:

@@ -85,7 +85,7 @@ def compare_clip(
     with ExitStack() as stack, progress.task(f"eval {clip.stem}", num_frames) as task:
         writer = None if mp4 is None else stack.enter_context(VideoWriter(mp4, fps=fps, comment=f"{SOFTWARE} eval"))
         videos: ClipVideos | None = None
-        judges = {key: ClipJudge(metrics, factor, stack) for key in runtimes}
+        judges = {key: ClipJudge(metrics, factor, stack, progress.warn) for key in runtimes}
         for chunk, *decoded in zip(chunks, *streams, strict=True):
             if sum(part.shape[2] for part in first) < SPEED_LATENT_FRAMES:
                 first.append(chunk.latents)

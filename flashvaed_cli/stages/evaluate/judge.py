@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flashvaed_cli.distill.ranks import Ranks
+from flashvaed_cli.errors import MetricUnavailableError
 from flashvaed_cli.media.pixels import to_pixels
 from flashvaed_cli.metrics.frechet import FeatureExtractor, FeatureStatistics, frechet_distance, needs_more_samples
 from flashvaed_cli.metrics.lpips_metric import LpipsMetric
@@ -28,24 +29,29 @@ class Metrics:
     Attributes:
         lpips: None leaves it out.
         ffmpeg: one with libvmaf; None leaves VMAF out.
+        needs_vmaf: where ffmpeg fails on a clip, the evaluation does.
         features: of the Fréchet distances, over all clips together; None leaves them out.
     """
 
     lpips: LpipsMetric | None = None
     ffmpeg: str | None = None
+    needs_vmaf: bool = False
     features: FeatureExtractor | None = None
 
 
 class ClipJudge:
     """Quality of one decoder on one clip, against the video and against the original's output."""
 
-    def __init__(self, metrics: Metrics, frames_per_latent: int, until_the_end: ExitStack) -> None:
+    def __init__(
+        self, metrics: Metrics, frames_per_latent: int, until_the_end: ExitStack, warn: Callable[[str], None]
+    ) -> None:
         """Start empty.
 
         Args:
             until_the_end: ends what runs beside this process.
+            warn: told of a metric that fails, and is left out of this clip.
         """
-        self._metrics, self._until_the_end = metrics, until_the_end
+        self._metrics, self._until_the_end, self._warn = metrics, until_the_end, warn
         lpips = metrics.lpips
         self._accumulators = {
             reference: QualityAccumulator(
@@ -56,7 +62,7 @@ class ClipJudge:
             )
             for reference in ("video", "original")
         }
-        self._vmaf: dict[str, VmafStream] = {}
+        self._vmaf: dict[str, VmafStream | None] = {}  # None: it failed
         self._has: set[str] = set()
 
     def update(self, frames: Frames, video: Frames | None, original: Frames) -> None:
@@ -77,19 +83,37 @@ class ClipJudge:
     def _compare(self, reference: str, frames: Frames, wanted: Frames) -> None:
         self._has.add(reference)
         self._accumulators[reference].update(frames, wanted)
+        with self._vmaf_may_fail(reference):
+            self._add_vmaf(reference, frames, wanted)
+
+    def _add_vmaf(self, reference: str, frames: Frames, wanted: Frames) -> None:
         height, width = frames.shape[-2:]
-        if self._metrics.ffmpeg is not None and min(height, width) >= MIN_SIDE:
-            if reference not in self._vmaf:
-                stream = VmafStream(self._metrics.ffmpeg, height, width)
-                self._vmaf[reference] = self._until_the_end.enter_context(stream)
-            self._vmaf[reference].update(to_pixels(frames, 0), to_pixels(wanted, 0))
+        if self._metrics.ffmpeg is None or min(height, width) < MIN_SIDE:
+            return
+        if reference not in self._vmaf:
+            stream = VmafStream(self._metrics.ffmpeg, height, width)
+            self._vmaf[reference] = self._until_the_end.enter_context(stream)
+        if (stream := self._vmaf[reference]) is not None:
+            stream.update(to_pixels(frames, 0), to_pixels(wanted, 0))
+
+    @contextmanager
+    def _vmaf_may_fail(self, reference: str) -> Iterator[None]:
+        """One clip's VMAF is no reason to lose the others' figures, unless it was asked for by name."""
+        try:
+            yield
+        except MetricUnavailableError as error:
+            if self._metrics.needs_vmaf:
+                raise
+            self._vmaf[reference] = None
+            self._warn(f"{error}; it is left out of this clip")
 
     def _result(self, reference: str) -> QualityResult | None:
         if reference not in self._has:
             return None
         result = self._accumulators[reference].result()
-        if (stream := self._vmaf.get(reference)) is not None:
-            result = replace(result, vmaf=stream.result())
+        with self._vmaf_may_fail(reference):
+            if (stream := self._vmaf.get(reference)) is not None:
+                result = replace(result, vmaf=stream.result())
         return result
 
 

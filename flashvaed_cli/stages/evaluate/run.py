@@ -45,9 +45,8 @@ from flashvaed_cli.report.evaluation import (
     save_report,
     summary_table,
 )
-from flashvaed_cli.report.gates import judge_gates, parse_requirement
+from flashvaed_cli.report.gates import judge_gates, parse_requirement, require_decoders
 from flashvaed_cli.report.junit import write_junit
-from flashvaed_cli.report.page.album import ClipAlbum
 from flashvaed_cli.report.page.page import PAGE, render_page
 from flashvaed_cli.report.speed import SPEED_JSON
 from flashvaed_cli.stages.clips import find_data
@@ -86,7 +85,7 @@ class _Course:
 
     def keep_worst(self) -> None:
         """Remove the pictures of all but the worst `MAX_PICTURED`."""
-        worst_first = sorted(self.pictured, key=lambda one: _worst_psnr(one.album))
+        worst_first = sorted(self.pictured, key=lambda one: one.album.worst_psnr_db)
         for left_out in worst_first[MAX_PICTURED:]:
             for path in left_out.files:
                 path.unlink(missing_ok=True)
@@ -133,6 +132,7 @@ def _run(
     if any(decoder.spec.still for decoder in decoders.values()) and recipe.num_frames != 1:
         recipe = recipe.model_copy(update={"num_frames": 1})
         notes.append("Of every clip the first frame is judged: there is a decoder of single images among them.")
+    require_decoders(requirements, [*decoders, *((ORIGINAL_TUNED,) if len(decoders) > 1 else ())])
     runtimes = {name: runtime_of(name, decoder, recipe) for name, decoder in decoders.items()}
     found = find_data(recipe.data, default=(JUDGED_CLIP,))
     files, broken = usable_files(found, recipe.num_clips, latent_width=inputs.original.latent_width)
@@ -223,15 +223,12 @@ def _gathered(course: _Course, order: Sequence[str], ranks: Ranks) -> _Course:
 
 def _finished(recipe: EvalRecipe, output: Path, location: str, *, force: bool) -> StageOutcome | None:
     """The report of an earlier run on the same files; None too where the JUnit file that belongs to it is gone."""
-    if recipe.junit is not None and not user_path(recipe.junit).exists():
-        force = True
-    found = finished_folder(
+    done = finished_folder(
         output / REPORT_JSON, recipe, location, lambda: find_data(recipe.data, default=(JUDGED_CLIP,)), force=force
     )
-    if found is None:
+    if done is None or (recipe.junit is not None and not user_path(recipe.junit).exists()):
         return None
-    document, outcome = found
-    return replace(outcome, figures={**document, "report": str(output / REPORT_JSON)})
+    return replace(done, figures={**done.figures, "report": str(output / REPORT_JSON)})
 
 
 def _hashes(inputs: Inputs, recipe: EvalRecipe) -> dict[str, str]:
@@ -248,10 +245,6 @@ def _named(files: Sequence[Path]) -> list[ClipToJudge]:
         ClipToJudge(path, str(path) if names.count(path.name) > 1 else path.name, stem)
         for path, stem in zip(files, stems, strict=True)
     ]
-
-
-def _worst_psnr(album: ClipAlbum) -> float:
-    return float("inf") if album.worst is None else album.worst.psnr_db
 
 
 def _notes_on_colours(paths: Iterable[Path]) -> list[str]:
@@ -302,7 +295,9 @@ def _metrics(recipe: EvalRecipe, device: torch.device, notes: list[str]) -> Metr
             size=recipe.features_size,
             pixels=recipe.features_range,
         )
-    return Metrics(_lpips(recipe, device, notes), _ffmpeg(recipe, notes), features)
+    return Metrics(
+        _lpips(recipe, device, notes), _ffmpeg(recipe, notes), needs_vmaf=recipe.vmaf == "on", features=features
+    )
 
 
 def _ffmpeg(recipe: EvalRecipe, notes: list[str]) -> str | None:

@@ -59,9 +59,9 @@ def run_export(recipe: ExportRecipe, *, progress: Progress, force: bool, command
     """
     output = claim_folder(recipe.output, MANIFEST, force=force)
     location = choose_input(recipe.input, ExportRecipe, progress)
-    found = finished_folder(output / MANIFEST, recipe, location, list, force=force)
-    if found is not None and not found[0].get("failed"):
-        return found[1]
+    done = finished_folder(output / MANIFEST, recipe, location, list, force=force)
+    if done is not None and not done.figures.get("failed"):
+        return done
     checkpoint = with_plain_operators(load_input(location, recipe.family, progress, weights=recipe.weights))
     with filled_at_the_end(output, MANIFEST, reads=(location,), force=force) as draft:
         course = _write_targets(checkpoint, draft, export_name(location), recipe, progress)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError, asdict, replace
 
 import numpy as np
 import pytest
@@ -230,3 +230,11 @@ def test_first_and_worst_frame() -> None:
     assert mean.first_frame_psnr_db is not None and math.isfinite(mean.first_frame_psnr_db)
     one_frame = compare_frames(output[:, :1], reference[:, :1], thorough=True, frames_per_latent=4)
     assert one_frame.flicker is None and one_frame.border_flicker is None and one_frame.delta_e is not None
+
+
+def test_large_frames_are_compared_one_by_one_with_the_same_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = torch.rand(2, 3, 5, 20, 24, generator=torch.Generator().manual_seed(4)).unbind()
+    together = compare_frames(one, other, thorough=True)
+    monkeypatch.setattr("flashvaed_cli.metrics.quality.PIXELS_PER_PASS", 20 * 24)
+    alone = compare_frames(one, other, thorough=True)
+    assert asdict(alone) == pytest.approx(asdict(together), rel=1e-6)  # float32 sums in another order
