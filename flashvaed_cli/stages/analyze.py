@@ -37,7 +37,8 @@ from flashvaed_cli.numerics.selection import SELECTION_RULES, unvarying_channels
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.analyze import AnalyzeRecipe
 from flashvaed_cli.recipe.fields import SelectionRule
-from flashvaed_cli.report.curves import plot_latency, plot_r2_curves, plot_spectra
+from flashvaed_cli.report.charts.analysis import explained_variance, latency_by_stage, spectra
+from flashvaed_cli.report.charts.style import PAPER, save_png
 from flashvaed_cli.report.tables import Column, TableData
 from flashvaed_cli.stages.clips import find_data, plan_calibration
 from flashvaed_cli.stages.latency_model import TimedClip, latency_model_record, whole_clip
@@ -199,18 +200,23 @@ def plot_files(output: Path) -> tuple[Path, Path, Path]:
 
 def draw_plots(measured: Mapping[str, Any], output: Path) -> list[Path]:
     """R2 curves, spectra and latency as PNG files beside the analysis."""
-    curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for record in measured["groups"]:
-        points = [((i + 1) / record["width"], r2) for i, r2 in enumerate(record["r2"])]
-        curves.setdefault(record["stage"], {})[record["group"]] = points
-    spectra = {r["stage"]: r["spectrum"] for r in measured["groups"] if r["group"].endswith(".stream")}
-    latency = {record["stage"]: record["latency_ms"] for record in measured["stages"]}
-    r2_file, spectra_file, latency_file = plot_files(output)
-    return [
-        plot_r2_curves(r2_file, curves),
-        plot_spectra(spectra_file, spectra),
-        plot_latency(latency_file, latency),
-    ]
+    curves: dict[str, dict[str, list[float]]] = {}
+    for record in sorted(measured["groups"], key=lambda one: one["group"].endswith(".inner")):  # the stream is first
+        curves.setdefault(record["stage"], {})[_curve_name(record["group"], record["stage"])] = record["r2"]
+    eigenvalues = {r["stage"]: r["spectrum"] for r in measured["groups"] if r["group"].endswith(".stream")}
+    latency_ms = {record["stage"]: record["latency_ms"] for record in measured["stages"]}
+    figures = (
+        explained_variance(curves, PAPER, title="What the kept channels leave unexplained (1 - R²)"),
+        spectra(eigenvalues, PAPER, title="How few components carry a stage's stream"),
+        latency_by_stage(latency_ms, PAPER, title="Where the time goes"),
+    )
+    return [save_png(figure, path) for figure, path in zip(figures, plot_files(output), strict=True)]
+
+
+def _curve_name(group: str, stage: str) -> str:
+    """`up2.0.inner` in the panel of `up2` is the inside of block 0."""
+    name = group.removeprefix(f"{stage}.")
+    return f"inside block {name.removesuffix('.inner')}" if name.endswith(".inner") else name
 
 
 def _stage_table(stages: list[dict[str, Any]], clip: TimedClip) -> TableData:

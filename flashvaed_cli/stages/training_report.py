@@ -8,7 +8,8 @@ from typing import Any
 
 from flashvaed_cli.distill.loop import TrainResult
 from flashvaed_cli.recipe.distill import PhaseRecipe
-from flashvaed_cli.report.curves import plot_losses
+from flashvaed_cli.report.charts.style import PAPER, save_png
+from flashvaed_cli.report.charts.training import figure_name, training_curves
 from flashvaed_cli.report.tables import Column, TableData
 
 PhaseResult = tuple[PhaseRecipe, TrainResult]
@@ -31,14 +32,17 @@ def phase_record(phase: PhaseRecipe, result: TrainResult) -> dict[str, Any]:
 def draw_curves(output: Path, results: Sequence[PhaseResult]) -> Path:
     """Every loss term and the PSNR to the original over all phases, beside the output."""
     curves: dict[str, list[tuple[float, float]]] = {}
+    phases: list[tuple[float, str]] = []
     done = 0
-    for _, result in results:
+    for phase, result in results:
+        phases.append((done, f"phase {phase.phase}"))
         for entry in result.history:
             for name, value in entry.items():
                 if name not in ("step", "seconds", "learning_rate"):
-                    curves.setdefault(name, []).append((done + entry["step"], value))
+                    curves.setdefault(figure_name(name), []).append((done + entry["step"], value))
         done += result.num_steps
-    return plot_losses(output.with_suffix(".losses.png"), curves)
+    figure = training_curves(curves, PAPER, phases=phases, title="Training")
+    return save_png(figure, output.with_suffix(".losses.png"))
 
 
 def same_clips_table(before: float, after: float, num_clips: int) -> TableData:

@@ -24,7 +24,8 @@ from rich.console import Console
 from flashvaed_cli.artifact.checkpoint import load_checkpoint, save_checkpoint
 from flashvaed_cli.artifact.store import read_header
 from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.report.curves import plot_losses
+from flashvaed_cli.report.charts import style
+from flashvaed_cli.report.charts.training import training_curves
 from flashvaed_cli.report.tables import Cell, Column, TableData, to_rich
 from flashvaed_cli.zoo.builtin import BUILTINS
 from tests.bench.full_size import setting
@@ -128,7 +129,8 @@ def test_quality_against_training_time() -> None:
         add(f"{ratio}: fast recipe", fast, seconds(pruned, solved, fast))
         drawn |= curves(f"{ratio}", fast)
     add_paper_and_random(bench, add)
-    plot_losses(FOLDER / "distillation.png", drawn, title="Fast recipe, held-out clips", x_label="minutes of training")
+    figure = training_curves(drawn, style.PAPER, title="Fast recipe, held-out clips", x_label="minutes of training")
+    style.save_png(figure, FOLDER / "distillation.png")
     columns = (
         Column("student", align="left"),
         Column("minutes", ".1f"),

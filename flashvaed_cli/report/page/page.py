@@ -13,15 +13,20 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from flashvaed_cli import __version__
 from flashvaed_cli.printable import printable
+from flashvaed_cli.report.charts.analysis import explained_variance, latency_by_stage
+from flashvaed_cli.report.charts.quality import Point, psnr_over_frames, quality_against_speed
+from flashvaed_cli.report.charts.style import PAGE as COLOURS
+from flashvaed_cli.report.charts.style import to_svg
+from flashvaed_cli.report.charts.training import training_curves
 from flashvaed_cli.report.evaluation import (
     DecoderFigures,
     EvaluationReport,
     clip_table,
+    difference_table,
     kept_interval,
     retention_percent,
     summary_table,
 )
-from flashvaed_cli.report.page import charts
 from flashvaed_cli.report.page.album import DIFFERENCE_FULL_SCALE, ClipAlbum, scale_bar
 from flashvaed_cli.report.tables import TableData
 
@@ -33,10 +38,10 @@ _HERE = Path(__file__).parent
 _OWN_TUNED = "original, exact"
 
 PUBLISHED = (
-    charts.Point("Flash-VAED Wan 2.1", 118.77 / 19.27, 100 * 37.61 / 40.40, "arXiv 2602.19161"),
-    charts.Point("LightVAE Wan 2.1", 118.60 / 19.27, 100 * 32.61 / 40.40, "arXiv 2602.19161"),
-    charts.Point("Flash-VAED LTX", 1168 / 204.55, 100 * 32.24 / 33.28, "arXiv 2602.19161"),
-    charts.Point("Turbo-VAED LTX", 623 / 204.55, 100 * 31.52 / 33.28, "arXiv 2602.19161"),
+    Point("Flash-VAED Wan 2.1", 118.77 / 19.27, 100 * 37.61 / 40.40, "arXiv 2602.19161"),
+    Point("LightVAE Wan 2.1", 118.60 / 19.27, 100 * 32.61 / 40.40, "arXiv 2602.19161"),
+    Point("Flash-VAED LTX", 1168 / 204.55, 100 * 32.24 / 33.28, "arXiv 2602.19161"),
+    Point("Turbo-VAED LTX", 623 / 204.55, 100 * 31.52 / 33.28, "arXiv 2602.19161"),
 )
 """Of the paper's main table: UCF-101 on an RTX 5090D, against the eager original there."""
 
@@ -92,7 +97,8 @@ def render_page(report: EvaluationReport, extras: PageExtras, *, title: str = "f
             albums=[_album(album, report, with_video=album.clip in with_videos) for album in albums],
             scale_bar=_webp(scale_bar()),
             full_scale=DIFFERENCE_FULL_SCALE,
-            tables=[_table(summary_table(report)), _table(clip_table(report))],
+            tables=_tables(report),
+            all_figures=_table(summary_table(report, full=True)),
             charts=_charts(report, extras),
             settings=[(key, printable(str(value))) for key, value in report.settings.items()],
             lineage=extras.lineage,
@@ -187,9 +193,9 @@ def _album(album: ClipAlbum, report: EvaluationReport, *, with_video: bool) -> d
     pictures = {label: [_base64(picture) for picture in album.frames[label]] for label in album.labels}
     pictures |= {f"difference: {label}": [_base64(p) for p in album.differences[label]] for label in students}
     data = json.dumps({"numbers": album.frame_numbers, "pictures": pictures}).replace("<", "\\u003c")
-    curves = [charts.psnr_over_frames(album.psnr_to_original, reference="original")] if students else []
+    curves = [psnr_over_frames(album.psnr_to_original, COLOURS, reference="original")] if students else []
     if album.psnr_to_video:
-        curves.append(charts.psnr_over_frames(album.psnr_to_video, reference="video"))
+        curves.append(psnr_over_frames(album.psnr_to_video, COLOURS, reference="video"))
     return {
         "clip": printable(album.clip),
         "num_frames": album.num_frames,
@@ -208,7 +214,7 @@ def _album(album: ClipAlbum, report: EvaluationReport, *, with_video: bool) -> d
         "right_source": _webp(album.frames[right][index]),
         "worst": _worst(album),
         "videos": [(label, _mp4(video)) for label, video in album.videos.items()] if with_video else [],
-        "charts": curves if album.num_frames > 1 else [],
+        "charts": [to_svg(figure) for figure in curves] if album.num_frames > 1 else [],
         "json": data,
     }
 
@@ -240,26 +246,31 @@ def _worst(album: ClipAlbum) -> dict[str, object] | None:
 def _charts(report: EvaluationReport, extras: PageExtras) -> list[dict[str, str]]:
     found = []
     points = [
-        charts.Point(printable(decoder.name), decoder.speedup.median if decoder.speedup else 1.0, share)
+        Point(printable(decoder.name), decoder.speedup.median if decoder.speedup else 1.0, share)
         for decoder in report.decoders
         if (share := retention_percent(report, decoder)["psnr_db"]) is not None
     ]
     if len(points) > 1:
-        svg = charts.quality_against_speed((*points, *PUBLISHED))
+        svg = to_svg(quality_against_speed((*points, *PUBLISHED), COLOURS))
         found.append({"title": "Quality against speed", "svg": svg, "caption": _PUBLISHED_NOTE})
     if extras.training:
         caption = "From the log of the last distillation. Logarithmic where a figure falls by more than 20 times."
-        svg = charts.training_curves(extras.training, extras.phases)
+        svg = to_svg(training_curves(extras.training, COLOURS, phases=extras.phases))
         found.append({"title": "Training", "svg": svg, "caption": caption})
     if extras.latency_ms:
         caption = "Of the decoder that was analysed, with plain operators."
-        svg = charts.latency_by_stage(extras.latency_ms)
+        svg = to_svg(latency_by_stage(extras.latency_ms, COLOURS))
         found.append({"title": "Where the original's time goes", "svg": svg, "caption": caption})
     if extras.r2:
         caption = "Lower is better: what the kept channels of a stage's stream leave of the variance of all."
-        svg = charts.explained_variance(extras.r2)
+        svg = to_svg(explained_variance({"": extras.r2}, COLOURS))
         found.append({"title": "How far channels depend on one another", "svg": svg, "caption": caption})
     return found
+
+
+def _tables(report: EvaluationReport) -> list[dict[str, object]]:
+    tables = (summary_table(report), difference_table(report), clip_table(report))
+    return [_table(table) for table in tables if table is not None]
 
 
 def _table(table: TableData) -> dict[str, object]:

@@ -19,6 +19,7 @@ from flashvaed_cli.artifact.checkpoint import Checkpoint
 from flashvaed_cli.atomic import scratch_folder
 from flashvaed_cli.media.writer import VideoWriter
 from flashvaed_cli.ownership import SOFTWARE
+from flashvaed_cli.report.charts.training import figure_name
 from flashvaed_cli.report.page.album import ClipAlbum
 from flashvaed_cli.report.page.page import LineageEntry, PageExtras
 from flashvaed_cli.stages.ancestry import find_parents, flat
@@ -27,13 +28,8 @@ from flashvaed_cli.stages.training_files import TrainingFiles
 _VIDEO_SIDE_PX = 384
 _VIDEO_SECONDS = 6
 _VIDEO_CRF = 24
-# Figures of the log by the name that the page gives them; the rest of the log stays in the log.
-_TRAINING_NAMES = {
-    "loss": "loss",
-    "psnr_db": "PSNR to the original, dB",
-    "validation_psnr_db": "validation PSNR, dB",
-    "learning_rate": "learning rate",
-}
+_TRAINING_FIGURES = ("loss", "psnr_db", "validation_psnr_db", "learning_rate")
+"""Of the log; its other figures stay there."""
 
 
 class ClipVideos:
@@ -139,7 +135,7 @@ def _training(location: Path) -> tuple[dict[str, list[tuple[float, float]]], tup
             start, index = last, entry["index"]
             phases.append((start, f"phase {entry['phase']}"))
         last = start + entry["step"]
-        for key, name in _TRAINING_NAMES.items():
+        for key in _TRAINING_FIGURES:
             if (value := entry.get(key)) is not None and math.isfinite(value):
-                curves.setdefault(name, []).append((last, value))
+                curves.setdefault(figure_name(key), []).append((last, value))
     return curves, tuple(phases)
