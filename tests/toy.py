@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from flashvaed_cli.artifact.checkpoint import save_checkpoint
 from flashvaed_cli.artifact.header import ArtifactHeader
-from flashvaed_cli.decoders.coder import Coder, Decoder, Encoder
-from flashvaed_cli.decoders.groups import Kept, channel_groups
-from flashvaed_cli.decoders.spec import CoderSpec, DecoderSpec
+from flashvaed_cli.decoders.modules.coder import Coder, Decoder, Encoder
+from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec
+from flashvaed_cli.decoders.spec.groups import Kept, channel_groups
 from flashvaed_cli.decoders.wan import LATENT_MEAN, LATENT_STD, NAME, WAN21, wan_decoder_spec, wan_encoder_spec
 from flashvaed_cli.decoders.wan22 import WAN22, wan22_decoder_spec
 from flashvaed_cli.media.procedural import render_frames

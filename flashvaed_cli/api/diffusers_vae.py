@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from flashvaed_cli.artifact.coders import empty_coder
 from flashvaed_cli.artifact.flash_folder import CODE, CODE_NAME, FLASH_CLASS, flash_config, flash_header
 from flashvaed_cli.artifact.header import ArtifactHeader
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.exact import exact_spec, plain_decoder, with_spec
-from flashvaed_cli.decoders.half_range import cast_decoder
-from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
+from flashvaed_cli.decoders.variants.exact import exact_spec, plain_decoder, with_spec
+from flashvaed_cli.decoders.variants.half_range import cast_decoder
 from flashvaed_cli.errors import ArtifactError, FlashVaedError, SpecError
 
 _DECODER_PARTS = ("decoder", "post_quant_conv")

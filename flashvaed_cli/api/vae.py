@@ -11,10 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint, load_checkpoint, load_original
-from flashvaed_cli.decoders.coder import Encoder
-from flashvaed_cli.decoders.exact import exact_decoder
-from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings, DecodeStream
-from flashvaed_cli.decoders.streaming import encode
+from flashvaed_cli.decoders.modules.coder import Encoder
+from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings, DecodeStream
+from flashvaed_cli.decoders.run.streaming import encode
+from flashvaed_cli.decoders.variants.exact import exact_decoder
 from flashvaed_cli.errors import FlashVaedError, SpecError
 from flashvaed_cli.recipe.quantities import parse_memory
 from flashvaed_cli.stages.loading import DTYPES, choose_device

@@ -28,10 +28,10 @@ from flashvaed_cli.artifact.recognition import ROLES, recognise, twins
 from flashvaed_cli.artifact.run_record import RunRecord
 from flashvaed_cli.artifact.store import content_sha256, read_artifact, sha256_of_files, write_artifact
 from flashvaed_cli.artifact.weight_checks import require_usable_weights
-from flashvaed_cli.decoders.coder import Decoder, Encoder
 from flashvaed_cli.decoders.families import families_named, get_family
-from flashvaed_cli.decoders.groups import tensor_widths
-from flashvaed_cli.decoders.spec import CoderSpec
+from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
+from flashvaed_cli.decoders.spec.coders import CoderSpec
+from flashvaed_cli.decoders.spec.groups import tensor_widths
 from flashvaed_cli.errors import ArtifactError, FlashVaedError
 from flashvaed_cli.limits import MAX_LISTED_MISTAKES, MAX_QUOTED_CHARS
 from flashvaed_cli.ownership import has_own_header

@@ -12,8 +12,8 @@ from flashvaed_cli.artifact.layouts import Layout, Role, fold_separable, slots
 from flashvaed_cli.artifact.mismatch import Shape, compare_shapes
 from flashvaed_cli.artifact.recognition import present_roles
 from flashvaed_cli.artifact.shape_reading import spec_from_shapes
-from flashvaed_cli.decoders.coder import Coder, Decoder, Encoder
-from flashvaed_cli.decoders.spec import CoderSpec, DecoderSpec, EncoderSpec
+from flashvaed_cli.decoders.modules.coder import Coder, Decoder, Encoder
+from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
 from flashvaed_cli.errors import ArtifactError
 
 _LATENT_LAYERS: tuple[tuple[Role, str], ...] = (("decoder", "post_quant.0"), ("encoder", "quant.0"))

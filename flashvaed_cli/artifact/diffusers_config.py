@@ -15,8 +15,8 @@ from flashvaed_cli.artifact.layouts import Role
 from flashvaed_cli.artifact.ltx_keys import MEAN_NAMES, STD_NAMES
 from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.decoders.family import Family
-from flashvaed_cli.decoders.layer_spec import block_in_width, block_out_width
-from flashvaed_cli.decoders.spec import CoderSpec, DecoderSpec, EncoderSpec
+from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
+from flashvaed_cli.decoders.spec.layers import block_in_width, block_out_width
 from flashvaed_cli.errors import ArtifactError
 from flashvaed_cli.limits import MAX_QUOTED_CHARS, MAX_WIDTH
 from flashvaed_cli.untrusted.files import parse_json

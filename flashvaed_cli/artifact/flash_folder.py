@@ -17,7 +17,7 @@ from flashvaed_cli.artifact.header import ArtifactHeader, dump_header, parse_hea
 from flashvaed_cli.artifact.key_tables import LAYOUTS
 from flashvaed_cli.artifact.layouts import Layout
 from flashvaed_cli.artifact.mismatch import compare_shapes
-from flashvaed_cli.decoders.coder import Coder, Decoder, Encoder
+from flashvaed_cli.decoders.modules.coder import Coder, Decoder, Encoder
 from flashvaed_cli.errors import ArtifactError
 
 FLASH_CLASS = "AutoencoderFlash"

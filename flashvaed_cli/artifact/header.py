@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, FiniteFloat, Valida
 from flashvaed_cli import __version__
 from flashvaed_cli.artifact.header_checks import check_factors, check_family, check_kept_channels, check_statistics
 from flashvaed_cli.artifact.run_record import RunRecord
-from flashvaed_cli.decoders.spec import DecoderSpec, EncoderSpec
+from flashvaed_cli.decoders.spec.coders import DecoderSpec, EncoderSpec
 from flashvaed_cli.errors import ArtifactError
 from flashvaed_cli.untrusted.files import parse_json
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from flashvaed_cli.artifact.mismatch import Shape
 from flashvaed_cli.decoders.families import get_family
-from flashvaed_cli.decoders.layer_spec import (
+from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
+from flashvaed_cli.decoders.spec.layers import (
     AttentionSpec,
     BlockSpec,
     ConvSpec,
@@ -23,7 +24,6 @@ from flashvaed_cli.decoders.layer_spec import (
     ResBlockSpec,
     UpsampleSpec,
 )
-from flashvaed_cli.decoders.spec import CoderSpec, DecoderSpec, EncoderSpec
 
 Role = Literal["decoder", "encoder"]
 

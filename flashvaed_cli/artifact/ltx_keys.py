@@ -23,7 +23,7 @@ from flashvaed_cli.artifact.layouts import Layout
 from flashvaed_cli.decoders.family import Family
 from flashvaed_cli.decoders.ltx import DECODE_TIMESTEP, LTX_090, LTX_091, LTX_095, LTX_2
 from flashvaed_cli.decoders.ltx_config import SEPARABLE_CAUSAL
-from flashvaed_cli.decoders.spec import CoderSpec
+from flashvaed_cli.decoders.spec.coders import CoderSpec
 
 MEAN_NAMES = ("per_channel_statistics.mean-of-means", "latents_mean", "mean_of_means")
 STD_NAMES = ("per_channel_statistics.std-of-means", "latents_std", "std_of_means")

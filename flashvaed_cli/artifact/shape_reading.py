@@ -9,7 +9,9 @@ from pydantic import ValidationError
 
 from flashvaed_cli.artifact.layouts import CONVS, Layout, Role, blueprint
 from flashvaed_cli.artifact.mismatch import Mismatch, Shape
-from flashvaed_cli.decoders.layer_spec import (
+from flashvaed_cli.decoders.ltx_config import separable_padding
+from flashvaed_cli.decoders.spec.coders import BypassSpec, DecoderSpec, EncoderSpec, StageSpec
+from flashvaed_cli.decoders.spec.layers import (
     AttentionSpec,
     BlockSpec,
     ConvBlockSpec,
@@ -28,9 +30,7 @@ from flashvaed_cli.decoders.layer_spec import (
     block_in_width,
     block_out_width,
 )
-from flashvaed_cli.decoders.ltx_config import separable_padding
-from flashvaed_cli.decoders.spec import BypassSpec, DecoderSpec, EncoderSpec, StageSpec
-from flashvaed_cli.decoders.still import still_spec
+from flashvaed_cli.decoders.variants.still import still_spec
 from flashvaed_cli.errors import ArtifactError, SpecError
 
 WeightShape = tuple[int, int, Kernel]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from flashvaed_cli.decoders.coder import Coder
+from flashvaed_cli.decoders.modules.coder import Coder
 from flashvaed_cli.errors import ArtifactError
 from flashvaed_cli.limits import MAX_WEIGHT
 

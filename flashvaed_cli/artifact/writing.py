@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashvaed_cli.artifact.layouts import Layout, to_foreign
-from flashvaed_cli.decoders.spec import CoderSpec
+from flashvaed_cli.decoders.spec.coders import CoderSpec
 
 
 def to_program(

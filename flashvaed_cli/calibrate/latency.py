@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flashvaed_cli.decoders.blocks import Attention
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.operators import ChannelRMSNorm, Conv
+from flashvaed_cli.decoders.modules.blocks import Attention
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.modules.operators import ChannelRMSNorm, Conv
 
 Profiler = Callable[[Decoder, Callable[[], object], list[str]], dict[str, float]]
 """Median milliseconds of named modules within one call; see `metrics.module_times.profile_modules`."""

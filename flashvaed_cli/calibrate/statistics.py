@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from flashvaed_cli.decoders.coder import Coder, Decoder
-from flashvaed_cli.decoders.exact import exact_decoder
-from flashvaed_cli.decoders.groups import tensor_widths
+from flashvaed_cli.decoders.modules.coder import Coder, Decoder
+from flashvaed_cli.decoders.spec.groups import tensor_widths
+from flashvaed_cli.decoders.variants.exact import exact_decoder
 from flashvaed_cli.numerics.covariance import CovarianceAccumulator, TensorStatistics
 from flashvaed_cli.progress import Progress
 

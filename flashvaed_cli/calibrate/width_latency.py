@@ -22,10 +22,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.exact import exact_decoder, exact_spec
-from flashvaed_cli.decoders.groups import ChannelGroup, channel_groups
-from flashvaed_cli.decoders.latency_model import (
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.modules.memory_format import channels_last, use_channels_last
+from flashvaed_cli.decoders.predict.latency import (
     Axis,
     BlockLatency,
     WidthLatency,
@@ -33,9 +32,10 @@ from flashvaed_cli.decoders.latency_model import (
     coordinate,
     width_ladder,
 )
-from flashvaed_cli.decoders.layer_spec import ResBlockSpec
-from flashvaed_cli.decoders.layout import channels_last, use_channels_last
-from flashvaed_cli.decoders.spec import DecoderSpec
+from flashvaed_cli.decoders.spec.coders import DecoderSpec
+from flashvaed_cli.decoders.spec.groups import ChannelGroup, channel_groups
+from flashvaed_cli.decoders.spec.layers import ResBlockSpec
+from flashvaed_cli.decoders.variants.exact import exact_decoder, exact_spec
 from flashvaed_cli.progress import Progress, Task
 
 Narrow = Callable[[DecoderSpec, Mapping[str, int]], DecoderSpec]

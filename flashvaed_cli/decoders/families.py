@@ -10,7 +10,7 @@ from flashvaed_cli.decoders.family import Family
 from flashvaed_cli.decoders.ltx import LTX_090, LTX_091, LTX_095, LTX_2
 from flashvaed_cli.decoders.qwen_image import QWEN_IMAGE
 from flashvaed_cli.decoders.qwen_image2 import QWEN_IMAGE_2
-from flashvaed_cli.decoders.spec import CoderSpec, DecoderSpec, EncoderSpec
+from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
 from flashvaed_cli.decoders.wan import WAN21
 from flashvaed_cli.decoders.wan22 import WAN22
 from flashvaed_cli.errors import SpecError

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from flashvaed_cli.decoders.layer_spec import Operator
-from flashvaed_cli.decoders.spec import CoderSpec, DecoderSpec, EncoderSpec
+from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
+from flashvaed_cli.decoders.spec.layers import Operator
 
 
 def _as_it_is(spec: DecoderSpec | EncoderSpec, _config: Mapping[str, Any]) -> DecoderSpec | EncoderSpec:

@@ -18,7 +18,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from flashvaed_cli.decoders.family import Family
-from flashvaed_cli.decoders.layer_spec import (
+from flashvaed_cli.decoders.ltx_config import config_keys, configured, described, with_space_padding
+from flashvaed_cli.decoders.spec.coders import DecoderSpec, EncoderSpec, StageSpec
+from flashvaed_cli.decoders.spec.layers import (
     BlockSpec,
     ConvBlockSpec,
     ConvSpec,
@@ -33,8 +35,6 @@ from flashvaed_cli.decoders.layer_spec import (
     TimePadding,
     UnshuffleDownsampleSpec,
 )
-from flashvaed_cli.decoders.ltx_config import config_keys, configured, described, with_space_padding
-from flashvaed_cli.decoders.spec import DecoderSpec, EncoderSpec, StageSpec
 
 LATENT_WIDTH = 128
 PATCH = 4

@@ -14,7 +14,8 @@ from typing import Any, TypeVar, cast, get_args
 from pydantic import ValidationError
 
 from flashvaed_cli.decoders.family import ConfigKeys, Contradiction
-from flashvaed_cli.decoders.layer_spec import (
+from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, StageSpec
+from flashvaed_cli.decoders.spec.layers import (
     BlockSpec,
     ConvSpec,
     ResBlockSpec,
@@ -25,7 +26,6 @@ from flashvaed_cli.decoders.layer_spec import (
     UnshuffleDownsampleSpec,
     block_layers,
 )
-from flashvaed_cli.decoders.spec import CoderSpec, DecoderSpec, StageSpec
 from flashvaed_cli.errors import SpecError
 
 SpecT = TypeVar("SpecT", bound=CoderSpec)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from flashvaed_cli.decoders.spec import DecoderSpec, EncoderSpec
+from flashvaed_cli.decoders.spec.coders import DecoderSpec, EncoderSpec
 from flashvaed_cli.decoders.wan import LATENT_WIDTH, WAN21, wan_decoder_spec, wan_encoder_spec
 
 NAME = "qwen-image"

@@ -14,14 +14,14 @@ from dataclasses import replace
 from itertools import pairwise
 
 from flashvaed_cli.decoders.family import Family
-from flashvaed_cli.decoders.layer_spec import (
+from flashvaed_cli.decoders.spec.coders import BypassSpec, DecoderSpec, EncoderSpec, StageSpec
+from flashvaed_cli.decoders.spec.layers import (
     BlockSpec,
     ConvBlockSpec,
     DownsampleSpec,
     HeadSpec,
     UpsampleSpec,
 )
-from flashvaed_cli.decoders.spec import BypassSpec, DecoderSpec, EncoderSpec, StageSpec
 from flashvaed_cli.decoders.wan import CONFIG_KEYS, frame_conv, mid_stage, point_conv, wan_resblock
 
 NAME = "qwen-image-2"

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from flashvaed_cli.decoders.families import encoder_like
-from flashvaed_cli.decoders.layer_spec import (
+from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
+from flashvaed_cli.decoders.spec.layers import (
     AttentionSpec,
     BlockSpec,
     ConvBlockSpec,
@@ -14,7 +15,6 @@ from flashvaed_cli.decoders.layer_spec import (
     HeadSpec,
     block_layers,
 )
-from flashvaed_cli.decoders.spec import CoderSpec, DecoderSpec, EncoderSpec
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from itertools import pairwise
 
 from flashvaed_cli.decoders.family import ConfigKeys, Family
-from flashvaed_cli.decoders.layer_spec import (
+from flashvaed_cli.decoders.spec.coders import DecoderSpec, EncoderSpec, StageSpec
+from flashvaed_cli.decoders.spec.layers import (
     AttentionSpec,
     BlockSpec,
     ConvBlockSpec,
@@ -22,7 +23,6 @@ from flashvaed_cli.decoders.layer_spec import (
     ResBlockSpec,
     UpsampleSpec,
 )
-from flashvaed_cli.decoders.spec import DecoderSpec, EncoderSpec, StageSpec
 
 NAME = "wan2.1"
 LATENT_WIDTH = 16

@@ -12,8 +12,8 @@ from dataclasses import replace
 from itertools import pairwise
 
 from flashvaed_cli.decoders.family import Family
-from flashvaed_cli.decoders.layer_spec import BlockSpec, ConvBlockSpec, DownsampleSpec, HeadSpec, UpsampleSpec
-from flashvaed_cli.decoders.spec import BypassSpec, DecoderSpec, EncoderSpec, StageSpec
+from flashvaed_cli.decoders.spec.coders import BypassSpec, DecoderSpec, EncoderSpec, StageSpec
+from flashvaed_cli.decoders.spec.layers import BlockSpec, ConvBlockSpec, DownsampleSpec, HeadSpec, UpsampleSpec
 from flashvaed_cli.decoders.wan import (
     CONFIG_KEYS,
     MULTIPLIERS,

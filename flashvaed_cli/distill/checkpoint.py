@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from flashvaed_cli.atomic import atomic_path
-from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.distill.averaging import TermAverage, WeightAverage
 from flashvaed_cli.distill.features import FeatureMatcher
 from flashvaed_cli.distill.settings import CADENCE_SETTINGS, TrainSettings

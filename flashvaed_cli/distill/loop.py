@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.distill.averaging import WeightAverage
 from flashvaed_cli.distill.checkpoint import HistoryEntry, TrainState, load_checkpoint, save_checkpoint
 from flashvaed_cli.distill.features import FeatureMatcher

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from flashvaed_cli.decoders.operators import frames_as_batch
+from flashvaed_cli.decoders.modules.operators import frames_as_batch
 from flashvaed_cli.numerics.accumulation import accumulation_device, plain_arithmetic
 
 Frames = Float[Tensor, "B 3 T H W"]

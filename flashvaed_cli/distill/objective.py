@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.exact import exact_decoder
-from flashvaed_cli.decoders.operators import frames_as_batch
-from flashvaed_cli.decoders.runtime import require_compiler
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.modules.operators import frames_as_batch
+from flashvaed_cli.decoders.run.runtime import require_compiler
+from flashvaed_cli.decoders.variants.exact import exact_decoder
 from flashvaed_cli.distill.features import FeatureMatcher, run_with_features
 from flashvaed_cli.distill.losses import FRAME_LOSSES, LossWeights, clamped_error, r2_loss
 from flashvaed_cli.distill.phases import PhasePlan

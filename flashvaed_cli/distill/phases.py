@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.groups import ChannelGroup, producers
-from flashvaed_cli.decoders.layer_spec import block_layers, block_out_width
-from flashvaed_cli.decoders.spec import DecoderSpec
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.spec.coders import DecoderSpec
+from flashvaed_cli.decoders.spec.groups import ChannelGroup, producers
+from flashvaed_cli.decoders.spec.layers import block_layers, block_out_width
 from flashvaed_cli.errors import DistillationError, SpecError
 
 Channels = tuple[int, ...]

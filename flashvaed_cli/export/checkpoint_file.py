@@ -15,8 +15,8 @@ from torch import Tensor
 
 from flashvaed_cli import __version__
 from flashvaed_cli.atomic import atomic_path
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.streaming import decode
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.run.streaming import decode
 from flashvaed_cli.errors import ExportError
 from flashvaed_cli.export.parity import copy_in, own_rounding, relative_difference, require_parity
 from flashvaed_cli.export.result import ExportResult, Target

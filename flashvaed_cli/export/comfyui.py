@@ -9,9 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flashvaed_cli.decoders.coder import Encoder
 from flashvaed_cli.decoders.families import encoder_like, get_family, original_like
-from flashvaed_cli.decoders.spec import DecoderSpec, EncoderSpec
+from flashvaed_cli.decoders.modules.coder import Encoder
+from flashvaed_cli.decoders.spec.coders import DecoderSpec, EncoderSpec
 from flashvaed_cli.decoders.uniform_layout import encoder_base_width, fits_uniform_layout
 
 LATENTS = "latents.latent"

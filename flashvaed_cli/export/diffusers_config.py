@@ -13,8 +13,8 @@ from typing import Any
 
 from flashvaed_cli.decoders.families import get_family, original_like
 from flashvaed_cli.decoders.family import Family
-from flashvaed_cli.decoders.layer_spec import ResBlockSpec
-from flashvaed_cli.decoders.spec import CoderSpec, DecoderSpec, EncoderSpec
+from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
+from flashvaed_cli.decoders.spec.layers import ResBlockSpec
 from flashvaed_cli.decoders.uniform_layout import encoder_base_width, fits_uniform_layout
 from flashvaed_cli.errors import ExportError
 

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn import functional as F
 
-from flashvaed_cli.decoders.blocks import Upsample
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.half_range import cast_decoder
-from flashvaed_cli.decoders.layer_spec import UpsampleSpec
-from flashvaed_cli.decoders.norms import ChannelRMSNorm
-from flashvaed_cli.decoders.operators import Future, LowRankConv3d, Past, extend_with_past, pointwise_conv
-from flashvaed_cli.decoders.spec import DecoderSpec
+from flashvaed_cli.decoders.modules.blocks import Upsample
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.modules.norms import ChannelRMSNorm
+from flashvaed_cli.decoders.modules.operators import Future, LowRankConv3d, Past, extend_with_past, pointwise_conv
+from flashvaed_cli.decoders.spec.coders import DecoderSpec
+from flashvaed_cli.decoders.spec.layers import UpsampleSpec
+from flashvaed_cli.decoders.variants.half_range import cast_decoder
 
 TRACE_BATCH = 2  # an axis of one is taken for a constant
 TRACE_GRID = (3, 5, 6)  # latent frames, height, width: unequal, so that no two axes are taken for one

@@ -20,8 +20,8 @@ import onnxruntime
 import torch
 
 from flashvaed_cli.atomic import draft_folder
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.streaming import decode
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.run.streaming import decode
 from flashvaed_cli.errors import ExportError
 from flashvaed_cli.export.graphs import (
     TRACE_BATCH,

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.spec import DecoderSpec
-from flashvaed_cli.decoders.streaming import decode
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.run.streaming import decode
+from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.errors import ExportError
 
 ROUNDING_FACTOR = 8.0

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 from flashvaed_cli.atomic import atomic_path
-from flashvaed_cli.decoders.spec import DecoderSpec
+from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.metrics.contest import Contestant, run_contest
 from flashvaed_cli.progress import Progress, SilentProgress
 

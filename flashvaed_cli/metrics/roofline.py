@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from flashvaed_cli.decoders.layer_spec import (
+from flashvaed_cli.decoders.spec.coders import DecoderSpec
+from flashvaed_cli.decoders.spec.layers import (
     AttentionSpec,
     BlockSpec,
     ResBlockSpec,
@@ -21,7 +22,6 @@ from flashvaed_cli.decoders.layer_spec import (
     block_in_width,
     block_out_width,
 )
-from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.metrics.speed import synchronizer
 
 _CPU_COPY_BYTES = 128 * 2**20  # well beyond the caches

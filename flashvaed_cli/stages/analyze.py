@@ -26,9 +26,9 @@ from flashvaed_cli.artifact.run_record import RunRecord
 from flashvaed_cli.artifact.store import write_artifact
 from flashvaed_cli.calibrate.latency import measure_latency
 from flashvaed_cli.calibrate.statistics import collect_statistics
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.cost import stage_costs
-from flashvaed_cli.decoders.groups import channel_groups
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.predict.cost import stage_costs
+from flashvaed_cli.decoders.spec.groups import channel_groups
 from flashvaed_cli.metrics.module_times import profile_modules
 from flashvaed_cli.metrics.speed import synchronizer
 from flashvaed_cli.numerics.covariance import TensorStatistics

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from flashvaed_cli.decoders.families import get_family
-from flashvaed_cli.decoders.groups import channel_groups
-from flashvaed_cli.decoders.layer_spec import ResBlockSpec
-from flashvaed_cli.decoders.spec import DecoderSpec
+from flashvaed_cli.decoders.spec.coders import DecoderSpec
+from flashvaed_cli.decoders.spec.groups import channel_groups
+from flashvaed_cli.decoders.spec.layers import ResBlockSpec
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.recipe.convert_ops import ConvertOpsRecipe
 from flashvaed_cli.recipe.settings import RatioFields

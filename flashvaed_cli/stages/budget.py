@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.cost import total_gflop
-from flashvaed_cli.decoders.exact import exact_decoder
 from flashvaed_cli.decoders.families import get_family
-from flashvaed_cli.decoders.groups import channel_groups
-from flashvaed_cli.decoders.latency_model import WidthLatency, rounded_ladder, width_ladder
-from flashvaed_cli.decoders.layout import channels_last, use_channels_last
-from flashvaed_cli.decoders.spec import DecoderSpec
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.modules.memory_format import channels_last, use_channels_last
+from flashvaed_cli.decoders.predict.cost import total_gflop
+from flashvaed_cli.decoders.predict.latency import WidthLatency, rounded_ladder, width_ladder
+from flashvaed_cli.decoders.spec.coders import DecoderSpec
+from flashvaed_cli.decoders.spec.groups import channel_groups
+from flashvaed_cli.decoders.variants.exact import exact_decoder
 from flashvaed_cli.metrics.speed import SpeedResult, speed_ratio, synchronizer, time_alternating
 from flashvaed_cli.numerics.covariance import TensorStatistics
 from flashvaed_cli.progress import Progress

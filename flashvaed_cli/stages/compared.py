@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.errors import ArtifactError
 from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.recipe.evaluate import EvalRecipe

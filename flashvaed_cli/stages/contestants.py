@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from flashvaed_cli.artifact.layouts import Layout, to_foreign
 from flashvaed_cli.artifact.wan22_keys import WAN22_DIFFUSERS
 from flashvaed_cli.artifact.wan_keys import QWEN_DIFFUSERS, WAN_DIFFUSERS
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.exact import exact_decoder
 from flashvaed_cli.decoders.families import original_like
-from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.decoders.uniform_layout import fits_uniform_layout
+from flashvaed_cli.decoders.variants.exact import exact_decoder
 from flashvaed_cli.metrics.autotune import Choice
 from flashvaed_cli.stages.memory_fit import Limits
 

@@ -10,13 +10,13 @@ import torch
 
 from flashvaed_cli.artifact.checkpoint import derived_header, save_checkpoint
 from flashvaed_cli.artifact.run_record import RunRecord
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.cost import total_gflop
-from flashvaed_cli.decoders.exact import exact_changes, exact_decoder
 from flashvaed_cli.decoders.families import get_family
-from flashvaed_cli.decoders.layer_spec import Operator
-from flashvaed_cli.decoders.spec import DecoderSpec
-from flashvaed_cli.decoders.still import still_decoder
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.predict.cost import total_gflop
+from flashvaed_cli.decoders.spec.coders import DecoderSpec
+from flashvaed_cli.decoders.spec.layers import Operator
+from flashvaed_cli.decoders.variants.exact import exact_changes, exact_decoder
+from flashvaed_cli.decoders.variants.still import still_decoder
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.export.parity import seeded_latents
 from flashvaed_cli.paths import user_path

@@ -16,11 +16,11 @@ from torch import Tensor
 from flashvaed_cli.artifact.checkpoint import derived_header, save_checkpoint
 from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.calibrate.statistics import collect_statistics
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.exact import exact_decoder
 from flashvaed_cli.decoders.families import get_family
-from flashvaed_cli.decoders.groups import Kept
-from flashvaed_cli.decoders.streaming import decode
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.run.streaming import decode
+from flashvaed_cli.decoders.spec.groups import Kept
+from flashvaed_cli.decoders.variants.exact import exact_decoder
 from flashvaed_cli.distill.loop import train
 from flashvaed_cli.distill.losses import LossWeights
 from flashvaed_cli.distill.objective import Perceptual

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from flashvaed_cli.decoders.cost import Grid, total_gflop
-from flashvaed_cli.decoders.exact import exact_decoder
 from flashvaed_cli.decoders.families import get_family
-from flashvaed_cli.decoders.groups import channel_groups
-from flashvaed_cli.decoders.memory import predict_peak_bytes
-from flashvaed_cli.decoders.spec import DecoderSpec
-from flashvaed_cli.decoders.still import still_decoder
+from flashvaed_cli.decoders.predict.cost import Grid, total_gflop
+from flashvaed_cli.decoders.predict.memory import predict_peak_bytes
+from flashvaed_cli.decoders.spec.coders import DecoderSpec
+from flashvaed_cli.decoders.spec.groups import channel_groups
+from flashvaed_cli.decoders.variants.exact import exact_decoder
+from flashvaed_cli.decoders.variants.still import still_decoder
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.export.parity import seeded_latents
 from flashvaed_cli.paths import user_path

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.cost import total_gflop
-from flashvaed_cli.decoders.exact import exact_decoder
-from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.predict.cost import total_gflop
+from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
+from flashvaed_cli.decoders.variants.exact import exact_decoder
 from flashvaed_cli.errors import ArtifactError, FlashVaedError, MediaError, NonFiniteError
 from flashvaed_cli.media.latent_files import is_latent_file
 from flashvaed_cli.metrics.quality import QualityResult, compare_frames, mean_quality

@@ -10,9 +10,9 @@ from typing import TypedDict
 import torch
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint, load_checkpoint, load_original
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.exact import plain_decoder
-from flashvaed_cli.decoders.still import still_decoder
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.variants.exact import plain_decoder
+from flashvaed_cli.decoders.variants.still import still_decoder
 from flashvaed_cli.errors import FlashVaedError
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.settings import CommandRecipe

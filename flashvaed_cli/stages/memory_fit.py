@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flashvaed_cli.decoders.cost import Grid
-from flashvaed_cli.decoders.memory import DType
-from flashvaed_cli.decoders.planning import DecodePlan, choose_plan
-from flashvaed_cli.decoders.spec import DecoderSpec
+from flashvaed_cli.decoders.predict.cost import Grid
+from flashvaed_cli.decoders.predict.memory import DType
+from flashvaed_cli.decoders.predict.planning import DecodePlan, choose_plan
+from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.errors import DecodeError
 from flashvaed_cli.metrics.free_memory import free_bytes
 

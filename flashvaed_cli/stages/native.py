@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.cost import total_gflop
-from flashvaed_cli.decoders.groups import Kept
-from flashvaed_cli.decoders.spec import DecoderSpec
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.predict.cost import total_gflop
+from flashvaed_cli.decoders.spec.coders import DecoderSpec
+from flashvaed_cli.decoders.spec.groups import Kept
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.metrics.speed import speed_ratio
 from flashvaed_cli.numerics.covariance import TensorStatistics

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from flashvaed_cli.decoders.coder import Coder, Decoder
-from flashvaed_cli.decoders.groups import Kept, compose_kept, tensor_widths
+from flashvaed_cli.decoders.modules.coder import Coder, Decoder
+from flashvaed_cli.decoders.spec.groups import Kept, compose_kept, tensor_widths
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.settings import ReconstructingRecipe
 from flashvaed_cli.report.tables import Column, TableData

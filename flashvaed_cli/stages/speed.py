@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.errors import DecodeError
 from flashvaed_cli.metrics.autotune import device_name
 from flashvaed_cli.progress import Progress

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.cost import total_gflop
-from flashvaed_cli.decoders.exact import exact_spec, plain_decoder
-from flashvaed_cli.decoders.layer_spec import block_layers
-from flashvaed_cli.decoders.spec import DecoderSpec
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.predict.cost import total_gflop
+from flashvaed_cli.decoders.spec.coders import DecoderSpec
+from flashvaed_cli.decoders.spec.layers import block_layers
+from flashvaed_cli.decoders.variants.exact import exact_spec, plain_decoder
 from flashvaed_cli.errors import DecodeError
 from flashvaed_cli.metrics.autotune import Choice
 from flashvaed_cli.metrics.contest import Contestant, ContestResult, run_contest

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from flashvaed_cli.artifact.checkpoint import save_checkpoint
 from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.atomic import atomic_path
-from flashvaed_cli.decoders.coder import Decoder, Encoder
-from flashvaed_cli.decoders.streaming import decode, encode
+from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
+from flashvaed_cli.decoders.run.streaming import decode, encode
 from flashvaed_cli.decoders.wan import wan_decoder_spec, wan_encoder_spec
 from flashvaed_cli.media.frames.container import is_still
 from flashvaed_cli.media.procedural import render_frames

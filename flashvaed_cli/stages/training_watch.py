@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flashvaed_cli.atomic import atomic_path
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.streaming import decode
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.run.streaming import decode
 from flashvaed_cli.distill.checkpoint import HistoryEntry
 from flashvaed_cli.distill.loop import AfterStep
 from flashvaed_cli.errors import DistillationError

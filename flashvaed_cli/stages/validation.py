@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.exact import exact_decoder
-from flashvaed_cli.decoders.streaming import decode
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.run.streaming import decode
+from flashvaed_cli.decoders.variants.exact import exact_decoder
 from flashvaed_cli.metrics.quality import compare_frames, mean_quality
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.distill import DistillRecipe

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flashvaed_cli.decoders.blocks import Attention
+from flashvaed_cli.decoders.modules.blocks import Attention
 
 
 @torch.no_grad()

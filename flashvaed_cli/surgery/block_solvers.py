@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flashvaed_cli.decoders.blocks import Attention, Downsample, Head, ResBlock, Upsample
-from flashvaed_cli.decoders.operators import (
+from flashvaed_cli.decoders.modules.blocks import Attention, Downsample, Head, ResBlock, Upsample
+from flashvaed_cli.decoders.modules.operators import (
     ChannelRMSNorm,
     Conv,
     LowRankConv3d,
@@ -26,7 +26,7 @@ from flashvaed_cli.decoders.operators import (
     dense_kernel,
     frames_as_batch,
 )
-from flashvaed_cli.decoders.shuffle_blocks import ShuffleUpsample
+from flashvaed_cli.decoders.modules.shuffle_blocks import ShuffleUpsample
 from flashvaed_cli.surgery.activations import ActivationStore
 from flashvaed_cli.surgery.attention_fit import set_collapsed
 from flashvaed_cli.surgery.channel_fit import ChannelFit

@@ -15,11 +15,11 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.cost import Grid, stage_costs
-from flashvaed_cli.decoders.groups import channel_groups
-from flashvaed_cli.decoders.latency_model import LOWEST_RATIO, block_axes
-from flashvaed_cli.decoders.spec import DecoderSpec
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.predict.cost import Grid, stage_costs
+from flashvaed_cli.decoders.predict.latency import LOWEST_RATIO, block_axes
+from flashvaed_cli.decoders.spec.coders import DecoderSpec
+from flashvaed_cli.decoders.spec.groups import channel_groups
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.numerics.covariance import TensorStatistics
 from flashvaed_cli.numerics.selection import SELECTION_RULES

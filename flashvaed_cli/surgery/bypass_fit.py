@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flashvaed_cli.decoders.bypass import Bypass
+from flashvaed_cli.decoders.modules.bypass import Bypass
 from flashvaed_cli.surgery.activations import ActivationStore
 from flashvaed_cli.surgery.channel_fit import ChannelFit
 from flashvaed_cli.surgery.layer_fit import DenseFit, FitSettings, LayerError, LayerFit, rows_for

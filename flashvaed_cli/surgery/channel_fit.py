@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flashvaed_cli.decoders.operators import Conv, LowRankConv3d, SeparableConv3d
+from flashvaed_cli.decoders.modules.operators import Conv, LowRankConv3d, SeparableConv3d
 from flashvaed_cli.numerics.least_squares import NormalEquations, relative_error, solve_ridge
 from flashvaed_cli.numerics.reduced_rank import factorise
 from flashvaed_cli.numerics.separable import frame_from_causal, separable_from_dense

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from flashvaed_cli.decoders.coder import Coder
-from flashvaed_cli.decoders.groups import ChannelGroup, consumers, producers
-from flashvaed_cli.decoders.operators import Conv, dense_kernel
+from flashvaed_cli.decoders.modules.coder import Coder
+from flashvaed_cli.decoders.modules.operators import Conv, dense_kernel
+from flashvaed_cli.decoders.spec.groups import ChannelGroup, consumers, producers
 from flashvaed_cli.errors import CalibrationError
 from flashvaed_cli.numerics.covariance import TensorStatistics
 from flashvaed_cli.numerics.selection import ChannelEvidence

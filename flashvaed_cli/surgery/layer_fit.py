@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from flashvaed_cli.decoders.layer_spec import ConvSpec
-from flashvaed_cli.decoders.operators import ChannelRMSNorm, Conv, LowRankConv3d, SeparableConv3d
+from flashvaed_cli.decoders.modules.operators import ChannelRMSNorm, Conv, LowRankConv3d, SeparableConv3d
+from flashvaed_cli.decoders.spec.layers import ConvSpec
 from flashvaed_cli.numerics.least_squares import NormalEquations, relative_error, solve_ridge
 from flashvaed_cli.numerics.norms import fit_gain
 from flashvaed_cli.numerics.reduced_rank import solve_reduced_rank

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from flashvaed_cli.decoders.coder import Coder
 from flashvaed_cli.decoders.families import get_family, original_like
-from flashvaed_cli.decoders.groups import ChannelGroup, Kept, channel_groups, input_tensors, tensor_widths
-from flashvaed_cli.decoders.layer_spec import AttentionSpec, ResBlockSpec
-from flashvaed_cli.decoders.spec import CoderSpec, DecoderSpec
+from flashvaed_cli.decoders.modules.coder import Coder
+from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec
+from flashvaed_cli.decoders.spec.groups import ChannelGroup, Kept, channel_groups, input_tensors, tensor_widths
+from flashvaed_cli.decoders.spec.layers import AttentionSpec, ResBlockSpec
 from flashvaed_cli.decoders.uniform_layout import fits_uniform_layout
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.numerics.covariance import TensorStatistics

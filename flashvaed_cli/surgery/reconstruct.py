@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flashvaed_cli.decoders.coder import Coder, Decoder
-from flashvaed_cli.decoders.exact import exact_decoder
-from flashvaed_cli.decoders.groups import Kept, input_tensors
-from flashvaed_cli.decoders.layout import channels_last, use_channels_last
+from flashvaed_cli.decoders.modules.coder import Coder, Decoder
+from flashvaed_cli.decoders.modules.memory_format import channels_last, use_channels_last
+from flashvaed_cli.decoders.spec.groups import Kept, input_tensors
+from flashvaed_cli.decoders.variants.exact import exact_decoder
 from flashvaed_cli.errors import CalibrationError
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.surgery.activations import ActivationStore

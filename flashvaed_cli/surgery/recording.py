@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from flashvaed_cli.decoders.blocks import Downsample
-from flashvaed_cli.decoders.operators import Conv
+from flashvaed_cli.decoders.modules.blocks import Downsample
+from flashvaed_cli.decoders.modules.operators import Conv
 from flashvaed_cli.surgery.rows import gather_rows, sample_positions
 
 BLOCK = "block"

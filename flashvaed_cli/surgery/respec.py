@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from flashvaed_cli.decoders.groups import Kept, channel_groups, input_tensors, tensor_widths
-from flashvaed_cli.decoders.layer_spec import (
+from flashvaed_cli.decoders.spec.coders import DecoderSpec
+from flashvaed_cli.decoders.spec.groups import Kept, channel_groups, input_tensors, tensor_widths
+from flashvaed_cli.decoders.spec.layers import (
     AttentionSpec,
     BlockSpec,
     ConvSpec,
@@ -19,7 +20,6 @@ from flashvaed_cli.decoders.layer_spec import (
     UpsampleSpec,
     block_shrinkage,
 )
-from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.errors import SpecError
 
 

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from flashvaed_cli.decoders.layer_spec import Kernel, SpacePadding, TimePadding
+from flashvaed_cli.decoders.spec.layers import Kernel, SpacePadding, TimePadding
 
 _GRAM_MULTIPLY_ADDS = 5e9
 _FEWEST_ROWS_PER_UNKNOWN, _MOST_ROWS_PER_UNKNOWN = 8, 128

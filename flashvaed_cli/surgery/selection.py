@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.groups import ChannelGroup, Kept, channel_groups
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.spec.groups import ChannelGroup, Kept, channel_groups
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.numerics.covariance import TensorStatistics
 from flashvaed_cli.numerics.independence import r2_of_set

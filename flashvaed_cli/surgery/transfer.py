@@ -11,15 +11,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flashvaed_cli.decoders.blocks import Attention, Downsample, ResBlock, Upsample
-from flashvaed_cli.decoders.bypass import Bypass
-from flashvaed_cli.decoders.coder import CoderT
-from flashvaed_cli.decoders.groups import Kept, input_tensors
-from flashvaed_cli.decoders.layer_spec import Operator, ShuffleUpsampleSpec
-from flashvaed_cli.decoders.norms import ChannelLayerNorm, ChannelRMSNorm
-from flashvaed_cli.decoders.operators import LowRankConv3d, dense_kernel
-from flashvaed_cli.decoders.shuffle_blocks import ShuffleUpsample
-from flashvaed_cli.decoders.spec import CoderSpec
+from flashvaed_cli.decoders.modules.blocks import Attention, Downsample, ResBlock, Upsample
+from flashvaed_cli.decoders.modules.bypass import Bypass
+from flashvaed_cli.decoders.modules.coder import CoderT
+from flashvaed_cli.decoders.modules.norms import ChannelLayerNorm, ChannelRMSNorm
+from flashvaed_cli.decoders.modules.operators import LowRankConv3d, dense_kernel
+from flashvaed_cli.decoders.modules.shuffle_blocks import ShuffleUpsample
+from flashvaed_cli.decoders.spec.coders import CoderSpec
+from flashvaed_cli.decoders.spec.groups import Kept, input_tensors
+from flashvaed_cli.decoders.spec.layers import Operator, ShuffleUpsampleSpec
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.numerics.reduced_rank import factorise
 from flashvaed_cli.numerics.separable import frame_from_causal, separable_from_dense

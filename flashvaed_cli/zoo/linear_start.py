@@ -14,10 +14,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flashvaed_cli.decoders.blocks import Attention, ConvBlock, Downsample, Head, ResBlock, Upsample
-from flashvaed_cli.decoders.coder import Coder, Decoder, Encoder
-from flashvaed_cli.decoders.layer_spec import block_out_width
-from flashvaed_cli.decoders.operators import Conv, batch_as_frames, frames_as_batch
+from flashvaed_cli.decoders.modules.blocks import Attention, ConvBlock, Downsample, Head, ResBlock, Upsample
+from flashvaed_cli.decoders.modules.coder import Coder, Decoder, Encoder
+from flashvaed_cli.decoders.modules.operators import Conv, batch_as_frames, frames_as_batch
+from flashvaed_cli.decoders.spec.layers import block_out_width
 from flashvaed_cli.errors import SpecError
 
 RIDGE_FRAC = 1e-4

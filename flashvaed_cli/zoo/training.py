@@ -21,10 +21,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from flashvaed_cli.decoders.coder import Coder, Decoder, Encoder
-from flashvaed_cli.decoders.layer_spec import ConvSpec
-from flashvaed_cli.decoders.norms import NORM_EPS, ChannelRMSNorm
-from flashvaed_cli.decoders.spec import CoderSpec
+from flashvaed_cli.decoders.modules.coder import Coder, Decoder, Encoder
+from flashvaed_cli.decoders.modules.norms import NORM_EPS, ChannelRMSNorm
+from flashvaed_cli.decoders.spec.coders import CoderSpec
+from flashvaed_cli.decoders.spec.layers import ConvSpec
 from flashvaed_cli.errors import DistillationError
 
 Log = Callable[[str], None]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint
-from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.media.sources import find_clips
 from flashvaed_cli.metrics.quality import psnr_db
 from flashvaed_cli.progress import SilentProgress

@@ -25,9 +25,9 @@ SCRIPT = """
 import json, sys, time
 from pathlib import Path
 import torch
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.exact import exact_decoder
-from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.variants.exact import exact_decoder
+from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
 from tests.bench.full_size import paper_layout
 
 def num_bytes(key):

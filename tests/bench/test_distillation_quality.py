@@ -23,7 +23,7 @@ from rich.console import Console
 
 from flashvaed_cli.artifact.checkpoint import load_checkpoint, save_checkpoint
 from flashvaed_cli.artifact.store import read_header
-from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.report.charts import style
 from flashvaed_cli.report.charts.training import training_curves
 from flashvaed_cli.report.tables import Cell, Column, TableData, to_rich

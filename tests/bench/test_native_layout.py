@@ -13,13 +13,13 @@ import torch
 from rich.console import Console
 
 from flashvaed_cli.calibrate.statistics import collect_statistics
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.cost import total_gflop
-from flashvaed_cli.decoders.exact import exact_decoder
-from flashvaed_cli.decoders.groups import channel_groups
-from flashvaed_cli.decoders.latency_model import width_ladder
-from flashvaed_cli.decoders.layout import channels_last, use_channels_last
-from flashvaed_cli.decoders.spec import DecoderSpec
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.modules.memory_format import channels_last, use_channels_last
+from flashvaed_cli.decoders.predict.cost import total_gflop
+from flashvaed_cli.decoders.predict.latency import width_ladder
+from flashvaed_cli.decoders.spec.coders import DecoderSpec
+from flashvaed_cli.decoders.spec.groups import channel_groups
+from flashvaed_cli.decoders.variants.exact import exact_decoder
 from flashvaed_cli.decoders.wan import WAN21, wan_decoder_spec
 from flashvaed_cli.metrics.speed import speed_ratio, synchronizer, time_alternating
 from flashvaed_cli.progress import SilentProgress

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from flashvaed_cli.artifact.checkpoint import derived_header, load_checkpoint, save_checkpoint
-from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.wan import wan_decoder_spec
 from flashvaed_cli.distill.loop import TrainResult, train
 from flashvaed_cli.distill.losses import LossWeights

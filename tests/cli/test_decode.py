@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flashvaed_cli.artifact.checkpoint import load_checkpoint, save_checkpoint
 from flashvaed_cli.artifact.header import ArtifactHeader
-from flashvaed_cli.decoders.streaming import decode
+from flashvaed_cli.decoders.run.streaming import decode
 from flashvaed_cli.media.pixels import to_pixels
 from tests.commands import invoke, succeed
 from tests.ltx_toy import ltx_decoder, ltx_spec

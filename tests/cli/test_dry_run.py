@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from flashvaed_cli.artifact.store import read_header
-from flashvaed_cli.decoders.groups import channel_groups
+from flashvaed_cli.decoders.spec.groups import channel_groups
 from tests.commands import CALIBRATION, TRAINING, invoke, succeed
 from tests.toy import write_toy_clip, write_toy_vae
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from flashvaed_cli.artifact.checkpoint import derived_header, load_checkpoint, save_checkpoint
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.exact import exact_spec
-from flashvaed_cli.decoders.planning import choose_plan
-from flashvaed_cli.decoders.still import still_decoder
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.predict.planning import choose_plan
+from flashvaed_cli.decoders.variants.exact import exact_spec
+from flashvaed_cli.decoders.variants.still import still_decoder
 from flashvaed_cli.decoders.wan import WAN21, wan_decoder_spec
 from flashvaed_cli.stages import contestants, memory_fit, speed_table
 from flashvaed_cli.stages.speed_table import ClipSize

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from flashvaed_cli.artifact.store import read_artifact, read_header, write_artifact
-from flashvaed_cli.decoders.cost import total_gflop
-from flashvaed_cli.decoders.latency_model import WidthLatency
+from flashvaed_cli.decoders.predict.cost import total_gflop
+from flashvaed_cli.decoders.predict.latency import WidthLatency
 from flashvaed_cli.stages import latency_model
 from tests.commands import CALIBRATION, invoke, succeed
 from tests.toy import write_toy_clip, write_toy_vae

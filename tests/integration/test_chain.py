@@ -14,9 +14,9 @@ import torch
 from flashvaed_cli.artifact.checkpoint import load_checkpoint
 from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.artifact.store import content_sha256, read_artifact, read_header
-from flashvaed_cli.decoders.cost import total_gflop
-from flashvaed_cli.decoders.spec import DecoderSpec
-from flashvaed_cli.decoders.streaming import decode
+from flashvaed_cli.decoders.predict.cost import total_gflop
+from flashvaed_cli.decoders.run.streaming import decode
+from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.media.video import count_frames
 from tests.commands import CALIBRATION, JUDGING, TRAINING, read_report, strict_json, succeed
 from tests.toy import BASE_WIDTH, HEIGHT, NUM_FRAMES, WIDTH, write_toy_clip, write_toy_vae

@@ -9,7 +9,7 @@ import torch
 
 from flashvaed_cli.artifact.checkpoint import load_checkpoint
 from flashvaed_cli.artifact.store import read_header
-from flashvaed_cli.decoders.exact import plain_spec
+from flashvaed_cli.decoders.variants.exact import plain_spec
 from tests.commands import CALIBRATION, JUDGING, invoke, read_report, succeed
 from tests.toy import toy_latents, write_toy_clip, write_toy_vae
 

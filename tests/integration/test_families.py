@@ -19,12 +19,12 @@ from flashvaed_cli.artifact.checkpoint import Checkpoint, load_checkpoint
 from flashvaed_cli.artifact.layouts import Layout, to_foreign
 from flashvaed_cli.artifact.wan22_keys import QWEN2_DIFFUSERS, WAN22_DIFFUSERS
 from flashvaed_cli.artifact.wan_keys import QWEN_DIFFUSERS, QWEN_ORIGINAL, WAN_DIFFUSERS
-from flashvaed_cli.decoders.coder import Decoder, Encoder
-from flashvaed_cli.decoders.cost import total_gflop
 from flashvaed_cli.decoders.families import get_family
-from flashvaed_cli.decoders.groups import channel_groups
-from flashvaed_cli.decoders.layer_spec import ResBlockSpec
-from flashvaed_cli.decoders.streaming import decode
+from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
+from flashvaed_cli.decoders.predict.cost import total_gflop
+from flashvaed_cli.decoders.run.streaming import decode
+from flashvaed_cli.decoders.spec.groups import channel_groups
+from flashvaed_cli.decoders.spec.layers import ResBlockSpec
 from flashvaed_cli.media.procedural import render_frames
 from tests.commands import JUDGING, invoke, read_report, succeed
 from tests.ltx_configs import ltx_config, random_ltx

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from flashvaed_cli.artifact.checkpoint import load_checkpoint
-from flashvaed_cli.decoders.streaming import encode
+from flashvaed_cli.decoders.run.streaming import encode
 from flashvaed_cli.media.video import count_frames, read_clip
 from tests.commands import CALIBRATION, JUDGING, invoke, read_report, succeed
 from tests.toy import write_toy_clip, write_toy_vae

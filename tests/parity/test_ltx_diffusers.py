@@ -22,12 +22,12 @@ from flashvaed_cli.artifact.coders import coders_from_foreign
 from flashvaed_cli.artifact.key_tables import LAYOUTS
 from flashvaed_cli.artifact.layouts import to_foreign
 from flashvaed_cli.artifact.recognition import recognise
-from flashvaed_cli.decoders.coder import Decoder, Encoder
 from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.decoders.ltx import DECODE_TIMESTEP
 from flashvaed_cli.decoders.ltx_config import configured
-from flashvaed_cli.decoders.noise import injected_noise
-from flashvaed_cli.decoders.streaming import encode
+from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
+from flashvaed_cli.decoders.run.streaming import encode
+from flashvaed_cli.decoders.variants.noise import injected_noise
 from flashvaed_cli.errors import ArtifactError
 from tests.ltx_configs import FAMILIES, VERSIONS, ltx_config, random_ltx
 from tests.parity.oracles import share_of_range

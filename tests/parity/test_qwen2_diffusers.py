@@ -15,7 +15,7 @@ from flashvaed_cli.artifact.layouts import slots
 from flashvaed_cli.artifact.recognition import recognise
 from flashvaed_cli.artifact.wan22_keys import QWEN2_DIFFUSERS
 from flashvaed_cli.decoders.qwen_image2 import QWEN_IMAGE_2, qwen2_decoder_spec, qwen2_encoder_spec
-from flashvaed_cli.decoders.streaming import decode, encode
+from flashvaed_cli.decoders.run.streaming import decode, encode
 from flashvaed_cli.errors import SpecError
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle; pip install '.[dev]'")

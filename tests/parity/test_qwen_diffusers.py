@@ -13,8 +13,8 @@ from flashvaed_cli.artifact.checkpoint import load_checkpoint
 from flashvaed_cli.artifact.layouts import slots, to_foreign
 from flashvaed_cli.artifact.wan_keys import QWEN_DIFFUSERS, QWEN_ORIGINAL
 from flashvaed_cli.decoders.qwen_image import QWEN_IMAGE, qwen_decoder_spec, qwen_encoder_spec
-from flashvaed_cli.decoders.still import still_decoder
-from flashvaed_cli.decoders.streaming import decode
+from flashvaed_cli.decoders.run.streaming import decode
+from flashvaed_cli.decoders.variants.still import still_decoder
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle; pip install '.[dev]'")
 

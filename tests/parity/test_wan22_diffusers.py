@@ -16,7 +16,7 @@ from torch import Tensor
 from flashvaed_cli.artifact.checkpoint import load_checkpoint
 from flashvaed_cli.artifact.layouts import Role, slots, to_foreign
 from flashvaed_cli.artifact.wan22_keys import WAN22_DIFFUSERS, WAN22_ORIGINAL
-from flashvaed_cli.decoders.streaming import decode
+from flashvaed_cli.decoders.run.streaming import decode
 from flashvaed_cli.decoders.wan22 import LATENT_MEAN, LATENT_STD, wan22_decoder_spec, wan22_encoder_spec
 from flashvaed_cli.errors import ArtifactError
 

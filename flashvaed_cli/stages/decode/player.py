@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint
-from flashvaed_cli.decoders.exact import exact_decoder, plain_decoder
-from flashvaed_cli.decoders.planning import DecodePlan
-from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings, chunk_starts
+from flashvaed_cli.decoders.predict.planning import DecodePlan
+from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings, chunk_starts
+from flashvaed_cli.decoders.variants.exact import exact_decoder, plain_decoder
 from flashvaed_cli.recipe.decode import DecodeRecipe
 from flashvaed_cli.recipe.fields import LatentScale
 from flashvaed_cli.recipe.quantities import parse_memory

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flashvaed_cli.decoders.runtime import DecodeRuntime
+from flashvaed_cli.decoders.run.runtime import DecodeRuntime
 from flashvaed_cli.media.writer import VideoWriter
 from flashvaed_cli.ownership import SOFTWARE
 from flashvaed_cli.progress import Progress

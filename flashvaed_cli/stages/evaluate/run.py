@@ -18,10 +18,10 @@ from flashvaed_cli.artifact.checkpoint import Checkpoint
 from flashvaed_cli.artifact.foreign import checkpoint_files
 from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.artifact.store import read_header, sha256_of_files
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.cost import total_gflop
-from flashvaed_cli.decoders.exact import exact_decoder
-from flashvaed_cli.decoders.half_range import cast_decoder
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.predict.cost import total_gflop
+from flashvaed_cli.decoders.variants.exact import exact_decoder
+from flashvaed_cli.decoders.variants.half_range import cast_decoder
 from flashvaed_cli.distill.ranks import Ranks, joined_ranks
 from flashvaed_cli.errors import MediaError, MetricUnavailableError
 from flashvaed_cli.media.clips import usable_files

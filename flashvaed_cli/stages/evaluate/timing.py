@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.exact import exact_decoder
-from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
+from flashvaed_cli.decoders.variants.exact import exact_decoder
 from flashvaed_cli.metrics.speed import SpeedResult, speed_ratio, synchronizer, time_alternating
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.evaluate import EvalRecipe

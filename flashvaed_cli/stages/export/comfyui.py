@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint, derived_header, load_checkpoint, save_checkpoint
 from flashvaed_cli.comfyui.node import NODE_PREFIX
-from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.export.checkpoint_file import READ_BACK, export_safetensors, read_back
 from flashvaed_cli.export.comfyui import file_metadata, single_file_obstacle, stand_in_encoder, write_node_folder
 from flashvaed_cli.export.result import ExportResult

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flashvaed_cli import __version__
 from flashvaed_cli.artifact.checkpoint import Checkpoint
-from flashvaed_cli.decoders.spec import DecoderSpec
+from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.export.result import ExportResult, Target
 from flashvaed_cli.printable import printable
 from flashvaed_cli.stages.reports import find_reports

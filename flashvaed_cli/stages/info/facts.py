@@ -13,10 +13,10 @@ from flashvaed_cli.artifact.flash_folder import FLASH_CLASS
 from flashvaed_cli.artifact.foreign import checkpoint_files
 from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.artifact.store import content_sha256, read_header, sha256_of
-from flashvaed_cli.decoders.coder import Decoder, Encoder
-from flashvaed_cli.decoders.cost import stage_costs
-from flashvaed_cli.decoders.layer_spec import block_in_width, block_out_width
-from flashvaed_cli.decoders.spec import CoderSpec
+from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
+from flashvaed_cli.decoders.predict.cost import stage_costs
+from flashvaed_cli.decoders.spec.coders import CoderSpec
+from flashvaed_cli.decoders.spec.layers import block_in_width, block_out_width
 from flashvaed_cli.errors import FlashVaedError
 from flashvaed_cli.ownership import has_own_header
 from flashvaed_cli.progress import Progress

@@ -12,7 +12,7 @@ import torch
 import flashvaed_cli as flashvaed
 from flashvaed_cli.artifact.checkpoint import load_checkpoint, save_checkpoint
 from flashvaed_cli.artifact.header import ArtifactHeader
-from flashvaed_cli.decoders.streaming import decode, encode
+from flashvaed_cli.decoders.run.streaming import decode, encode
 from flashvaed_cli.decoders.wan import LATENT_MEAN, LATENT_STD
 from flashvaed_cli.errors import ArtifactError, FlashVaedError, SpecError
 from tests.ltx_toy import ltx_decoder, ltx_spec

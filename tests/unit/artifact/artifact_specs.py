@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from flashvaed_cli.artifact.header import ArtifactHeader
-from flashvaed_cli.decoders.coder import Coder, Decoder
 from flashvaed_cli.decoders.families import get_family
-from flashvaed_cli.decoders.layer_spec import BlockSpec, ConvSpec, ResBlockSpec, UpsampleSpec
-from flashvaed_cli.decoders.spec import CoderSpec, DecoderSpec
-from flashvaed_cli.decoders.still import still_spec
+from flashvaed_cli.decoders.modules.coder import Coder, Decoder
+from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec
+from flashvaed_cli.decoders.spec.layers import BlockSpec, ConvSpec, ResBlockSpec, UpsampleSpec
+from flashvaed_cli.decoders.variants.still import still_spec
 from flashvaed_cli.decoders.wan import LATENT_MEAN, LATENT_STD, NAME, wan_decoder_spec, wan_encoder_spec
 from flashvaed_cli.decoders.wan22 import WAN22
 from flashvaed_cli.surgery.respec import converted_spec, narrowed_spec

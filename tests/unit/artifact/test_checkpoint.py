@@ -16,7 +16,7 @@ from flashvaed_cli.artifact.checkpoint import (
     save_checkpoint,
 )
 from flashvaed_cli.artifact.store import read_artifact, write_artifact
-from flashvaed_cli.decoders.coder import Encoder
+from flashvaed_cli.decoders.modules.coder import Encoder
 from flashvaed_cli.decoders.wan import wan_decoder_spec
 from flashvaed_cli.errors import ArtifactError
 

@@ -14,10 +14,10 @@ from flashvaed_cli.artifact.checkpoint import Checkpoint, load_checkpoint
 from flashvaed_cli.artifact.key_tables import LAYOUTS
 from flashvaed_cli.artifact.layouts import to_foreign
 from flashvaed_cli.artifact.wan_keys import WAN_DIFFUSERS
-from flashvaed_cli.decoders.coder import Decoder, Encoder
 from flashvaed_cli.decoders.families import FAMILIES, get_family
-from flashvaed_cli.decoders.layer_spec import ShuffleUpsampleSpec
-from flashvaed_cli.decoders.spec import CoderSpec
+from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
+from flashvaed_cli.decoders.spec.coders import CoderSpec
+from flashvaed_cli.decoders.spec.layers import ShuffleUpsampleSpec
 from flashvaed_cli.errors import ArtifactError
 from tests.ltx_configs import FAMILIES as LTX_FAMILIES
 from tests.ltx_configs import ltx_config

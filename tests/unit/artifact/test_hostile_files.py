@@ -26,7 +26,7 @@ from flashvaed_cli.artifact.store import sha256_of
 from flashvaed_cli.artifact.wan_keys import WAN_DIFFUSERS
 from flashvaed_cli.decoders.families import FAMILIES
 from flashvaed_cli.decoders.family import Family
-from flashvaed_cli.decoders.still import still_spec
+from flashvaed_cli.decoders.variants.still import still_spec
 from flashvaed_cli.errors import ArtifactError
 from flashvaed_cli.limits import MAX_MESSAGE_CHARS
 

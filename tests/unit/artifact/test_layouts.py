@@ -20,10 +20,10 @@ from flashvaed_cli.artifact.shape_reading import spec_from_shapes
 from flashvaed_cli.artifact.wan22_keys import WAN22_ORIGINAL
 from flashvaed_cli.artifact.wan_keys import WAN_DIFFUSERS, WAN_ORIGINAL
 from flashvaed_cli.artifact.writing import to_program
-from flashvaed_cli.decoders.coder import Coder, Decoder, Encoder
 from flashvaed_cli.decoders.families import get_family
-from flashvaed_cli.decoders.layer_spec import ConvSpec, UpsampleSpec, block_in_width
-from flashvaed_cli.decoders.spec import CoderSpec
+from flashvaed_cli.decoders.modules.coder import Coder, Decoder, Encoder
+from flashvaed_cli.decoders.spec.coders import CoderSpec
+from flashvaed_cli.decoders.spec.layers import ConvSpec, UpsampleSpec, block_in_width
 from flashvaed_cli.errors import ArtifactError
 
 FAMILIES = ("wan2.1", "wan2.2", "qwen-image")

@@ -17,10 +17,10 @@ from flashvaed_cli.artifact.key_tables import LAYOUTS, original_layout
 from flashvaed_cli.artifact.layouts import to_foreign
 from flashvaed_cli.artifact.ltx_keys import fold_timestep
 from flashvaed_cli.artifact.recognition import present_roles, recognise, twins
-from flashvaed_cli.decoders.coder import Decoder, Encoder
 from flashvaed_cli.decoders.families import get_family
-from flashvaed_cli.decoders.spec import DecoderSpec
-from flashvaed_cli.decoders.streaming import decode
+from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
+from flashvaed_cli.decoders.run.streaming import decode
+from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.errors import ArtifactError
 from tests.ltx_toy import VERSIONS, flash_ltx_spec, ltx_decoder, ltx_spec
 

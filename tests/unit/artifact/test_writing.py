@@ -12,7 +12,7 @@ from flashvaed_cli.artifact.checkpoint import load_checkpoint
 from flashvaed_cli.artifact.key_tables import original_layout
 from flashvaed_cli.artifact.writing import to_program
 from flashvaed_cli.decoders.families import FAMILIES, get_family
-from flashvaed_cli.decoders.layer_spec import ResBlockSpec
+from flashvaed_cli.decoders.spec.layers import ResBlockSpec
 from tests.ltx_toy import VERSIONS, flash_ltx_spec, ltx_decoder, ltx_spec
 from tests.toy import toy_decoder
 

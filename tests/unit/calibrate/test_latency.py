@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 
 from flashvaed_cli.calibrate.latency import OTHER, measure_latency
-from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.metrics.module_times import profile_modules
 from tests.toy import DECODER_SPECS, toy_decoder, toy_latents
 

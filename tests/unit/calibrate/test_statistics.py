@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from flashvaed_cli.calibrate.statistics import collect_statistics
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.groups import tensor_widths
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.spec.groups import tensor_widths
 from flashvaed_cli.errors import CalibrationError
 from flashvaed_cli.progress import SilentProgress
 from tests.toy import DECODER_SPECS, toy_decoder, toy_latents

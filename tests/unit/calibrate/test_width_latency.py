@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from flashvaed_cli.calibrate.width_latency import measure_width_latency
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.groups import channel_groups
-from flashvaed_cli.decoders.latency_model import WidthLatency
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.predict.latency import WidthLatency
+from flashvaed_cli.decoders.spec.groups import channel_groups
 from flashvaed_cli.decoders.wan import WAN21, wan_decoder_spec
 from flashvaed_cli.metrics.module_times import profile_modules
 from flashvaed_cli.progress import SilentProgress

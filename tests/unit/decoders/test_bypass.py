@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from flashvaed_cli.decoders.bypass import Bypass
-from flashvaed_cli.decoders.patches import patchify, unpatchify
-from flashvaed_cli.decoders.spec import BypassSpec, StageSpec
+from flashvaed_cli.decoders.modules.bypass import Bypass
+from flashvaed_cli.decoders.modules.patches import patchify, unpatchify
+from flashvaed_cli.decoders.spec.coders import BypassSpec, StageSpec
 from flashvaed_cli.decoders.wan22 import wan22_encoder_spec
 from tests.toy import WAN22_SPECS, original_spec, toy_decoder, toy_latents, wan22_spec
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from flashvaed_cli.decoders import winograd
-from flashvaed_cli.decoders.coder import Coder
-from flashvaed_cli.decoders.cost import stage_costs, total_gflop
-from flashvaed_cli.decoders.layer_spec import (
+from flashvaed_cli.decoders.modules import winograd
+from flashvaed_cli.decoders.modules.coder import Coder
+from flashvaed_cli.decoders.predict.cost import stage_costs, total_gflop
+from flashvaed_cli.decoders.spec.coders import CoderSpec, StageSpec
+from flashvaed_cli.decoders.spec.layers import (
     AttentionSpec,
     BlockSpec,
     ConvBlockSpec,
@@ -16,7 +17,6 @@ from flashvaed_cli.decoders.layer_spec import (
     Operator,
     UpsampleSpec,
 )
-from flashvaed_cli.decoders.spec import CoderSpec, StageSpec
 from tests.toy import DECODER_SPECS, original_spec, toy_decoder, toy_encoder
 
 CODERS: dict[str, Coder] = {name: toy_decoder(spec) for name, spec in DECODER_SPECS.items()}

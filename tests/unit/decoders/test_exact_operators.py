@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from flashvaed_cli.decoders import exact_operators, winograd, winograd_strips
-from flashvaed_cli.decoders.exact_operators import fold_phases
-from flashvaed_cli.decoders.layer_spec import (
+from flashvaed_cli.decoders.modules import exact_operators, winograd
+from flashvaed_cli.decoders.modules.exact_operators import fold_phases
+from flashvaed_cli.decoders.modules.memory_format import channels_last, use_channels_last
+from flashvaed_cli.decoders.modules.operators import Conv, Future, Past, batch_as_frames, build_conv, frames_as_batch
+from flashvaed_cli.decoders.predict import winograd_strips
+from flashvaed_cli.decoders.spec.layers import (
     PLAIN_OPERATORS,
     ConvSpec,
     Kernel,
@@ -22,8 +25,6 @@ from flashvaed_cli.decoders.layer_spec import (
     SpacePadding,
     TimePadding,
 )
-from flashvaed_cli.decoders.layout import channels_last, use_channels_last
-from flashvaed_cli.decoders.operators import Conv, Future, Past, batch_as_frames, build_conv, frames_as_batch
 from flashvaed_cli.errors import SpecError
 
 TWINS: list[tuple[Operator, Kernel]] = [

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from flashvaed_cli.decoders.groups import (
+from flashvaed_cli.decoders.spec.coders import CoderSpec
+from flashvaed_cli.decoders.spec.groups import (
     ChannelGroup,
     channel_groups,
     compose_kept,
@@ -15,8 +16,7 @@ from flashvaed_cli.decoders.groups import (
     producers,
     tensor_widths,
 )
-from flashvaed_cli.decoders.layer_spec import ResBlockSpec
-from flashvaed_cli.decoders.spec import CoderSpec
+from flashvaed_cli.decoders.spec.layers import ResBlockSpec
 from flashvaed_cli.decoders.wan import wan_encoder_spec
 from tests.toy import DECODER_SPECS, original_spec, toy_decoder, toy_latents
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.exact import exact_decoder
 from flashvaed_cli.decoders.families import get_family
-from flashvaed_cli.decoders.half_range import cast_decoder, fit_half_range
-from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
-from flashvaed_cli.decoders.spec import DecoderSpec
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
+from flashvaed_cli.decoders.spec.coders import DecoderSpec
+from flashvaed_cli.decoders.variants.exact import exact_decoder
+from flashvaed_cli.decoders.variants.half_range import cast_decoder, fit_half_range
 from flashvaed_cli.decoders.wan import wan_decoder_spec
 from tests.ltx_toy import flash_ltx_spec
 

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashvaed_cli.decoders.groups import channel_groups
-from flashvaed_cli.decoders.latency_model import (
+from flashvaed_cli.decoders.predict.latency import (
     BlockLatency,
     WidthLatency,
     block_axes,
     rounded_ladder,
     width_ladder,
 )
+from flashvaed_cli.decoders.spec.groups import channel_groups
 from flashvaed_cli.decoders.wan import wan_decoder_spec
 
 SPEC = wan_decoder_spec(16)

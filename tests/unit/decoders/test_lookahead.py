@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashvaed_cli.decoders.coder import Encoder
 from flashvaed_cli.decoders.families import get_family
-from flashvaed_cli.decoders.lookahead import latent_windows, time_halo, widest_window
 from flashvaed_cli.decoders.ltx_config import with_time_padding
-from flashvaed_cli.decoders.memory import predict_peak_bytes
-from flashvaed_cli.decoders.planning import choose_plan
-from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
-from flashvaed_cli.decoders.spec import DecoderSpec
-from flashvaed_cli.decoders.streaming import decode, decode_step, encode, encode_step
+from flashvaed_cli.decoders.modules.coder import Encoder
+from flashvaed_cli.decoders.predict.lookahead import latent_windows, time_halo, widest_window
+from flashvaed_cli.decoders.predict.memory import predict_peak_bytes
+from flashvaed_cli.decoders.predict.planning import choose_plan
+from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
+from flashvaed_cli.decoders.run.streaming import decode, decode_step, encode, encode_step
+from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.decoders.wan import wan_decoder_spec
 from flashvaed_cli.errors import SpecError
 from tests.ltx_toy import LATENT_WIDTH, VERSIONS, flash_ltx_spec, ltx_decoder, ltx_spec

@@ -8,21 +8,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flashvaed_cli.calibrate.width_latency import _grid
-from flashvaed_cli.decoders import exact, planning, winograd
-from flashvaed_cli.decoders.convolution import Conv
-from flashvaed_cli.decoders.cost import stage_costs
-from flashvaed_cli.decoders.exact import exact_changes, exact_decoder
 from flashvaed_cli.decoders.families import get_family
-from flashvaed_cli.decoders.groups import channel_groups
-from flashvaed_cli.decoders.latency_model import block_axes, coordinate, width_ladder
-from flashvaed_cli.decoders.layer_spec import ConvSpec, NormSpec, SpacePadding, TimePadding
-from flashvaed_cli.decoders.noise import injected_noise
-from flashvaed_cli.decoders.norms import ChannelLayerNorm, ChannelRMSNorm
-from flashvaed_cli.decoders.operators import build_conv
-from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
-from flashvaed_cli.decoders.shuffle_blocks import cells_to_channels, channels_to_cells
-from flashvaed_cli.decoders.spec import DecoderSpec
-from flashvaed_cli.decoders.streaming import decode
+from flashvaed_cli.decoders.modules import winograd
+from flashvaed_cli.decoders.modules.convolution import Conv
+from flashvaed_cli.decoders.modules.norms import ChannelLayerNorm, ChannelRMSNorm
+from flashvaed_cli.decoders.modules.operators import build_conv
+from flashvaed_cli.decoders.modules.shuffle_blocks import cells_to_channels, channels_to_cells
+from flashvaed_cli.decoders.predict import planning
+from flashvaed_cli.decoders.predict.cost import stage_costs
+from flashvaed_cli.decoders.predict.latency import block_axes, coordinate, width_ladder
+from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
+from flashvaed_cli.decoders.run.streaming import decode
+from flashvaed_cli.decoders.spec.coders import DecoderSpec
+from flashvaed_cli.decoders.spec.groups import channel_groups
+from flashvaed_cli.decoders.spec.layers import ConvSpec, NormSpec, SpacePadding, TimePadding
+from flashvaed_cli.decoders.variants import exact
+from flashvaed_cli.decoders.variants.exact import exact_changes, exact_decoder
+from flashvaed_cli.decoders.variants.noise import injected_noise
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.surgery.rows import gather_patches
 from tests.ltx_toy import VERSIONS, flash_ltx_spec, ltx_decoder, ltx_spec

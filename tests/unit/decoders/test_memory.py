@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashvaed_cli.decoders.exact import exact_spec
-from flashvaed_cli.decoders.memory import predict_peak_bytes
+from flashvaed_cli.decoders.predict.memory import predict_peak_bytes
+from flashvaed_cli.decoders.variants.exact import exact_spec
 from flashvaed_cli.decoders.wan import wan_decoder_spec
 from flashvaed_cli.errors import SpecError
 
@@ -49,10 +49,10 @@ MEASURED = """
 import json, sys
 from pathlib import Path
 import torch
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.exact import exact_spec
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.variants.exact import exact_spec
 from flashvaed_cli.decoders.families import get_family
-from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings, has_kernels
+from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings, has_kernels
 from flashvaed_cli.decoders.wan import wan_decoder_spec
 from flashvaed_cli.decoders.wan22 import wan22_decoder_spec
 from tests.bench.full_size import paper_layout

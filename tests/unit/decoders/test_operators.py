@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flashvaed_cli.decoders.blocks import Downsample, Upsample
-from flashvaed_cli.decoders.layer_spec import ConvSpec, DownsampleSpec, Kernel, Operator, UpsampleSpec
-from flashvaed_cli.decoders.operators import (
+from flashvaed_cli.decoders.modules.blocks import Downsample, Upsample
+from flashvaed_cli.decoders.modules.operators import (
     OPERATORS,
     CausalConv3d,
     ChannelRMSNorm,
@@ -26,6 +25,7 @@ from flashvaed_cli.decoders.operators import (
     frames_as_batch,
     norm_silu,
 )
+from flashvaed_cli.decoders.spec.layers import ConvSpec, DownsampleSpec, Kernel, Operator, UpsampleSpec
 
 KERNELS: dict[Operator, Kernel] = {
     "causal3d": (3, 3, 3),

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashvaed_cli.decoders.memory import predict_peak_bytes
-from flashvaed_cli.decoders.planning import choose_plan
+from flashvaed_cli.decoders.predict.memory import predict_peak_bytes
+from flashvaed_cli.decoders.predict.planning import choose_plan
 from flashvaed_cli.decoders.wan import wan_decoder_spec
 from flashvaed_cli.errors import DecodeError, SpecError
 from tests.toy import DECODER_SPECS

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashvaed_cli.decoders import runtime as runtime_module
-from flashvaed_cli.decoders.exact import exact_spec
-from flashvaed_cli.decoders.operators import Conv
-from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings, chunk_starts
-from flashvaed_cli.decoders.streaming import decode
+from flashvaed_cli.decoders.modules.operators import Conv
+from flashvaed_cli.decoders.run import runtime as runtime_module
+from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings, chunk_starts
+from flashvaed_cli.decoders.run.streaming import decode
+from flashvaed_cli.decoders.variants.exact import exact_spec
 from flashvaed_cli.errors import DecodeError, SpecError
 from tests.toy import DECODER_SPECS, toy_decoder, toy_latents
 
@@ -172,10 +172,10 @@ COMPILED = """
 import sys
 import torch
 from torch._dynamo.utils import counters
-from flashvaed_cli.decoders.exact import exact_spec
-from flashvaed_cli.decoders.operators import Conv
-from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
-from flashvaed_cli.decoders.streaming import decode
+from flashvaed_cli.decoders.variants.exact import exact_spec
+from flashvaed_cli.decoders.modules.operators import Conv
+from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
+from flashvaed_cli.decoders.run.streaming import decode
 from tests.toy import WAN22_SPECS, flash_spec, toy_decoder, toy_latents
 
 torch.set_num_threads(1)

@@ -6,7 +6,8 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from flashvaed_cli.decoders.layer_spec import (
+from flashvaed_cli.decoders.spec.coders import DecoderSpec, EncoderSpec
+from flashvaed_cli.decoders.spec.layers import (
     AttentionSpec,
     ConvBlockSpec,
     ConvSpec,
@@ -17,7 +18,6 @@ from flashvaed_cli.decoders.layer_spec import (
     block_layers,
     block_out_width,
 )
-from flashvaed_cli.decoders.spec import DecoderSpec, EncoderSpec
 from flashvaed_cli.decoders.wan import wan_decoder_spec, wan_encoder_spec
 from tests.toy import BASE_WIDTH, DECODER_SPECS, original_spec
 
@@ -107,5 +107,5 @@ def test_specs_are_frozen() -> None:
 
 
 def test_importing_specs_imports_no_torch() -> None:
-    program = "import sys, flashvaed_cli.decoders.spec; sys.exit('torch' in sys.modules)"
+    program = "import sys, flashvaed_cli.decoders.spec.coders; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 0

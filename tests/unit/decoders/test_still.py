@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.layer_spec import ConvSpec
-from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
-from flashvaed_cli.decoders.spec import DecoderSpec, StageSpec
-from flashvaed_cli.decoders.still import still_decoder
-from flashvaed_cli.decoders.streaming import decode
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
+from flashvaed_cli.decoders.run.streaming import decode
+from flashvaed_cli.decoders.spec.coders import DecoderSpec, StageSpec
+from flashvaed_cli.decoders.spec.layers import ConvSpec
+from flashvaed_cli.decoders.variants.still import still_decoder
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.surgery.respec import narrowed_spec
 from flashvaed_cli.surgery.transfer import transfer_weights

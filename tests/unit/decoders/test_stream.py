@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.lookahead import time_halo
-from flashvaed_cli.decoders.overflow import first_overflow
-from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
-from flashvaed_cli.decoders.streaming import WindowBuffer, decode
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.predict.lookahead import time_halo
+from flashvaed_cli.decoders.run.overflow import first_overflow
+from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
+from flashvaed_cli.decoders.run.streaming import WindowBuffer, decode
 from flashvaed_cli.errors import NonFiniteError, SpecError
 from tests.ltx_toy import flash_ltx_spec, ltx_decoder
 from tests.toy import toy_decoder, toy_latents

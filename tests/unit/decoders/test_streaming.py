@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashvaed_cli.decoders.coder import Decoder, Encoder
-from flashvaed_cli.decoders.layout import channels_last, use_channels_last
-from flashvaed_cli.decoders.streaming import (
+from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
+from flashvaed_cli.decoders.modules.memory_format import channels_last, use_channels_last
+from flashvaed_cli.decoders.run.streaming import (
     State,
     decode,
     decode_step,

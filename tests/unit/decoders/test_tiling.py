@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.exact import exact_spec
-from flashvaed_cli.decoders.layer_spec import block_in_width
-from flashvaed_cli.decoders.tiling import halo_at, scale_at, split_addresses, tile_layout, windows_along
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.predict.tiling import halo_at, scale_at, split_addresses, tile_layout, windows_along
+from flashvaed_cli.decoders.spec.layers import block_in_width
+from flashvaed_cli.decoders.variants.exact import exact_spec
 from flashvaed_cli.decoders.wan import wan_decoder_spec
 from flashvaed_cli.errors import SpecError
 from tests.toy import DECODER_SPECS, toy_decoder

@@ -8,16 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashvaed_cli.decoders.coder import Encoder
-from flashvaed_cli.decoders.cost import stage_costs
-from flashvaed_cli.decoders.exact import exact_decoder, exact_spec
 from flashvaed_cli.decoders.families import FAMILIES
-from flashvaed_cli.decoders.groups import channel_groups, consumers, producers
-from flashvaed_cli.decoders.latency_model import block_axes
-from flashvaed_cli.decoders.memory import predict_peak_bytes
-from flashvaed_cli.decoders.runtime import DecodeRuntime, DecodeSettings
-from flashvaed_cli.decoders.streaming import decode, encode
-from flashvaed_cli.decoders.tiling import split_addresses
+from flashvaed_cli.decoders.modules.coder import Encoder
+from flashvaed_cli.decoders.predict.cost import stage_costs
+from flashvaed_cli.decoders.predict.latency import block_axes
+from flashvaed_cli.decoders.predict.memory import predict_peak_bytes
+from flashvaed_cli.decoders.predict.tiling import split_addresses
+from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
+from flashvaed_cli.decoders.run.streaming import decode, encode
+from flashvaed_cli.decoders.spec.groups import channel_groups, consumers, producers
+from flashvaed_cli.decoders.variants.exact import exact_decoder, exact_spec
 from flashvaed_cli.decoders.wan22 import WAN22, wan22_decoder_spec, wan22_encoder_spec
 from tests.toy import WAN22_SPECS, fill_, toy_decoder, toy_latents, wan22_spec
 

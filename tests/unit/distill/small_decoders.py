@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.layer_spec import ConvSpec, Operator, ResBlockSpec
-from flashvaed_cli.decoders.spec import DecoderSpec, StageSpec
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.spec.coders import DecoderSpec, StageSpec
+from flashvaed_cli.decoders.spec.layers import ConvSpec, Operator, ResBlockSpec
 from flashvaed_cli.decoders.wan import wan_decoder_spec
 
 BASE_WIDTH = 2

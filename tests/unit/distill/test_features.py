@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.distill.features import FeatureMatcher, run_with_features
 from flashvaed_cli.distill.phases import FeatureMatch
 from tests.unit.distill.small_decoders import batches, teacher_decoder

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from flashvaed_cli.decoders.operators import frames_as_batch
+from flashvaed_cli.decoders.modules.operators import frames_as_batch
 from flashvaed_cli.distill.losses import (
     FRAME_LOSSES,
     clamped_error,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.distill import objective as objective_module
 from flashvaed_cli.distill.features import FeatureMatcher
 from flashvaed_cli.distill.losses import LossWeights

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.groups import channel_groups
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.spec.groups import channel_groups
 from flashvaed_cli.decoders.wan import WAN21
 from flashvaed_cli.distill.phases import (
     gradient_masks,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.distill import checkpoint as checkpoint_module
 from flashvaed_cli.distill.checkpoint import CheckpointState, checkpoint_state
 from flashvaed_cli.distill.interrupts import stop_wish

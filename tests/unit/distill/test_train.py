@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.distill.loop import train
 from flashvaed_cli.distill.losses import LossWeights
 from flashvaed_cli.distill.objective import choose_terms

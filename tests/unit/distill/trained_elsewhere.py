@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.distill.checkpoint import HistoryEntry
 from flashvaed_cli.distill.loop import TrainResult, train
 from flashvaed_cli.distill.losses import LossWeights

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from small_decoders import low_rank_spec, small_decoder
 
-from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.export.onnx_graph import OnnxOptions, export_onnx
 from flashvaed_cli.export.result import ExportResult
 

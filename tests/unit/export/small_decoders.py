@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.layer_spec import AttentionSpec, ConvSpec, Operator, ResBlockSpec
-from flashvaed_cli.decoders.spec import DecoderSpec, StageSpec
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.spec.coders import DecoderSpec, StageSpec
+from flashvaed_cli.decoders.spec.layers import AttentionSpec, ConvSpec, Operator, ResBlockSpec
 from flashvaed_cli.decoders.wan import wan_decoder_spec
 from flashvaed_cli.surgery.respec import with_time_rank
 

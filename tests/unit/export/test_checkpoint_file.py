@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.errors import ExportError
 from flashvaed_cli.export.checkpoint_file import Reference, export_diffusers, export_safetensors
 from flashvaed_cli.export.parity import seeded_latents

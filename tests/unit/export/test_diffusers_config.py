@@ -9,7 +9,7 @@ from small_decoders import flash_spec
 
 from flashvaed_cli.decoders.families import FAMILIES, get_family
 from flashvaed_cli.decoders.ltx_config import with_space_padding
-from flashvaed_cli.decoders.spec import DecoderSpec
+from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.errors import ExportError
 from flashvaed_cli.export.diffusers_config import (
     ARGUMENTS,

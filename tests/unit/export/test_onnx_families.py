@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from small_decoders import small_decoder
 
-from flashvaed_cli.decoders.layer_spec import HeadSpec
-from flashvaed_cli.decoders.spec import DecoderSpec, StageSpec
-from flashvaed_cli.decoders.still import still_decoder
-from flashvaed_cli.decoders.streaming import decode
+from flashvaed_cli.decoders.run.streaming import decode
+from flashvaed_cli.decoders.spec.coders import DecoderSpec, StageSpec
+from flashvaed_cli.decoders.spec.layers import HeadSpec
+from flashvaed_cli.decoders.variants.still import still_decoder
 from flashvaed_cli.decoders.wan import causal_conv
 from flashvaed_cli.decoders.wan22 import wan22_decoder_spec
 from flashvaed_cli.export.onnx_check import OnnxDecoder

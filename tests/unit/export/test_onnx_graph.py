@@ -12,8 +12,8 @@ import pytest
 import torch
 from small_decoders import low_rank_spec
 
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.streaming import decode
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.run.streaming import decode
 from flashvaed_cli.errors import ExportError
 from flashvaed_cli.export import onnx_graph, parity
 from flashvaed_cli.export.onnx_check import OnnxDecoder

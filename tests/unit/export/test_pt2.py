@@ -9,8 +9,8 @@ import pytest
 import torch
 from small_decoders import flash_spec, small_decoder
 
-from flashvaed_cli.decoders.still import still_decoder
-from flashvaed_cli.decoders.streaming import decode
+from flashvaed_cli.decoders.run.streaming import decode
+from flashvaed_cli.decoders.variants.still import still_decoder
 from flashvaed_cli.errors import DecodeError
 from flashvaed_cli.export.parity import seeded_latents
 from flashvaed_cli.export.pt2 import export_aoti, export_pt2

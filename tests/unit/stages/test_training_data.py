@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flashvaed_cli.decoders.streaming import encode
+from flashvaed_cli.decoders.run.streaming import encode
 from flashvaed_cli.errors import ArtifactError, MediaError
 from flashvaed_cli.media import latent_cache
 from flashvaed_cli.media.cuts import ClipSize

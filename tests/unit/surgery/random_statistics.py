@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from flashvaed_cli.decoders.groups import tensor_widths
-from flashvaed_cli.decoders.spec import CoderSpec
+from flashvaed_cli.decoders.spec.coders import CoderSpec
+from flashvaed_cli.decoders.spec.groups import tensor_widths
 from flashvaed_cli.numerics.covariance import TensorStatistics
 
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashvaed_cli.decoders.cost import total_gflop
-from flashvaed_cli.decoders.groups import channel_groups
-from flashvaed_cli.decoders.latency_model import rounded_ladder, width_ladder
+from flashvaed_cli.decoders.predict.cost import total_gflop
+from flashvaed_cli.decoders.predict.latency import rounded_ladder, width_ladder
+from flashvaed_cli.decoders.spec.groups import channel_groups
 from flashvaed_cli.decoders.wan import WAN21
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.surgery.budget import (

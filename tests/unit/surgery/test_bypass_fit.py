@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from flashvaed_cli.calibrate.statistics import collect_statistics
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.groups import Kept, channel_groups
-from flashvaed_cli.decoders.streaming import decode
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.run.streaming import decode
+from flashvaed_cli.decoders.spec.groups import Kept, channel_groups
 from flashvaed_cli.distill.features import run_with_features
 from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.surgery.evidence import channel_evidence

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashvaed_cli.decoders.groups import channel_groups
+from flashvaed_cli.decoders.spec.groups import channel_groups
 from flashvaed_cli.errors import CalibrationError, SpecError
 from flashvaed_cli.numerics.covariance import TensorStatistics
 from flashvaed_cli.numerics.independence import r2_of_set

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from flashvaed_cli.decoders.coder import Encoder
+from flashvaed_cli.decoders.modules.coder import Encoder
 from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.surgery.layer_fit import FitSettings
 from flashvaed_cli.surgery.reconstruct import reconstruct_coder

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.groups import ChannelGroup, channel_groups
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.spec.groups import ChannelGroup, channel_groups
 from flashvaed_cli.surgery.evidence import channel_evidence, pooled_evidence
 from tests.toy import DECODER_SPECS, original_spec, toy_decoder
 from tests.unit.surgery.random_statistics import random_statistics

@@ -7,10 +7,10 @@ import torch
 from pydantic import ValidationError
 
 from flashvaed_cli.calibrate.statistics import collect_statistics
-from flashvaed_cli.decoders.blocks import Attention
-from flashvaed_cli.decoders.coder import Decoder
 from flashvaed_cli.decoders.families import FAMILIES
-from flashvaed_cli.decoders.layer_spec import AttentionSpec
+from flashvaed_cli.decoders.modules.blocks import Attention
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.spec.layers import AttentionSpec
 from flashvaed_cli.decoders.wan import wan_decoder_spec
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.metrics.speed import SpeedResult

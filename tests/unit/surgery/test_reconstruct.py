@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from flashvaed_cli.calibrate.statistics import collect_statistics
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.expansion import expanded_decoder
-from flashvaed_cli.decoders.groups import Kept, compose_kept
-from flashvaed_cli.decoders.layer_spec import ConvSpec, HeadSpec
-from flashvaed_cli.decoders.spec import DecoderSpec, StageSpec
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.spec.coders import DecoderSpec, StageSpec
+from flashvaed_cli.decoders.spec.groups import Kept, compose_kept
+from flashvaed_cli.decoders.spec.layers import ConvSpec, HeadSpec
+from flashvaed_cli.decoders.variants.expansion import expanded_decoder
 from flashvaed_cli.decoders.wan import wan_decoder_spec
 from flashvaed_cli.errors import CalibrationError
 from flashvaed_cli.progress import SilentProgress

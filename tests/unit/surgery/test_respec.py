@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from flashvaed_cli.decoders.groups import Kept, input_tensors
-from flashvaed_cli.decoders.layer_spec import (
+from flashvaed_cli.decoders.spec.coders import DecoderSpec
+from flashvaed_cli.decoders.spec.groups import Kept, input_tensors
+from flashvaed_cli.decoders.spec.layers import (
     AttentionSpec,
     HeadSpec,
     Operator,
@@ -12,7 +13,6 @@ from flashvaed_cli.decoders.layer_spec import (
     block_in_width,
     block_out_width,
 )
-from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.decoders.wan import WAN21
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.surgery.respec import converted_spec, narrowed_spec, with_time_rank

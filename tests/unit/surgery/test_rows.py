@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashvaed_cli.decoders.layer_spec import ConvSpec, Kernel, Operator
-from flashvaed_cli.decoders.operators import build_conv
+from flashvaed_cli.decoders.modules.operators import build_conv
+from flashvaed_cli.decoders.spec.layers import ConvSpec, Kernel, Operator
 from flashvaed_cli.surgery.rows import dense_rows_per_clip, gather_patches, gather_rows, sample_positions
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashvaed_cli.decoders.blocks import Attention, ResBlock, Upsample
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.operators import LowRankConv3d, Pointwise, SeparableConv3d, dense_kernel
+from flashvaed_cli.decoders.modules.blocks import Attention, ResBlock, Upsample
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.modules.operators import LowRankConv3d, Pointwise, SeparableConv3d, dense_kernel
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.surgery.respec import converted_spec, narrowed_spec, with_time_rank
 from flashvaed_cli.surgery.transfer import transfer_weights

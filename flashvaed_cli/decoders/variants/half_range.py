@@ -14,11 +14,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from flashvaed_cli.decoders.blocks import Attention, ConvBlock, Head, ResBlock, Upsample
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.convolution import Conv
-from flashvaed_cli.decoders.norms import ChannelLayerNorm, ChannelRMSNorm
-from flashvaed_cli.decoders.shuffle_blocks import ShuffleUpsample
+from flashvaed_cli.decoders.modules.blocks import Attention, ConvBlock, Head, ResBlock, Upsample
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.modules.convolution import Conv
+from flashvaed_cli.decoders.modules.norms import ChannelLayerNorm, ChannelRMSNorm
+from flashvaed_cli.decoders.modules.shuffle_blocks import ShuffleUpsample
 
 LARGEST = 2.0**11
 """What may occur in a probe before anything is scaled: a 32nd of what float16 holds."""

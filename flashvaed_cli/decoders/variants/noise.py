@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from flashvaed_cli.decoders.blocks import ResBlock
-from flashvaed_cli.decoders.coder import Coder
+from flashvaed_cli.decoders.modules.blocks import ResBlock
+from flashvaed_cli.decoders.modules.coder import Coder
 
 
 @contextmanager

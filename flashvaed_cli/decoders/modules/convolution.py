@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flashvaed_cli.decoders.layer_spec import ConvSpec, TimePadding
+from flashvaed_cli.decoders.spec.layers import ConvSpec, TimePadding
 from flashvaed_cli.errors import SpecError
 
 Past = Mapping[str, Tensor] | None

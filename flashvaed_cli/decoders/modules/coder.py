@@ -9,12 +9,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flashvaed_cli.decoders.blocks import build_block
-from flashvaed_cli.decoders.bypass import Bypass
-from flashvaed_cli.decoders.layer_spec import BlockSpec
-from flashvaed_cli.decoders.operators import Future, Past
-from flashvaed_cli.decoders.patches import patchify, unpatchify
-from flashvaed_cli.decoders.spec import CoderSpec, DecoderSpec, EncoderSpec
+from flashvaed_cli.decoders.modules.blocks import build_block
+from flashvaed_cli.decoders.modules.bypass import Bypass
+from flashvaed_cli.decoders.modules.operators import Future, Past
+from flashvaed_cli.decoders.modules.patches import patchify, unpatchify
+from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
+from flashvaed_cli.decoders.spec.layers import BlockSpec
 
 
 class Coder(nn.Module):

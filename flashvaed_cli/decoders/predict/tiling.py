@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
 
-from flashvaed_cli.decoders.layer_spec import (
+from flashvaed_cli.decoders.spec.coders import DecoderSpec
+from flashvaed_cli.decoders.spec.layers import (
     AttentionSpec,
     BlockSpec,
     ConvSpec,
@@ -23,7 +24,6 @@ from flashvaed_cli.decoders.layer_spec import (
     block_layers,
     block_shrinkage,
 )
-from flashvaed_cli.decoders.spec import DecoderSpec
 from flashvaed_cli.errors import SpecError
 
 

@@ -38,9 +38,9 @@ from collections.abc import Callable
 
 import torch
 
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.layer_spec import BlockSpec, ConvSpec, Operator, UpsampleSpec, block_layers
-from flashvaed_cli.decoders.spec import DecoderSpec
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.spec.coders import DecoderSpec
+from flashvaed_cli.decoders.spec.layers import BlockSpec, ConvSpec, Operator, UpsampleSpec, block_layers
 
 WINOGRAD_WIDTH = 24
 """From this many channels on either side the products outweigh the transforms (16: 5.3 ms against 4.8)."""

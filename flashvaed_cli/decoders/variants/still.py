@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flashvaed_cli.decoders.bypass import Bypass
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.layer_spec import AttentionSpec, BlockSpec, ConvSpec, UpsampleSpec, block_layers
-from flashvaed_cli.decoders.operators import Conv
-from flashvaed_cli.decoders.spec import BypassSpec, DecoderSpec, StageSpec
+from flashvaed_cli.decoders.modules.bypass import Bypass
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.modules.operators import Conv
+from flashvaed_cli.decoders.spec.coders import BypassSpec, DecoderSpec, StageSpec
+from flashvaed_cli.decoders.spec.layers import AttentionSpec, BlockSpec, ConvSpec, UpsampleSpec, block_layers
 from flashvaed_cli.errors import SpecError
 
 _KINDS = ("conv", "resblock", "attention", "upsample", "head")

@@ -1,7 +1,7 @@
 """Exact twins: the same function of the same parameters as a plain operator, computed another way.
 
 A twin's `weight` and `bias` have the plain operator's names and shapes, so a decoder goes from one to the
-other by its spec alone, and both write the same state. `decoders.exact` says which twin is taken where.
+other by its spec alone, and both write the same state. `variants.exact` says which twin is taken where.
 The frames are equal up to rounding: only the order of the sums changes, and for half precision the number
 of times that a sum is rounded.
 """
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from flashvaed_cli.decoders.convolution import (
+from flashvaed_cli.decoders.modules.convolution import (
     Conv,
     Future,
     Past,
@@ -23,7 +23,7 @@ from flashvaed_cli.decoders.convolution import (
     space_window,
     time_window,
 )
-from flashvaed_cli.decoders.layer_spec import ConvSpec
+from flashvaed_cli.decoders.spec.layers import ConvSpec
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 

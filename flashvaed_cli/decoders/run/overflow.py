@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from flashvaed_cli.decoders.coder import Decoder
+from flashvaed_cli.decoders.modules.coder import Decoder
 
 
 def explain_overflow(decoder: Decoder, latents: Float[Tensor, "B C T Hz Wz"]) -> str:

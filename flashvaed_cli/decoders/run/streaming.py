@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flashvaed_cli.decoders.coder import Decoder, Encoder
-from flashvaed_cli.decoders.lookahead import LatentWindow, latent_windows, time_halo, window_of
-from flashvaed_cli.decoders.spec import DecoderSpec
+from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
+from flashvaed_cli.decoders.predict.lookahead import LatentWindow, latent_windows, time_halo, window_of
+from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.errors import SpecError
 
 State = dict[str, Tensor]

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from flashvaed_cli.decoders.layer_spec import BlockSpec, ConvSpec, ResBlockSpec, block_growth, block_layers
-from flashvaed_cli.decoders.spec import CoderSpec, DecoderSpec
+from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec
+from flashvaed_cli.decoders.spec.layers import BlockSpec, ConvSpec, ResBlockSpec, block_growth, block_layers
 
 _FAR = 1 << 20  # a latent so far from a video's beginning that no rounding differs from its neighbours'
 

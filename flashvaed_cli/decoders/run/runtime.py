@@ -22,17 +22,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.cost import Grid
-from flashvaed_cli.decoders.half_range import cast_decoder
-from flashvaed_cli.decoders.heap import return_freed_memory
-from flashvaed_cli.decoders.layout import channels_last, use_channels_last
-from flashvaed_cli.decoders.lookahead import LatentWindow, latent_windows
-from flashvaed_cli.decoders.memory import ITEM_BYTES, DType
-from flashvaed_cli.decoders.overflow import explain_overflow
-from flashvaed_cli.decoders.planning import DecodePlan, choose_plan
-from flashvaed_cli.decoders.streaming import State, WindowBuffer, check_latents, windows_of_parts
-from flashvaed_cli.decoders.tiling import TileLayout, Window, tile_layout
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.modules.memory_format import channels_last, use_channels_last
+from flashvaed_cli.decoders.predict.cost import Grid
+from flashvaed_cli.decoders.predict.lookahead import LatentWindow, latent_windows
+from flashvaed_cli.decoders.predict.memory import ITEM_BYTES, DType
+from flashvaed_cli.decoders.predict.planning import DecodePlan, choose_plan
+from flashvaed_cli.decoders.predict.tiling import TileLayout, Window, tile_layout
+from flashvaed_cli.decoders.run.heap import return_freed_memory
+from flashvaed_cli.decoders.run.overflow import explain_overflow
+from flashvaed_cli.decoders.run.streaming import State, WindowBuffer, check_latents, windows_of_parts
+from flashvaed_cli.decoders.variants.half_range import cast_decoder
 from flashvaed_cli.errors import DecodeError, NonFiniteError, SpecError
 from flashvaed_cli.limits import MAX_LATENT
 

@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flashvaed_cli.decoders.operators import build_conv
-from flashvaed_cli.decoders.spec import BypassSpec
+from flashvaed_cli.decoders.modules.operators import build_conv
+from flashvaed_cli.decoders.spec.coders import BypassSpec
 
 Clip = Float[Tensor, "B C T H W"]
 MappedClip = Float[Tensor, "B O To Ho Wo"]

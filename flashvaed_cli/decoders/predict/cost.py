@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from flashvaed_cli.decoders.layer_spec import (
+from flashvaed_cli.decoders.spec.coders import CoderSpec
+from flashvaed_cli.decoders.spec.layers import (
     AttentionSpec,
     BlockSpec,
     ConvSpec,
@@ -23,7 +24,6 @@ from flashvaed_cli.decoders.layer_spec import (
     block_out_width,
     block_shrinkage,
 )
-from flashvaed_cli.decoders.spec import CoderSpec
 
 Grid = tuple[int, int, int]
 """Frames, height, width of a tensor."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from flashvaed_cli.decoders.coder import Decoder
-from flashvaed_cli.decoders.operators import LowRankConv3d, dense_kernel
-from flashvaed_cli.decoders.spec import BlockSpec, DecoderSpec, block_layers
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.modules.operators import LowRankConv3d, dense_kernel
+from flashvaed_cli.decoders.spec.coders import BlockSpec, DecoderSpec, block_layers
 
 
 def expanded_spec(spec: DecoderSpec) -> DecoderSpec:

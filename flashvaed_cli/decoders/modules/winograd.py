@@ -21,10 +21,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from flashvaed_cli.decoders.convolution import Future, Past, remember, require_mirrored, time_clips
-from flashvaed_cli.decoders.exact_operators import HALF_PRECISION, TapwiseConv3d
-from flashvaed_cli.decoders.layer_spec import SpacePadding
-from flashvaed_cli.decoders.winograd_strips import MIN_TILES, outputs_at_once, rows_per_strip
+from flashvaed_cli.decoders.modules.convolution import Future, Past, remember, require_mirrored, time_clips
+from flashvaed_cli.decoders.modules.exact_operators import HALF_PRECISION, TapwiseConv3d
+from flashvaed_cli.decoders.predict.winograd_strips import MIN_TILES, outputs_at_once, rows_per_strip
+from flashvaed_cli.decoders.spec.layers import SpacePadding
 
 Matrix = tuple[tuple[int, ...], ...]
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import Field, FiniteFloat, model_validator
 
-from flashvaed_cli.decoders.layer_spec import (
+from flashvaed_cli.decoders.spec.layers import (
     BlockSpec,
     ConvSpec,
     FrozenSpec,

@@ -10,11 +10,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from flashvaed_cli.decoders.cost import Grid, stage_costs
-from flashvaed_cli.decoders.lookahead import widest_window
-from flashvaed_cli.decoders.memory import DType, MemoryFormat, MemoryModel
-from flashvaed_cli.decoders.spec import DecoderSpec
-from flashvaed_cli.decoders.tiling import TileLayout, split_addresses, tile_layout
+from flashvaed_cli.decoders.predict.cost import Grid, stage_costs
+from flashvaed_cli.decoders.predict.lookahead import widest_window
+from flashvaed_cli.decoders.predict.memory import DType, MemoryFormat, MemoryModel
+from flashvaed_cli.decoders.predict.tiling import TileLayout, split_addresses, tile_layout
+from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.errors import DecodeError, SpecError
 
 STEP_SHARE = 0.1  # what a step costs beside its frames (the past is joined on again), in latent frames

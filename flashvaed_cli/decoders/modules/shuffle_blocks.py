@@ -13,14 +13,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flashvaed_cli.decoders.convolution import Future, Past, extend_with_past, space_window, time_window
-from flashvaed_cli.decoders.layer_spec import (
+from flashvaed_cli.decoders.modules.convolution import Future, Past, extend_with_past, space_window, time_window
+from flashvaed_cli.decoders.modules.operators import build_conv
+from flashvaed_cli.decoders.spec.layers import (
     Factor,
     ShuffleUpsampleSpec,
     StridedDownsampleSpec,
     UnshuffleDownsampleSpec,
 )
-from flashvaed_cli.decoders.operators import build_conv
 
 Clip = Float[Tensor, "B C T H W"]
 MappedClip = Float[Tensor, "B O To Ho Wo"]

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from flashvaed_cli.decoders.layer_spec import (
+from flashvaed_cli.decoders.spec.coders import CoderSpec, StageSpec
+from flashvaed_cli.decoders.spec.layers import (
     AttentionSpec,
     BlockSpec,
     ConvSpec,
@@ -24,7 +25,6 @@ from flashvaed_cli.decoders.layer_spec import (
     UpsampleSpec,
     block_out_width,
 )
-from flashvaed_cli.decoders.spec import CoderSpec, StageSpec
 
 Kept = dict[str, tuple[int, ...]]
 """Tensor address to the channels that are left, as indices of the reference's channels; absent: all."""

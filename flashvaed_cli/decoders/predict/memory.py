@@ -13,8 +13,12 @@ from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import Literal
 
-from flashvaed_cli.decoders.cost import Grid, stage_costs
-from flashvaed_cli.decoders.layer_spec import (
+from flashvaed_cli.decoders.predict.cost import Grid, stage_costs
+from flashvaed_cli.decoders.predict.lookahead import widest_window
+from flashvaed_cli.decoders.predict.tiling import TileLayout, split_addresses, tile_layout
+from flashvaed_cli.decoders.predict.winograd_strips import MIN_TILES, working_elements
+from flashvaed_cli.decoders.spec.coders import BypassSpec, DecoderSpec
+from flashvaed_cli.decoders.spec.layers import (
     AttentionSpec,
     BlockSpec,
     ConvSpec,
@@ -27,10 +31,6 @@ from flashvaed_cli.decoders.layer_spec import (
     block_layers,
     block_out_width,
 )
-from flashvaed_cli.decoders.lookahead import widest_window
-from flashvaed_cli.decoders.spec import BypassSpec, DecoderSpec
-from flashvaed_cli.decoders.tiling import TileLayout, split_addresses, tile_layout
-from flashvaed_cli.decoders.winograd_strips import MIN_TILES, working_elements
 
 DType = Literal["float16", "bfloat16", "float32", "float64"]
 ITEM_BYTES: dict[DType, int] = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}

@@ -10,7 +10,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flashvaed_cli.decoders.layer_spec import (
+from flashvaed_cli.decoders.modules.norms import ChannelLayerNorm, ChannelRMSNorm, norm_silu
+from flashvaed_cli.decoders.modules.operators import (
+    Future,
+    Past,
+    batch_as_frames,
+    build_conv,
+    frames_as_batch,
+)
+from flashvaed_cli.decoders.modules.shuffle_blocks import ShuffleUpsample, StridedDownsample, UnshuffleDownsample
+from flashvaed_cli.decoders.spec.layers import (
     AttentionSpec,
     BlockSpec,
     ConvBlockSpec,
@@ -19,15 +28,6 @@ from flashvaed_cli.decoders.layer_spec import (
     ResBlockSpec,
     UpsampleSpec,
 )
-from flashvaed_cli.decoders.norms import ChannelLayerNorm, ChannelRMSNorm, norm_silu
-from flashvaed_cli.decoders.operators import (
-    Future,
-    Past,
-    batch_as_frames,
-    build_conv,
-    frames_as_batch,
-)
-from flashvaed_cli.decoders.shuffle_blocks import ShuffleUpsample, StridedDownsample, UnshuffleDownsample
 
 Clip = Float[Tensor, "B C T H W"]
 MappedClip = Float[Tensor, "B O To Ho Wo"]  # what a block makes of it: width, frames and size may differ

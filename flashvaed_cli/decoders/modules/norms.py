@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flashvaed_cli.decoders.layer_spec import NormSpec
+from flashvaed_cli.decoders.spec.layers import NormSpec
 
 NORM_EPS = 1e-12
 LAYER_NORM_EPS = 1e-6

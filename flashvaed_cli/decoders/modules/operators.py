@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flashvaed_cli.decoders.convolution import (
+from flashvaed_cli.decoders.modules.convolution import (
     Conv,
     Future,
     Past,
@@ -29,10 +29,10 @@ from flashvaed_cli.decoders.convolution import (
     space_window,
     time_window,
 )
-from flashvaed_cli.decoders.exact_operators import StackedConv3d, SubpixelConv2d, TapwiseConv3d, sum_over_taps
-from flashvaed_cli.decoders.layer_spec import ConvSpec
-from flashvaed_cli.decoders.norms import ChannelLayerNorm, ChannelRMSNorm, norm_silu
-from flashvaed_cli.decoders.winograd import WinogradConv3d
+from flashvaed_cli.decoders.modules.exact_operators import StackedConv3d, SubpixelConv2d, TapwiseConv3d, sum_over_taps
+from flashvaed_cli.decoders.modules.norms import ChannelLayerNorm, ChannelRMSNorm, norm_silu
+from flashvaed_cli.decoders.modules.winograd import WinogradConv3d
+from flashvaed_cli.decoders.spec.layers import ConvSpec
 
 __all__ = [
     "ChannelLayerNorm",

@@ -1,0 +1,1 @@
+"""The networks: operators, norms, blocks, and the coder that a spec becomes."""

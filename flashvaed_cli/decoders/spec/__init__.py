@@ -1,0 +1,1 @@
+"""The architecture as data: layers, coders, channel groups. Imports no torch."""
