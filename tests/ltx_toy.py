@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from flashvaed_cli.decoders.families import get_family
-from flashvaed_cli.decoders.ltx_config import with_time_padding
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
+from flashvaed_cli.families.ltx.config import with_time_padding
+from flashvaed_cli.families.registry import get_family
 from flashvaed_cli.surgery.respec import converted_spec, narrowed_spec
 from tests.toy import fill_, kept_of
 

@@ -13,8 +13,8 @@ from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.decoders.modules.coder import Coder, Decoder, Encoder
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec
 from flashvaed_cli.decoders.spec.groups import Kept, channel_groups
-from flashvaed_cli.decoders.wan import LATENT_MEAN, LATENT_STD, NAME, WAN21, wan_decoder_spec, wan_encoder_spec
-from flashvaed_cli.decoders.wan22 import WAN22, wan22_decoder_spec
+from flashvaed_cli.families.wan21.spec import LATENT_MEAN, LATENT_STD, NAME, WAN21, wan_decoder_spec, wan_encoder_spec
+from flashvaed_cli.families.wan22.spec import WAN22, wan22_decoder_spec
 from flashvaed_cli.media.procedural import render_frames
 from flashvaed_cli.media.writer import write_video
 from flashvaed_cli.surgery.respec import converted_spec, narrowed_spec, with_time_rank

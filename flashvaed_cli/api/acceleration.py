@@ -16,12 +16,11 @@ from flashvaed_cli.artifact.checkpoint import Checkpoint, derived_header, in_mem
 from flashvaed_cli.artifact.coders import shapes_of
 from flashvaed_cli.artifact.diffusers_config import latent_statistics
 from flashvaed_cli.artifact.foreign import ForeignWeights
-from flashvaed_cli.artifact.key_tables import LAYOUTS
 from flashvaed_cli.artifact.recognition import recognise
-from flashvaed_cli.decoders.families import are_one_network, get_family
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.variants.half_range import cast_decoder
 from flashvaed_cli.errors import FlashVaedError
+from flashvaed_cli.families.registry import LAYOUTS, are_one_network, get_family
 from flashvaed_cli.zoo.builtin import BUILTINS
 
 if TYPE_CHECKING:

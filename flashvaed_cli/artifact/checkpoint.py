@@ -22,17 +22,17 @@ from flashvaed_cli.artifact.flash_folder import FLASH_CLASS, flash_coders, flash
 from flashvaed_cli.artifact.foreign import ForeignWeights, checkpoint_files, read_foreign
 from flashvaed_cli.artifact.header import ArtifactHeader, Lineage
 from flashvaed_cli.artifact.hub import SCHEME, fetch_hub_file
-from flashvaed_cli.artifact.layouts import Role
 from flashvaed_cli.artifact.mismatch import compare_shapes
 from flashvaed_cli.artifact.recognition import ROLES, recognise, twins
 from flashvaed_cli.artifact.run_record import RunRecord
 from flashvaed_cli.artifact.store import content_sha256, read_artifact, sha256_of_files, write_artifact
 from flashvaed_cli.artifact.weight_checks import require_usable_weights
-from flashvaed_cli.decoders.families import families_named, get_family
 from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
 from flashvaed_cli.decoders.spec.coders import CoderSpec
 from flashvaed_cli.decoders.spec.groups import tensor_widths
 from flashvaed_cli.errors import ArtifactError, FlashVaedError
+from flashvaed_cli.families.layout import Role
+from flashvaed_cli.families.registry import families_named, get_family
 from flashvaed_cli.limits import MAX_LISTED_MISTAKES, MAX_QUOTED_CHARS
 from flashvaed_cli.ownership import has_own_header
 from flashvaed_cli.paths import user_path

@@ -8,13 +8,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from flashvaed_cli.artifact.layouts import Layout, Role, fold_separable, slots
+from flashvaed_cli.artifact.layouts import slots
 from flashvaed_cli.artifact.mismatch import Shape, compare_shapes
 from flashvaed_cli.artifact.recognition import present_roles
 from flashvaed_cli.artifact.shape_reading import spec_from_shapes
 from flashvaed_cli.decoders.modules.coder import Coder, Decoder, Encoder
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
 from flashvaed_cli.errors import ArtifactError
+from flashvaed_cli.families.layout import Layout, Role
+from flashvaed_cli.families.separable import fold_separable
 
 _LATENT_LAYERS: tuple[tuple[Role, str], ...] = (("decoder", "post_quant.0"), ("encoder", "quant.0"))
 

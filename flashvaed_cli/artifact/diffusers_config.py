@@ -11,13 +11,12 @@ from torch import Tensor
 
 from flashvaed_cli.artifact.foreign import CONFIG_NAME, ForeignWeights
 from flashvaed_cli.artifact.header_checks import check_statistics
-from flashvaed_cli.artifact.layouts import Role
-from flashvaed_cli.artifact.ltx_keys import MEAN_NAMES, STD_NAMES
-from flashvaed_cli.decoders.families import get_family
-from flashvaed_cli.decoders.family import Family
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
 from flashvaed_cli.decoders.spec.layers import block_in_width, block_out_width
 from flashvaed_cli.errors import ArtifactError
+from flashvaed_cli.families.family import Family
+from flashvaed_cli.families.layout import Role
+from flashvaed_cli.families.registry import LAYOUTS, get_family
 from flashvaed_cli.limits import MAX_QUOTED_CHARS, MAX_WIDTH
 from flashvaed_cli.untrusted.files import parse_json
 
@@ -91,11 +90,14 @@ def _has_both(given: Mapping[str, Any], source: str, location: str) -> bool:
 
 def _tensor_statistics(tensors: Mapping[str, Tensor], location: str) -> tuple[list[float], list[float]] | None:
     """Mean and deviation where a family keeps them among the weights."""
-    found = [next((name for name in names if name in tensors), None) for names in (MEAN_NAMES, STD_NAMES)]
+    pairs = [one.statistics for one in LAYOUTS.values() if one.statistics is not None]
+    pairs += [pair for one in LAYOUTS.values() for pair in one.other_statistics]
+    means, deviations = zip(*dict.fromkeys(pairs), strict=True)
+    found = [next((name for name in names if name in tensors), None) for names in (means, deviations)]
     if found[0] is None and found[1] is None:
         return None
     if found[0] is None or found[1] is None:
-        absent = (STD_NAMES if found[1] is None else MEAN_NAMES)[0]
+        absent = (deviations if found[1] is None else means)[0]
         raise ArtifactError(f"{location}: holds {found[0] or found[1]} but not {absent}. Give a whole checkpoint.")
     return tensors[found[0]].flatten().tolist(), tensors[found[1]].flatten().tolist()
 

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from flashvaed_cli.artifact.coders import coders_from_foreign, empty_coder, fill_coder, named_tensors, shapes_of
 from flashvaed_cli.artifact.header import ArtifactHeader, dump_header, parse_header
-from flashvaed_cli.artifact.key_tables import LAYOUTS
-from flashvaed_cli.artifact.layouts import Layout
 from flashvaed_cli.artifact.mismatch import compare_shapes
 from flashvaed_cli.decoders.modules.coder import Coder, Decoder, Encoder
 from flashvaed_cli.errors import ArtifactError
+from flashvaed_cli.families.layout import Layout
+from flashvaed_cli.families.registry import LAYOUTS
 
 FLASH_CLASS = "AutoencoderFlash"
 BASE, DECODER = "base.", "decoder."

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from math import prod
 
-from flashvaed_cli.decoders.families import FAMILIES
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
 from flashvaed_cli.decoders.spec.groups import tensor_widths
 from flashvaed_cli.decoders.spec.layers import block_growth, block_in_width, block_out_width, block_shrinkage
+from flashvaed_cli.families.registry import FAMILIES
 from flashvaed_cli.limits import MAX_STATISTIC, MAX_WIDTH
 
 _COLOURS = 3

@@ -1,19 +1,17 @@
 """Translate between our modules and a foreign layout, for any width, operator mix and pruning.
 
-A `Layout` is data: the place of every block and the name of every layer inside a block. Widths, operators and
-kernels are never configured; they are read from the shapes.
+Widths, operators and kernels are never configured; they are read from the shapes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from flashvaed_cli.artifact.mismatch import Shape
-from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
 from flashvaed_cli.decoders.spec.layers import (
     AttentionSpec,
@@ -24,8 +22,8 @@ from flashvaed_cli.decoders.spec.layers import (
     ResBlockSpec,
     UpsampleSpec,
 )
-
-Role = Literal["decoder", "encoder"]
+from flashvaed_cli.families.layout import Layout, Role
+from flashvaed_cli.families.registry import get_family
 
 # The convolutions of each kind of block.
 CONVS: dict[str, tuple[str, ...]] = {
@@ -40,45 +38,6 @@ CONVS: dict[str, tuple[str, ...]] = {
 }
 # Each norm with the layer that reads it.
 _NORMS: dict[str, dict[str, str]] = {"resblock": {"norm1": "conv1", "norm2": "conv2"}, "head": {"norm": "conv"}}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """One way of naming the tensors of a family.
-
-    Attributes:
-        places: per role, block address to the foreign name of the block (two blocks may share one); that of a
-            stage's bypass is `STAGE.bypass`.
-        layers: per kind of block, our layer name to the foreign name inside the block ("": the block itself).
-        config_class: `_class_name` of the configuration that comes with such weights; None if none does.
-        gain: what a norm's gain is called; its shift is its `bias`.
-        by_blocks: no name is common to all variants; the layout is told by where its blocks lie.
-        is_shifted: of a layout told by its blocks: the norms have shifts, or the tensors that these are made of.
-        prepare: makes tensors as found, with the configuration, into those that this layout names.
-        implied: what the names of a file say beyond its configuration, as keys of one.
-        finish: the way back, for files that other programs are to read.
-        statistics: what the latents' mean and deviation are called, where they stand among the weights.
-        prefix: of all names in the program's own files.
-    """
-
-    name: str
-    family: str
-    places: Mapping[Role, Mapping[str, str]]
-    layers: Mapping[str, Mapping[str, str]]
-    config_class: str | None = None
-    gain: str = "gamma"
-    by_blocks: bool = False
-    is_shifted: bool = False
-    prepare: Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, Tensor]] | None = None
-    implied: Callable[[Iterable[str]], dict[str, Any]] | None = None
-    finish: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
-    statistics: tuple[str, str] | None = None
-    prefix: str = ""
-
-    def layer_place(self, role: Role, address: str, kind: str, layer: str) -> str:
-        """The foreign name of a layer, less `.weight`."""
-        place, name = self.places[role][address], self.layers[kind][layer]
-        return f"{place}.{name}" if name else place
 
 
 @dataclass(frozen=True)
@@ -171,53 +130,3 @@ def _conv_slots(ours: str, foreign: str, layer: ConvSpec, on_frames: bool) -> It
 def to_foreign(tensors: Mapping[str, Tensor], spec: CoderSpec, layout: Layout) -> dict[str, Tensor]:
     """Our state dict under the names and shapes of a layout (views where possible)."""
     return {slot.foreign: tensors[slot.ours].reshape(slot.shape) for slot in slots(spec, layout)}
-
-
-def fold_separable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rewrite the parts of a depthwise-separable layer that our operators do not have; exact but for rounding.
-
-    A depthwise bias d moves into the pointwise bias, b + P d: the zero padding comes before the depthwise
-    convolution, so d reaches every position. A depthwise kernel without extent scales the columns of P, which
-    makes a plain pointwise layer. Tensors that do not fit each other are left for the strict check to name.
-    """
-    folded = dict(tensors)
-    for name in [name for name in tensors if name.endswith(".depthwise_conv.weight")]:
-        place = name.removesuffix(".depthwise_conv.weight")
-        depthwise, pointwise = folded[name], folded.get(f"{place}.pointwise_conv.weight")
-        bias, depthwise_bias = folded.get(f"{place}.pointwise_conv.bias"), folded.get(f"{place}.depthwise_conv.bias")
-        if pointwise is None or bias is None or pointwise.ndim < 2 or pointwise.shape[1] != depthwise.shape[0]:
-            continue
-        matrix = pointwise.flatten(1).double()  # [O, C]
-        if depthwise_bias is not None and matrix.shape == (bias.numel(), depthwise_bias.numel()):
-            bias = (bias.double() + matrix @ depthwise_bias.double()).float()
-            del folded[f"{place}.depthwise_conv.bias"]
-            folded[f"{place}.pointwise_conv.bias"] = bias
-        if depthwise.numel() == depthwise.shape[0]:
-            for suffix in ("depthwise_conv.weight", "pointwise_conv.weight", "pointwise_conv.bias"):
-                folded.pop(f"{place}.{suffix}")
-            scaled = (matrix * depthwise.flatten().double()).float()
-            folded[f"{place}.weight"] = scaled.reshape(*scaled.shape, 1, 1, 1)
-            folded[f"{place}.bias"] = bias
-    return folded
-
-
-def unfold_separable(tensors: Mapping[str, Tensor], *, conv1: str, shortcut: str) -> dict[str, Tensor]:
-    """What the released students' classes have that `fold_separable` takes away, so that they load a file strictly.
-
-    Every depthwise layer gets a bias, of zeros. The shortcut of a depthwise-separable block becomes such a layer too,
-    with a depthwise kernel of ones. The frames stay the same.
-
-    Args:
-        conv1, shortcut: what a residual block calls its first layer and its shortcut.
-    """
-    unfolded = dict(tensors)
-    end = f".{conv1}.depthwise_conv.weight"
-    for place in [name.removesuffix(end) for name in tensors if name.endswith(end)]:
-        weight = unfolded.pop(f"{place}.{shortcut}.weight", None)
-        if weight is not None:
-            unfolded[f"{place}.{shortcut}.depthwise_conv.weight"] = weight.new_ones(weight.shape[1], 1, 1, 1, 1)
-            unfolded[f"{place}.{shortcut}.pointwise_conv.weight"] = weight
-            unfolded[f"{place}.{shortcut}.pointwise_conv.bias"] = unfolded.pop(f"{place}.{shortcut}.bias")
-    for name in [name for name in unfolded if name.endswith(".depthwise_conv.weight")]:
-        unfolded[f"{name.removesuffix('weight')}bias"] = unfolded[name].new_zeros(unfolded[name].shape[0])
-    return unfolded

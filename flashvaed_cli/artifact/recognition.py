@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from flashvaed_cli.artifact.key_tables import LAYOUTS
-from flashvaed_cli.artifact.layouts import Layout, Role, blueprint, slots
+from flashvaed_cli.artifact.layouts import blueprint, slots
 from flashvaed_cli.artifact.other_models import Shapes, looks_like
-from flashvaed_cli.decoders.families import FAMILIES, are_one_network, families_named, get_family
 from flashvaed_cli.errors import ArtifactError
+from flashvaed_cli.families.layout import Layout, Role
+from flashvaed_cli.families.registry import FAMILIES, LAYOUTS, are_one_network, families_named, get_family
 
 # Wrappers that tools put around every name of a VAE.
 PREFIXES = ("module.", "_orig_mod.", "vae.", "first_stage_model.", "model.")
 ROLES: tuple[Role, ...] = ("decoder", "encoder")
 _KNOWN_SHARE = 0.5  # of the names that every variant of a layout has
-_CONDITION = re.compile(r"time_embedder|scale_shift_table|timestep_scale_multiplier")
-_LTX = re.compile(r"per_channel_statistics\.|^latents_mean$|^decoder\.up_blocks\.\d\.res_blocks\.")
 
 
 @dataclass(frozen=True)
@@ -83,8 +80,9 @@ def recognise(
         _refuse_ambiguity([layout for layout in candidates if fits[layout.name].rank == rank], location)
         return best
     sample = ", ".join(list(shapes)[:4])
-    if any(_LTX.search(name) for name in shapes):
-        why += "\nIt has names of an LTX-Video VAE, but not the blocks of a version that is known."
+    for model, names in {one.model: one.model_names for one in LAYOUTS.values() if one.model_names}.items():
+        if any(names.search(name) for name in shapes):
+            why += f"\nIt has names of an {model} VAE, but not the blocks of a version that is known."
     named = "" if family is None else f" of the family {family}"
     raise ArtifactError(
         f"{location}: not a checkpoint{named} that this version knows ({len(shapes)} tensors: {sample}, …). "
@@ -200,8 +198,9 @@ def _fit_of_blocks(names: list[str], layout: Layout, role: Role) -> _Fit:
     places = [f"{place}." for place in layout.places[role].values() if place != role]
     missing = [place for place in places if not any(name.startswith(place) for name in names)]
     known = (*places, f"{role}.conv_out.", f"{role}.norm_out.")
-    strange = [name for name in names if not name.startswith(known) and not _CONDITION.search(name)]
-    shifted = next((name for name in names if _CONDITION.search(name) or name.endswith(".norm1.bias")), None)
+    conditions = [] if layout.condition is None else [name for name in names if layout.condition.search(name)]
+    strange = [name for name in names if not name.startswith(known) and name not in conditions]
+    shifted = next((name for name in names if name in conditions or name.endswith(".norm1.bias")), None)
     fault = f"no tensor named {missing[0]}*" if missing else f"no place for {strange[0]}" if strange else ""
     if role == "decoder" and (shifted is not None) != layout.is_shifted:
         if shifted is None:

@@ -7,9 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from flashvaed_cli.artifact.layouts import CONVS, Layout, Role, blueprint
+from flashvaed_cli.artifact.layouts import CONVS, blueprint
 from flashvaed_cli.artifact.mismatch import Mismatch, Shape
-from flashvaed_cli.decoders.ltx_config import separable_padding
 from flashvaed_cli.decoders.spec.coders import BypassSpec, DecoderSpec, EncoderSpec, StageSpec
 from flashvaed_cli.decoders.spec.layers import (
     AttentionSpec,
@@ -32,6 +31,8 @@ from flashvaed_cli.decoders.spec.layers import (
 )
 from flashvaed_cli.decoders.variants.still import still_spec
 from flashvaed_cli.errors import ArtifactError, SpecError
+from flashvaed_cli.families.layout import Layout, Role
+from flashvaed_cli.families.registry import get_family
 
 WeightShape = tuple[int, int, Kernel]
 
@@ -66,6 +67,7 @@ def spec_from_shapes(
     reader = _ShapeReader(shapes)
     try:
         plan = blueprint(layout, role, config)
+        separable_padding = get_family(layout.family).config_keys.separable_padding(config or {})
     except SpecError as error:
         raise ArtifactError(f"{location}: in its configuration, {error}.") from error
     if isinstance(plan, DecoderSpec) and _is_still(shapes, layout, plan):
@@ -78,7 +80,7 @@ def spec_from_shapes(
             address = f"{stage.name}.{index}"
             place = layout.places[role][address]
             try:
-                found = _read_block(reader, layout, role, address, block, separable_padding(config or {}))
+                found = _read_block(reader, layout, role, address, block, separable_padding)
             except ValidationError as error:
                 clashes.append(f"{place}: {_reasons(error)}")
                 continue

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from flashvaed_cli.artifact.layouts import Layout, to_foreign
+from flashvaed_cli.artifact.layouts import to_foreign
 from flashvaed_cli.decoders.spec.coders import CoderSpec
+from flashvaed_cli.families.layout import Layout
 
 
 def to_program(

@@ -15,13 +15,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint, load_checkpoint
-from flashvaed_cli.artifact.key_tables import original_layout
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.predict.memory import DType, predict_peak_bytes
 from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.decoders.variants.exact import exact_decoder
 from flashvaed_cli.decoders.variants.half_range import cast_decoder
 from flashvaed_cli.errors import FlashVaedError
+from flashvaed_cli.families.registry import original_layout
 
 _DTYPES: dict[torch.dtype, DType] = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _FREE_PART = 0.9

@@ -1,75 +1,35 @@
 """What ComfyUI takes of a decoder: a file for `models/vae`, or a folder for `custom_nodes`.
 
-Reference: the loader of ComfyUI 0.3.75 (facts only), and the configurations in the released LTX-Video files.
+Reference: the loader of ComfyUI 0.3.75 (facts only).
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-from flashvaed_cli.decoders.families import encoder_like, get_family, original_like
 from flashvaed_cli.decoders.modules.coder import Encoder
 from flashvaed_cli.decoders.spec.coders import DecoderSpec, EncoderSpec
-from flashvaed_cli.decoders.uniform_layout import encoder_base_width, fits_uniform_layout
+from flashvaed_cli.families.registry import encoder_like, get_family, original_like
+from flashvaed_cli.families.uniform_layout import encoder_base_width, fits_uniform_layout
 
 LATENTS = "latents.latent"
-_ANY_WIDTH = {"wan2.1", "qwen-image"}  # ComfyUI reads the width from the file; elsewhere it is fixed
-
-
-def _blocks(*entries: tuple[str, Any]) -> list[list[Any]]:
-    return [list(entry) for entry in entries]
-
-
-def _decoder_blocks(*layers: int, noise: int) -> list[list[Any]]:
-    """Runs of residual blocks, the first `noise` of them with noise, with a doubling between them."""
-    runs = [["res_x", {"num_layers": n, "inject_noise": i < noise}] for i, n in enumerate(layers)]
-    doubling = ["compress_all", {"residual": True, "multiplier": 2}]
-    return [entry for run in runs[:-1] for entry in (run, doubling)] + [runs[-1]]
-
-
-def _runs(*layers: int) -> list[list[Any]]:
-    return [["res_x", {"num_layers": n}] for n in layers]
-
-
-_OLD_ENCODER = _blocks(
-    *[("res_x", {"num_layers": 4}), ("compress_all", {}), ("res_x_y", 1), ("res_x", {"num_layers": 3})],
-    *[("compress_all", {}), ("res_x_y", 1), ("res_x", {"num_layers": 3})],
-    *[("compress_all", {}), ("res_x", {"num_layers": 3}), ("res_x", {"num_layers": 4})],
-)
-_NEW_ENCODER = [
-    entry
-    for run, kind in zip(_runs(4, 6, 6, 2), ("space", "time", "all", "all"), strict=True)
-    for entry in (run, [f"compress_{kind}_res", {"multiplier": 2}])
-] + _runs(2)
-_LTX_BLOCKS: dict[str, dict[str, list[list[Any]]]] = {
-    "ltx-video-0.9.0": {
-        "blocks": _blocks(
-            *[("res_x", 4), ("compress_all", 1), ("res_x_y", 1), ("res_x", 3), ("compress_all", 1)],
-            *[("res_x_y", 1), ("res_x", 3), ("compress_all", 1), ("res_x", 3), ("res_x", 4)],
-        )
-    },
-    "ltx-video-0.9.1": {"decoder_blocks": _decoder_blocks(5, 6, 7, 8, noise=3), "encoder_blocks": _OLD_ENCODER},
-    "ltx-video-0.9.5": {"decoder_blocks": _decoder_blocks(5, 5, 5, 5, noise=0), "encoder_blocks": _NEW_ENCODER},
-}
-_READ_FAMILIES = {"wan2.1", "wan2.2", "qwen-image", *_LTX_BLOCKS}
 
 
 def single_file_obstacle(decoder: DecoderSpec, encoder: EncoderSpec | None) -> str | None:
     """Why ComfyUI's own loader does not read a decoder's file; None if it does."""
     family = get_family(decoder.family)
-    fit = fits_uniform_layout(decoder, original_like(decoder))
-    if family.name not in _READ_FAMILIES:
+    fit, reader = fits_uniform_layout(decoder, original_like(decoder)), family.elsewhere.comfyui
+    if reader is None:
         return f"it has no class for {family.name}"
     if fit.base_width is None:
         return str(fit.deviation)
-    if family.name not in _ANY_WIDTH and fit.base_width != family.released_base_width:
+    if not reader.any_width and fit.base_width != family.released_base_width:
         return f"it builds {family.name} at base width {family.released_base_width} only, this has {fit.base_width}"
     if encoder is None:
         return "it wants an encoder in the file, and none is at hand"
     width = encoder_base_width(encoder)
-    if family.name in _ANY_WIDTH and width != fit.base_width:
+    if reader.any_width and width != fit.base_width:
         return f"it wants encoder and decoder of one base width, these have {width} and {fit.base_width}"
     return None
 
@@ -83,8 +43,8 @@ def stand_in_encoder(decoder: DecoderSpec, encoder: EncoderSpec | None) -> Encod
         encoder: what would be written else.
     """
     base_width = fits_uniform_layout(decoder, original_like(decoder)).base_width
-    family = get_family(decoder.family)
-    if base_width is None or family.name not in _ANY_WIDTH:
+    reader = get_family(decoder.family).elsewhere.comfyui
+    if base_width is None or reader is None or not reader.any_width:
         return None
     if encoder is not None and encoder_base_width(encoder) == base_width:
         return None
@@ -95,28 +55,11 @@ def stand_in_encoder(decoder: DecoderSpec, encoder: EncoderSpec | None) -> Encod
 
 
 def file_metadata(decoder: DecoderSpec) -> dict[str, str]:
-    """The metadata that its loader needs; only LTX's is read from there."""
-    blocks = _LTX_BLOCKS.get(decoder.family)
-    if blocks is None:
+    """The metadata that its loader needs."""
+    reader = get_family(decoder.family).elsewhere.comfyui
+    if reader is None or reader.config is None:
         return {"format": "pt"}
-    said = get_family(decoder.family).described(decoder)
-    config = {
-        "_class_name": "CausalVideoAutoencoder",
-        "dims": 3,
-        "in_channels": 3,
-        "out_channels": 3,
-        "latent_channels": decoder.latent_width,
-        **blocks,
-        "scaling_factor": 1.0,
-        "norm_layer": "pixel_norm",
-        "patch_size": 4,
-        "latent_log_var": "uniform",
-        "use_quant_conv": False,
-        "causal_decoder": said["causal_decoder"],
-        "timestep_conditioning": said["timestep_conditioning"],
-        "spatial_padding_mode": said["spatial_padding_mode"],
-    }
-    return {"format": "pt", "config": json.dumps({"vae": config})}
+    return {"format": "pt", "config": json.dumps(reader.config(decoder))}
 
 
 def write_node_folder(folder: Path, decoder: Path, node: str, family: str) -> tuple[Path, ...]:

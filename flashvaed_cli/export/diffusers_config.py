@@ -11,71 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from flashvaed_cli.decoders.families import get_family, original_like
-from flashvaed_cli.decoders.family import Family
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
 from flashvaed_cli.decoders.spec.layers import ResBlockSpec
-from flashvaed_cli.decoders.uniform_layout import encoder_base_width, fits_uniform_layout
 from flashvaed_cli.errors import ExportError
+from flashvaed_cli.families.family import Family
+from flashvaed_cli.families.registry import LAYOUTS, get_family, original_like
+from flashvaed_cli.families.uniform_layout import encoder_base_width, fits_uniform_layout
 
-_QWEN = (
-    "base_dim",
-    "z_dim",
-    "dim_mult",
-    "num_res_blocks",
-    "attn_scales",
-    "temperal_downsample",
-    "latents_mean",
-    "latents_std",
-)
-_WAN = (
-    *_QWEN,
-    "decoder_base_dim",
-    "is_residual",
-    "in_channels",
-    "out_channels",
-    "patch_size",
-    "scale_factor_temporal",
-    "scale_factor_spatial",
-)
-_LTX = (
-    "in_channels",
-    "out_channels",
-    "latent_channels",
-    "block_out_channels",
-    "down_block_types",
-    "decoder_block_out_channels",
-    "layers_per_block",
-    "decoder_layers_per_block",
-    "spatio_temporal_scaling",
-    "decoder_spatio_temporal_scaling",
-    "decoder_inject_noise",
-    "downsample_type",
-    "upsample_residual",
-    "upsample_factor",
-    "timestep_conditioning",
-    "patch_size",
-    "patch_size_t",
-    "resnet_norm_eps",
-    "scaling_factor",
-    "encoder_causal",
-    "decoder_causal",
-    "spatial_compression_ratio",
-    "temporal_compression_ratio",
-)
 _PADDING = ("encoder_spatial_padding_mode", "decoder_spatial_padding_mode")
-ARGUMENTS: dict[str, tuple[str, ...]] = {
-    "AutoencoderKLWan": _WAN,
-    "AutoencoderKLQwenImage": _QWEN,
-    "AutoencoderKLQwenImage21": _WAN,
-    "AutoencoderKLLTXVideo": _LTX,
-    "AutoencoderKLLTX2Video": (*_LTX, "upsample_type", *_PADDING),
-}
+ARGUMENTS = {layout.config_class: layout.arguments for layout in LAYOUTS.values() if layout.config_class}
 """What the constructors take, of the keys that the families know."""
-
-_SINGLE_FILE_CLASSES = {"AutoencoderKLWan", "AutoencoderKLLTXVideo", "AutoencoderKLLTX2Video"}
-_UNREAD_FAMILIES = {"wan2.2"}  # of those classes: the converter knows Wan 2.1's names only
-_TOLD_BY_RELEASED_ENCODER = {"ltx-video-0.9.5"}  # the converter tells it from 0.9.1 by the encoder's last width
 
 
 def diffusers_config(
@@ -126,15 +71,14 @@ def single_file_note(class_name: str | None, decoder: DecoderSpec, encoder: Enco
     if class_name is None or fit.base_width is None:
         return f"safetensors: no original ({fit.deviation}): other programs need this program's decoder for it"
     family = get_family(decoder.family)
-    reads = class_name in _SINGLE_FILE_CLASSES and family.name not in _UNREAD_FAMILIES
-    if not reads:
+    if not family.elsewhere.reads_single_file:
         return f"safetensors: diffusers reads no single file of {family.name}: give it the folder of -t diffusers"
     if encoder is None:
         return f"safetensors: {class_name}.from_single_file wants an encoder in the file: give it that of -t diffusers"
     if (fault := encoder_fault(class_name, decoder, encoder)) is not None:
         return f"safetensors: diffusers does not read it: {fault}"
     base_width = encoder_base_width(encoder)
-    if family.name in _TOLD_BY_RELEASED_ENCODER and base_width != family.released_base_width:
+    if family.elsewhere.tells_by_released_encoder and base_width != family.released_base_width:
         return (
             f"safetensors: diffusers tells single files of {family.name} by an encoder of base width "
             f"{family.released_base_width}, this has {base_width}: give it the folder of -t diffusers"
@@ -153,8 +97,7 @@ def _known(class_name: str, decoder: DecoderSpec, encoder: EncoderSpec | None) -
     for key in ("temporal_compression_ratio", "scale_factor_temporal"):
         yield key, decoder.temporal_factor
     yield "scaling_factor", 1.0
-    blocks = family.config_keys.fixed.get("down_block_types", ())
-    yield "down_block_types", next((v for v in blocks if v[0].startswith("LTX2") == ("LTX2" in class_name)), None)
+    yield from next(layout for layout in LAYOUTS.values() if layout.config_class == class_name).settings.items()
     yield "downsample_type", family.config_keys.fixed.get("downsample_type", (("conv",) * 4,))[0]
     noise = [any(isinstance(b, ResBlockSpec) and b.noise for b in stage.blocks) for stage in decoder.stages[1:-1]]
     yield "decoder_inject_noise", noise[::-1]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.decoders.spec.groups import channel_groups
 from flashvaed_cli.decoders.spec.layers import ResBlockSpec
 from flashvaed_cli.errors import SpecError
+from flashvaed_cli.families.registry import get_family
 from flashvaed_cli.recipe.convert_ops import ConvertOpsRecipe
 from flashvaed_cli.recipe.settings import RatioFields
 

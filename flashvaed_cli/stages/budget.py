@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.modules.memory_format import channels_last, use_channels_last
 from flashvaed_cli.decoders.predict.cost import total_gflop
@@ -26,6 +25,7 @@ from flashvaed_cli.decoders.predict.latency import WidthLatency, rounded_ladder,
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.decoders.spec.groups import channel_groups
 from flashvaed_cli.decoders.variants.exact import exact_decoder
+from flashvaed_cli.families.registry import get_family
 from flashvaed_cli.metrics.speed import SpeedResult, speed_ratio, synchronizer, time_alternating
 from flashvaed_cli.numerics.covariance import TensorStatistics
 from flashvaed_cli.progress import Progress

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from flashvaed_cli.artifact.layouts import Layout, to_foreign
-from flashvaed_cli.artifact.wan22_keys import WAN22_DIFFUSERS
-from flashvaed_cli.artifact.wan_keys import QWEN_DIFFUSERS, WAN_DIFFUSERS
-from flashvaed_cli.decoders.families import original_like
+from flashvaed_cli.artifact.layouts import to_foreign
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
-from flashvaed_cli.decoders.uniform_layout import fits_uniform_layout
 from flashvaed_cli.decoders.variants.exact import exact_decoder
+from flashvaed_cli.families.registry import FAMILIES, class_layout, get_family, original_like
+from flashvaed_cli.families.uniform_layout import fits_uniform_layout
 from flashvaed_cli.metrics.autotune import Choice
 from flashvaed_cli.stages.memory_fit import Limits
 
@@ -24,14 +21,6 @@ Latents = Float[Tensor, "1 C T Hz Wz"]
 Call = Callable[[], object]
 
 PLAIN_EAGER = Choice("contiguous", exact=False)
-
-
-_DIFFUSERS: dict[str, tuple[Layout, dict[str, Any]]] = {
-    "wan2.1": (WAN_DIFFUSERS, {}),
-    "wan2.2": (WAN22_DIFFUSERS, {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2}),
-    "qwen-image": (QWEN_DIFFUSERS, {}),
-}
-"""By family: diffusers' layout, and what its class takes beside the widths."""
 
 
 def own_call(decoder: Decoder, latents: Latents, choice: Choice, limits: Limits) -> Call:
@@ -59,8 +48,9 @@ def own_call(decoder: Decoder, latents: Latents, choice: Choice, limits: Limits)
 
 def diffusers_fault(decoder: Decoder) -> str | None:
     """Why diffusers cannot run a decoder; None if it can."""
-    if decoder.spec.family not in _DIFFUSERS:
-        return f"the comparison knows diffusers' decoders of {', '.join(_DIFFUSERS)}, not of {decoder.spec.family}"
+    if get_family(decoder.spec.family).elsewhere.diffusers_arguments is None:
+        compared = [name for name, family in FAMILIES.items() if family.elsewhere.diffusers_arguments is not None]
+        return f"the comparison knows diffusers' decoders of {', '.join(compared)}, not of {decoder.spec.family}"
     fit = fits_uniform_layout(decoder.spec, original_like(decoder.spec))
     if fit.base_width is None:
         return f"diffusers has no decoder like it ({fit.deviation})"
@@ -84,11 +74,13 @@ def diffusers_call(decoder: Decoder, latents: Latents) -> Call:
 def _diffusers_vae(decoder: Decoder) -> nn.Module:
     import diffusers
 
-    layout, settings = _DIFFUSERS[decoder.spec.family]
+    layout = class_layout(decoder.spec.family)
+    arguments = get_family(decoder.spec.family).elsewhere.diffusers_arguments
     fit = fits_uniform_layout(decoder.spec, original_like(decoder.spec))
-    assert fit.base_width is not None and layout.config_class is not None
+    assert fit.base_width is not None and arguments is not None
+    assert layout is not None and layout.config_class is not None
     build = getattr(diffusers, layout.config_class)
-    vae = build(base_dim=fit.base_width, z_dim=decoder.spec.latent_width, **settings).eval().requires_grad_(False)
+    vae = build(base_dim=fit.base_width, z_dim=decoder.spec.latent_width, **arguments).eval().requires_grad_(False)
     weights = to_foreign(decoder.state_dict(), decoder.spec, layout)
     absent, superfluous = vae.load_state_dict(weights, strict=False)
     assert not superfluous and not any(name.startswith(("decoder.", "post_quant")) for name in absent)

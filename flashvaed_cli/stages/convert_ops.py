@@ -10,7 +10,6 @@ import torch
 
 from flashvaed_cli.artifact.checkpoint import derived_header, save_checkpoint
 from flashvaed_cli.artifact.run_record import RunRecord
-from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.predict.cost import total_gflop
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
@@ -19,6 +18,7 @@ from flashvaed_cli.decoders.variants.exact import exact_changes, exact_decoder
 from flashvaed_cli.decoders.variants.still import still_decoder
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.export.parity import seeded_latents
+from flashvaed_cli.families.registry import get_family
 from flashvaed_cli.paths import user_path
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.convert_ops import ConvertOpsRecipe

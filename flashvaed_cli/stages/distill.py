@@ -16,7 +16,6 @@ from torch import Tensor
 from flashvaed_cli.artifact.checkpoint import derived_header, save_checkpoint
 from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.calibrate.statistics import collect_statistics
-from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.run.streaming import decode
 from flashvaed_cli.decoders.spec.groups import Kept
@@ -35,6 +34,7 @@ from flashvaed_cli.distill.phases import (
 from flashvaed_cli.distill.ranks import Ranks, joined_ranks
 from flashvaed_cli.distill.settings import TrainSettings
 from flashvaed_cli.errors import DistillationError, MetricUnavailableError
+from flashvaed_cli.families.registry import get_family
 from flashvaed_cli.metrics.lpips_metric import load_lpips
 from flashvaed_cli.metrics.quality import compare_frames, mean_quality
 from flashvaed_cli.numerics.independence import reconstruction_map

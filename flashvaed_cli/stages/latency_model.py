@@ -23,11 +23,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flashvaed_cli.calibrate.width_latency import measure_width_latency
-from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.predict.cost import Grid
 from flashvaed_cli.decoders.predict.latency import WidthLatency
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
+from flashvaed_cli.families.registry import get_family
 from flashvaed_cli.metrics.module_times import profile_modules
 from flashvaed_cli.metrics.speed import synchronizer
 from flashvaed_cli.progress import Progress

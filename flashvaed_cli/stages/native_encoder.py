@@ -13,10 +13,10 @@ import torch
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint
 from flashvaed_cli.calibrate.statistics import collect_statistics
-from flashvaed_cli.decoders.families import encoder_like
 from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
 from flashvaed_cli.decoders.run.streaming import decode, encode
 from flashvaed_cli.errors import SpecError
+from flashvaed_cli.families.registry import encoder_like
 from flashvaed_cli.metrics.quality import PSNR_CAP_DB, compare_frames
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.prune import PruneRecipe

@@ -12,11 +12,11 @@ from flashvaed_cli.artifact.checkpoint import Checkpoint, derived_header, save_c
 from flashvaed_cli.artifact.header import ArtifactHeader, Lineage
 from flashvaed_cli.artifact.store import content_sha256, read_artifact, read_header
 from flashvaed_cli.calibrate.statistics import collect_statistics
-from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.decoders.spec.groups import ChannelGroup, Kept, channel_groups, compose_kept, tensor_widths
 from flashvaed_cli.errors import ArtifactError, SpecError
+from flashvaed_cli.families.registry import get_family
 from flashvaed_cli.numerics.covariance import TensorStatistics
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.fields import ANALYSIS_FILE

@@ -22,7 +22,7 @@ from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.atomic import atomic_path
 from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
 from flashvaed_cli.decoders.run.streaming import decode, encode
-from flashvaed_cli.decoders.wan import wan_decoder_spec, wan_encoder_spec
+from flashvaed_cli.families.wan21.spec import wan_decoder_spec, wan_encoder_spec
 from flashvaed_cli.media.frames.container import is_still
 from flashvaed_cli.media.procedural import render_frames
 from flashvaed_cli.media.sources import find_clips

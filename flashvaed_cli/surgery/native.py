@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from flashvaed_cli.decoders.families import get_family, original_like
 from flashvaed_cli.decoders.modules.coder import Coder
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec
 from flashvaed_cli.decoders.spec.groups import ChannelGroup, Kept, channel_groups, input_tensors, tensor_widths
 from flashvaed_cli.decoders.spec.layers import AttentionSpec, ResBlockSpec
-from flashvaed_cli.decoders.uniform_layout import fits_uniform_layout
 from flashvaed_cli.errors import SpecError
+from flashvaed_cli.families.registry import get_family, original_like
+from flashvaed_cli.families.uniform_layout import fits_uniform_layout
 from flashvaed_cli.numerics.covariance import TensorStatistics
 from flashvaed_cli.numerics.independence import r2_of_set
 from flashvaed_cli.numerics.selection import SELECTION_RULES, unvarying_channels

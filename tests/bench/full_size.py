@@ -7,11 +7,11 @@ import os
 import torch
 from rich.console import Console
 
-from flashvaed_cli.decoders.family import Family
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.decoders.spec.groups import channel_groups
-from flashvaed_cli.decoders.wan import WAN21, wan_decoder_spec
+from flashvaed_cli.families.family import Family
+from flashvaed_cli.families.wan21.spec import WAN21, wan_decoder_spec
 from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.report.speed import SpeedReport, SpeedTable, all_notes, speed_tables
 from flashvaed_cli.report.tables import to_rich

@@ -27,10 +27,10 @@ from torch import Tensor
 
 from flashvaed_cli import __version__
 from flashvaed_cli.artifact.checkpoint import Checkpoint
-from flashvaed_cli.decoders.families import FAMILIES
 from flashvaed_cli.decoders.run.streaming import decode
 from flashvaed_cli.export.onnx_graph import OnnxOptions, export_onnx
 from flashvaed_cli.export.parity import seeded_latents
+from flashvaed_cli.families.registry import FAMILIES
 from flashvaed_cli.report.tables import Cell, Column, TableData, to_markdown
 from flashvaed_cli.stages.export.layouts import diffusers_obstacle
 from tests.comfyui.test_in_comfyui import COMFYUI, in_comfyui

@@ -19,13 +19,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from flashvaed_cli.decoders.families import FAMILIES, get_family
-from flashvaed_cli.decoders.family import Family
 from flashvaed_cli.decoders.predict.cost import total_gflop
 from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.decoders.variants.exact import exact_spec
 from flashvaed_cli.decoders.variants.still import still_spec
+from flashvaed_cli.families.family import Family
+from flashvaed_cli.families.registry import FAMILIES, get_family
 from flashvaed_cli.metrics.speed import speed_ratio, time_alternating
 from tests.bench.full_size import flash_layout, random_decoder, setting
 

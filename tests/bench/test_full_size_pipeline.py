@@ -18,8 +18,8 @@ from rich.console import Console
 
 from flashvaed_cli.artifact.checkpoint import save_checkpoint
 from flashvaed_cli.artifact.header import ArtifactHeader
-from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
+from flashvaed_cli.families.registry import get_family
 from flashvaed_cli.report.tables import Cell, Column, TableData, to_rich
 from tests.bench.full_size import setting
 

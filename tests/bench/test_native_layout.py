@@ -20,7 +20,7 @@ from flashvaed_cli.decoders.predict.latency import width_ladder
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.decoders.spec.groups import channel_groups
 from flashvaed_cli.decoders.variants.exact import exact_decoder
-from flashvaed_cli.decoders.wan import WAN21, wan_decoder_spec
+from flashvaed_cli.families.wan21.spec import WAN21, wan_decoder_spec
 from flashvaed_cli.metrics.speed import speed_ratio, synchronizer, time_alternating
 from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.recipe.prune import PruneRecipe

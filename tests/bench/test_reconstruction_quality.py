@@ -18,7 +18,7 @@ from flashvaed_cli.calibrate.statistics import collect_statistics
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.decoders.spec.groups import Kept
-from flashvaed_cli.decoders.wan import WAN21
+from flashvaed_cli.families.wan21.spec import WAN21
 from flashvaed_cli.numerics.selection import SELECTION_RULES
 from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.recipe.prune import PruneRecipe

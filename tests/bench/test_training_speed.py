@@ -14,11 +14,11 @@ from rich.console import Console
 
 from flashvaed_cli.artifact.checkpoint import derived_header, load_checkpoint, save_checkpoint
 from flashvaed_cli.decoders.modules.coder import Decoder
-from flashvaed_cli.decoders.wan import wan_decoder_spec
 from flashvaed_cli.distill.loop import TrainResult, train
 from flashvaed_cli.distill.losses import LossWeights
 from flashvaed_cli.distill.phases import plan_phase_3
 from flashvaed_cli.distill.settings import TrainSettings
+from flashvaed_cli.families.wan21.spec import wan_decoder_spec
 from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.recipe import DistillRecipe
 from flashvaed_cli.report.tables import Column, TableData, to_rich

@@ -15,7 +15,7 @@ from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.predict.planning import choose_plan
 from flashvaed_cli.decoders.variants.exact import exact_spec
 from flashvaed_cli.decoders.variants.still import still_decoder
-from flashvaed_cli.decoders.wan import WAN21, wan_decoder_spec
+from flashvaed_cli.families.wan21.spec import WAN21, wan_decoder_spec
 from flashvaed_cli.stages import contestants, memory_fit, speed_table
 from flashvaed_cli.stages.speed_table import ClipSize
 from flashvaed_cli.surgery.respec import converted_spec

@@ -19,7 +19,7 @@ from torch import Tensor
 from flashvaed_cli.artifact.checkpoint import load_checkpoint, save_checkpoint
 from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.decoders.run.streaming import decode
-from flashvaed_cli.decoders.wan import LATENT_MEAN, LATENT_STD, NAME, WAN21, wan_decoder_spec
+from flashvaed_cli.families.wan21.spec import LATENT_MEAN, LATENT_STD, NAME, WAN21, wan_decoder_spec
 from flashvaed_cli.surgery.respec import converted_spec
 from tests.commands import succeed
 from tests.ltx_toy import ltx_decoder, ltx_spec

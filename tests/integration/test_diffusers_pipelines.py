@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import flashvaed_cli as flashvaed
 from flashvaed_cli.artifact.checkpoint import derived_header, load_checkpoint, save_checkpoint
-from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.run.streaming import decode
 from flashvaed_cli.errors import FlashVaedError, SpecError
+from flashvaed_cli.families.registry import get_family
 from flashvaed_cli.surgery.respec import converted_spec, narrowed_spec
 from tests.toy import fill_, kept_of
 

@@ -16,15 +16,18 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint, load_checkpoint
-from flashvaed_cli.artifact.layouts import Layout, to_foreign
-from flashvaed_cli.artifact.wan22_keys import QWEN2_DIFFUSERS, WAN22_DIFFUSERS
-from flashvaed_cli.artifact.wan_keys import QWEN_DIFFUSERS, QWEN_ORIGINAL, WAN_DIFFUSERS
-from flashvaed_cli.decoders.families import get_family
+from flashvaed_cli.artifact.layouts import to_foreign
 from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
 from flashvaed_cli.decoders.predict.cost import total_gflop
 from flashvaed_cli.decoders.run.streaming import decode
 from flashvaed_cli.decoders.spec.groups import channel_groups
 from flashvaed_cli.decoders.spec.layers import ResBlockSpec
+from flashvaed_cli.families.layout import Layout
+from flashvaed_cli.families.qwen_image.names import QWEN_DIFFUSERS, QWEN_ORIGINAL
+from flashvaed_cli.families.qwen_image2.names import QWEN2_DIFFUSERS
+from flashvaed_cli.families.registry import get_family
+from flashvaed_cli.families.wan21.names import WAN_DIFFUSERS
+from flashvaed_cli.families.wan22.names import WAN22_DIFFUSERS
 from flashvaed_cli.media.procedural import render_frames
 from tests.commands import JUDGING, invoke, read_report, succeed
 from tests.ltx_configs import ltx_config, random_ltx

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from flashvaed_cli.artifact.coders import coders_from_foreign
-from flashvaed_cli.artifact.layouts import Layout
 from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
 from flashvaed_cli.decoders.run.streaming import decode, encode
+from flashvaed_cli.families.layout import Layout
 
 RANGE_BOUND = 1e-4
 CHUNK_BOUND = 1e-5

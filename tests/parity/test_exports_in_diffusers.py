@@ -14,12 +14,11 @@ from oracles import randomised, share_of_range
 from torch import Tensor, nn
 
 from flashvaed_cli.artifact.checkpoint import derived_header, load_checkpoint, save_checkpoint
-from flashvaed_cli.artifact.key_tables import original_layout
 from flashvaed_cli.artifact.writing import to_program
-from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
 from flashvaed_cli.errors import FlashVaedError
 from flashvaed_cli.export.diffusers_config import ARGUMENTS, diffusers_config
+from flashvaed_cli.families.registry import get_family, original_layout
 from flashvaed_cli.surgery.respec import converted_spec
 from tests.commands import succeed
 from tests.ltx_configs import FAMILIES, ltx_config, random_ltx

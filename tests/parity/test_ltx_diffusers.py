@@ -19,16 +19,15 @@ from torch import Tensor, nn
 
 from flashvaed_cli.artifact.checkpoint import load_checkpoint
 from flashvaed_cli.artifact.coders import coders_from_foreign
-from flashvaed_cli.artifact.key_tables import LAYOUTS
 from flashvaed_cli.artifact.layouts import to_foreign
 from flashvaed_cli.artifact.recognition import recognise
-from flashvaed_cli.decoders.families import get_family
-from flashvaed_cli.decoders.ltx import DECODE_TIMESTEP
-from flashvaed_cli.decoders.ltx_config import configured
 from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
 from flashvaed_cli.decoders.run.streaming import encode
 from flashvaed_cli.decoders.variants.noise import injected_noise
 from flashvaed_cli.errors import ArtifactError
+from flashvaed_cli.families.ltx.config import configured
+from flashvaed_cli.families.ltx.spec import DECODE_TIMESTEP
+from flashvaed_cli.families.registry import LAYOUTS, get_family
 from tests.ltx_configs import FAMILIES, VERSIONS, ltx_config, random_ltx
 from tests.parity.oracles import share_of_range
 

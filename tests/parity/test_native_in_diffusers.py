@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 
 from flashvaed_cli.artifact.checkpoint import load_checkpoint, save_checkpoint
 from flashvaed_cli.artifact.header import ArtifactHeader
-from flashvaed_cli.decoders.families import FAMILIES, original_like
 from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
 from flashvaed_cli.decoders.run.streaming import encode
-from flashvaed_cli.decoders.uniform_layout import encoder_base_width, fits_uniform_layout
+from flashvaed_cli.families.registry import FAMILIES, original_like
+from flashvaed_cli.families.uniform_layout import encoder_base_width, fits_uniform_layout
 from flashvaed_cli.stages.export.comfyui import DECODES_ONLY
 from tests.commands import invoke, succeed
 from tests.toy import BASE_WIDTH, write_toy_clip, write_toy_vae

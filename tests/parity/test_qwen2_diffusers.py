@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from flashvaed_cli.artifact.checkpoint import load_checkpoint
 from flashvaed_cli.artifact.layouts import slots
 from flashvaed_cli.artifact.recognition import recognise
-from flashvaed_cli.artifact.wan22_keys import QWEN2_DIFFUSERS
-from flashvaed_cli.decoders.qwen_image2 import QWEN_IMAGE_2, qwen2_decoder_spec, qwen2_encoder_spec
 from flashvaed_cli.decoders.run.streaming import decode, encode
 from flashvaed_cli.errors import SpecError
+from flashvaed_cli.families.qwen_image2.names import QWEN2_DIFFUSERS
+from flashvaed_cli.families.qwen_image2.spec import QWEN_IMAGE_2, qwen2_decoder_spec, qwen2_encoder_spec
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle; pip install '.[dev]'")
 if not hasattr(diffusers, "AutoencoderKLQwenImage21"):

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 
 from flashvaed_cli.artifact.checkpoint import load_checkpoint
 from flashvaed_cli.artifact.layouts import slots, to_foreign
-from flashvaed_cli.artifact.wan_keys import QWEN_DIFFUSERS, QWEN_ORIGINAL
-from flashvaed_cli.decoders.qwen_image import QWEN_IMAGE, qwen_decoder_spec, qwen_encoder_spec
 from flashvaed_cli.decoders.run.streaming import decode
 from flashvaed_cli.decoders.variants.still import still_decoder
+from flashvaed_cli.families.qwen_image.names import QWEN_DIFFUSERS, QWEN_ORIGINAL
+from flashvaed_cli.families.qwen_image.spec import QWEN_IMAGE, qwen_decoder_spec, qwen_encoder_spec
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle; pip install '.[dev]'")
 

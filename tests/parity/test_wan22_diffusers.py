@@ -14,11 +14,12 @@ from oracles import Pair, assert_chunks_agree, assert_parity, pair_of, randomise
 from torch import Tensor
 
 from flashvaed_cli.artifact.checkpoint import load_checkpoint
-from flashvaed_cli.artifact.layouts import Role, slots, to_foreign
-from flashvaed_cli.artifact.wan22_keys import WAN22_DIFFUSERS, WAN22_ORIGINAL
+from flashvaed_cli.artifact.layouts import slots, to_foreign
 from flashvaed_cli.decoders.run.streaming import decode
-from flashvaed_cli.decoders.wan22 import LATENT_MEAN, LATENT_STD, wan22_decoder_spec, wan22_encoder_spec
 from flashvaed_cli.errors import ArtifactError
+from flashvaed_cli.families.layout import Role
+from flashvaed_cli.families.wan22.names import WAN22_DIFFUSERS, WAN22_ORIGINAL
+from flashvaed_cli.families.wan22.spec import LATENT_MEAN, LATENT_STD, wan22_decoder_spec, wan22_encoder_spec
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle; pip install '.[dev]'")
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from flashvaed_cli.artifact.checkpoint import load_checkpoint
-from flashvaed_cli.artifact.layouts import Role, slots, to_foreign
-from flashvaed_cli.artifact.wan_keys import WAN_DIFFUSERS, WAN_ORIGINAL
+from flashvaed_cli.artifact.layouts import slots, to_foreign
 from flashvaed_cli.decoders.run.streaming import decode
-from flashvaed_cli.decoders.wan import wan_decoder_spec, wan_encoder_spec
+from flashvaed_cli.families.layout import Role
+from flashvaed_cli.families.wan21.names import WAN_DIFFUSERS, WAN_ORIGINAL
+from flashvaed_cli.families.wan21.spec import wan_decoder_spec, wan_encoder_spec
 from tests.parity.oracles import (
     CHUNK_BOUND,
     Pair,

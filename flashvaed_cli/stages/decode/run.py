@@ -10,8 +10,8 @@ from io import BufferedIOBase
 from pathlib import Path
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint
-from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.errors import DecodeError, FlashVaedError, MediaError
+from flashvaed_cli.families.registry import get_family
 from flashvaed_cli.media.latent_files import is_latent_file, load_latents
 from flashvaed_cli.media.sources import find_clips
 from flashvaed_cli.paths import user_path

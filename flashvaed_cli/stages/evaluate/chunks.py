@@ -12,9 +12,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.decoders.run.streaming import State, encode_step
 from flashvaed_cli.errors import MediaError
+from flashvaed_cli.families.registry import get_family
 from flashvaed_cli.media.latent_files import is_latent_file
 from flashvaed_cli.media.video import count_frames, iter_frames, probe_video
 from flashvaed_cli.progress import Progress

@@ -11,18 +11,17 @@ import torch
 from torch import Tensor
 
 from flashvaed_cli.artifact.checkpoint import FAMILY_KEY, Checkpoint, load_checkpoint, load_original
-from flashvaed_cli.artifact.key_tables import LAYOUTS, original_layout
-from flashvaed_cli.artifact.layouts import Layout
 from flashvaed_cli.artifact.writing import to_program
-from flashvaed_cli.decoders.families import get_family, original_like
 from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
-from flashvaed_cli.decoders.uniform_layout import fits_uniform_layout
 from flashvaed_cli.decoders.variants.expansion import expanded_decoder
 from flashvaed_cli.errors import ArtifactError, ExportError
 from flashvaed_cli.export.checkpoint_file import Reference, export_diffusers, export_safetensors
 from flashvaed_cli.export.diffusers_config import diffusers_config, encoder_fault, single_file_note
 from flashvaed_cli.export.parity import seeded_latents
 from flashvaed_cli.export.result import ExportResult
+from flashvaed_cli.families.layout import Layout
+from flashvaed_cli.families.registry import LAYOUTS, get_family, original_layout, original_like
+from flashvaed_cli.families.uniform_layout import fits_uniform_layout
 from flashvaed_cli.recipe.export import ExportRecipe
 from flashvaed_cli.stages.export.flash import export_flash_folder
 from flashvaed_cli.stages.loading import DTYPES

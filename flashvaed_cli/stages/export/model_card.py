@@ -10,20 +10,11 @@ from flashvaed_cli import __version__
 from flashvaed_cli.artifact.checkpoint import Checkpoint
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.export.result import ExportResult, Target
+from flashvaed_cli.families.registry import get_family
 from flashvaed_cli.printable import printable
 from flashvaed_cli.stages.reports import find_reports
 
 CARD = "README.md"
-_BASES = {
-    "wan2.1": ("Wan-AI/Wan2.1-T2V-14B", "apache-2.0"),
-    "wan2.2": ("Wan-AI/Wan2.2-TI2V-5B", "apache-2.0"),
-    "qwen-image": ("Qwen/Qwen-Image", "apache-2.0"),
-    "ltx-video-0.9.0": ("Lightricks/LTX-Video", "other"),
-    "ltx-video-0.9.1": ("Lightricks/LTX-Video", "other"),
-    "ltx-video-0.9.5": ("Lightricks/LTX-Video", "other"),
-    "ltx-2": ("Lightricks/LTX-2", "other"),
-}
-"""Repository on the Hub and the licence field there, by family."""
 _USES: dict[Target, str] = {
     "safetensors": "**The family's own key layout**, `{file}`: for programs that load the original VAE by its names, "
     "if their classes have these widths; `flashvaed` reads it again.",
@@ -72,9 +63,9 @@ def model_card(
 
 def _front_matter(checkpoint: Checkpoint, results: Sequence[ExportResult]) -> str:
     lines = ["---"]
-    if checkpoint.family in _BASES:
-        base, licence = _BASES[checkpoint.family]
-        lines += [f"base_model: {base}", f"license: {licence}"]
+    elsewhere = get_family(checkpoint.family).elsewhere
+    if elsewhere.repository is not None:
+        lines += [f"base_model: {elsewhere.repository}", f"license: {elsewhere.licence}"]
     if any(result.target == "diffusers" for result in results):
         lines += ["library_name: diffusers"]
     lines += ["tags:", "- vae", "- video", f"- {checkpoint.family}", "- flashvaed", "---", ""]

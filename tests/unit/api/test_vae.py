@@ -13,8 +13,8 @@ import flashvaed_cli as flashvaed
 from flashvaed_cli.artifact.checkpoint import load_checkpoint, save_checkpoint
 from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.decoders.run.streaming import decode, encode
-from flashvaed_cli.decoders.wan import LATENT_MEAN, LATENT_STD
 from flashvaed_cli.errors import ArtifactError, FlashVaedError, SpecError
+from flashvaed_cli.families.wan21.spec import LATENT_MEAN, LATENT_STD
 from tests.ltx_toy import ltx_decoder, ltx_spec
 from tests.toy import write_toy_vae
 

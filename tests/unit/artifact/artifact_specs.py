@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from flashvaed_cli.artifact.header import ArtifactHeader
-from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.decoders.modules.coder import Coder, Decoder
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec
 from flashvaed_cli.decoders.spec.layers import BlockSpec, ConvSpec, ResBlockSpec, UpsampleSpec
 from flashvaed_cli.decoders.variants.still import still_spec
-from flashvaed_cli.decoders.wan import LATENT_MEAN, LATENT_STD, NAME, wan_decoder_spec, wan_encoder_spec
-from flashvaed_cli.decoders.wan22 import WAN22
+from flashvaed_cli.families.registry import get_family
+from flashvaed_cli.families.wan21.spec import LATENT_MEAN, LATENT_STD, NAME, wan_decoder_spec, wan_encoder_spec
+from flashvaed_cli.families.wan22.spec import WAN22
 from flashvaed_cli.surgery.respec import converted_spec, narrowed_spec
 from tests.toy import kept_of
 

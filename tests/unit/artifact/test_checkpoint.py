@@ -17,8 +17,8 @@ from flashvaed_cli.artifact.checkpoint import (
 )
 from flashvaed_cli.artifact.store import read_artifact, write_artifact
 from flashvaed_cli.decoders.modules.coder import Encoder
-from flashvaed_cli.decoders.wan import wan_decoder_spec
 from flashvaed_cli.errors import ArtifactError
+from flashvaed_cli.families.wan21.spec import wan_decoder_spec
 
 
 @pytest.fixture

@@ -11,14 +11,13 @@ from artifact_specs import ENCODER_SPEC, filled, small_decoder
 from safetensors.torch import save_file
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint, load_checkpoint
-from flashvaed_cli.artifact.key_tables import LAYOUTS
 from flashvaed_cli.artifact.layouts import to_foreign
-from flashvaed_cli.artifact.wan_keys import WAN_DIFFUSERS
-from flashvaed_cli.decoders.families import FAMILIES, get_family
 from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
 from flashvaed_cli.decoders.spec.coders import CoderSpec
 from flashvaed_cli.decoders.spec.layers import ShuffleUpsampleSpec
 from flashvaed_cli.errors import ArtifactError
+from flashvaed_cli.families.registry import FAMILIES, LAYOUTS, get_family
+from flashvaed_cli.families.wan21.names import WAN_DIFFUSERS
 from tests.ltx_configs import FAMILIES as LTX_FAMILIES
 from tests.ltx_configs import ltx_config
 from tests.ltx_toy import ltx_decoder

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint, load_checkpoint
 from flashvaed_cli.artifact.layouts import to_foreign
-from flashvaed_cli.artifact.wan_keys import WAN_DIFFUSERS, WAN_ORIGINAL
 from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
-from flashvaed_cli.decoders.wan import LATENT_MEAN, wan_decoder_spec
 from flashvaed_cli.errors import ArtifactError
+from flashvaed_cli.families.wan21.names import WAN_DIFFUSERS, WAN_ORIGINAL
+from flashvaed_cli.families.wan21.spec import LATENT_MEAN, wan_decoder_spec
 
 CONFIG = {"_class_name": "AutoencoderKLWan", "base_dim": 4, "z_dim": 16}
 

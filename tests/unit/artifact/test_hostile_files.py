@@ -23,11 +23,11 @@ from flashvaed_cli.artifact.header import Lineage, dump_header, parse_header
 from flashvaed_cli.artifact.header_checks import check_factors
 from flashvaed_cli.artifact.layouts import to_foreign
 from flashvaed_cli.artifact.store import sha256_of
-from flashvaed_cli.artifact.wan_keys import WAN_DIFFUSERS
-from flashvaed_cli.decoders.families import FAMILIES
-from flashvaed_cli.decoders.family import Family
 from flashvaed_cli.decoders.variants.still import still_spec
 from flashvaed_cli.errors import ArtifactError
+from flashvaed_cli.families.family import Family
+from flashvaed_cli.families.registry import FAMILIES
+from flashvaed_cli.families.wan21.names import WAN_DIFFUSERS
 from flashvaed_cli.limits import MAX_MESSAGE_CHARS
 
 Header = dict[str, Any]

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from flashvaed_cli.artifact.checkpoint import load_checkpoint
 from flashvaed_cli.artifact.hub import HubAddress, fetch_hub_file, parse_hub_address
 from flashvaed_cli.artifact.layouts import to_foreign
-from flashvaed_cli.artifact.wan_keys import WAN_DIFFUSERS
 from flashvaed_cli.errors import ArtifactError
+from flashvaed_cli.families.wan21.names import WAN_DIFFUSERS
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -14,17 +14,18 @@ from artifact_specs import (
 from torch.nn import functional as F
 
 from flashvaed_cli.artifact.coders import coders_from_foreign, empty_coder
-from flashvaed_cli.artifact.key_tables import LAYOUTS
-from flashvaed_cli.artifact.layouts import Layout, fold_separable, slots, to_foreign
+from flashvaed_cli.artifact.layouts import slots, to_foreign
 from flashvaed_cli.artifact.shape_reading import spec_from_shapes
-from flashvaed_cli.artifact.wan22_keys import WAN22_ORIGINAL
-from flashvaed_cli.artifact.wan_keys import WAN_DIFFUSERS, WAN_ORIGINAL
 from flashvaed_cli.artifact.writing import to_program
-from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.decoders.modules.coder import Coder, Decoder, Encoder
 from flashvaed_cli.decoders.spec.coders import CoderSpec
 from flashvaed_cli.decoders.spec.layers import ConvSpec, UpsampleSpec, block_in_width
 from flashvaed_cli.errors import ArtifactError
+from flashvaed_cli.families.layout import Layout
+from flashvaed_cli.families.registry import LAYOUTS, get_family
+from flashvaed_cli.families.separable import fold_separable
+from flashvaed_cli.families.wan21.names import WAN_DIFFUSERS, WAN_ORIGINAL
+from flashvaed_cli.families.wan22.names import WAN22_ORIGINAL
 
 FAMILIES = ("wan2.1", "wan2.2", "qwen-image")
 SPECS = {family: specs_of(family) for family in FAMILIES}

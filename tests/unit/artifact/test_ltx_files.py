@@ -13,15 +13,14 @@ from torch import Tensor
 from flashvaed_cli.artifact.checkpoint import derived_header, load_checkpoint, save_checkpoint
 from flashvaed_cli.artifact.coders import coders_from_foreign
 from flashvaed_cli.artifact.header import ArtifactHeader
-from flashvaed_cli.artifact.key_tables import LAYOUTS, original_layout
 from flashvaed_cli.artifact.layouts import to_foreign
-from flashvaed_cli.artifact.ltx_keys import fold_timestep
 from flashvaed_cli.artifact.recognition import present_roles, recognise, twins
-from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
 from flashvaed_cli.decoders.run.streaming import decode
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.errors import ArtifactError
+from flashvaed_cli.families.ltx.names import fold_timestep
+from flashvaed_cli.families.registry import LAYOUTS, get_family, original_layout
 from tests.ltx_toy import VERSIONS, flash_ltx_spec, ltx_decoder, ltx_spec
 
 ONES = torch.ones(4)

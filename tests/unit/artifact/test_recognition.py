@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 from artifact_specs import DECODER_SPEC, released_shapes, specs_of
 
-from flashvaed_cli.artifact.key_tables import LAYOUTS
-from flashvaed_cli.artifact.layouts import Layout, slots
+from flashvaed_cli.artifact.layouts import slots
 from flashvaed_cli.artifact.recognition import common_prefix, present_roles, recognise, twins
-from flashvaed_cli.decoders.families import FAMILIES, are_one_network, get_family
 from flashvaed_cli.errors import ArtifactError, SpecError
+from flashvaed_cli.families.layout import Layout
+from flashvaed_cli.families.registry import FAMILIES, LAYOUTS, are_one_network, get_family
 
 WAN_LAYOUTS = [layout for layout in LAYOUTS.values() if layout.family in ("wan2.1", "wan2.2", "qwen-image")]
 

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from flashvaed_cli.artifact.checkpoint import load_checkpoint
-from flashvaed_cli.decoders.families import FAMILIES
 from flashvaed_cli.decoders.run.streaming import decode
+from flashvaed_cli.families.registry import FAMILIES
 
 FOLDER = Path(__file__).parent / "version_030"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.safetensors") if path.stem != "frames")

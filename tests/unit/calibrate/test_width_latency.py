@@ -11,7 +11,7 @@ from flashvaed_cli.calibrate.width_latency import measure_width_latency
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.predict.latency import WidthLatency
 from flashvaed_cli.decoders.spec.groups import channel_groups
-from flashvaed_cli.decoders.wan import WAN21, wan_decoder_spec
+from flashvaed_cli.families.wan21.spec import WAN21, wan_decoder_spec
 from flashvaed_cli.metrics.module_times import profile_modules
 from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.surgery.respec import spec_of_widths

@@ -12,7 +12,7 @@ from torch import Tensor
 from flashvaed_cli.decoders.modules.bypass import Bypass
 from flashvaed_cli.decoders.modules.patches import patchify, unpatchify
 from flashvaed_cli.decoders.spec.coders import BypassSpec, StageSpec
-from flashvaed_cli.decoders.wan22 import wan22_encoder_spec
+from flashvaed_cli.families.wan22.spec import wan22_encoder_spec
 from tests.toy import WAN22_SPECS, original_spec, toy_decoder, toy_latents, wan22_spec
 
 

@@ -11,7 +11,7 @@ from flashvaed_cli.decoders.run.streaming import decode
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.decoders.spec.layers import ConvSpec, HeadSpec, UpsampleSpec
 from flashvaed_cli.decoders.variants.exact import exact_changes, exact_decoder, exact_spec, plain_decoder, plain_spec
-from flashvaed_cli.decoders.wan import wan_decoder_spec
+from flashvaed_cli.families.wan21.spec import wan_decoder_spec
 from tests.toy import DECODER_SPECS, toy_decoder, toy_latents
 
 DOUBLE = 1e-10  # of frames in [-1, 1], float64: thirty layers, each in another order of sums

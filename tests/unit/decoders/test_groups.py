@@ -17,7 +17,7 @@ from flashvaed_cli.decoders.spec.groups import (
     tensor_widths,
 )
 from flashvaed_cli.decoders.spec.layers import ResBlockSpec
-from flashvaed_cli.decoders.wan import wan_encoder_spec
+from flashvaed_cli.families.wan21.spec import wan_encoder_spec
 from tests.toy import DECODER_SPECS, original_spec, toy_decoder, toy_latents
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.decoders.variants.exact import exact_decoder
 from flashvaed_cli.decoders.variants.half_range import cast_decoder, fit_half_range
-from flashvaed_cli.decoders.wan import wan_decoder_spec
+from flashvaed_cli.families.registry import get_family
+from flashvaed_cli.families.wan21.spec import wan_decoder_spec
 from tests.ltx_toy import flash_ltx_spec
 
 LOUD = 2.0**17

@@ -15,7 +15,7 @@ from flashvaed_cli.decoders.predict.latency import (
     width_ladder,
 )
 from flashvaed_cli.decoders.spec.groups import channel_groups
-from flashvaed_cli.decoders.wan import wan_decoder_spec
+from flashvaed_cli.families.wan21.spec import wan_decoder_spec
 
 SPEC = wan_decoder_spec(16)
 

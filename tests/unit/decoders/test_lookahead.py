@@ -11,8 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashvaed_cli.decoders.families import get_family
-from flashvaed_cli.decoders.ltx_config import with_time_padding
 from flashvaed_cli.decoders.modules.coder import Encoder
 from flashvaed_cli.decoders.predict.lookahead import latent_windows, time_halo, widest_window
 from flashvaed_cli.decoders.predict.memory import predict_peak_bytes
@@ -20,8 +18,10 @@ from flashvaed_cli.decoders.predict.planning import choose_plan
 from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.decoders.run.streaming import decode, decode_step, encode, encode_step
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
-from flashvaed_cli.decoders.wan import wan_decoder_spec
 from flashvaed_cli.errors import SpecError
+from flashvaed_cli.families.ltx.config import with_time_padding
+from flashvaed_cli.families.registry import get_family
+from flashvaed_cli.families.wan21.spec import wan_decoder_spec
 from tests.ltx_toy import LATENT_WIDTH, VERSIONS, flash_ltx_spec, ltx_decoder, ltx_spec
 
 ROUNDING = 1e-9

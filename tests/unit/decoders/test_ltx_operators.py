@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flashvaed_cli.calibrate.width_latency import _grid
-from flashvaed_cli.decoders.families import get_family
 from flashvaed_cli.decoders.modules import winograd
 from flashvaed_cli.decoders.modules.convolution import Conv
 from flashvaed_cli.decoders.modules.norms import ChannelLayerNorm, ChannelRMSNorm
@@ -26,6 +25,7 @@ from flashvaed_cli.decoders.variants import exact
 from flashvaed_cli.decoders.variants.exact import exact_changes, exact_decoder
 from flashvaed_cli.decoders.variants.noise import injected_noise
 from flashvaed_cli.errors import SpecError
+from flashvaed_cli.families.registry import get_family
 from flashvaed_cli.surgery.rows import gather_patches
 from tests.ltx_toy import VERSIONS, flash_ltx_spec, ltx_decoder, ltx_spec
 from tests.toy import toy_latents

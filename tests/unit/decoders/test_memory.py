@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from flashvaed_cli.decoders.predict.memory import predict_peak_bytes
 from flashvaed_cli.decoders.variants.exact import exact_spec
-from flashvaed_cli.decoders.wan import wan_decoder_spec
 from flashvaed_cli.errors import SpecError
+from flashvaed_cli.families.wan21.spec import wan_decoder_spec
 
 SPEC = wan_decoder_spec(16)
 
@@ -51,10 +51,10 @@ from pathlib import Path
 import torch
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.variants.exact import exact_spec
-from flashvaed_cli.decoders.families import get_family
+from flashvaed_cli.families.registry import get_family
 from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings, has_kernels
-from flashvaed_cli.decoders.wan import wan_decoder_spec
-from flashvaed_cli.decoders.wan22 import wan22_decoder_spec
+from flashvaed_cli.families.wan21.spec import wan_decoder_spec
+from flashvaed_cli.families.wan22.spec import wan22_decoder_spec
 from tests.bench.full_size import paper_layout
 
 def num_bytes(key):

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from flashvaed_cli.decoders.predict.memory import predict_peak_bytes
 from flashvaed_cli.decoders.predict.planning import choose_plan
-from flashvaed_cli.decoders.wan import wan_decoder_spec
 from flashvaed_cli.errors import DecodeError, SpecError
+from flashvaed_cli.families.wan21.spec import wan_decoder_spec
 from tests.toy import DECODER_SPECS
 
 SPEC = DECODER_SPECS["flash"]

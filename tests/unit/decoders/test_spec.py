@@ -18,7 +18,7 @@ from flashvaed_cli.decoders.spec.layers import (
     block_layers,
     block_out_width,
 )
-from flashvaed_cli.decoders.wan import wan_decoder_spec, wan_encoder_spec
+from flashvaed_cli.families.wan21.spec import wan_decoder_spec, wan_encoder_spec
 from tests.toy import BASE_WIDTH, DECODER_SPECS, original_spec
 
 

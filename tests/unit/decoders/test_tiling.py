@@ -12,8 +12,8 @@ from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.predict.tiling import halo_at, scale_at, split_addresses, tile_layout, windows_along
 from flashvaed_cli.decoders.spec.layers import block_in_width
 from flashvaed_cli.decoders.variants.exact import exact_spec
-from flashvaed_cli.decoders.wan import wan_decoder_spec
 from flashvaed_cli.errors import SpecError
+from flashvaed_cli.families.wan21.spec import wan_decoder_spec
 from tests.toy import DECODER_SPECS, toy_decoder
 
 SPEC = DECODER_SPECS["original"]

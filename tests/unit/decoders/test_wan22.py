@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashvaed_cli.decoders.families import FAMILIES
 from flashvaed_cli.decoders.modules.coder import Encoder
 from flashvaed_cli.decoders.predict.cost import stage_costs
 from flashvaed_cli.decoders.predict.latency import block_axes
@@ -18,7 +17,8 @@ from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.decoders.run.streaming import decode, encode
 from flashvaed_cli.decoders.spec.groups import channel_groups, consumers, producers
 from flashvaed_cli.decoders.variants.exact import exact_decoder, exact_spec
-from flashvaed_cli.decoders.wan22 import WAN22, wan22_decoder_spec, wan22_encoder_spec
+from flashvaed_cli.families.registry import FAMILIES
+from flashvaed_cli.families.wan22.spec import WAN22, wan22_decoder_spec, wan22_encoder_spec
 from tests.toy import WAN22_SPECS, fill_, toy_decoder, toy_latents, wan22_spec
 
 EXACT = 1e-9  # winograd's transforms lose a digit of float64

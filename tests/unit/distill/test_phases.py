@@ -5,7 +5,6 @@ import torch
 
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.spec.groups import channel_groups
-from flashvaed_cli.decoders.wan import WAN21
 from flashvaed_cli.distill.phases import (
     gradient_masks,
     plan_phase_1,
@@ -15,6 +14,7 @@ from flashvaed_cli.distill.phases import (
     trained_parameters,
 )
 from flashvaed_cli.errors import DistillationError, SpecError
+from flashvaed_cli.families.wan21.spec import WAN21
 from tests.unit.distill.small_decoders import FULL_SPEC, converted_spec, pruned_spec
 
 ORIGINAL = FULL_SPEC

@@ -7,7 +7,7 @@ import torch
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.spec.coders import DecoderSpec, StageSpec
 from flashvaed_cli.decoders.spec.layers import AttentionSpec, ConvSpec, Operator, ResBlockSpec
-from flashvaed_cli.decoders.wan import wan_decoder_spec
+from flashvaed_cli.families.wan21.spec import wan_decoder_spec
 from flashvaed_cli.surgery.respec import with_time_rank
 
 BASE_WIDTH = 4

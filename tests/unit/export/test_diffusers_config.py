@@ -7,8 +7,6 @@ import json
 import pytest
 from small_decoders import flash_spec
 
-from flashvaed_cli.decoders.families import FAMILIES, get_family
-from flashvaed_cli.decoders.ltx_config import with_space_padding
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.errors import ExportError
 from flashvaed_cli.export.diffusers_config import (
@@ -17,6 +15,8 @@ from flashvaed_cli.export.diffusers_config import (
     encoder_fault,
     single_file_note,
 )
+from flashvaed_cli.families.ltx.config import with_space_padding
+from flashvaed_cli.families.registry import FAMILIES, get_family
 
 CLASSES = {
     "wan2.1": "AutoencoderKLWan",

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashvaed_cli.decoders.wan import wan_decoder_spec
+from flashvaed_cli.families.wan21.spec import wan_decoder_spec
 from flashvaed_cli.metrics.roofline import MachineRates, measure_rates, traffic_elements
 from tests.toy import original_spec
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from flashvaed_cli.decoders.predict.cost import total_gflop
 from flashvaed_cli.decoders.predict.latency import rounded_ladder, width_ladder
 from flashvaed_cli.decoders.spec.groups import channel_groups
-from flashvaed_cli.decoders.wan import WAN21
 from flashvaed_cli.errors import SpecError
+from flashvaed_cli.families.wan21.spec import WAN21
 from flashvaed_cli.surgery.budget import (
     GroupCurve,
     WidthPlan,

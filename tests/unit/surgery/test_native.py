@@ -7,12 +7,12 @@ import torch
 from pydantic import ValidationError
 
 from flashvaed_cli.calibrate.statistics import collect_statistics
-from flashvaed_cli.decoders.families import FAMILIES
 from flashvaed_cli.decoders.modules.blocks import Attention
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.spec.layers import AttentionSpec
-from flashvaed_cli.decoders.wan import wan_decoder_spec
 from flashvaed_cli.errors import SpecError
+from flashvaed_cli.families.registry import FAMILIES
+from flashvaed_cli.families.wan21.spec import wan_decoder_spec
 from flashvaed_cli.metrics.speed import SpeedResult
 from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.recipe.prune import PruneRecipe

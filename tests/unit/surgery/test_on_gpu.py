@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flashvaed_cli.calibrate.statistics import collect_statistics
-from flashvaed_cli.decoders.wan import WAN21
+from flashvaed_cli.families.wan21.spec import WAN21
 from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.surgery.layer_fit import FitSettings
 from flashvaed_cli.surgery.reconstruct import reconstruct_coder

@@ -16,8 +16,8 @@ from flashvaed_cli.decoders.spec.coders import DecoderSpec, StageSpec
 from flashvaed_cli.decoders.spec.groups import Kept, compose_kept
 from flashvaed_cli.decoders.spec.layers import ConvSpec, HeadSpec
 from flashvaed_cli.decoders.variants.expansion import expanded_decoder
-from flashvaed_cli.decoders.wan import wan_decoder_spec
 from flashvaed_cli.errors import CalibrationError
+from flashvaed_cli.families.wan21.spec import wan_decoder_spec
 from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.surgery import block_solvers
 from flashvaed_cli.surgery.layer_fit import FitSettings, LayerError

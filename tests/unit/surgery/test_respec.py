@@ -13,8 +13,8 @@ from flashvaed_cli.decoders.spec.layers import (
     block_in_width,
     block_out_width,
 )
-from flashvaed_cli.decoders.wan import WAN21
 from flashvaed_cli.errors import SpecError
+from flashvaed_cli.families.wan21.spec import WAN21
 from flashvaed_cli.surgery.respec import converted_spec, narrowed_spec, with_time_rank
 from tests.ltx_toy import ltx_spec
 from tests.toy import DECODER_SPECS, kept_of, original_spec

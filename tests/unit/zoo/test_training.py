@@ -10,8 +10,8 @@ from torch import Tensor
 
 from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
 from flashvaed_cli.decoders.modules.operators import ChannelRMSNorm
-from flashvaed_cli.decoders.wan import wan_decoder_spec, wan_encoder_spec
 from flashvaed_cli.errors import DistillationError, SpecError
+from flashvaed_cli.families.wan21.spec import wan_decoder_spec, wan_encoder_spec
 from flashvaed_cli.zoo.linear_start import start_linear
 from flashvaed_cli.zoo.training import (
     Autoencoder,

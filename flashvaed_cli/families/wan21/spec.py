@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 
-from flashvaed_cli.decoders.family import ConfigKeys, Family
 from flashvaed_cli.decoders.spec.coders import DecoderSpec, EncoderSpec, StageSpec
 from flashvaed_cli.decoders.spec.layers import (
     AttentionSpec,
@@ -23,6 +22,7 @@ from flashvaed_cli.decoders.spec.layers import (
     ResBlockSpec,
     UpsampleSpec,
 )
+from flashvaed_cli.families.family import ComfyUIReader, ConfigKeys, Family, OtherPrograms
 
 NAME = "wan2.1"
 LATENT_WIDTH = 16
@@ -76,7 +76,7 @@ def mid_stage(width: int, conv: Callable[[int, int], ConvSpec] = causal_conv) ->
     return StageSpec(name="mid", blocks=(block, attention, block))
 
 
-def stages_behind_latents(latent_width: int, width: int) -> list[StageSpec]:
+def first_decoder_stages(latent_width: int, width: int) -> list[StageSpec]:
     """What a decoder begins with: a 1x1 layer on the latents, the entry, attention."""
     return [
         StageSpec(name="post_quant", blocks=(ConvBlockSpec(conv=point_conv(latent_width, latent_width)),)),
@@ -85,7 +85,7 @@ def stages_behind_latents(latent_width: int, width: int) -> list[StageSpec]:
     ]
 
 
-def stages_before_latents(width: int, latent_width: int) -> list[StageSpec]:
+def last_encoder_stages(width: int, latent_width: int) -> list[StageSpec]:
     """What an encoder ends with: attention, then mean and log-variance of every latent channel."""
     moments = 2 * latent_width
     return [
@@ -98,7 +98,7 @@ def stages_before_latents(width: int, latent_width: int) -> list[StageSpec]:
 def wan_decoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> DecoderSpec:
     """The original decoder at a base width (96: the released Wan 2.1)."""
     widths = [base_width * m for m in (MULTIPLIERS[-1], *reversed(MULTIPLIERS))]
-    stages = stages_behind_latents(latent_width, widths[0])
+    stages = first_decoder_stages(latent_width, widths[0])
     for i, (previous, width) in enumerate(pairwise(widths)):
         in_width = previous if i == 0 else previous // 2
         blocks: list[BlockSpec] = [wan_resblock(w, width) for w in (in_width, width, width)]
@@ -122,7 +122,7 @@ def wan_encoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> Encod
             temporal = time_conv(width, width) if i > 0 else None
             blocks.append(DownsampleSpec(spatial=frame_conv(width, width), temporal=temporal))
         stages.append(StageSpec(name=f"down{i}", blocks=tuple(blocks)))
-    stages += stages_before_latents(widths[-1], latent_width)
+    stages += last_encoder_stages(widths[-1], latent_width)
     return EncoderSpec(
         family=NAME, stages=tuple(stages), temporal_factor=TEMPORAL_FACTOR, spatial_factor=SPATIAL_FACTOR
     )
@@ -156,4 +156,11 @@ WAN21 = Family(
     paper_keep_ratio=0.125,
     paper_operators={"mid": "dwsep3d", "up0": "dwsep3d", "up1": "dwsep3d", "up2": "frame2d", "up3": "frame2d"},
     config_keys=CONFIG_KEYS,
+    elsewhere=OtherPrograms(
+        repository="Wan-AI/Wan2.1-T2V-14B",
+        licence="apache-2.0",
+        diffusers_arguments={},
+        reads_single_file=True,
+        comfyui=ComfyUIReader(any_width=True),
+    ),
 )

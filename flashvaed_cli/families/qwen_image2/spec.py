@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 
-from flashvaed_cli.decoders.family import Family
 from flashvaed_cli.decoders.spec.coders import BypassSpec, DecoderSpec, EncoderSpec, StageSpec
 from flashvaed_cli.decoders.spec.layers import (
     BlockSpec,
@@ -22,7 +21,8 @@ from flashvaed_cli.decoders.spec.layers import (
     HeadSpec,
     UpsampleSpec,
 )
-from flashvaed_cli.decoders.wan import CONFIG_KEYS, frame_conv, mid_stage, point_conv, wan_resblock
+from flashvaed_cli.families.family import Family
+from flashvaed_cli.families.wan21.spec import CONFIG_KEYS, frame_conv, mid_stage, point_conv, wan_resblock
 
 NAME = "qwen-image-2"
 LATENT_WIDTH = 64

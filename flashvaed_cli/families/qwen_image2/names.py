@@ -1,8 +1,6 @@
-"""Where the blocks of Wan 2.2 and Qwen-Image 2 live in foreign checkpoints: as in Wan 2.1, but every stage has a name.
+"""Where the blocks of Qwen-Image 2 live in foreign checkpoints: as those of Wan 2.2, with one resolution more.
 
-`wan2.2-original`: Wan's own `.pth` and ComfyUI's `.safetensors`. `wan2.2-diffusers`: `AutoencoderKLWan` with
-`is_residual`. `qwen-image-2-diffusers`: `AutoencoderKLQwenImage21`; other files of it have the same names. A bypass has
-weights in pruned decoders only, under the name of the shortcut that has none.
+`qwen-image-2-diffusers`: `AutoencoderKLQwenImage21`; other files of it have the same names.
 
 Reference: the key names of those files (facts only).
 """
@@ -16,38 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashvaed_cli.artifact.layouts import Layout
-from flashvaed_cli.artifact.wan_keys import WAN_DIFFUSERS, WAN_ORIGINAL
-from flashvaed_cli.decoders.qwen_image2 import DOUBLED
-from flashvaed_cli.decoders.qwen_image2 import MULTIPLIERS as QWEN2_MULTIPLIERS
-from flashvaed_cli.decoders.qwen_image2 import NAME as QWEN2_NAME
-from flashvaed_cli.decoders.wan22 import NAME
-
-_RUNS = {"decoder": ("up", 3, "upsamples", "up_blocks", "upsampler")}
-_RUNS["encoder"] = ("down", 2, "downsamples", "down_blocks", "downsampler")
-
-
-def _places(role: str, base: Layout, *, is_original: bool, num_stages: int = 4) -> dict[str, str]:
-    """The places of a role: `base`'s outside the stages that change size."""
-    stage, num_resblocks, run, diffusers_run, resampler = _RUNS[role]
-    shared = base.places["decoder" if role == "decoder" else "encoder"]
-    places = {address: place for address, place in shared.items() if not address.startswith(stage)}
-    for i in range(num_stages):
-        at = f"{role}.{run}.{i}" if is_original else f"{role}.{diffusers_run}.{i}"
-        for j in range(num_resblocks):
-            places[f"{stage}{i}.{j}"] = f"{at}.{run}.{j}" if is_original else f"{at}.resnets.{j}"
-        places[f"{stage}{i}.{num_resblocks}"] = f"{at}.{run}.{num_resblocks}" if is_original else f"{at}.{resampler}"
-        places[f"{stage}{i}.bypass"] = f"{at}.avg_shortcut"
-    return places
-
-
-def _layout(name: str, base: Layout, *, is_original: bool) -> Layout:
-    places = {role: _places(role, base, is_original=is_original) for role in base.places}
-    return replace(base, name=name, family=NAME, places=places)
-
-
-WAN22_ORIGINAL = _layout("wan2.2-original", WAN_ORIGINAL, is_original=True)
-WAN22_DIFFUSERS = _layout("wan2.2-diffusers", WAN_DIFFUSERS, is_original=False)
+from flashvaed_cli.families.qwen_image2.spec import DOUBLED, MULTIPLIERS, NAME
+from flashvaed_cli.families.wan21.names import WAN_DIFFUSERS
+from flashvaed_cli.families.wan22.names import residual_places
 
 
 def _opaque_images(tensors: Mapping[str, Tensor], _config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -81,10 +50,10 @@ def _with_opacity(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 QWEN2_DIFFUSERS = replace(
     WAN_DIFFUSERS,
     name="qwen-image-2-diffusers",
-    family=QWEN2_NAME,
+    family=NAME,
     config_class="AutoencoderKLQwenImage21",
     places={
-        role: _places(role, WAN_DIFFUSERS, is_original=False, num_stages=len(QWEN2_MULTIPLIERS))
+        role: residual_places(role, WAN_DIFFUSERS, is_original=False, num_stages=len(MULTIPLIERS))
         for role in WAN_DIFFUSERS.places
     },
     prepare=_opaque_images,

@@ -13,7 +13,6 @@ from typing import Any, TypeVar, cast, get_args
 
 from pydantic import ValidationError
 
-from flashvaed_cli.decoders.family import ConfigKeys, Contradiction
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, StageSpec
 from flashvaed_cli.decoders.spec.layers import (
     BlockSpec,
@@ -27,6 +26,7 @@ from flashvaed_cli.decoders.spec.layers import (
     block_layers,
 )
 from flashvaed_cli.errors import SpecError
+from flashvaed_cli.families.family import ConfigKeys, Contradiction
 
 SpecT = TypeVar("SpecT", bound=CoderSpec)
 
@@ -189,6 +189,7 @@ def config_keys(
             "encoder": (("block_out_channels", widths["encoder"]),),
         },
         contradictions=contradictions,
+        separable_padding=separable_padding,
         assumed=assumed,
         entry_is_latent=entry_is_latent,
         in_metadata=True,

@@ -1,8 +1,7 @@
-"""Where the blocks of Wan 2.1 and Qwen-Image, the same network, live in foreign checkpoints, as data.
+"""Where the blocks of Wan 2.1 live in foreign checkpoints, as data.
 
 `wan-original`: Wan's own `.pth`, ComfyUI's `.safetensors` and the released `Flash_VAED_Wan.pth`.
-`diffusers`: `AutoencoderKLWan`. `qwen-original` (ComfyUI's file) and `qwen-diffusers` (`AutoencoderKLQwenImage`) have
-the same names.
+`diffusers`: `AutoencoderKLWan`.
 
 Reference: the key names of those files (facts only).
 """
@@ -10,14 +9,35 @@ Reference: the key names of those files (facts only).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from flashvaed_cli.artifact.layouts import Layout, unfold_separable
-from flashvaed_cli.decoders.qwen_image import NAME as QWEN_NAME
-from flashvaed_cli.decoders.wan import NAME
+from flashvaed_cli.families.layout import Layout
+from flashvaed_cli.families.separable import unfold_separable
+from flashvaed_cli.families.wan21.spec import NAME
+
+ARGUMENTS = (
+    "base_dim",
+    "z_dim",
+    "dim_mult",
+    "num_res_blocks",
+    "attn_scales",
+    "temperal_downsample",
+    "latents_mean",
+    "latents_std",
+)
+"""Of the constructors of the whole line; Wan's class takes more."""
+WAN_ARGUMENTS = (
+    *ARGUMENTS,
+    "decoder_base_dim",
+    "is_residual",
+    "in_channels",
+    "out_channels",
+    "patch_size",
+    "scale_factor_temporal",
+    "scale_factor_spatial",
+)
 
 _RESAMPLE = {"spatial": "resample.1", "temporal": "time_conv"}
 _ATTENTION = {"norm": "norm", "qkv": "to_qkv", "proj": "proj"}
@@ -93,6 +113,7 @@ WAN_DIFFUSERS = Layout(
     name="diffusers",
     family=NAME,
     config_class="AutoencoderKLWan",
+    arguments=WAN_ARGUMENTS,
     places={"decoder": _diffusers_decoder_places(), "encoder": _diffusers_encoder_places()},
     layers={
         "conv": {"conv": ""},
@@ -109,6 +130,3 @@ WAN_DIFFUSERS = Layout(
         "head": {"norm": "norm_out", "conv": "conv_out"},
     },
 )
-
-QWEN_ORIGINAL = replace(WAN_ORIGINAL, name="qwen-original", family=QWEN_NAME)
-QWEN_DIFFUSERS = replace(WAN_DIFFUSERS, name="qwen-diffusers", family=QWEN_NAME, config_class="AutoencoderKLQwenImage")

@@ -6,7 +6,7 @@ decoders are centred in time and repeat the last frame too.
 
 From 0.9.1 on the decoder is conditioned on a timestep, the share of noise in the latents. At one timestep that is a
 gain and a shift per channel of every norm, and so it stands in the spec: `decode_timestep` says for which one.
-The noise that 0.9.1 injects is left out unless asked for (`decoders.noise`).
+The noise that 0.9.1 injects is left out unless asked for (`decoders/variants/noise.py`).
 
 Reference: LTX-Video, arXiv 2501.00103; arXiv 2602.19161, table of the operator layout.
 """
@@ -17,8 +17,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
-from flashvaed_cli.decoders.family import Family
-from flashvaed_cli.decoders.ltx_config import config_keys, configured, described, with_space_padding
 from flashvaed_cli.decoders.spec.coders import DecoderSpec, EncoderSpec, StageSpec
 from flashvaed_cli.decoders.spec.layers import (
     BlockSpec,
@@ -35,6 +33,9 @@ from flashvaed_cli.decoders.spec.layers import (
     TimePadding,
     UnshuffleDownsampleSpec,
 )
+from flashvaed_cli.families.family import ComfyUIReader, Family, OtherPrograms
+from flashvaed_cli.families.ltx.comfyui import comfyui_config
+from flashvaed_cli.families.ltx.config import config_keys, configured, described, with_space_padding
 
 LATENT_WIDTH = 128
 PATCH = 4
@@ -234,6 +235,17 @@ def _family(version: _Version, operators: Mapping[str, Operator], shallow_stages
         ),
         configured=configured,  # type: ignore[arg-type]
         described=described,
+        elsewhere=_elsewhere(version),
+    )
+
+
+def _elsewhere(version: _Version) -> OtherPrograms:
+    return OtherPrograms(
+        repository="Lightricks/LTX-2" if version is V2 else "Lightricks/LTX-Video",
+        licence="other",
+        reads_single_file=True,
+        tells_by_released_encoder=version is V095,  # from 0.9.1, by the encoder's last width
+        comfyui=None if version is V2 else ComfyUIReader(config=comfyui_config),
     )
 
 

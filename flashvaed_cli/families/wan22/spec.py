@@ -11,17 +11,17 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 
-from flashvaed_cli.decoders.family import Family
 from flashvaed_cli.decoders.spec.coders import BypassSpec, DecoderSpec, EncoderSpec, StageSpec
 from flashvaed_cli.decoders.spec.layers import BlockSpec, ConvBlockSpec, DownsampleSpec, HeadSpec, UpsampleSpec
-from flashvaed_cli.decoders.wan import (
+from flashvaed_cli.families.family import ComfyUIReader, Family
+from flashvaed_cli.families.wan21.spec import (
     CONFIG_KEYS,
     MULTIPLIERS,
     WAN21,
     causal_conv,
+    first_decoder_stages,
     frame_conv,
-    stages_before_latents,
-    stages_behind_latents,
+    last_encoder_stages,
     time_conv,
     wan_resblock,
 )
@@ -53,7 +53,7 @@ LATENT_STD = (
 def wan22_decoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> DecoderSpec:
     """The original decoder at a base width (256: the released Wan 2.2)."""
     widths = [base_width * m for m in (MULTIPLIERS[-1], *reversed(MULTIPLIERS))]
-    stages = stages_behind_latents(latent_width, widths[0])
+    stages = first_decoder_stages(latent_width, widths[0])
     for i, (in_width, width) in enumerate(pairwise(widths)):
         blocks: list[BlockSpec] = [wan_resblock(w, width) for w in (in_width, width, width)]
         bypass = None
@@ -97,7 +97,7 @@ def wan22_encoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> Enc
             spatial_factor=2 if halves_size else 1,
         )
         stages.append(StageSpec(name=f"down{i}", blocks=tuple(blocks), bypass=bypass))
-    stages += stages_before_latents(widths[-1], latent_width)
+    stages += last_encoder_stages(widths[-1], latent_width)
     return EncoderSpec(
         family=NAME,
         stages=tuple(stages),
@@ -119,6 +119,18 @@ WAN22 = Family(
     paper_keep_ratio=WAN21.paper_keep_ratio,
     paper_operators=WAN21.paper_operators,
     frames_per_second=24,
+    elsewhere=replace(
+        WAN21.elsewhere,
+        repository="Wan-AI/Wan2.2-TI2V-5B",
+        diffusers_arguments={
+            "is_residual": True,
+            "in_channels": 3 * PATCH**2,
+            "out_channels": 3 * PATCH**2,
+            "patch_size": PATCH,
+        },
+        reads_single_file=False,  # the converter knows Wan 2.1's names only
+        comfyui=ComfyUIReader(),
+    ),
     config_keys=replace(
         CONFIG_KEYS,
         fixed={

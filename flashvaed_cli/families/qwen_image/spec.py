@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from flashvaed_cli.decoders.spec.coders import DecoderSpec, EncoderSpec
-from flashvaed_cli.decoders.wan import LATENT_WIDTH, WAN21, wan_decoder_spec, wan_encoder_spec
+from flashvaed_cli.families.wan21.spec import LATENT_WIDTH, WAN21, wan_decoder_spec, wan_encoder_spec
 
 NAME = "qwen-image"
 
@@ -29,4 +29,5 @@ QWEN_IMAGE = replace(
     decoder_spec=qwen_decoder_spec,
     encoder_spec=qwen_encoder_spec,
     native_obstacle="its stock class has no width of the decoder's own",
+    elsewhere=replace(WAN21.elsewhere, repository="Qwen/Qwen-Image", reads_single_file=False),
 )

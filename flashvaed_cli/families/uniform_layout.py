@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from flashvaed_cli.decoders.families import encoder_like
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
 from flashvaed_cli.decoders.spec.layers import (
     AttentionSpec,
@@ -15,6 +14,7 @@ from flashvaed_cli.decoders.spec.layers import (
     HeadSpec,
     block_layers,
 )
+from flashvaed_cli.families.registry import encoder_like
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from flashvaed_cli.decoders.families import FAMILIES, get_family
 from flashvaed_cli.decoders.spec.coders import DecoderSpec, EncoderSpec, StageSpec
 from flashvaed_cli.decoders.spec.layers import AttentionSpec, BlockSpec, HeadSpec, ResBlockSpec
-from flashvaed_cli.decoders.uniform_layout import encoder_base_width, fits_uniform_layout
-from flashvaed_cli.decoders.wan import wan_decoder_spec
+from flashvaed_cli.families.registry import FAMILIES, get_family
+from flashvaed_cli.families.uniform_layout import encoder_base_width, fits_uniform_layout
+from flashvaed_cli.families.wan21.spec import wan_decoder_spec
 from tests.unit.export.small_decoders import layer, short_spec
 
 

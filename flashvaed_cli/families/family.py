@@ -1,4 +1,4 @@
-"""What distinguishes one family of video VAEs from another, beyond its spec."""
+"""What distinguishes one family of VAEs from another: the record that each folder of this room fills in."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
-from flashvaed_cli.decoders.spec.layers import Operator
+from flashvaed_cli.decoders.spec.layers import Operator, TimePadding
 
 
 def _as_it_is(spec: DecoderSpec | EncoderSpec, _config: Mapping[str, Any]) -> DecoderSpec | EncoderSpec:
     return spec
 
 
-def _nothing(_spec: CoderSpec) -> dict[str, Any]:
+def _no_description(_spec: CoderSpec) -> dict[str, Any]:
     return {}
 
 
-def _none(_spec: CoderSpec, _config: Mapping[str, Any]) -> Iterable[Contradiction]:
+def _no_contradictions(_spec: CoderSpec, _config: Mapping[str, Any]) -> Iterable[Contradiction]:
     return ()
 
 
-def _told(_spec: CoderSpec, _config: Mapping[str, Any]) -> str | None:
+def _no_assumptions(_spec: CoderSpec, _config: Mapping[str, Any]) -> str | None:
+    return None
+
+
+def _no_separable_padding(_config: Mapping[str, Any]) -> TimePadding | None:
     return None
 
 
@@ -47,6 +51,8 @@ class ConfigKeys:
             multiples, a list of those multiples of it.
         contradictions: what a configuration says and the tensors of a coder deny.
         assumed: a warning of what is taken of a coder where neither shapes nor the configuration say it.
+        separable_padding: how depthwise-separable layers pad in time, where a configuration says that it is not as the
+            dense ones do; raises SpecError at a value that is not supported.
         entry_is_latent: the encoder's first width is the number of latent channels, whatever the base width.
         in_metadata: the family's own files carry a configuration in their metadata.
     """
@@ -56,8 +62,9 @@ class ConfigKeys:
     idle: frozenset[str] = frozenset()
     latent_key: str = "z_dim"
     widths: Mapping[str, tuple[tuple[str, tuple[int, ...] | None], ...]] = field(default_factory=dict)
-    contradictions: Callable[[CoderSpec, Mapping[str, Any]], Iterable[Contradiction]] = _none
-    assumed: Callable[[CoderSpec, Mapping[str, Any]], str | None] = _told
+    contradictions: Callable[[CoderSpec, Mapping[str, Any]], Iterable[Contradiction]] = _no_contradictions
+    assumed: Callable[[CoderSpec, Mapping[str, Any]], str | None] = _no_assumptions
+    separable_padding: Callable[[Mapping[str, Any]], TimePadding | None] = _no_separable_padding
     entry_is_latent: bool = False
     in_metadata: bool = False
 
@@ -69,8 +76,42 @@ class ConfigKeys:
 
 
 @dataclass(frozen=True)
+class ComfyUIReader:
+    """How ComfyUI's own loader reads the files of a family.
+
+    Attributes:
+        any_width: the base width is read from the file; else it is that of the release.
+        config: the configuration that its loader needs in the metadata; None: none.
+    """
+
+    any_width: bool = False
+    config: Callable[[DecoderSpec], dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class OtherPrograms:
+    """What other programs know of a family.
+
+    Attributes:
+        repository: of the released model on the Hub; None: there is none yet.
+        licence: the licence field there.
+        diffusers_arguments: what diffusers' class takes beside the widths, to run it beside ours; None: not compared.
+        reads_single_file: `from_single_file` of the class knows the original's names.
+        tells_by_released_encoder: and tells the version by the width of the encoder, so the release's alone will do.
+        comfyui: None: ComfyUI has no class for the family.
+    """
+
+    repository: str | None = None
+    licence: str | None = None
+    diffusers_arguments: Mapping[str, Any] | None = None
+    reads_single_file: bool = False
+    tells_by_released_encoder: bool = False
+    comfyui: ComfyUIReader | None = None
+
+
+@dataclass(frozen=True)
 class Family:
-    """One family: how its original is specified, and the paper's layout for it.
+    """One family: how its original is specified, the paper's layout for it, and what other programs know of it.
 
     `decoder_spec` and `encoder_spec` take the base width and the latent width. `shallow_stages` are those
     that the paper prunes, `paper_keep_ratio` the fraction of channels that it keeps there, and
@@ -92,6 +133,7 @@ class Family:
     paper_operators: Mapping[str, Operator]
     config_keys: ConfigKeys
     configured: Callable[[DecoderSpec | EncoderSpec, Mapping[str, Any]], DecoderSpec | EncoderSpec] = _as_it_is
-    described: Callable[[CoderSpec], dict[str, Any]] = _nothing
+    described: Callable[[CoderSpec], dict[str, Any]] = _no_description
     native_obstacle: str | None = None
     frames_per_second: int = 16
+    elsewhere: OtherPrograms = field(default_factory=OtherPrograms)

@@ -1,4 +1,4 @@
-"""The families that this version knows, by name."""
+"""The families that this version knows, by name, and the layouts of their checkpoints."""
 
 from __future__ import annotations
 
@@ -6,26 +6,21 @@ from collections.abc import Callable
 from functools import cache
 from typing import TypeVar
 
-from flashvaed_cli.decoders.family import Family
-from flashvaed_cli.decoders.ltx import LTX_090, LTX_091, LTX_095, LTX_2
-from flashvaed_cli.decoders.qwen_image import QWEN_IMAGE
-from flashvaed_cli.decoders.qwen_image2 import QWEN_IMAGE_2
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
-from flashvaed_cli.decoders.wan import WAN21
-from flashvaed_cli.decoders.wan22 import WAN22
 from flashvaed_cli.errors import SpecError
+from flashvaed_cli.families import ltx, qwen_image, qwen_image2, wan21, wan22
+from flashvaed_cli.families.family import Family
+from flashvaed_cli.families.layout import Layout
 
 SpecT = TypeVar("SpecT", DecoderSpec, EncoderSpec)
 
-FAMILIES: dict[str, Family] = {
-    family.name: family for family in (WAN21, WAN22, QWEN_IMAGE, QWEN_IMAGE_2, LTX_090, LTX_091, LTX_095, LTX_2)
-}
+_FOLDERS = (wan21, wan22, qwen_image, qwen_image2, ltx)
+"""Where two layouts have the same keys, the first is taken unless the user or a configuration names the other's
+family."""
 
-
-GROUPS: dict[str, tuple[str, ...]] = {
-    "ltx-video": (LTX_090.name, LTX_091.name, LTX_095.name),
-    "ltx": (LTX_090.name, LTX_091.name, LTX_095.name, LTX_2.name),
-}
+FAMILIES: dict[str, Family] = {family.name: family for folder in _FOLDERS for family in folder.FAMILIES}
+LAYOUTS: dict[str, Layout] = {layout.name: layout for folder in _FOLDERS for layout in folder.LAYOUTS}
+GROUPS: dict[str, tuple[str, ...]] = ltx.GROUPS
 """Words for all versions of a family, where the tensors of a checkpoint tell which of them it is."""
 
 
@@ -39,6 +34,16 @@ def get_family(name: str) -> Family:
             f"unknown family '{name}'; this version knows {', '.join(FAMILIES)}, and of a checkpoint {groups} (its "
             "tensors tell the version)"
         ) from None
+
+
+def original_layout(family: str) -> Layout:
+    """The layout of a family's own files."""
+    return next(layout for layout in LAYOUTS.values() if layout.family == family and layout.config_class is None)
+
+
+def class_layout(family: str) -> Layout | None:
+    """The layout of a family's class in diffusers; None if it has none."""
+    return next((layout for layout in LAYOUTS.values() if layout.family == family and layout.config_class), None)
 
 
 def families_named(name: str) -> tuple[str, ...]:
