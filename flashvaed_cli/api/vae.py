@@ -17,7 +17,7 @@ from flashvaed_cli.decoders.run.streaming import encode
 from flashvaed_cli.decoders.variants.exact import exact_decoder
 from flashvaed_cli.errors import FlashVaedError, SpecError
 from flashvaed_cli.recipe.quantities import parse_memory
-from flashvaed_cli.stages.loading import DTYPES, choose_device
+from flashvaed_cli.stages.common.loading import DTYPES, choose_device
 from flashvaed_cli.zoo.builtin import BUILTINS
 
 LatentScale = Literal["normalized", "raw"]

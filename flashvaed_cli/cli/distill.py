@@ -136,6 +136,6 @@ def distill(
 
         run_stage(context, preview_distill, settings)
         return
-    from flashvaed_cli.stages.distill import run_distill
+    from flashvaed_cli.stages.distill.run import run_distill
 
     run_stage(context, run_distill, settings)

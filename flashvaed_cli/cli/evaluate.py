@@ -113,7 +113,7 @@ def evaluate(
     """
     settings = resolve_settings(context, EvalRecipe)
     if settings.speed:
-        from flashvaed_cli.stages.speed import run_speed
+        from flashvaed_cli.stages.speed.run import run_speed
 
         run_stage(context, run_speed, settings)
         return

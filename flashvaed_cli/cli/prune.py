@@ -100,6 +100,6 @@ def prune(
 
         run_stage(context, preview_prune, settings)
         return
-    from flashvaed_cli.stages.prune import run_prune
+    from flashvaed_cli.stages.prune.run import run_prune
 
     run_stage(context, run_prune, settings)

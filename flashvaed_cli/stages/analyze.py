@@ -40,13 +40,13 @@ from flashvaed_cli.recipe.fields import SelectionRule
 from flashvaed_cli.report.charts.analysis import explained_variance, latency_by_stage, spectra
 from flashvaed_cli.report.charts.style import PAPER, save_png
 from flashvaed_cli.report.tables import Column, TableData
-from flashvaed_cli.stages.clips import find_data, plan_calibration
+from flashvaed_cli.stages.common.clips import find_data, plan_calibration
+from flashvaed_cli.stages.common.loading import DTYPES, choose_device, choose_input, input_settings, load_inputs
+from flashvaed_cli.stages.common.outputs import claim_file
+from flashvaed_cli.stages.common.result import StageOutcome
+from flashvaed_cli.stages.common.run_watch import RunWatch
+from flashvaed_cli.stages.common.up_to_date import finished_artifact
 from flashvaed_cli.stages.latency_model import TimedClip, latency_model_record, whole_clip
-from flashvaed_cli.stages.loading import DTYPES, choose_device, choose_input, input_settings, load_inputs
-from flashvaed_cli.stages.outputs import claim_file
-from flashvaed_cli.stages.result import StageOutcome
-from flashvaed_cli.stages.run_watch import RunWatch
-from flashvaed_cli.stages.up_to_date import finished_artifact
 from flashvaed_cli.surgery.evidence import channel_evidence
 
 SHOWN_RATIOS = (0.125, 0.25, 0.5)

@@ -23,16 +23,16 @@ from flashvaed_cli.paths import user_path
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.convert_ops import ConvertOpsRecipe
 from flashvaed_cli.report.tables import Column, TableData
-from flashvaed_cli.stages.asked_names import require_known_operators
-from flashvaed_cli.stages.clips import find_data, plan_calibration
-from flashvaed_cli.stages.held_out import judge_held_out, summary_tables
+from flashvaed_cli.stages.common.asked_names import require_known_operators
+from flashvaed_cli.stages.common.clips import find_data, plan_calibration
+from flashvaed_cli.stages.common.held_out import judge_held_out, summary_tables
+from flashvaed_cli.stages.common.loading import DTYPES, Inputs, choose_device, choose_input, input_settings, load_inputs
+from flashvaed_cli.stages.common.outputs import claim_file
+from flashvaed_cli.stages.common.reconstruction import choose_reference, error_table, fit_settings, reconstruct
+from flashvaed_cli.stages.common.result import StageOutcome
+from flashvaed_cli.stages.common.run_watch import RunWatch
+from flashvaed_cli.stages.common.up_to_date import finished_artifact
 from flashvaed_cli.stages.info.next_step import next_commands
-from flashvaed_cli.stages.loading import DTYPES, Inputs, choose_device, choose_input, input_settings, load_inputs
-from flashvaed_cli.stages.outputs import claim_file
-from flashvaed_cli.stages.reconstruction import choose_reference, error_table, fit_settings, reconstruct
-from flashvaed_cli.stages.result import StageOutcome
-from flashvaed_cli.stages.run_watch import RunWatch
-from flashvaed_cli.stages.up_to_date import finished_artifact
 from flashvaed_cli.surgery.respec import converted_spec, with_time_rank
 from flashvaed_cli.surgery.transfer import transfer_weights
 

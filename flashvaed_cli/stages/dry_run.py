@@ -27,12 +27,12 @@ from flashvaed_cli.recipe.fields import ANALYSIS_FILE, DEFAULT_KEEP_RATIO
 from flashvaed_cli.recipe.prune import PruneRecipe
 from flashvaed_cli.recipe.settings import CommandRecipe
 from flashvaed_cli.report.tables import Cell, Column, TableData
-from flashvaed_cli.stages.asked_names import require_known_operators, require_known_ratios
-from flashvaed_cli.stages.clips import find_data
-from flashvaed_cli.stages.distill import choose_phases
-from flashvaed_cli.stages.fitted_clips import fitted_to_vae
-from flashvaed_cli.stages.loading import Inputs, choose_device, choose_input, input_settings, load_inputs
-from flashvaed_cli.stages.result import StageOutcome
+from flashvaed_cli.stages.common.asked_names import require_known_operators, require_known_ratios
+from flashvaed_cli.stages.common.clips import find_data
+from flashvaed_cli.stages.common.fitted_clips import fitted_to_vae
+from flashvaed_cli.stages.common.loading import Inputs, choose_device, choose_input, input_settings, load_inputs
+from flashvaed_cli.stages.common.result import StageOutcome
+from flashvaed_cli.stages.distill.run import choose_phases
 from flashvaed_cli.surgery.native import native_base_width, native_spec, nearest_base_width
 from flashvaed_cli.surgery.respec import converted_spec, spec_of_widths, with_time_rank
 from flashvaed_cli.surgery.selection import num_kept_channels

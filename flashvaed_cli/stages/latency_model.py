@@ -33,7 +33,7 @@ from flashvaed_cli.metrics.speed import synchronizer
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.analyze import AnalyzeRecipe
 from flashvaed_cli.recipe.prune import PruneRecipe
-from flashvaed_cli.stages.loading import DTYPES
+from flashvaed_cli.stages.common.loading import DTYPES
 from flashvaed_cli.surgery.respec import spec_of_widths
 
 LAYOUT = "channels-last, exact operators"

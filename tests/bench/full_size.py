@@ -15,8 +15,8 @@ from flashvaed_cli.families.wan21.spec import WAN21, wan_decoder_spec
 from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.report.speed import SpeedReport, SpeedTable, all_notes, speed_tables
 from flashvaed_cli.report.tables import to_rich
-from flashvaed_cli.stages.speed import describe_device
-from flashvaed_cli.stages.speed_table import ClipSize, SpeedSettings, time_decoders
+from flashvaed_cli.stages.speed.run import describe_device
+from flashvaed_cli.stages.speed.table import ClipSize, SpeedSettings, time_decoders
 from flashvaed_cli.surgery.respec import converted_spec, narrowed_spec
 
 

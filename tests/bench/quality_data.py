@@ -20,8 +20,8 @@ from flashvaed_cli.metrics.quality import psnr_db
 from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.recipe.fields import BUILTIN_VAE
 from flashvaed_cli.recipe.prune import PruneRecipe
-from flashvaed_cli.stages.clips import plan_calibration
-from flashvaed_cli.stages.loading import load_inputs
+from flashvaed_cli.stages.common.clips import plan_calibration
+from flashvaed_cli.stages.common.loading import load_inputs
 
 HELD_OUT = os.environ.get("FLASHVAED_BENCH_HELD_OUT", "sam2_coffee gen_ltx2_dialogue tos_lab_dark bbb_bird").split()
 NUM_CALIBRATION, NUM_JUDGED = 12, 8

@@ -18,8 +18,8 @@ from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.recipe.distill import DistillRecipe
 from flashvaed_cli.recipe.fields import BUILTIN_VAE
 from flashvaed_cli.report.tables import Cell, Column, TableData, to_rich
-from flashvaed_cli.stages.loading import load_inputs
-from flashvaed_cli.stages.training_data import TrainingData, training_data
+from flashvaed_cli.stages.common.loading import load_inputs
+from flashvaed_cli.stages.distill.data import TrainingData, training_data
 
 FOLDER = Path(os.environ.get("FLASHVAED_BENCH_DATA", Path(__file__).parents[3] / "shared/data/clips"))
 NUM_CLIPS = int(os.environ.get("FLASHVAED_BENCH_CLIPS", "32"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashvaed_cli.stages.speed_table import ClipSize, SpeedSettings
+from flashvaed_cli.stages.speed.table import ClipSize, SpeedSettings
 from tests.bench.full_size import print_speed, setting
 
 SIDE, FRAMES, ROUNDS = setting("SIDE", 256), setting("FRAMES", 9), setting("ROUNDS", 3)

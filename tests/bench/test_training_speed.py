@@ -22,8 +22,8 @@ from flashvaed_cli.families.wan21.spec import wan_decoder_spec
 from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.recipe import DistillRecipe
 from flashvaed_cli.report.tables import Column, TableData, to_rich
-from flashvaed_cli.stages.distill import run_distill
-from flashvaed_cli.stages.speed import describe_device
+from flashvaed_cli.stages.distill.run import run_distill
+from flashvaed_cli.stages.speed.run import describe_device
 from flashvaed_cli.zoo.builtin import BUILTINS
 from tests.bench.full_size import paper_layout, random_decoder, setting
 

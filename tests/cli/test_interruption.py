@@ -103,7 +103,7 @@ class _Loading(ModuleType):
 
 
 def test_a_signal_while_a_command_loads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "flashvaed_cli.stages.prune", _Loading("flashvaed_cli.stages.prune"))
+    monkeypatch.setitem(sys.modules, "flashvaed_cli.stages.prune.run", _Loading("flashvaed_cli.stages.prune.run"))
     result = CliRunner().invoke(app, ["prune", "-q"])
     assert (result.exit_code, result.stderr) == (143, "Error: terminated: nothing was written\n")
 

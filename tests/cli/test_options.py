@@ -176,7 +176,7 @@ def test_keyed_flags_reach_the_stage(runner: CliRunner, stage: FakeStage) -> Non
 
 def test_speed_has_a_stage_of_its_own(runner: CliRunner, stage: FakeStage, monkeypatch: pytest.MonkeyPatch) -> None:
     timing = FakeStage()
-    monkeypatch.setattr(sys.modules["flashvaed_cli.stages.speed"], "run_speed", timing)
+    monkeypatch.setattr(sys.modules["flashvaed_cli.stages.speed.run"], "run_speed", timing)
     words = "eval --speed --sizes 480p,32x40 --frames 9,81 --compile --tile 8 --max-memory 4GB --autotune --chunk 2"
     result = runner.invoke(app, words.split())
     assert result.exit_code == 0, result.output

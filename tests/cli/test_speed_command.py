@@ -16,8 +16,10 @@ from flashvaed_cli.decoders.predict.planning import choose_plan
 from flashvaed_cli.decoders.variants.exact import exact_spec
 from flashvaed_cli.decoders.variants.still import still_decoder
 from flashvaed_cli.families.wan21.spec import WAN21, wan_decoder_spec
-from flashvaed_cli.stages import contestants, memory_fit, speed_table
-from flashvaed_cli.stages.speed_table import ClipSize
+from flashvaed_cli.stages.common import memory_fit
+from flashvaed_cli.stages.speed import contestants
+from flashvaed_cli.stages.speed import table as speed_table
+from flashvaed_cli.stages.speed.table import ClipSize
 from flashvaed_cli.surgery.respec import converted_spec
 from tests.commands import invoke, strict_json, succeed
 from tests.toy import BASE_WIDTH, write_toy_vae
@@ -174,7 +176,7 @@ def test_autotune_is_remembered(folder: Path, tmp_path: Path, monkeypatch: pytes
     assert len(json.loads(cache.read_text(encoding="utf-8"))) == 1
     way = rows_of(first)["original, exact"]["way"]
     assert any(f"{way} is the fastest of" in note for note in first["notes"])
-    monkeypatch.setattr("flashvaed_cli.stages.tuning.autotune", None)  # must not be asked again
+    monkeypatch.setattr("flashvaed_cli.stages.speed.tuning.autotune", None)  # must not be asked again
     second = succeed(words, cwd=folder)
     assert rows_of(second)["original, exact"]["way"] == way
     assert any(f"{way} (remembered in {cache})" in note for note in second["notes"])

@@ -17,8 +17,8 @@ from torch import Tensor
 from flashvaed_cli.artifact.store import read_artifact
 from flashvaed_cli.distill.checkpoint import checkpoint_state
 from flashvaed_cli.errors import MediaError
-from flashvaed_cli.stages.training_data import TrainingData
-from flashvaed_cli.stages.training_files import TrainingFiles
+from flashvaed_cli.stages.distill.data import TrainingData
+from flashvaed_cli.stages.distill.files import TrainingFiles
 from tests.commands import TRAINING, invoke, succeed
 from tests.toy import write_toy_clip, write_toy_vae
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.recipe.distill import DistillRecipe
-from flashvaed_cli.stages.loading import load_inputs
-from flashvaed_cli.stages.training_data import training_data
+from flashvaed_cli.stages.common.loading import load_inputs
+from flashvaed_cli.stages.distill.data import training_data
 from tests.commands import invoke, succeed
 from tests.integration.test_odd_videos import ODD_CLIPS
 from tests.toy import write_toy_clip, write_toy_vae

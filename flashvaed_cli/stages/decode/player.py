@@ -16,9 +16,9 @@ from flashvaed_cli.decoders.variants.exact import exact_decoder, plain_decoder
 from flashvaed_cli.recipe.decode import DecodeRecipe
 from flashvaed_cli.recipe.fields import LatentScale
 from flashvaed_cli.recipe.quantities import parse_memory
-from flashvaed_cli.stages.clips import to_raw
-from flashvaed_cli.stages.loading import DTYPES
-from flashvaed_cli.stages.memory_fit import Limits, streaming_limits
+from flashvaed_cli.stages.common.clips import to_raw
+from flashvaed_cli.stages.common.loading import DTYPES
+from flashvaed_cli.stages.common.memory_fit import Limits, streaming_limits
 
 
 class Player:

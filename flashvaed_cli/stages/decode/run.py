@@ -20,11 +20,11 @@ from flashvaed_cli.recipe.decode import DecodeRecipe
 from flashvaed_cli.recipe.fields import LatentScale
 from flashvaed_cli.recipe.quantities import parse_frame_rate
 from flashvaed_cli.report.tables import Cell, Column, TableData
-from flashvaed_cli.stages.clips import scale_of
+from flashvaed_cli.stages.common.clips import scale_of
+from flashvaed_cli.stages.common.loading import choose_device, choose_input, load_input
+from flashvaed_cli.stages.common.result import StageOutcome
 from flashvaed_cli.stages.decode.player import Player
 from flashvaed_cli.stages.decode.targets import Clip, Target, claim_targets, plan_targets
-from flashvaed_cli.stages.loading import choose_device, choose_input, load_input
-from flashvaed_cli.stages.result import StageOutcome
 
 
 @dataclass

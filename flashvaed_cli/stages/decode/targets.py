@@ -21,8 +21,8 @@ from flashvaed_cli.ownership import SOFTWARE, is_own_file
 from flashvaed_cli.paths import user_path
 from flashvaed_cli.recipe.decode import STDOUT, DecodeRecipe
 from flashvaed_cli.recipe.fields import FrameFormat, LatentScale
-from flashvaed_cli.stages.compared import distinct_names
-from flashvaed_cli.stages.outputs import (
+from flashvaed_cli.stages.common.compared import distinct_names
+from flashvaed_cli.stages.common.outputs import (
     claim_file,
     claim_folder,
     filled_at_the_end,

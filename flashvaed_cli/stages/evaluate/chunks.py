@@ -19,8 +19,8 @@ from flashvaed_cli.media.latent_files import is_latent_file
 from flashvaed_cli.media.video import count_frames, iter_frames, probe_video
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.evaluate import EvalRecipe
-from flashvaed_cli.stages.clips import raw_latents
-from flashvaed_cli.stages.loading import Inputs
+from flashvaed_cli.stages.common.clips import raw_latents
+from flashvaed_cli.stages.common.loading import Inputs
 
 _DEFAULT_CHUNK = 4
 

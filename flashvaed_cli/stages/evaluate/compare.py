@@ -20,10 +20,10 @@ from flashvaed_cli.recipe.evaluate import EvalRecipe
 from flashvaed_cli.report.evaluation import ClipFigures
 from flashvaed_cli.report.page.album import AlbumBuilder, ClipAlbum
 from flashvaed_cli.report.pictures import save_strip, select_frames, side_by_side
+from flashvaed_cli.stages.common.loading import Inputs
 from flashvaed_cli.stages.evaluate.chunks import Chunk, open_clip
 from flashvaed_cli.stages.evaluate.judge import ClipJudge, FeatureJudge, Frames, Metrics
 from flashvaed_cli.stages.evaluate.page import ClipVideos
-from flashvaed_cli.stages.loading import Inputs
 
 VIDEO, ORIGINAL = "video", "original"
 SPEED_LATENT_FRAMES = 5

@@ -22,8 +22,8 @@ from flashvaed_cli.ownership import SOFTWARE
 from flashvaed_cli.report.charts.training import figure_name
 from flashvaed_cli.report.page.album import ClipAlbum
 from flashvaed_cli.report.page.page import LineageEntry, PageExtras
-from flashvaed_cli.stages.ancestry import find_parents, flat
-from flashvaed_cli.stages.training_files import TrainingFiles
+from flashvaed_cli.stages.common.ancestry import find_parents, flat
+from flashvaed_cli.stages.distill.files import TrainingFiles
 
 _VIDEO_SIDE_PX = 384
 _VIDEO_SECONDS = 6

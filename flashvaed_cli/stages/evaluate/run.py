@@ -49,18 +49,18 @@ from flashvaed_cli.report.gates import judge_gates, parse_requirement, require_d
 from flashvaed_cli.report.junit import write_junit
 from flashvaed_cli.report.page.page import PAGE, render_page
 from flashvaed_cli.report.speed import SPEED_JSON
-from flashvaed_cli.stages.clips import find_data
-from flashvaed_cli.stages.compared import derived_decoders, distinct_names
+from flashvaed_cli.stages.common.clips import find_data
+from flashvaed_cli.stages.common.compared import derived_decoders, distinct_names
+from flashvaed_cli.stages.common.fitted_clips import latent_grid, whole_side
+from flashvaed_cli.stages.common.loading import DTYPES, Inputs, choose_device, choose_input, input_settings, load_inputs
+from flashvaed_cli.stages.common.outputs import claim_file, claim_folder, filled_at_the_end, moved, refuse_to_replace
+from flashvaed_cli.stages.common.result import StageOutcome
+from flashvaed_cli.stages.common.up_to_date import finished_folder, provenance
 from flashvaed_cli.stages.evaluate.compare import ORIGINAL, VIDEO, ClipToJudge, Comparison, compare_clip
 from flashvaed_cli.stages.evaluate.judge import FeatureJudge, Metrics
 from flashvaed_cli.stages.evaluate.page import page_extras
 from flashvaed_cli.stages.evaluate.seen import warn_of_seen
 from flashvaed_cli.stages.evaluate.timing import ORIGINAL_TUNED, runtime_of, timed
-from flashvaed_cli.stages.fitted_clips import latent_grid, whole_side
-from flashvaed_cli.stages.loading import DTYPES, Inputs, choose_device, choose_input, input_settings, load_inputs
-from flashvaed_cli.stages.outputs import claim_file, claim_folder, filled_at_the_end, moved, refuse_to_replace
-from flashvaed_cli.stages.result import StageOutcome
-from flashvaed_cli.stages.up_to_date import finished_folder, provenance
 from flashvaed_cli.zoo.builtin import JUDGED_CLIP
 
 MAX_PICTURED = 12

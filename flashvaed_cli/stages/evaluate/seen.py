@@ -8,7 +8,7 @@ from pathlib import Path
 from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.artifact.run_record import DataFile
 from flashvaed_cli.artifact.store import sha256_of
-from flashvaed_cli.stages.ancestry import find_parents, flat
+from flashvaed_cli.stages.common.ancestry import find_parents, flat
 
 _MAX_NAMED = 5
 

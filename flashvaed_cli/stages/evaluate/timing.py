@@ -18,8 +18,8 @@ from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.evaluate import EvalRecipe
 from flashvaed_cli.recipe.quantities import parse_memory
 from flashvaed_cli.report.evaluation import DecoderFigures, Spread
+from flashvaed_cli.stages.common.loading import DTYPES
 from flashvaed_cli.stages.evaluate.compare import ORIGINAL
-from flashvaed_cli.stages.loading import DTYPES
 
 ORIGINAL_TUNED = "original, exact"
 

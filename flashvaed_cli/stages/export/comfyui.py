@@ -11,8 +11,8 @@ from flashvaed_cli.export.checkpoint_file import READ_BACK, export_safetensors, 
 from flashvaed_cli.export.comfyui import file_metadata, single_file_obstacle, stand_in_encoder, write_node_folder
 from flashvaed_cli.export.result import ExportResult
 from flashvaed_cli.recipe.export import ExportRecipe
+from flashvaed_cli.stages.common.loading import DTYPES
 from flashvaed_cli.stages.export.layouts import Prepared, encoder_at_hand, prepared
-from flashvaed_cli.stages.loading import DTYPES
 
 COMFYUI_FOLDER = "comfyui"
 DECODES_ONLY = "flashvaed.decodes_only"

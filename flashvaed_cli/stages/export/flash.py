@@ -17,7 +17,7 @@ from flashvaed_cli.families.layout import Layout
 from flashvaed_cli.families.registry import get_family, original_like
 from flashvaed_cli.families.uniform_layout import encoder_base_width
 from flashvaed_cli.recipe.export import ExportRecipe
-from flashvaed_cli.stages.loading import DTYPES
+from flashvaed_cli.stages.common.loading import DTYPES
 
 _LOADS = (
     f"diffusers: AutoModel.from_pretrained(folder, trust_remote_code=True) loads it as {FLASH_CLASS} where flashvaed "

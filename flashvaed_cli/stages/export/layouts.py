@@ -23,8 +23,8 @@ from flashvaed_cli.families.layout import Layout
 from flashvaed_cli.families.registry import LAYOUTS, get_family, original_layout, original_like
 from flashvaed_cli.families.uniform_layout import fits_uniform_layout
 from flashvaed_cli.recipe.export import ExportRecipe
+from flashvaed_cli.stages.common.loading import DTYPES
 from flashvaed_cli.stages.export.flash import export_flash_folder
-from flashvaed_cli.stages.loading import DTYPES
 from flashvaed_cli.zoo.builtin import BUILTINS
 
 DIFFUSERS_FOLDER = "diffusers"

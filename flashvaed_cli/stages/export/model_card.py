@@ -12,7 +12,7 @@ from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.export.result import ExportResult, Target
 from flashvaed_cli.families.registry import get_family
 from flashvaed_cli.printable import printable
-from flashvaed_cli.stages.reports import find_reports
+from flashvaed_cli.stages.common.reports import find_reports
 
 CARD = "README.md"
 _USES: dict[Target, str] = {

@@ -16,6 +16,10 @@ from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.export import ExportRecipe
 from flashvaed_cli.recipe.fields import ExportTarget
 from flashvaed_cli.report.tables import Column, TableData
+from flashvaed_cli.stages.common.loading import DTYPES, choose_device, choose_input, load_input, with_plain_operators
+from flashvaed_cli.stages.common.outputs import claim_folder, filled_at_the_end, hashes_of
+from flashvaed_cli.stages.common.result import StageOutcome
+from flashvaed_cli.stages.common.up_to_date import finished_folder, provenance
 from flashvaed_cli.stages.export.comfyui import COMFYUI_FOLDER, export_comfyui
 from flashvaed_cli.stages.export.layouts import (
     DIFFUSERS_FOLDER,
@@ -24,10 +28,6 @@ from flashvaed_cli.stages.export.layouts import (
     export_original_layout,
 )
 from flashvaed_cli.stages.export.model_card import CARD, model_card
-from flashvaed_cli.stages.loading import DTYPES, choose_device, choose_input, load_input, with_plain_operators
-from flashvaed_cli.stages.outputs import claim_folder, filled_at_the_end, hashes_of
-from flashvaed_cli.stages.result import StageOutcome
-from flashvaed_cli.stages.up_to_date import finished_folder, provenance
 
 MANIFEST = "export.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".sft", ".pth", ".pt", ".ckpt", ".bin")

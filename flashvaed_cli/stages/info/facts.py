@@ -22,11 +22,11 @@ from flashvaed_cli.ownership import has_own_header
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.info import InfoRecipe
 from flashvaed_cli.recipe.quantities import parse_bucket
-from flashvaed_cli.stages.ancestry import Ancestor, find_parents
+from flashvaed_cli.stages.common.ancestry import Ancestor, find_parents
+from flashvaed_cli.stages.common.loading import load_input
+from flashvaed_cli.stages.common.reports import find_reports
 from flashvaed_cli.stages.info.measured import measured_figures
 from flashvaed_cli.stages.info.next_step import next_commands
-from flashvaed_cli.stages.loading import load_input
-from flashvaed_cli.stages.reports import find_reports
 from flashvaed_cli.untrusted.safetensors_file import read_index
 from flashvaed_cli.zoo.builtin import BUILTINS
 

@@ -10,9 +10,9 @@ from rich.console import RenderableType
 
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.info import InfoRecipe
+from flashvaed_cli.stages.common.loading import choose_input
 from flashvaed_cli.stages.info.facts import FileFacts, gather
 from flashvaed_cli.stages.info.show import show_one, show_side_by_side
-from flashvaed_cli.stages.loading import choose_input
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from rich.tree import Tree
 from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.printable import printable_line
 from flashvaed_cli.report.tables import Cell, Column, TableData, to_rich
-from flashvaed_cli.stages.ancestry import Ancestor
+from flashvaed_cli.stages.common.ancestry import Ancestor
 from flashvaed_cli.stages.info.facts import CoderFacts, FileFacts
 
 _MAX_COMMAND_CHARS = 400

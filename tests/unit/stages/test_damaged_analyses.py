@@ -9,7 +9,7 @@ import torch
 from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.decoders.spec.groups import tensor_widths
 from flashvaed_cli.errors import ArtifactError
-from flashvaed_cli.stages.prune import _read_statistics
+from flashvaed_cli.stages.prune.run import _read_statistics
 from tests.toy import original_spec
 
 SPEC = original_spec()

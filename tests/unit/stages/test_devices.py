@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from flashvaed_cli.errors import FlashVaedError
 from flashvaed_cli.recipe.analyze import AnalyzeRecipe
-from flashvaed_cli.stages.loading import choose_device
+from flashvaed_cli.stages.common.loading import choose_device
 
 
 @pytest.fixture

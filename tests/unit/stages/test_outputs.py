@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from flashvaed_cli.errors import FlashVaedError
 from flashvaed_cli.ownership import HEADER_KEY
-from flashvaed_cli.stages.outputs import claim_file, claim_folder, filled_at_the_end
+from flashvaed_cli.stages.common.outputs import claim_file, claim_folder, filled_at_the_end
 
 MARKER = "report.json"
 OURS, OURS_LATER = '{"kind": "flashvaed-evaluation"}', '{"kind": "flashvaed-evaluation", "schema": 2}'

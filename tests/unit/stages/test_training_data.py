@@ -18,9 +18,9 @@ from flashvaed_cli.media.cuts import ClipSize
 from flashvaed_cli.media.video import read_clip
 from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.recipe.distill import DistillRecipe
-from flashvaed_cli.stages import clip_source
-from flashvaed_cli.stages.loading import Inputs, load_inputs
-from flashvaed_cli.stages.training_data import LatentPool, TrainingData, training_data
+from flashvaed_cli.stages.common.loading import Inputs, load_inputs
+from flashvaed_cli.stages.distill import clip_source
+from flashvaed_cli.stages.distill.data import LatentPool, TrainingData, training_data
 from tests.toy import write_toy_clip, write_toy_vae
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flashvaed_cli.progress import SilentProgress
-from flashvaed_cli.stages.training_watch import SampleStrips, TrainingLog, TrainingWatch
+from flashvaed_cli.stages.distill.watch import SampleStrips, TrainingLog, TrainingWatch
 from tests.toy import toy_decoder, toy_latents
 
 

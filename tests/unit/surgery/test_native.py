@@ -16,8 +16,8 @@ from flashvaed_cli.families.wan21.spec import wan_decoder_spec
 from flashvaed_cli.metrics.speed import SpeedResult
 from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.recipe.prune import PruneRecipe
-from flashvaed_cli.stages import native as native_stage
 from flashvaed_cli.stages.latency_model import TimedClip
+from flashvaed_cli.stages.prune import native as native_stage
 from flashvaed_cli.surgery.attention_fit import set_collapsed
 from flashvaed_cli.surgery.layer_fit import FitSettings
 from flashvaed_cli.surgery.native import (

@@ -14,11 +14,11 @@ from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.evaluate import EvalRecipe
 from flashvaed_cli.recipe.quantities import parse_memory, parse_size
 from flashvaed_cli.report.speed import SPEED_JSON, SpeedReport, all_notes, save_speed, speed_document, speed_tables
-from flashvaed_cli.stages.compared import derived_decoders
-from flashvaed_cli.stages.loading import DTYPES, choose_device, choose_input, input_settings, load_inputs
-from flashvaed_cli.stages.outputs import claim_folder, filled_at_the_end, moved
-from flashvaed_cli.stages.result import StageOutcome
-from flashvaed_cli.stages.speed_table import RESERVED_NAMES, ClipSize, SpeedSettings, time_decoders
+from flashvaed_cli.stages.common.compared import derived_decoders
+from flashvaed_cli.stages.common.loading import DTYPES, choose_device, choose_input, input_settings, load_inputs
+from flashvaed_cli.stages.common.outputs import claim_folder, filled_at_the_end, moved
+from flashvaed_cli.stages.common.result import StageOutcome
+from flashvaed_cli.stages.speed.table import RESERVED_NAMES, ClipSize, SpeedSettings, time_decoders
 
 _DEFAULT_FRAMES = 9
 _UNUSED = ("data", "latent_scale", "num_clips", "num_frames", "max_side", "video", "lpips")

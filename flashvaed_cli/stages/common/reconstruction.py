@@ -11,7 +11,7 @@ from flashvaed_cli.decoders.spec.groups import Kept, compose_kept, tensor_widths
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.settings import ReconstructingRecipe
 from flashvaed_cli.report.tables import Column, TableData
-from flashvaed_cli.stages.loading import Inputs
+from flashvaed_cli.stages.common.loading import Inputs
 from flashvaed_cli.surgery.layer_fit import FitSettings, LayerError
 from flashvaed_cli.surgery.reconstruct import first_changed_block, reconstruct_coder
 

@@ -17,8 +17,8 @@ from flashvaed_cli.metrics.quality import compare_frames, mean_quality
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.distill import DistillRecipe
 from flashvaed_cli.recipe.settings import CalibratedRecipe
-from flashvaed_cli.stages.clips import find_data, plan_calibration
-from flashvaed_cli.stages.loading import Inputs
+from flashvaed_cli.stages.common.clips import find_data, plan_calibration
+from flashvaed_cli.stages.common.loading import Inputs
 
 MAX_CLIPS = 8
 MAX_SIDE = 512

@@ -23,15 +23,15 @@ from flashvaed_cli.metrics.speed import SpeedResult, speed_ratio
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.report.evaluation import Spread
 from flashvaed_cli.report.speed import SpeedRow, SpeedTable
-from flashvaed_cli.stages.contestants import (
+from flashvaed_cli.stages.common.memory_fit import Limits, fit_to_memory, refusal_at_chunk_one
+from flashvaed_cli.stages.speed.contestants import (
     PLAIN_EAGER,
     Latents,
     diffusers_call,
     diffusers_fault,
     own_call,
 )
-from flashvaed_cli.stages.memory_fit import Limits, fit_to_memory, refusal_at_chunk_one
-from flashvaed_cli.stages.tuning import tuned_choice
+from flashvaed_cli.stages.speed.tuning import tuned_choice
 
 DIFFUSERS, EAGER, EXACT = "diffusers, eager", "original, eager", "original, exact"
 RESERVED_NAMES = (DIFFUSERS, EAGER, EXACT)

@@ -17,8 +17,8 @@ from flashvaed_cli.numerics.covariance import TensorStatistics
 from flashvaed_cli.progress import Progress, SilentProgress
 from flashvaed_cli.recipe.prune import PruneRecipe
 from flashvaed_cli.recipe.settings import DEFAULT_KEEP_RATIO
-from flashvaed_cli.stages.budget import Budget, target_clip, times_of
 from flashvaed_cli.stages.latency_model import TimedClip
+from flashvaed_cli.stages.prune.budget import Budget, target_clip, times_of
 from flashvaed_cli.surgery.native import (
     largest_base_width_within,
     native_base_width,

@@ -19,10 +19,10 @@ from flashvaed_cli.artifact.store import read_header, sha256_of
 from flashvaed_cli.errors import ArtifactError, FlashVaedError
 from flashvaed_cli.ownership import has_own_header, is_own_file
 from flashvaed_cli.recipe.settings import CommandRecipe
-from flashvaed_cli.stages.ancestry import Ancestor, find_lineage, find_parents, flat
-from flashvaed_cli.stages.outputs import hashes_of
-from flashvaed_cli.stages.result import StageOutcome
-from flashvaed_cli.stages.run_watch import described_files
+from flashvaed_cli.stages.common.ancestry import Ancestor, find_lineage, find_parents, flat
+from flashvaed_cli.stages.common.outputs import hashes_of
+from flashvaed_cli.stages.common.result import StageOutcome
+from flashvaed_cli.stages.common.run_watch import described_files
 
 _NO_PART = ("output", "input")
 """Fields that are compared by what they lead to."""

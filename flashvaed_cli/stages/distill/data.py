@@ -29,9 +29,9 @@ from flashvaed_cli.media.latent_cache import (
 from flashvaed_cli.paths import user_path
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.distill import DistillRecipe
-from flashvaed_cli.stages.clip_source import ClipSource, warn_of_skipped
-from flashvaed_cli.stages.fitted_clips import latent_grid
-from flashvaed_cli.stages.loading import Inputs
+from flashvaed_cli.stages.common.fitted_clips import latent_grid
+from flashvaed_cli.stages.common.loading import Inputs
+from flashvaed_cli.stages.distill.clip_source import ClipSource, warn_of_skipped
 
 _STEP_STRIDE = 1_000_003  # a prime: steps of runs with neighbouring seeds do not share random numbers
 

@@ -16,8 +16,8 @@ from flashvaed_cli.metrics.autotune import (
     remembered_choice,
 )
 from flashvaed_cli.progress import Progress
-from flashvaed_cli.stages.contestants import Call, Latents, own_call
-from flashvaed_cli.stages.memory_fit import Limits, fit_to_memory
+from flashvaed_cli.stages.common.memory_fit import Limits, fit_to_memory
+from flashvaed_cli.stages.speed.contestants import Call, Latents, own_call
 
 
 def tuned_choice(

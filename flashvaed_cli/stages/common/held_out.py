@@ -23,7 +23,7 @@ from flashvaed_cli.metrics.speed import SpeedRatio, speed_ratio, synchronizer, t
 from flashvaed_cli.progress import Progress, SilentProgress
 from flashvaed_cli.recipe.settings import CalibratedRecipe
 from flashvaed_cli.report.tables import Cell, Column, TableData
-from flashvaed_cli.stages.clips import CalibrationClips, find_data, plan_calibration
+from flashvaed_cli.stages.common.clips import CalibrationClips, find_data, plan_calibration
 from flashvaed_cli.surgery.layer_fit import LayerError
 
 NUM_CLIPS = 2

@@ -20,8 +20,8 @@ from flashvaed_cli.families.registry import encoder_like
 from flashvaed_cli.metrics.quality import PSNR_CAP_DB, compare_frames
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.prune import PruneRecipe
-from flashvaed_cli.stages.clips import CalibrationClips
-from flashvaed_cli.stages.reconstruction import fit_settings, reconstruct
+from flashvaed_cli.stages.common.clips import CalibrationClips
+from flashvaed_cli.stages.common.reconstruction import fit_settings, reconstruct
 from flashvaed_cli.surgery.native import select_native
 from flashvaed_cli.surgery.transfer import transfer_weights
 

@@ -21,7 +21,7 @@ from flashvaed_cli.media.sources import find_clips
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.fields import LatentScale
 from flashvaed_cli.recipe.settings import CalibratedRecipe
-from flashvaed_cli.stages.fitted_clips import fitted_to_vae
+from flashvaed_cli.stages.common.fitted_clips import fitted_to_vae
 from flashvaed_cli.zoo.builtin import FITTING_CLIPS
 
 

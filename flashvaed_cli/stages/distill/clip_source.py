@@ -35,10 +35,10 @@ from flashvaed_cli.media.workers import FileWorkers, default_num_workers
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.distill import DistillRecipe
 from flashvaed_cli.recipe.fields import LatentScale
-from flashvaed_cli.stages.clips import encode_clip, find_data, scale_of, to_raw
-from flashvaed_cli.stages.fitted_clips import latent_grid
-from flashvaed_cli.stages.loading import Inputs
-from flashvaed_cli.stages.validation import validation_files
+from flashvaed_cli.stages.common.clips import encode_clip, find_data, scale_of, to_raw
+from flashvaed_cli.stages.common.fitted_clips import latent_grid
+from flashvaed_cli.stages.common.loading import Inputs
+from flashvaed_cli.stages.distill.validation import validation_files
 
 NUM_STATISTICS_CLIPS = 8
 _MAX_WARNINGS = 10

@@ -32,8 +32,8 @@ from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.analyze import AnalyzeRecipe
 from flashvaed_cli.recipe.prune import PruneRecipe
 from flashvaed_cli.report.tables import Column, TableData
+from flashvaed_cli.stages.common.loading import DTYPES
 from flashvaed_cli.stages.latency_model import TimedClip, latency_model_record, stored_model, whole_clip
-from flashvaed_cli.stages.loading import DTYPES
 from flashvaed_cli.surgery.budget import WidthPlan, gflop_cost, group_curves, plan_gflops, plan_speedup
 
 _NUM_SPEED_ROUNDS = 7

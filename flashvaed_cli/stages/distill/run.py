@@ -41,21 +41,21 @@ from flashvaed_cli.numerics.independence import reconstruction_map
 from flashvaed_cli.paths import user_path
 from flashvaed_cli.progress import Progress, SilentProgress
 from flashvaed_cli.recipe.distill import DistillRecipe, PhaseRecipe
-from flashvaed_cli.stages.asked_names import require_known_ratios
-from flashvaed_cli.stages.clip_source import NUM_STATISTICS_CLIPS
-from flashvaed_cli.stages.clips import find_data
-from flashvaed_cli.stages.fitted_clips import fitted_to_vae
+from flashvaed_cli.stages.common.asked_names import require_known_ratios
+from flashvaed_cli.stages.common.clips import find_data
+from flashvaed_cli.stages.common.fitted_clips import fitted_to_vae
+from flashvaed_cli.stages.common.loading import Inputs, choose_device, choose_input, input_settings, load_inputs
+from flashvaed_cli.stages.common.outputs import claim_file
+from flashvaed_cli.stages.common.result import StageOutcome
+from flashvaed_cli.stages.common.run_watch import RunWatch
+from flashvaed_cli.stages.common.up_to_date import finished_artifact
+from flashvaed_cli.stages.distill.clip_source import NUM_STATISTICS_CLIPS
+from flashvaed_cli.stages.distill.data import TrainingData, training_data
+from flashvaed_cli.stages.distill.files import TrainingFiles, describe_checkpoints
+from flashvaed_cli.stages.distill.report import PhaseResult, draw_curves, phase_record, phase_table, same_clips_table
+from flashvaed_cli.stages.distill.validation import Validation, open_validation
+from flashvaed_cli.stages.distill.watch import SampleStrips, TensorBoardLog, TrainingLog, TrainingWatch
 from flashvaed_cli.stages.info.next_step import next_commands
-from flashvaed_cli.stages.loading import Inputs, choose_device, choose_input, input_settings, load_inputs
-from flashvaed_cli.stages.outputs import claim_file
-from flashvaed_cli.stages.result import StageOutcome
-from flashvaed_cli.stages.run_watch import RunWatch
-from flashvaed_cli.stages.training_data import TrainingData, training_data
-from flashvaed_cli.stages.training_files import TrainingFiles, describe_checkpoints
-from flashvaed_cli.stages.training_report import PhaseResult, draw_curves, phase_record, phase_table, same_clips_table
-from flashvaed_cli.stages.training_watch import SampleStrips, TensorBoardLog, TrainingLog, TrainingWatch
-from flashvaed_cli.stages.up_to_date import finished_artifact
-from flashvaed_cli.stages.validation import Validation, open_validation
 from flashvaed_cli.surgery.selection import select_channels
 
 _COMPUTE_DTYPES = ("float32", "bfloat16")

@@ -15,7 +15,7 @@ from flashvaed_cli.decoders.variants.exact import exact_decoder
 from flashvaed_cli.families.registry import FAMILIES, class_layout, get_family, original_like
 from flashvaed_cli.families.uniform_layout import fits_uniform_layout
 from flashvaed_cli.metrics.autotune import Choice
-from flashvaed_cli.stages.memory_fit import Limits
+from flashvaed_cli.stages.common.memory_fit import Limits
 
 Latents = Float[Tensor, "1 C T Hz Wz"]
 Call = Callable[[], object]

@@ -9,7 +9,7 @@ from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.errors import ArtifactError
 from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.recipe.evaluate import EvalRecipe
-from flashvaed_cli.stages.loading import Inputs, load_inputs
+from flashvaed_cli.stages.common.loading import Inputs, load_inputs
 
 
 def derived_decoders(inputs: Inputs, recipe: EvalRecipe, taken: Sequence[str] = ()) -> dict[str, Decoder]:

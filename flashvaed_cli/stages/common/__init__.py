@@ -1,0 +1,1 @@
+"""What several commands share: inputs and outputs, clips, originals, records of a run."""

@@ -1,0 +1,1 @@
+"""`flashvaed distill`: data, phases, records of a training."""

@@ -1,0 +1,1 @@
+"""`flashvaed prune`: choose channels, fit what is left, judge it."""
