@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from flashvaed_cli.api.vae import num_bytes
 from flashvaed_cli.artifact.checkpoint import Checkpoint, derived_header, in_memory_checkpoint, load_checkpoint
-from flashvaed_cli.artifact.coders import shapes_of
-from flashvaed_cli.artifact.diffusers_config import latent_statistics
-from flashvaed_cli.artifact.foreign import ForeignWeights
-from flashvaed_cli.artifact.recognition import recognise
+from flashvaed_cli.artifact.foreign.coders import shapes_of
+from flashvaed_cli.artifact.foreign.configuration import latent_statistics
+from flashvaed_cli.artifact.foreign.recognition import recognise
+from flashvaed_cli.artifact.foreign.weights import ForeignWeights
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.variants.half_range import cast_decoder
 from flashvaed_cli.errors import FlashVaedError

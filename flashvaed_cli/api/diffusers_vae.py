@@ -18,8 +18,8 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from flashvaed_cli.artifact.coders import empty_coder
-from flashvaed_cli.artifact.flash_folder import CODE, CODE_NAME, FLASH_CLASS, flash_config, flash_header
+from flashvaed_cli.artifact.foreign.coders import empty_coder
+from flashvaed_cli.artifact.foreign.flash_folder import CODE, CODE_NAME, FLASH_CLASS, flash_config, flash_header
 from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings

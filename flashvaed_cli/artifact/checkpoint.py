@@ -16,14 +16,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from flashvaed_cli.artifact.coders import coders_from_foreign, empty_coder, fill_coder, named_tensors, shapes_of
-from flashvaed_cli.artifact.diffusers_config import check_keys, check_widths, configuration, latent_statistics
-from flashvaed_cli.artifact.flash_folder import FLASH_CLASS, flash_coders, flash_header
-from flashvaed_cli.artifact.foreign import ForeignWeights, checkpoint_files, read_foreign
+from flashvaed_cli.artifact.foreign.coders import coders_from_foreign, empty_coder, fill_coder, named_tensors, shapes_of
+from flashvaed_cli.artifact.foreign.configuration import check_keys, check_widths, configuration, latent_statistics
+from flashvaed_cli.artifact.foreign.flash_folder import FLASH_CLASS, flash_coders, flash_header
+from flashvaed_cli.artifact.foreign.mismatch import compare_shapes
+from flashvaed_cli.artifact.foreign.recognition import ROLES, recognise, twins
+from flashvaed_cli.artifact.foreign.weights import ForeignWeights, checkpoint_files, read_foreign
 from flashvaed_cli.artifact.header import ArtifactHeader, Lineage
 from flashvaed_cli.artifact.hub import SCHEME, fetch_hub_file
-from flashvaed_cli.artifact.mismatch import compare_shapes
-from flashvaed_cli.artifact.recognition import ROLES, recognise, twins
 from flashvaed_cli.artifact.run_record import RunRecord
 from flashvaed_cli.artifact.store import content_sha256, read_artifact, sha256_of_files, write_artifact
 from flashvaed_cli.artifact.weight_checks import require_usable_weights

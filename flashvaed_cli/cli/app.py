@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from flashvaed_cli import __version__
-from flashvaed_cli.cli import analyze, convert_ops, decode, distill, evaluate, export, info, prune, run
+from flashvaed_cli.cli.commands import analyze, convert_ops, decode, distill, evaluate, export, info, prune, run
 from flashvaed_cli.cli.interruption import interruption, signals_raise
 from flashvaed_cli.cli.running import ARGV_KEY, DONE_KEY, SIGNALS_KEY
 from flashvaed_cli.cli.spelling import suggestions

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flashvaed_cli.artifact.layouts import to_foreign
+from flashvaed_cli.artifact.foreign.layouts import to_foreign
 from flashvaed_cli.families.registry import original_layout
 from tests.commands import JUDGING, invoke, succeed
 from tests.ltx_toy import LATENT_WIDTH, VERSIONS, ltx_decoder, ltx_spec

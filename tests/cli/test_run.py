@@ -14,7 +14,7 @@ from flashvaed_cli.artifact.checkpoint import load_checkpoint, save_checkpoint
 from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.artifact.store import sha256_of
 from flashvaed_cli.cli.app import app
-from flashvaed_cli.cli.run import plan_steps
+from flashvaed_cli.cli.commands.run import plan_steps
 from flashvaed_cli.recipe import find_recipe, load_recipe
 from tests.commands import JUDGING, invoke, read_report
 from tests.toy import write_toy_clip, write_toy_vae

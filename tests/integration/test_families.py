@@ -16,7 +16,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint, load_checkpoint
-from flashvaed_cli.artifact.layouts import to_foreign
+from flashvaed_cli.artifact.foreign.layouts import to_foreign
 from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
 from flashvaed_cli.decoders.predict.cost import total_gflop
 from flashvaed_cli.decoders.run.streaming import decode

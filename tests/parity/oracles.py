@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flashvaed_cli.artifact.coders import coders_from_foreign
+from flashvaed_cli.artifact.foreign.coders import coders_from_foreign
 from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
 from flashvaed_cli.decoders.run.streaming import decode, encode
 from flashvaed_cli.families.layout import Layout

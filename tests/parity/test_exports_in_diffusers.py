@@ -14,7 +14,7 @@ from oracles import randomised, share_of_range
 from torch import Tensor, nn
 
 from flashvaed_cli.artifact.checkpoint import derived_header, load_checkpoint, save_checkpoint
-from flashvaed_cli.artifact.writing import to_program
+from flashvaed_cli.artifact.foreign.writing import to_program
 from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
 from flashvaed_cli.errors import FlashVaedError
 from flashvaed_cli.export.diffusers_config import ARGUMENTS, diffusers_config

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flashvaed_cli.artifact.checkpoint import load_checkpoint
-from flashvaed_cli.artifact.coders import coders_from_foreign
-from flashvaed_cli.artifact.layouts import to_foreign
-from flashvaed_cli.artifact.recognition import recognise
+from flashvaed_cli.artifact.foreign.coders import coders_from_foreign
+from flashvaed_cli.artifact.foreign.layouts import to_foreign
+from flashvaed_cli.artifact.foreign.recognition import recognise
 from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
 from flashvaed_cli.decoders.run.streaming import encode
 from flashvaed_cli.decoders.variants.noise import injected_noise

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from flashvaed_cli.artifact.checkpoint import load_checkpoint
-from flashvaed_cli.artifact.layouts import slots
-from flashvaed_cli.artifact.recognition import recognise
+from flashvaed_cli.artifact.foreign.layouts import slots
+from flashvaed_cli.artifact.foreign.recognition import recognise
 from flashvaed_cli.decoders.run.streaming import decode, encode
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.families.qwen_image2.names import QWEN2_DIFFUSERS

@@ -10,7 +10,7 @@ from oracles import RANGE_BOUND, Pair, assert_parity, pair_of, randomised, share
 from safetensors.torch import save_file
 
 from flashvaed_cli.artifact.checkpoint import load_checkpoint
-from flashvaed_cli.artifact.layouts import slots, to_foreign
+from flashvaed_cli.artifact.foreign.layouts import slots, to_foreign
 from flashvaed_cli.decoders.run.streaming import decode
 from flashvaed_cli.decoders.variants.still import still_decoder
 from flashvaed_cli.families.qwen_image.names import QWEN_DIFFUSERS, QWEN_ORIGINAL

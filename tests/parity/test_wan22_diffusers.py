@@ -14,7 +14,7 @@ from oracles import Pair, assert_chunks_agree, assert_parity, pair_of, randomise
 from torch import Tensor
 
 from flashvaed_cli.artifact.checkpoint import load_checkpoint
-from flashvaed_cli.artifact.layouts import slots, to_foreign
+from flashvaed_cli.artifact.foreign.layouts import slots, to_foreign
 from flashvaed_cli.decoders.run.streaming import decode
 from flashvaed_cli.errors import ArtifactError
 from flashvaed_cli.families.layout import Role

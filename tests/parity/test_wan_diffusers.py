@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flashvaed_cli.artifact.checkpoint import load_checkpoint
-from flashvaed_cli.artifact.layouts import slots, to_foreign
+from flashvaed_cli.artifact.foreign.layouts import slots, to_foreign
 from flashvaed_cli.decoders.run.streaming import decode
 from flashvaed_cli.families.layout import Role
 from flashvaed_cli.families.wan21.names import WAN_DIFFUSERS, WAN_ORIGINAL

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from flashvaed_cli.artifact.checkpoint import BUILTIN_SCHEME, locate
-from flashvaed_cli.artifact.foreign import checkpoint_files
+from flashvaed_cli.artifact.foreign.weights import checkpoint_files
 from flashvaed_cli.artifact.header import ArtifactHeader, Lineage
 from flashvaed_cli.artifact.hub import SCHEME
 from flashvaed_cli.artifact.store import read_header, sha256_of_files

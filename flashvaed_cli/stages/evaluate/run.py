@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint
-from flashvaed_cli.artifact.foreign import checkpoint_files
+from flashvaed_cli.artifact.foreign.weights import checkpoint_files
 from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.artifact.store import read_header, sha256_of_files
 from flashvaed_cli.decoders.modules.coder import Decoder

@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import Tensor
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint, derived_header
-from flashvaed_cli.artifact.flash_folder import BASE, CODE, CODE_NAME, DECODER, FLASH_CLASS, flash_config
-from flashvaed_cli.artifact.writing import to_program
+from flashvaed_cli.artifact.foreign.flash_folder import BASE, CODE, CODE_NAME, DECODER, FLASH_CLASS, flash_config
+from flashvaed_cli.artifact.foreign.writing import to_program
 from flashvaed_cli.decoders.modules.coder import Encoder
 from flashvaed_cli.export.checkpoint_file import Reference, export_diffusers
 from flashvaed_cli.export.diffusers_config import diffusers_config, encoder_fault

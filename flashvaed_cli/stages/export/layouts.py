@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flashvaed_cli.artifact.checkpoint import FAMILY_KEY, Checkpoint, load_checkpoint, load_original
-from flashvaed_cli.artifact.writing import to_program
+from flashvaed_cli.artifact.foreign.writing import to_program
 from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
 from flashvaed_cli.decoders.variants.expansion import expanded_decoder
 from flashvaed_cli.errors import ArtifactError, ExportError

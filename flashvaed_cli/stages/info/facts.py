@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from flashvaed_cli.artifact.checkpoint import ARTIFACT_LAYOUT, Checkpoint, locate
-from flashvaed_cli.artifact.flash_folder import FLASH_CLASS
-from flashvaed_cli.artifact.foreign import checkpoint_files
+from flashvaed_cli.artifact.foreign.flash_folder import FLASH_CLASS
+from flashvaed_cli.artifact.foreign.weights import checkpoint_files
 from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.artifact.store import content_sha256, read_header, sha256_of
 from flashvaed_cli.decoders.modules.coder import Decoder, Encoder

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from flashvaed_cli.artifact.layouts import to_foreign
+from flashvaed_cli.artifact.foreign.layouts import to_foreign
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.decoders.variants.exact import exact_decoder

@@ -11,7 +11,7 @@ from artifact_specs import ENCODER_SPEC, filled, small_decoder
 from safetensors.torch import save_file
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint, load_checkpoint
-from flashvaed_cli.artifact.layouts import to_foreign
+from flashvaed_cli.artifact.foreign.layouts import to_foreign
 from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
 from flashvaed_cli.decoders.spec.coders import CoderSpec
 from flashvaed_cli.decoders.spec.layers import ShuffleUpsampleSpec

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint, load_checkpoint
-from flashvaed_cli.artifact.layouts import to_foreign
+from flashvaed_cli.artifact.foreign.layouts import to_foreign
 from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
 from flashvaed_cli.errors import ArtifactError
 from flashvaed_cli.families.wan21.names import WAN_DIFFUSERS, WAN_ORIGINAL

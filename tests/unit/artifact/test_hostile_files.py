@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flashvaed_cli.artifact.checkpoint import load_checkpoint, load_original, save_checkpoint
+from flashvaed_cli.artifact.foreign.layouts import to_foreign
 from flashvaed_cli.artifact.header import Lineage, dump_header, parse_header
 from flashvaed_cli.artifact.header_checks import check_factors
-from flashvaed_cli.artifact.layouts import to_foreign
 from flashvaed_cli.artifact.store import sha256_of
 from flashvaed_cli.decoders.variants.still import still_spec
 from flashvaed_cli.errors import ArtifactError
@@ -317,7 +317,7 @@ def test_a_recorded_path_is_hashed_and_not_read(tmp_path: Path, monkeypatch: pyt
     def parse(*_: object, **__: object) -> None:
         pytest.fail("parsed a file that the user did not name")
 
-    monkeypatch.setattr("flashvaed_cli.artifact.foreign.load_pytorch", parse)
+    monkeypatch.setattr("flashvaed_cli.artifact.foreign.weights.load_pytorch", parse)
     with pytest.raises(ArtifactError, match=rf"expected SHA-256 0+ .*found {sha256_of(trap)}[\s\S]*--original"):
         load_original(student, None, {})
 

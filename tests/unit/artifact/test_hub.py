@@ -11,8 +11,8 @@ from artifact_specs import DECODER_SPEC, small_decoder
 from safetensors.torch import save_file
 
 from flashvaed_cli.artifact.checkpoint import load_checkpoint
+from flashvaed_cli.artifact.foreign.layouts import to_foreign
 from flashvaed_cli.artifact.hub import HubAddress, fetch_hub_file, parse_hub_address
-from flashvaed_cli.artifact.layouts import to_foreign
 from flashvaed_cli.errors import ArtifactError
 from flashvaed_cli.families.wan21.names import WAN_DIFFUSERS
 

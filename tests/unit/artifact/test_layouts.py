@@ -13,10 +13,10 @@ from artifact_specs import (
 )
 from torch.nn import functional as F
 
-from flashvaed_cli.artifact.coders import coders_from_foreign, empty_coder
-from flashvaed_cli.artifact.layouts import slots, to_foreign
-from flashvaed_cli.artifact.shape_reading import spec_from_shapes
-from flashvaed_cli.artifact.writing import to_program
+from flashvaed_cli.artifact.foreign.coders import coders_from_foreign, empty_coder
+from flashvaed_cli.artifact.foreign.layouts import slots, to_foreign
+from flashvaed_cli.artifact.foreign.shape_reading import spec_from_shapes
+from flashvaed_cli.artifact.foreign.writing import to_program
 from flashvaed_cli.decoders.modules.coder import Coder, Decoder, Encoder
 from flashvaed_cli.decoders.spec.coders import CoderSpec
 from flashvaed_cli.decoders.spec.layers import ConvSpec, UpsampleSpec, block_in_width

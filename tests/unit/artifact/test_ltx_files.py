@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flashvaed_cli.artifact.checkpoint import derived_header, load_checkpoint, save_checkpoint
-from flashvaed_cli.artifact.coders import coders_from_foreign
+from flashvaed_cli.artifact.foreign.coders import coders_from_foreign
+from flashvaed_cli.artifact.foreign.layouts import to_foreign
+from flashvaed_cli.artifact.foreign.recognition import present_roles, recognise, twins
 from flashvaed_cli.artifact.header import ArtifactHeader
-from flashvaed_cli.artifact.layouts import to_foreign
-from flashvaed_cli.artifact.recognition import present_roles, recognise, twins
 from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
 from flashvaed_cli.decoders.run.streaming import decode
 from flashvaed_cli.decoders.spec.coders import DecoderSpec

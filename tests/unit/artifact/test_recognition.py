@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 from artifact_specs import DECODER_SPEC, released_shapes, specs_of
 
-from flashvaed_cli.artifact.layouts import slots
-from flashvaed_cli.artifact.recognition import common_prefix, present_roles, recognise, twins
+from flashvaed_cli.artifact.foreign.layouts import slots
+from flashvaed_cli.artifact.foreign.recognition import common_prefix, present_roles, recognise, twins
 from flashvaed_cli.errors import ArtifactError, SpecError
 from flashvaed_cli.families.layout import Layout
 from flashvaed_cli.families.registry import FAMILIES, LAYOUTS, are_one_network, get_family

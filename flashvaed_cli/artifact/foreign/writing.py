@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from flashvaed_cli.artifact.layouts import to_foreign
+from flashvaed_cli.artifact.foreign.layouts import to_foreign
 from flashvaed_cli.decoders.spec.coders import CoderSpec
 from flashvaed_cli.families.layout import Layout
 

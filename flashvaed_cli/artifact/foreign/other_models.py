@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
-from flashvaed_cli.artifact.mismatch import Shape
+from flashvaed_cli.artifact.foreign.mismatch import Shape
 
 Shapes = Mapping[str, Shape]
 

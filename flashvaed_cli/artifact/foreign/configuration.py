@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flashvaed_cli.artifact.foreign import CONFIG_NAME, ForeignWeights
+from flashvaed_cli.artifact.foreign.weights import CONFIG_NAME, ForeignWeights
 from flashvaed_cli.artifact.header_checks import check_statistics
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
 from flashvaed_cli.decoders.spec.layers import block_in_width, block_out_width

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from flashvaed_cli.artifact.state_dicts import choose_weights
+from flashvaed_cli.artifact.foreign.state_dicts import choose_weights
+from flashvaed_cli.artifact.foreign.weight_files import STEM, read_config, weight_files
 from flashvaed_cli.artifact.store import read_metadata
-from flashvaed_cli.artifact.weight_files import STEM, read_config, weight_files
 from flashvaed_cli.errors import ArtifactError
 from flashvaed_cli.untrusted.files import open_regular
 from flashvaed_cli.untrusted.pytorch_file import load_pytorch

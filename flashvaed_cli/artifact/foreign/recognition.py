@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from flashvaed_cli.artifact.layouts import blueprint, slots
-from flashvaed_cli.artifact.other_models import Shapes, looks_like
+from flashvaed_cli.artifact.foreign.layouts import blueprint, slots
+from flashvaed_cli.artifact.foreign.other_models import Shapes, looks_like
 from flashvaed_cli.errors import ArtifactError
 from flashvaed_cli.families.layout import Layout, Role
 from flashvaed_cli.families.registry import FAMILIES, LAYOUTS, are_one_network, families_named, get_family

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flashvaed_cli.artifact.mismatch import Shape
+from flashvaed_cli.artifact.foreign.mismatch import Shape
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
 from flashvaed_cli.decoders.spec.layers import (
     AttentionSpec,

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from flashvaed_cli.artifact.layouts import CONVS, blueprint
-from flashvaed_cli.artifact.mismatch import Mismatch, Shape
+from flashvaed_cli.artifact.foreign.layouts import CONVS, blueprint
+from flashvaed_cli.artifact.foreign.mismatch import Mismatch, Shape
 from flashvaed_cli.decoders.spec.coders import BypassSpec, DecoderSpec, EncoderSpec, StageSpec
 from flashvaed_cli.decoders.spec.layers import (
     AttentionSpec,

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from flashvaed_cli.artifact.coders import coders_from_foreign, empty_coder, fill_coder, named_tensors, shapes_of
+from flashvaed_cli.artifact.foreign.coders import coders_from_foreign, empty_coder, fill_coder, named_tensors, shapes_of
+from flashvaed_cli.artifact.foreign.mismatch import compare_shapes
 from flashvaed_cli.artifact.header import ArtifactHeader, dump_header, parse_header
-from flashvaed_cli.artifact.mismatch import compare_shapes
 from flashvaed_cli.decoders.modules.coder import Coder, Decoder, Encoder
 from flashvaed_cli.errors import ArtifactError
 from flashvaed_cli.families.layout import Layout

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from flashvaed_cli.artifact.recognition import PREFIXES, common_prefix
+from flashvaed_cli.artifact.foreign.recognition import PREFIXES, common_prefix
 from flashvaed_cli.errors import ArtifactError
 
 EMA = "ema"

@@ -8,10 +8,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from flashvaed_cli.artifact.layouts import slots
-from flashvaed_cli.artifact.mismatch import Shape, compare_shapes
-from flashvaed_cli.artifact.recognition import present_roles
-from flashvaed_cli.artifact.shape_reading import spec_from_shapes
+from flashvaed_cli.artifact.foreign.layouts import slots
+from flashvaed_cli.artifact.foreign.mismatch import Shape, compare_shapes
+from flashvaed_cli.artifact.foreign.recognition import present_roles
+from flashvaed_cli.artifact.foreign.shape_reading import spec_from_shapes
 from flashvaed_cli.decoders.modules.coder import Coder, Decoder, Encoder
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
 from flashvaed_cli.errors import ArtifactError
