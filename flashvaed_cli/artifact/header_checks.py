@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 
+from flashvaed_cli.decoders.spec.blocks import BlockSpec
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
 from flashvaed_cli.decoders.spec.groups import tensor_widths
-from flashvaed_cli.decoders.spec.layers import block_growth, block_in_width, block_out_width, block_shrinkage
 from flashvaed_cli.families.registry import FAMILIES
 from flashvaed_cli.limits import MAX_STATISTIC, MAX_WIDTH
 
@@ -40,11 +40,9 @@ def check_statistics(mean: tuple[float, ...], std: tuple[float, ...], coders: It
 
 def check_factors(spec: CoderSpec) -> None:
     """Raise ValueError unless the blocks change the grid by the factors that the spec states, and give pixels."""
-    scale = block_growth if spec.role == "decoder" else block_shrinkage
-    factors = [scale(block) for _, block in spec.blocks()]
-    found = tuple(prod(factor[axis] for factor in factors) for axis in range(3))
+    found = _scaling(spec.role, [block for _, block in spec.blocks()])
     stated = (spec.temporal_factor, spec.spatial_factor / spec.patch, spec.spatial_factor / spec.patch)
-    if found[1:] != stated[1:] or (found[0] != stated[0] and not spec.still):
+    if tuple(found[1:]) != stated[1:] or (found[0] != stated[0] and not spec.still):
         raise ValueError(
             f"{spec.role}: temporal_factor {spec.temporal_factor}, spatial_factor {spec.spatial_factor} and patch "
             f"{spec.patch} do not fit its blocks, which scale by {found[0]} x {found[1]} x {found[2]}"
@@ -52,17 +50,23 @@ def check_factors(spec: CoderSpec) -> None:
     for stage in spec.stages:
         if stage.bypass is None:
             continue
-        inside = [prod(scale(block)[axis] for block in stage.blocks) for axis in range(3)]
+        inside = _scaling(spec.role, stage.blocks)
         bypass = [stage.bypass.temporal_factor, stage.bypass.spatial_factor, stage.bypass.spatial_factor]
         if inside[1:] != bypass[1:] or (inside[0] != bypass[0] and not spec.still):
             raise ValueError(f"{spec.role}: the bypass of {stage.name} scales by {bypass}, its blocks by {inside}")
     if isinstance(spec, DecoderSpec):
-        width, pixels = block_out_width(spec.stages[-1].blocks[-1]), _COLOURS * spec.patch**2
+        width, pixels = spec.stages[-1].blocks[-1].out_width, _COLOURS * spec.patch**2
     else:
         colours = _COLOURS + int(isinstance(spec, EncoderSpec) and spec.opaque)
-        width, pixels = block_in_width(spec.stages[0].blocks[0]), colours * spec.patch**2
+        width, pixels = spec.stages[0].blocks[0].in_width, colours * spec.patch**2
     if width != pixels:
         raise ValueError(f"{spec.role}: {width} channels of pixels, where patches of {spec.patch} have {pixels}")
+
+
+def _scaling(role: str, blocks: Sequence[BlockSpec]) -> list[int]:
+    """How a run of blocks scales frames, rows and columns."""
+    factors = [block.growth if role == "decoder" else block.shrinkage for block in blocks]
+    return [prod(factor[axis] for factor in factors) for axis in range(3)]
 
 
 def check_kept_channels(kept: Mapping[str, tuple[int, ...]], decoder: DecoderSpec | None) -> None:

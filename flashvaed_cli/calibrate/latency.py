@@ -11,6 +11,7 @@ from torch import Tensor
 from flashvaed_cli.decoders.modules.blocks import Attention
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.modules.operators import ChannelRMSNorm, Conv
+from flashvaed_cli.decoders.spec.addresses import stage_of
 
 Profiler = Callable[[Decoder, Callable[[], object], list[str]], dict[str, float]]
 """Median milliseconds of named modules within one call; see `metrics.module_times.profile_modules`."""
@@ -28,7 +29,7 @@ def measure_latency(
     Args:
         profile: measures named modules; the names of one call do not contain each other.
     """
-    blocks = {f"stages.{a}": a.split(".")[0] for a, _ in decoder.blocks()}
+    blocks = {f"stages.{a}": stage_of(a) for a, _ in decoder.blocks()}
     blocks |= {f"bypasses.{stage}": stage for stage in decoder.bypasses}
     layers = {
         name: module.spec.operator if isinstance(module, Conv) else "norm"

@@ -32,9 +32,10 @@ from flashvaed_cli.decoders.predict.latency import (
     coordinate,
     width_ladder,
 )
+from flashvaed_cli.decoders.spec.addresses import split_block, stage_of
+from flashvaed_cli.decoders.spec.blocks import ResBlockSpec
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.decoders.spec.groups import ChannelGroup, channel_groups
-from flashvaed_cli.decoders.spec.layers import ResBlockSpec
 from flashvaed_cli.decoders.variants.exact import exact_decoder, exact_spec
 from flashvaed_cli.progress import Progress, Task
 
@@ -222,7 +223,7 @@ def _whole_run(
 
 def _tail_start(spec: DecoderSpec, first: str) -> str:
     """Where a run that is to time the block `first` begins: what enters a stage's bypass must be there."""
-    stage = first.split(".")[0]
+    stage = stage_of(first)
     return first if spec.stage(stage).bypass is None else f"{stage}.0"
 
 
@@ -236,16 +237,16 @@ def _name_bypasses(names: dict[str, tuple[str, ...]], spec: DecoderSpec) -> None
 def _tail_run(spec: DecoderSpec, widths: dict[str, int], addresses: Sequence[str], entering: Tensor) -> _Run:
     """All blocks of a narrowed spec from the first that pruning reaches on, with random weights."""
     start = _tail_start(spec, addresses[0])
-    first_stage, skipped = start.split(".")
+    first_stage, skipped = split_block(start)
     stages = [stage.name for stage in spec.stages]
     behind = list(spec.stages[stages.index(first_stage) :])
-    behind[0] = behind[0].model_copy(update={"blocks": behind[0].blocks[int(skipped) :]})
+    behind[0] = behind[0].model_copy(update={"blocks": behind[0].blocks[skipped:]})
     tail = Decoder(exact_spec(spec.model_copy(update={"stages": tuple(behind)}), device_type=entering.device.type))
     use_channels_last(tail.to(entering.device, entering.dtype).eval().requires_grad_(False))
 
     def in_tail(address: str) -> str:
-        stage, index = address.split(".")
-        return f"stages.{stage}.{int(index) - (int(skipped) if stage == first_stage else 0)}"
+        stage, index = split_block(address)
+        return f"stages.{stage}.{index - (skipped if stage == first_stage else 0)}"
 
     names = {address: (in_tail(address),) for address in addresses}
     _name_bypasses(names, spec)

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.spec.addresses import stage_of
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.decoders.spec.groups import ChannelGroup, producers
-from flashvaed_cli.decoders.spec.layers import block_layers, block_out_width
 from flashvaed_cli.errors import DistillationError, SpecError
 
 Channels = tuple[int, ...]
@@ -69,7 +69,7 @@ def swapped_stages(student: DecoderSpec, teacher: DecoderSpec) -> tuple[str, ...
     """
     originals = {address: layer.operator for address, layer in teacher.layers()}
     changed = {
-        address.split(".")[0]
+        stage_of(address)
         for address, layer in student.layers()
         if originals.get(address, layer.operator) != layer.operator
     }
@@ -98,7 +98,7 @@ def plan_phase_1(
             "Phase 1 trains the deep stages whose operators were changed, and this decoder has none: "
             "run convert-ops first, or leave phase 1 out."
         )
-    addresses = [a for a in _block_addresses(student, teacher) if a.split(".")[0] in trained]
+    addresses = [a for a in _block_addresses(student, teacher) if stage_of(a) in trained]
     matches, unmatched = _match(student, teacher, addresses, kept_channels or {}, {})
     return PhasePlan(number=1, trained_stages=trained, matches=matches, unmatched=unmatched)
 
@@ -171,7 +171,7 @@ def gradient_masks(student: Decoder, plan: PhasePlan) -> dict[str, Tensor]:
     names = {id(parameter): name for name, parameter in student.named_parameters()}
     masks: dict[str, Tensor] = {}
     for address, kept in plan.to_keep.items():
-        tensor = ChannelGroup(address, address.split(".")[0], _tensor_widths(student.spec)[address], (address,))
+        tensor = ChannelGroup(address, stage_of(address), _tensor_widths(student.spec)[address], (address,))
         for layer in map(student.at, producers(student.spec, tensor)):
             for parameter in (layer.get_parameter("weight"), layer.get_parameter("bias")):
                 cell = len(parameter) // tensor.width  # outputs per channel, of a bypass or before a shuffle
@@ -196,8 +196,8 @@ def _tensor_widths(spec: DecoderSpec) -> dict[str, int]:
     """Channels of every block's and every layer's output, by address."""
     widths: dict[str, int] = {}
     for address, block in spec.blocks():
-        widths[address] = block_out_width(block)
-        widths.update({f"{address}.{name}": layer.out_width for name, layer in block_layers(block).items()})
+        widths[address] = block.out_width
+        widths.update({f"{address}.{name}": layer.out_width for name, layer in block.layers.items()})
     return widths
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from flashvaed_cli.decoders.spec.blocks import ResBlockSpec
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
-from flashvaed_cli.decoders.spec.layers import ResBlockSpec
 from flashvaed_cli.errors import ExportError
 from flashvaed_cli.families.family import Family
 from flashvaed_cli.families.registry import LAYOUTS, get_family, original_like

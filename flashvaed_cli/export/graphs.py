@@ -19,8 +19,9 @@ from flashvaed_cli.decoders.modules.blocks import Upsample
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.modules.norms import ChannelRMSNorm
 from flashvaed_cli.decoders.modules.operators import Future, LowRankConv3d, Past, extend_with_past, pointwise_conv
+from flashvaed_cli.decoders.spec.addresses import split_block
+from flashvaed_cli.decoders.spec.blocks import UpsampleSpec
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
-from flashvaed_cli.decoders.spec.layers import UpsampleSpec
 from flashvaed_cli.decoders.variants.half_range import cast_decoder
 
 TRACE_BATCH = 2  # an axis of one is taken for a constant
@@ -106,11 +107,11 @@ def traceable_copy(decoder: Decoder, dtype: torch.dtype) -> Decoder:
     traceable = cast_decoder(copy.deepcopy(decoder).to("cpu"), dtype).eval().requires_grad_(False)
     for address, block in decoder.spec.blocks():
         if isinstance(block, UpsampleSpec) and block.temporal is not None:
-            stage, index = address.split(".")
+            stage, index = split_block(address)
             original = traceable.at(address)
             replacement = _AnyLengthUpsample(block, address)
             replacement.load_state_dict(original.state_dict())
-            traceable.stages[stage][int(index)] = replacement.to(dtype).eval().requires_grad_(False)  # type: ignore[index]
+            traceable.stages[stage][index] = replacement.to(dtype).eval().requires_grad_(False)  # type: ignore[index]
     for parent in list(traceable.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, LowRankConv3d):

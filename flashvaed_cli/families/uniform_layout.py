@@ -5,15 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from flashvaed_cli.decoders.spec.blocks import AttentionSpec, BlockSpec, ConvBlockSpec, HeadSpec
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
-from flashvaed_cli.decoders.spec.layers import (
-    AttentionSpec,
-    BlockSpec,
-    ConvBlockSpec,
-    ConvSpec,
-    HeadSpec,
-    block_layers,
-)
+from flashvaed_cli.decoders.spec.layers import ConvSpec
 from flashvaed_cli.families.registry import encoder_like
 
 
@@ -81,7 +75,7 @@ def _describe(address: str, block: BlockSpec, expected: BlockSpec) -> str:
             f"{address} has width {block.width} and {block.inner_width} inside, "
             f"not {expected.width} and {expected.inner_width}"
         )
-    ours, theirs = block_layers(block), block_layers(expected)
+    ours, theirs = block.layers, expected.layers
     name = next((name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name)), None)
     if name is None:
         return f"{address} has other norms, noise or factors"

@@ -11,17 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from flashvaed_cli.decoders.spec.blocks import AttentionSpec, BlockSpec, ResBlockSpec, ShuffleUpsampleSpec, UpsampleSpec
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
-from flashvaed_cli.decoders.spec.layers import (
-    AttentionSpec,
-    BlockSpec,
-    ResBlockSpec,
-    ShuffleUpsampleSpec,
-    UpsampleSpec,
-    block_growth,
-    block_in_width,
-    block_out_width,
-)
 from flashvaed_cli.metrics.speed import synchronizer
 
 _CPU_COPY_BYTES = 128 * 2**20  # well beyond the caches
@@ -111,15 +102,10 @@ def traffic_elements(spec: DecoderSpec, grid: tuple[int, int, int]) -> int:
         if address.endswith(".0"):
             entrance = grid
         total += _block_traffic(block, grid)
-        grid = _grid_behind(block, grid)
+        grid = block.grid_after(grid)
         if address in bypassed:  # read once more; added where the stage's output is written
-            total += entrance[0] * entrance[1] * entrance[2] * block_in_width(bypassed[address].blocks[0])
+            total += entrance[0] * entrance[1] * entrance[2] * bypassed[address].blocks[0].in_width
     return total
-
-
-def _grid_behind(block: BlockSpec, grid: tuple[int, int, int]) -> tuple[int, int, int]:
-    frames, rows, columns = block_growth(block)
-    return (1 + frames * (grid[0] - 1), rows * grid[1], columns * grid[2])
 
 
 def _block_traffic(block: BlockSpec, grid: tuple[int, int, int]) -> int:
@@ -127,14 +113,14 @@ def _block_traffic(block: BlockSpec, grid: tuple[int, int, int]) -> int:
     if isinstance(block, AttentionSpec):
         return positions * (3 * block.width + 8 * block.inner_width)  # qkv, their mix and both projections; residual
     if isinstance(block, UpsampleSpec):
-        frames, height, width = _grid_behind(block, grid)
+        frames, height, width = block.grid_after(grid)
         temporal = 0 if block.temporal is None else block.temporal.in_width + block.temporal.out_width
         spatial = frames * (grid[1] * grid[2] * block.spatial.in_width + height * width * block.spatial.out_width)
         return (grid[0] - 1) * grid[1] * grid[2] * temporal + spatial
     if isinstance(block, ResBlockSpec):
         layers = (block.conv1, block.conv2)
-        shortcut = block_in_width(block)  # read once more; its output is added where conv2 writes
+        shortcut = block.in_width  # read once more; its output is added where conv2 writes
         return positions * (sum(layer.in_width + layer.out_width for layer in layers) + shortcut)
     if isinstance(block, ShuffleUpsampleSpec):  # a residual is added where the layer writes
         return positions * (block.conv.in_width * (2 if block.residual else 1) + block.conv.out_width)
-    return positions * (block_in_width(block) + block_out_width(block))
+    return positions * (block.in_width + block.out_width)

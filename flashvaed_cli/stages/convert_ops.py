@@ -12,6 +12,7 @@ from flashvaed_cli.artifact.checkpoint import derived_header, save_checkpoint
 from flashvaed_cli.artifact.run_record import RunRecord
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.predict.cost import total_gflop
+from flashvaed_cli.decoders.spec.addresses import stage_of
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.decoders.spec.layers import Operator
 from flashvaed_cli.decoders.variants.exact import exact_changes, exact_decoder
@@ -183,7 +184,7 @@ def _written(
 
 
 def _exact_table(changes: list[tuple[str, Operator, Operator]], difference: float) -> TableData:
-    counts = Counter((address.split(".")[0], before, after) for address, before, after in changes)
+    counts = Counter((stage_of(address), before, after) for address, before, after in changes)
     columns = (
         Column("stage", align="left"),
         Column("layers", "d"),

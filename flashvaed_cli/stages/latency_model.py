@@ -77,7 +77,7 @@ def whole_clip(
 ) -> TimedClip:
     """The clip with frames and side rounded up to whole latents: what is decoded. What was asked for is said."""
     num_latents, side, _ = clip.grid(spec)
-    whole = replace(clip, num_frames=1 + spec.temporal_factor * (num_latents - 1), side=spec.spatial_factor * side)
+    whole = replace(clip, num_frames=spec.num_frames(num_latents), side=spec.spatial_factor * side)
     said, reasons = [], []
     if whole.num_frames != clip.num_frames and recipe.given("latency_frames"):
         said.append(f"--latency-frames {clip.num_frames} is timed as {whole.num_frames}")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.predict.cost import Grid, stage_costs
 from flashvaed_cli.decoders.predict.latency import LOWEST_RATIO, block_axes
+from flashvaed_cli.decoders.spec.addresses import block_of
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.decoders.spec.groups import channel_groups
 from flashvaed_cli.errors import SpecError
@@ -113,7 +114,7 @@ def gflop_cost(spec: DecoderSpec, grid: Grid) -> Cost:
             flop = dict.fromkeys(keys, 0)
             for stage in stage_costs(spec_of_widths(spec, widths), grid):
                 for layer in stage.layers:
-                    flop[".".join(layer.address.split(".")[:2])] += layer.flop
+                    flop[block_of(layer.address)] += layer.flop
             known.update({keys[address]: value / 1e9 for address, value in flop.items()})
         return sum(known[key] for key in keys.values())
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from flashvaed_cli.decoders.modules.coder import Coder
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec
 from flashvaed_cli.decoders.spec.groups import ChannelGroup, Kept, channel_groups, input_tensors, tensor_widths
-from flashvaed_cli.decoders.spec.layers import AttentionSpec, ResBlockSpec
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.families.registry import get_family, original_like
 from flashvaed_cli.families.uniform_layout import fits_uniform_layout
@@ -69,8 +68,7 @@ def linked_groups(spec: CoderSpec) -> list[ChannelGroup]:
     sources = input_tensors(spec)
     for address, block in spec.blocks():
         source = sources[address]
-        is_identity = isinstance(block, AttentionSpec) or (isinstance(block, ResBlockSpec) and block.shortcut is None)
-        if is_identity and source is not None and source in leader and address in leader:
+        if block.keeps_channels and source is not None and source in leader and address in leader:
             old, new = leader[address], leader[source]
             leader = {tensor: new if index == old else index for tensor, index in leader.items()}
     joined: dict[int, list[str]] = {}

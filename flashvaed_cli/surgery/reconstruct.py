@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flashvaed_cli.decoders.modules.coder import Coder, Decoder
 from flashvaed_cli.decoders.modules.memory_format import channels_last, use_channels_last
+from flashvaed_cli.decoders.spec.addresses import split_block, stage_of
 from flashvaed_cli.decoders.spec.groups import Kept, input_tensors
 from flashvaed_cli.decoders.variants.exact import exact_decoder
 from flashvaed_cli.errors import CalibrationError
@@ -145,8 +146,8 @@ class _Pairing:
 
     def keep_entering(self, address: str) -> None:
         """Where a stage with a bypass begins, keep what enters it."""
-        stage, index = address.split(".")
-        if index == "0" and stage in self.student.bypasses:
+        stage, index = split_block(address)
+        if index == 0 and stage in self.student.bypasses:
             for clip in range(self.num_clips):
                 for name, kept_name in _ENTERING.items():
                     self.store.save_input(clip, kept_name, self.store.load_input(clip, name))
@@ -172,7 +173,7 @@ def _run_prefix(
     device: torch.device,
 ) -> int:
     """Run both decoders up to the first block to solve, and store what they feed it; returns the number of clips."""
-    stage = first_block.split(".")[0]
+    stage = stage_of(first_block)
     entrance = input_tensors(student.spec)[f"{stage}.0"] if stage in student.bypasses else None
     num_clips = 0
     for latents in clips:

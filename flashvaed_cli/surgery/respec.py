@@ -5,21 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from flashvaed_cli.decoders.spec.coders import DecoderSpec
-from flashvaed_cli.decoders.spec.groups import Kept, channel_groups, input_tensors, tensor_widths
-from flashvaed_cli.decoders.spec.layers import (
+from flashvaed_cli.decoders.spec.blocks import (
     AttentionSpec,
     BlockSpec,
-    ConvSpec,
     DownsampleSpec,
     HeadSpec,
-    NormSpec,
-    Operator,
     ResBlockSpec,
     ShuffleUpsampleSpec,
     UpsampleSpec,
-    block_shrinkage,
 )
+from flashvaed_cli.decoders.spec.coders import DecoderSpec
+from flashvaed_cli.decoders.spec.groups import Kept, channel_groups, input_tensors, tensor_widths
+from flashvaed_cli.decoders.spec.layers import ConvSpec, NormSpec, Operator
 from flashvaed_cli.errors import SpecError
 
 
@@ -89,7 +86,7 @@ def _narrowed_block(block: BlockSpec, before: int | None, inner: int | None, aft
     if isinstance(block, ShuffleUpsampleSpec):
         conv = _resized(block.conv, before, after and after * block.cell)
         return ShuffleUpsampleSpec(conv=conv, factor=block.factor)  # a residual becomes part of the kernel
-    if isinstance(block, DownsampleSpec) or block_shrinkage(block) != (1, 1, 1):
+    if isinstance(block, DownsampleSpec) or block.shrinkage != (1, 1, 1):
         raise SpecError("encoders are not pruned")
     if isinstance(block, HeadSpec):
         return HeadSpec(conv=_resized(block.conv, before, after), norm=_with_gain(block.norm))

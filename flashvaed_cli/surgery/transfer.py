@@ -17,9 +17,10 @@ from flashvaed_cli.decoders.modules.coder import CoderT
 from flashvaed_cli.decoders.modules.norms import ChannelLayerNorm, ChannelRMSNorm
 from flashvaed_cli.decoders.modules.operators import LowRankConv3d, dense_kernel
 from flashvaed_cli.decoders.modules.shuffle_blocks import ShuffleUpsample
+from flashvaed_cli.decoders.spec.blocks import ShuffleUpsampleSpec
 from flashvaed_cli.decoders.spec.coders import CoderSpec
 from flashvaed_cli.decoders.spec.groups import Kept, input_tensors
-from flashvaed_cli.decoders.spec.layers import Operator, ShuffleUpsampleSpec
+from flashvaed_cli.decoders.spec.layers import Operator
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.numerics.reduced_rank import factorise
 from flashvaed_cli.numerics.separable import frame_from_causal, separable_from_dense

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from flashvaed_cli.decoders.modules.blocks import Attention, ConvBlock, Downsample, Head, ResBlock, Upsample
 from flashvaed_cli.decoders.modules.coder import Coder, Decoder, Encoder
 from flashvaed_cli.decoders.modules.operators import Conv, batch_as_frames, frames_as_batch
-from flashvaed_cli.decoders.spec.layers import block_out_width
 from flashvaed_cli.errors import SpecError
 
 RIDGE_FRAC = 1e-4
@@ -37,7 +36,7 @@ def start_linear(encoder: Encoder, decoder: Decoder, clips: Clips) -> None:
     Raises:
         SpecError: the base width is below 8, too narrow for RGB with both signs and the constant.
     """
-    width = block_out_width(encoder.spec.stages[0].blocks[0])
+    width = encoder.spec.stages[0].blocks[0].out_width
     if width < 8:
         raise SpecError(f"a linear start needs a base width of at least 8, not {width}: choose a wider one")
     for coder in (encoder, decoder):

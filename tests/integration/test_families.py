@@ -20,8 +20,8 @@ from flashvaed_cli.artifact.foreign.layouts import to_foreign
 from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
 from flashvaed_cli.decoders.predict.cost import total_gflop
 from flashvaed_cli.decoders.run.streaming import decode
+from flashvaed_cli.decoders.spec.blocks import ResBlockSpec
 from flashvaed_cli.decoders.spec.groups import channel_groups
-from flashvaed_cli.decoders.spec.layers import ResBlockSpec
 from flashvaed_cli.families.layout import Layout
 from flashvaed_cli.families.qwen_image.names import QWEN_DIFFUSERS, QWEN_ORIGINAL
 from flashvaed_cli.families.qwen_image2.names import QWEN2_DIFFUSERS

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 from flashvaed_cli.artifact.checkpoint import load_checkpoint, save_checkpoint
 from flashvaed_cli.artifact.header import ArtifactHeader
+from flashvaed_cli.decoders.spec.blocks import ResBlockSpec
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.decoders.spec.groups import channel_groups
-from flashvaed_cli.decoders.spec.layers import ResBlockSpec
 from flashvaed_cli.decoders.variants.still import still_decoder
 from flashvaed_cli.families.registry import get_family
 from flashvaed_cli.recipe import COMMAND_RECIPES, DistillRecipe, load_recipe, resolve

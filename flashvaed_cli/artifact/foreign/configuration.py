@@ -12,7 +12,6 @@ from torch import Tensor
 from flashvaed_cli.artifact.foreign.weights import CONFIG_NAME, ForeignWeights
 from flashvaed_cli.artifact.header_checks import check_statistics
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
-from flashvaed_cli.decoders.spec.layers import block_in_width, block_out_width
 from flashvaed_cli.errors import ArtifactError
 from flashvaed_cli.families.family import Family
 from flashvaed_cli.families.layout import Role
@@ -206,7 +205,7 @@ def check_widths(config: Mapping[str, Any], specs: Mapping[Role, CoderSpec], loc
             promised = _with_entry(promised, _latent_width(specs))
         for address, block in spec.blocks():
             expected = promised[address]
-            found = block_in_width(block), block_out_width(block)
+            found = block.in_width, block.out_width
             if expected != found:
                 raise ArtifactError(
                     f"{location}: {CONFIG_NAME} says {key} {_shown(config[key])}, so "
@@ -216,7 +215,7 @@ def check_widths(config: Mapping[str, Any], specs: Mapping[Role, CoderSpec], loc
 
 
 def _widths(spec: CoderSpec) -> dict[str, tuple[int, int]]:
-    return {address: (block_in_width(block), block_out_width(block)) for address, block in spec.blocks()}
+    return {address: (block.in_width, block.out_width) for address, block in spec.blocks()}
 
 
 def _with_entry(widths: Mapping[str, tuple[int, int]], entry_width: int) -> dict[str, tuple[int, int]]:

@@ -12,16 +12,17 @@ from typing import Any
 from torch import Tensor
 
 from flashvaed_cli.artifact.foreign.mismatch import Shape
-from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
-from flashvaed_cli.decoders.spec.layers import (
+from flashvaed_cli.decoders.spec.addresses import split_block
+from flashvaed_cli.decoders.spec.blocks import (
     AttentionSpec,
     BlockSpec,
-    ConvSpec,
     DownsampleSpec,
     HeadSpec,
     ResBlockSpec,
     UpsampleSpec,
 )
+from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
+from flashvaed_cli.decoders.spec.layers import ConvSpec
 from flashvaed_cli.families.layout import Layout, Role
 from flashvaed_cli.families.registry import get_family
 
@@ -70,7 +71,7 @@ def slots(spec: CoderSpec, layout: Layout) -> list[Slot]:
 
 
 def _block_slots(role: Role, address: str, block: BlockSpec, layout: Layout) -> Iterator[Slot]:
-    stage, index = address.split(".")
+    stage, index = split_block(address)
     ours = f"stages.{stage}.{index}"
     places = {layer: layout.layer_place(role, address, block.kind, layer) for layer in layout.layers[block.kind]}
     if isinstance(block, AttentionSpec):

@@ -9,26 +9,20 @@ from pydantic import ValidationError
 
 from flashvaed_cli.artifact.foreign.layouts import CONVS, blueprint
 from flashvaed_cli.artifact.foreign.mismatch import Mismatch, Shape
-from flashvaed_cli.decoders.spec.coders import BypassSpec, DecoderSpec, EncoderSpec, StageSpec
-from flashvaed_cli.decoders.spec.layers import (
+from flashvaed_cli.decoders.spec.blocks import (
     AttentionSpec,
     BlockSpec,
     ConvBlockSpec,
-    ConvSpec,
     DownsampleSpec,
     HeadSpec,
-    Kernel,
-    NormSpec,
-    Operator,
     ResBlockSpec,
     ShuffleUpsampleSpec,
     StridedDownsampleSpec,
-    TimePadding,
     UnshuffleDownsampleSpec,
     UpsampleSpec,
-    block_in_width,
-    block_out_width,
 )
+from flashvaed_cli.decoders.spec.coders import BypassSpec, DecoderSpec, EncoderSpec, StageSpec
+from flashvaed_cli.decoders.spec.layers import ConvSpec, Kernel, NormSpec, Operator, TimePadding
 from flashvaed_cli.decoders.variants.still import still_spec
 from flashvaed_cli.errors import ArtifactError, SpecError
 from flashvaed_cli.families.layout import Layout, Role
@@ -224,7 +218,7 @@ def _read_bypass(
     """The bypass of a stage, with a layer if the file has one; None too where the stage's own blocks are not whole."""
     if planned.bypass is None or len(blocks) < len(planned.blocks):
         return None
-    ends = block_in_width(blocks[0]), block_out_width(blocks[-1])
+    ends = blocks[0].in_width, blocks[-1].out_width
     if f"{layout.places[role][f'{planned.name}.bypass']}.weight" in reader.shapes:
         return planned.bypass.narrowed(*ends)
     return BypassSpec(**{**dict(planned.bypass), "in_width": ends[0], "out_width": ends[1]})

@@ -19,7 +19,7 @@ from flashvaed_cli.decoders.modules.operators import (
     frames_as_batch,
 )
 from flashvaed_cli.decoders.modules.shuffle_blocks import ShuffleUpsample, StridedDownsample, UnshuffleDownsample
-from flashvaed_cli.decoders.spec.layers import (
+from flashvaed_cli.decoders.spec.blocks import (
     AttentionSpec,
     BlockSpec,
     ConvBlockSpec,

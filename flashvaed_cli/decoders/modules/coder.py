@@ -13,8 +13,9 @@ from flashvaed_cli.decoders.modules.blocks import build_block
 from flashvaed_cli.decoders.modules.bypass import Bypass
 from flashvaed_cli.decoders.modules.operators import Future, Past
 from flashvaed_cli.decoders.modules.patches import patchify, unpatchify
+from flashvaed_cli.decoders.spec.addresses import split_block
+from flashvaed_cli.decoders.spec.blocks import BlockSpec
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
-from flashvaed_cli.decoders.spec.layers import BlockSpec
 
 
 class Coder(nn.Module):
@@ -82,11 +83,11 @@ class Coder(nn.Module):
         """
         entering: Tensor | None = None  # held only while a bypass waits for it
         for address, block in self._between(start, stop):
-            stage, index = address.split(".")
-            if stage in self.bypasses and index == "0":
+            stage, index = split_block(address)
+            if stage in self.bypasses and index == 0:
                 entering = x
             x = block(x, past, future) if call is None else call(block, x, past, future)
-            if entering is not None and int(index) + 1 == len(self.stages[stage]):  # type: ignore[arg-type]
+            if entering is not None and index + 1 == len(self.stages[stage]):  # type: ignore[arg-type]
                 x = self.bypasses[stage](x, entering, is_first=past is None)
                 entering = None
             yield address, x
@@ -124,15 +125,15 @@ class Coder(nn.Module):
         stage, index, *rest = address.split(".")
         if rest == ["bypass"]:
             return self.bypasses[stage].conv  # type: ignore[return-value]
-        module = self.stages[stage][int(index)]  # type: ignore[index]
+        module = self.stages[stage][index]  # type: ignore[index]
         for name in rest:
             module = getattr(module, name)
         return module
 
     def spec_of(self, address: str) -> BlockSpec:
         """The spec of the block at an address such as `up2.0`. Raises KeyError."""
-        stage, index = address.split(".")
-        return self.spec.stage(stage).blocks[int(index)]
+        stage, index = split_block(address)
+        return self.spec.stage(stage).blocks[index]
 
     @property
     def parameter_count(self) -> int:

@@ -15,12 +15,8 @@ from torch.nn import functional as F
 
 from flashvaed_cli.decoders.modules.convolution import Future, Past, extend_with_past, space_window, time_window
 from flashvaed_cli.decoders.modules.operators import build_conv
-from flashvaed_cli.decoders.spec.layers import (
-    Factor,
-    ShuffleUpsampleSpec,
-    StridedDownsampleSpec,
-    UnshuffleDownsampleSpec,
-)
+from flashvaed_cli.decoders.spec.blocks import ShuffleUpsampleSpec, StridedDownsampleSpec, UnshuffleDownsampleSpec
+from flashvaed_cli.decoders.spec.layers import Factor
 
 Clip = Float[Tensor, "B C T H W"]
 MappedClip = Float[Tensor, "B O To Ho Wo"]

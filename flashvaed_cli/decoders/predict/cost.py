@@ -8,25 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from flashvaed_cli.decoders.spec.blocks import AttentionSpec, BlockSpec, Grid
 from flashvaed_cli.decoders.spec.coders import CoderSpec
-from flashvaed_cli.decoders.spec.layers import (
-    AttentionSpec,
-    BlockSpec,
-    ConvSpec,
-    HeadSpec,
-    Operator,
-    ResBlockSpec,
-    ShuffleUpsampleSpec,
-    UpsampleSpec,
-    block_growth,
-    block_in_width,
-    block_layers,
-    block_out_width,
-    block_shrinkage,
-)
-
-Grid = tuple[int, int, int]
-"""Frames, height, width of a tensor."""
+from flashvaed_cli.decoders.spec.layers import ConvSpec, Operator
 
 
 @dataclass(frozen=True)
@@ -66,12 +50,11 @@ def stage_costs(spec: CoderSpec, grid: Grid) -> list[StageCost]:
         peak, entrance = 0, grid
         held = 0 if stage.bypass is None else _size(grid) * stage.bypass.in_width
         for index, block in enumerate(stage.blocks):
-            after = _block_grid(block, grid)
-            layers += _block_cost(f"{stage.name}.{index}", block, grid, after)
-            enlarged = isinstance(block, UpsampleSpec) and not block.spatial.enlarges  # materialised then
-            entering = after if enlarged else grid
+            after = block.grid_after(grid)
+            layers += _block_cost(f"{stage.name}.{index}", block, grid)
+            entering = after if block.enlarges_first else grid
             around = held if index else 0  # what waits for the end of the bypass; the first block reads the same
-            peak = max(peak, _size(entering) * block_in_width(block) + _size(after) * _widest_output(block) + around)
+            peak = max(peak, _size(entering) * block.in_width + _size(after) * block.widest_output + around)
             grid = after
         if stage.bypass is not None and stage.bypass.conv is not None:
             layers.append(_layer_cost(f"{stage.name}.{len(stage.blocks) - 1}.bypass", stage.bypass.conv, entrance))
@@ -88,47 +71,15 @@ def _size(grid: Grid) -> int:
     return grid[0] * grid[1] * grid[2]
 
 
-def _widest_output(block: BlockSpec) -> int:
-    if isinstance(block, UpsampleSpec):
-        return block.spatial.out_width
-    if isinstance(block, ShuffleUpsampleSpec):
-        return block_out_width(block)
-    return max([block_out_width(block), *(layer.out_width for layer in block_layers(block).values())])
-
-
-def _block_grid(block: BlockSpec, grid: Grid) -> Grid:
-    (t, h, w), growth, shrinkage = grid, block_growth(block), block_shrinkage(block)
-    frames = 1 + growth[0] * (t - 1) // shrinkage[0]
-    return (frames, growth[1] * h // shrinkage[1], growth[2] * w // shrinkage[2])
-
-
-def _block_cost(address: str, block: BlockSpec, before: Grid, after: Grid) -> list[LayerCost]:
+def _block_cost(address: str, block: BlockSpec, grid: Grid) -> list[LayerCost]:
     if isinstance(block, AttentionSpec):
-        return [_attention_cost(address, block, before)]
+        return [_attention_cost(address, block, grid)]
     costs = []
-    for name, layer in block_layers(block).items():
-        costs.append(_layer_cost(f"{address}.{name}", layer, _layer_grid(name, block, before, after)))
-    if norms := _norm_parameters(block):
-        costs.append(LayerCost(f"{address}.norm", "norm", 0, norms))
+    for name, layer in block.layers.items():
+        costs.append(_layer_cost(f"{address}.{name}", layer, block.layer_grid(name, grid)))
+    if block.norm_parameters:
+        costs.append(LayerCost(f"{address}.norm", "norm", 0, block.norm_parameters))
     return costs
-
-
-def _norm_parameters(block: BlockSpec) -> int:
-    if isinstance(block, HeadSpec):
-        return block.conv.in_width * (block.norm.gain + block.norm.shift)
-    if not isinstance(block, ResBlockSpec):
-        return 0
-    main = (block.conv1.in_width + block.conv2.in_width) * (block.norm.gain + block.norm.shift)
-    return main + 2 * block.conv1.in_width * block.shortcut_norm
-
-
-def _layer_grid(name: str, block: BlockSpec, before: Grid, after: Grid) -> Grid:
-    """Positions at which a layer of a block is evaluated; the first frame of a video passes temporal layers."""
-    if name == "temporal":
-        return (before[0] - 1, *before[1:]) if block.kind == "upsample" else (after[0] - 1, *after[1:])
-    if block.kind == "downsample":
-        return (before[0], *after[1:])
-    return before if block.kind in ("shuffle_upsample", "unshuffle_downsample") else after
 
 
 def _layer_cost(address: str, layer: ConvSpec, grid: Grid) -> LayerCost:

@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flashvaed_cli.decoders.spec.blocks import ResBlockSpec
 from flashvaed_cli.decoders.spec.coders import CoderSpec
 from flashvaed_cli.decoders.spec.groups import ChannelGroup, input_tensors
-from flashvaed_cli.decoders.spec.layers import ResBlockSpec
 
 Axis = tuple[str, ...]
 """Names of the channel groups that share a coordinate."""

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from flashvaed_cli.decoders.spec.blocks import BlockSpec
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec
-from flashvaed_cli.decoders.spec.layers import BlockSpec, ConvSpec, ResBlockSpec, block_growth, block_layers
 
 _FAR = 1 << 20  # a latent so far from a video's beginning that no rounding differs from its neighbours'
 
@@ -69,7 +69,7 @@ def _latents_of(spec: CoderSpec, first: int, last: int) -> tuple[int, int]:
     give therefore begins at a frame that the window has too.
     """
     for _, block in reversed(list(spec.blocks())):
-        growth = block_growth(block)[0]
+        growth = block.growth[0]
         first, last = first // growth, -(-last // growth)
         past, ahead = _reach(block)
         first, last = first - past, last + ahead
@@ -78,12 +78,6 @@ def _latents_of(spec: CoderSpec, first: int, last: int) -> tuple[int, int]:
 
 def _reach(block: BlockSpec) -> tuple[int, int]:
     """Frames before and behind a position of a block's input that its output depends on."""
-    if isinstance(block, ResBlockSpec):
-        main = _sum([block.conv1, block.conv2])
-        around = (0, 0) if block.shortcut is None else _sum([block.shortcut])
-        return max(main[0], around[0]), max(main[1], around[1])
-    return _sum(list(block_layers(block).values()))
-
-
-def _sum(layers: list[ConvSpec]) -> tuple[int, int]:
-    return sum(layer.num_past for layer in layers), sum(layer.num_ahead for layer in layers)
+    paths = [[block.layers[name] for name in path] for path in block.paths]
+    past = max(sum(layer.num_past for layer in path) for path in paths)
+    return past, max(sum(layer.num_ahead for layer in path) for path in paths)

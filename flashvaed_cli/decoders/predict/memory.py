@@ -17,20 +17,17 @@ from flashvaed_cli.decoders.predict.cost import Grid, stage_costs
 from flashvaed_cli.decoders.predict.lookahead import widest_window
 from flashvaed_cli.decoders.predict.tiling import TileLayout, split_addresses, tile_layout
 from flashvaed_cli.decoders.predict.winograd_strips import MIN_TILES, working_elements
-from flashvaed_cli.decoders.spec.coders import BypassSpec, DecoderSpec
-from flashvaed_cli.decoders.spec.layers import (
+from flashvaed_cli.decoders.spec.addresses import split_block
+from flashvaed_cli.decoders.spec.blocks import (
     AttentionSpec,
     BlockSpec,
-    ConvSpec,
     HeadSpec,
     ResBlockSpec,
     ShuffleUpsampleSpec,
     UpsampleSpec,
-    block_growth,
-    block_in_width,
-    block_layers,
-    block_out_width,
 )
+from flashvaed_cli.decoders.spec.coders import BypassSpec, DecoderSpec
+from flashvaed_cli.decoders.spec.layers import ConvSpec
 
 DType = Literal["float16", "bfloat16", "float32", "float64"]
 ITEM_BYTES: dict[DType, int] = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
@@ -75,7 +72,7 @@ class Passage:
 
     def after(self) -> Passage:
         """The same with the sizes that leave."""
-        _, rows, columns = block_growth(self.block)
+        _, rows, columns = self.block.growth
         return replace(self, frames=self.frames_after, rows=rows * self.rows, columns=columns * self.columns)
 
 
@@ -84,7 +81,7 @@ def passages(spec: DecoderSpec, grid: Grid, *, streams: bool) -> list[Passage]:
     frames, rows, columns = grid
     found = []
     for address, block in spec.blocks():
-        growth = block_growth(block)[0]
+        growth = block.growth[0]
         frames_after = growth * frames - (0 if streams else growth - 1)
         found.append(Passage(address, block, frames, rows, columns, frames_after))
         after = found[-1].after()
@@ -146,7 +143,7 @@ class MemoryModel:
         layout = None if layout is None or layout.num_tiles == 1 else layout
         worst = max(self._worst_block(num_frames, layout, later=later) for num_frames, later in self._steps(chunk))
         state = self._state_elements(layout) if streams else 0
-        frames = self._spec.temporal_factor * chunk - (0 if chunk < num_latents else self._spec.temporal_factor - 1)
+        frames = self._spec.num_frames(chunk) + (self._spec.temporal_factor - 1 if chunk < num_latents else 0)
         pixels = 3 * frames * height * width * self._spec.spatial_factor**2
         in_parts = chunk < num_latents
         given_out = pixels * (2 if in_parts else int(layout is not None))  # all at once are the head's output
@@ -173,10 +170,10 @@ class MemoryModel:
         """Bytes of the worst block of a run, with what is held for a bypass meanwhile."""
         worst, held = 0, 0
         for passage in run:
-            stage, index = passage.address.split(".")
+            stage, index = split_block(passage.address)
             worst = max(worst, _block_bytes(passage, self._form) + held)
             bypass = self._bypasses.get(stage)
-            if bypass is not None and index == "0":
+            if bypass is not None and index == 0:
                 held = self._form.item_bytes * _elements(passage)
             if bypass is not None and passage.address in self._endings:
                 worst = max(worst, held + self._form.item_bytes * _bypass_elements(bypass, passage.after()))
@@ -209,16 +206,15 @@ def _at_window(rest: list[Passage], layout: TileLayout) -> list[Passage]:
 
 
 def _elements(passage: Passage) -> int:
-    return passage.frames * passage.area * block_in_width(passage.block)
+    return passage.frames * passage.area * passage.block.in_width
 
 
 def _state_elements(run: Iterable[Passage]) -> int:
     total = 0
     for passage in run:
-        for name, layer in block_layers(passage.block).items():
-            before = name == "temporal" or isinstance(passage.block, ShuffleUpsampleSpec)
-            area = passage.area if before else passage.after().area
-            total += (layer.kernel[0] - 1) * layer.in_width * area
+        for name, layer in passage.block.layers.items():
+            _, rows, columns = passage.block.layer_grid(name, (2, passage.rows, passage.columns))
+            total += (layer.kernel[0] - 1) * layer.in_width * rows * columns
     return total
 
 
@@ -243,7 +239,7 @@ def _block_bytes(passage: Passage, form: MemoryFormat) -> int:
         return entering + _resblock_bytes(block, passage, form)
     if isinstance(block, HeadSpec):
         return entering + _normed_conv_bytes(block.conv, passage, form)
-    return entering + sum(_conv_bytes(layer, passage, form) for layer in block_layers(block).values())
+    return entering + sum(_conv_bytes(layer, passage, form) for layer in block.layers.values())
 
 
 def _resblock_bytes(block: ResBlockSpec, passage: Passage, form: MemoryFormat) -> int:
@@ -253,7 +249,7 @@ def _resblock_bytes(block: ResBlockSpec, passage: Passage, form: MemoryFormat) -
     return max(
         _normed_conv_bytes(block.conv1, passage, form),
         positions * block.conv2.in_width + _normed_conv_bytes(block.conv2, passage, form),
-        positions * block_out_width(block) + around,
+        positions * block.out_width + around,
     )
 
 
@@ -275,7 +271,7 @@ def _upsample_bytes(passage: Passage, block: UpsampleSpec, form: MemoryFormat) -
 def _shuffle_bytes(passage: Passage, block: ShuffleUpsampleSpec, form: MemoryFormat) -> int:
     """The layer and its output in its new order; with a residual that of the input, repeated, and the sum."""
     item = form.item_bytes
-    moved = passage.after().frames * passage.after().area * block_out_width(block) * item
+    moved = passage.after().frames * passage.after().area * block.out_width * item
     wide = passage.frames * passage.area * block.conv.out_width * item
     ordered = 2 * wide if form.channels_last else wide  # frames are dropped, then laid out again
     alone = max(_conv_bytes(block.conv, passage, form), wide + ordered)

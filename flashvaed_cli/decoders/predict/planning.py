@@ -14,6 +14,7 @@ from flashvaed_cli.decoders.predict.cost import Grid, stage_costs
 from flashvaed_cli.decoders.predict.lookahead import widest_window
 from flashvaed_cli.decoders.predict.memory import DType, MemoryFormat, MemoryModel
 from flashvaed_cli.decoders.predict.tiling import TileLayout, split_addresses, tile_layout
+from flashvaed_cli.decoders.spec.addresses import block_of
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.errors import DecodeError, SpecError
 
@@ -139,7 +140,7 @@ class _Planner:
         self.flop: dict[str, int] = defaultdict(int)
         for stage in stage_costs(spec, (max(2, grid[0]), *grid[1:])):
             for layer in stage.layers:
-                self.flop[".".join(layer.address.split(".")[:2])] += layer.flop
+                self.flop[block_of(layer.address)] += layer.flop
 
     def largest_chunk(
         self, layout: TileLayout | None, tile: int | None, chunk: int | None, max_memory_bytes: int

@@ -13,17 +13,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
 
+from flashvaed_cli.decoders.spec.addresses import stage_of
+from flashvaed_cli.decoders.spec.blocks import BlockSpec
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
-from flashvaed_cli.decoders.spec.layers import (
-    AttentionSpec,
-    BlockSpec,
-    ConvSpec,
-    ResBlockSpec,
-    UpsampleSpec,
-    block_growth,
-    block_layers,
-    block_shrinkage,
-)
 from flashvaed_cli.errors import SpecError
 
 
@@ -66,10 +58,10 @@ def split_addresses(spec: DecoderSpec) -> tuple[str, ...]:
     that, a frame grows.
     """
     blocks = list(spec.blocks())
-    attentions = [index for index, (_, block) in enumerate(blocks) if isinstance(block, AttentionSpec)]
-    behind = blocks[attentions[-1] + 1 :] if attentions else blocks
+    whole = [index for index, (_, block) in enumerate(blocks) if block.sees_whole_frames]
+    behind = blocks[whole[-1] + 1 :] if whole else blocks
     bypassed = {stage.name for stage in spec.bypassed().values()}
-    grows = {a for a, block in behind if block_growth(block) != (1, 1, 1) and a.split(".")[0] not in bypassed}
+    grows = {a for a, block in behind if block.growth != (1, 1, 1) and stage_of(a) not in bypassed}
     return tuple(address for address, _ in behind if address.endswith(".0") or address in grows) or (blocks[-1][0],)
 
 
@@ -79,7 +71,7 @@ def scale_at(spec: DecoderSpec, split: str) -> int:
     for address, block in spec.blocks():
         if address == split:
             return scale
-        scale *= block_growth(block)[1]
+        scale *= block.growth[1]
     raise SpecError(f"no block {split!r} to begin tiles at; there are {', '.join(split_addresses(spec))}")
 
 
@@ -94,27 +86,17 @@ def halo_at(spec: DecoderSpec, split: str) -> int:
     index = next(i for i, (address, _) in enumerate(blocks) if address == split)
     reach, scale = Fraction(0), 1
     for address, block in blocks[index:]:
-        if isinstance(block, AttentionSpec) or block_shrinkage(block) != (1, 1, 1):
+        if block.sees_whole_frames or block.shrinkage != (1, 1, 1):
             raise SpecError(f"tiles cannot begin at {split}: {address} ({block.kind}) after it needs whole frames")
-        if isinstance(block, UpsampleSpec):
-            reach += 0 if block.temporal is None else Fraction(_radius(block.temporal), scale)
-            scale *= 2
-            reach += Fraction(_radius(block.spatial), scale)
-        else:
-            reach += Fraction(_block_radius(block), scale)
-            scale *= block_growth(block)[1]
+        reach += max(sum(_radius(block, name, scale) for name in path) for path in block.paths)
+        scale *= block.growth[1]
     return ceil(reach)
 
 
-def _radius(layer: ConvSpec) -> int:
-    return max(layer.kernel[1], layer.kernel[2]) // 2
-
-
-def _block_radius(block: BlockSpec) -> int:
-    if isinstance(block, ResBlockSpec):
-        around = 0 if block.shortcut is None else _radius(block.shortcut)
-        return max(_radius(block.conv1) + _radius(block.conv2), around)
-    return sum(_radius(layer) for layer in block_layers(block).values())
+def _radius(block: BlockSpec, name: str, scale: int) -> Fraction:
+    """How far a layer reaches, where `scale` rows enter its block for each of the split's."""
+    kernel, rows = block.layers[name].kernel, block.layer_grid(name, (2, 1, 1))[1]
+    return Fraction(max(kernel[1], kernel[2]) // 2, scale * rows)
 
 
 def windows_along(length: int, core: int, halo: int) -> tuple[Window, ...]:

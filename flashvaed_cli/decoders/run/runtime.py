@@ -192,7 +192,7 @@ class DecodeRuntime:
     def decode(self, latents: Float[Tensor, "B C T Hz Wz"]) -> Float[Tensor, "B 3 F H W"]:
         """All frames of raw latents; `iter_decode` put together without a second copy of the video."""
         check_latents(self.spec, latents)
-        num_frames = 1 + self.spec.temporal_factor * (latents.shape[2] - 1)
+        num_frames = self.spec.num_frames(latents.shape[2])
         video: Tensor | None = None
         done = 0
         for frames in self.iter_decode(latents):

@@ -12,16 +12,8 @@ from typing import Literal
 
 from pydantic import Field, FiniteFloat, model_validator
 
-from flashvaed_cli.decoders.spec.layers import (
-    BlockSpec,
-    ConvSpec,
-    FrozenSpec,
-    UpsampleSpec,
-    Width,
-    block_in_width,
-    block_layers,
-    block_out_width,
-)
+from flashvaed_cli.decoders.spec.blocks import BlockSpec, UpsampleSpec
+from flashvaed_cli.decoders.spec.layers import ConvSpec, FrozenSpec, Width
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.limits import MAX_FACTOR, MAX_STAGE_BLOCKS, MAX_STAGES
 
@@ -83,7 +75,7 @@ class StageSpec(FrozenSpec):
     def _bypass_fits_blocks(self) -> StageSpec:
         if self.bypass is None:
             return self
-        ends = block_in_width(self.blocks[0]), block_out_width(self.blocks[-1])
+        ends = self.blocks[0].in_width, self.blocks[-1].out_width
         if ends != (self.bypass.in_width, self.bypass.out_width):
             raise ValueError(
                 f"the bypass of {self.name} joins {self.bypass.in_width} channels to {self.bypass.out_width}, "
@@ -113,9 +105,9 @@ class CoderSpec(FrozenSpec):
     def _widths_chain(self) -> CoderSpec:
         previous: tuple[str, int] | None = None
         for address, block in self.blocks():
-            if previous is not None and previous[1] != block_in_width(block):
-                raise ValueError(f"{previous[0]} gives {previous[1]} channels, {address} takes {block_in_width(block)}")
-            previous = (address, block_out_width(block))
+            if previous is not None and previous[1] != block.in_width:
+                raise ValueError(f"{previous[0]} gives {previous[1]} channels, {address} takes {block.in_width}")
+            previous = (address, block.out_width)
         return self
 
     @model_validator(mode="after")
@@ -135,7 +127,7 @@ class CoderSpec(FrozenSpec):
     @model_validator(mode="after")
     def _only_upsamplers_enlarge(self) -> CoderSpec:
         for address, block in self.blocks():
-            for name, layer in block_layers(block).items():
+            for name, layer in block.layers.items():
                 if layer.enlarges and not (isinstance(block, UpsampleSpec) and name == "spatial"):
                     raise ValueError(f"{address}.{name} cannot be {layer.operator}: only an upsampler's spatial layer")
         return self
@@ -143,6 +135,10 @@ class CoderSpec(FrozenSpec):
     def num_latents(self, num_frames: int) -> int:
         """Latent frames that hold so many frames of a video; always one for single images."""
         return 1 if self.still else 1 + -(-(num_frames - 1) // self.temporal_factor)
+
+    def num_frames(self, num_latents: int) -> int:
+        """Frames that so many latent frames give."""
+        return 1 + self.temporal_factor * (num_latents - 1)
 
     def require_length(self, num_latents: int) -> None:
         """Raise SpecError unless so many latent frames can be decoded at once: single images come one by one."""
@@ -165,7 +161,7 @@ class CoderSpec(FrozenSpec):
         """
         ending = {address: stage.bypass.conv for address, stage in self.bypassed().items() if stage.bypass}
         for address, block in self.blocks():
-            for name, layer in block_layers(block).items():
+            for name, layer in block.layers.items():
                 yield f"{address}.{name}", layer
             if (conv := ending.get(address)) is not None:
                 yield f"{address}.bypass", conv
@@ -191,7 +187,7 @@ class CoderSpec(FrozenSpec):
         stages: list[StageSpec] = []
         for stage in self.stages:
             blocks = tuple(changed.get(f"{stage.name}.{i}", block) for i, block in enumerate(stage.blocks))
-            ends, bypass = (block_in_width(blocks[0]), block_out_width(blocks[-1])), stage.bypass
+            ends, bypass = (blocks[0].in_width, blocks[-1].out_width), stage.bypass
             if bypass is not None and ends != (bypass.in_width, bypass.out_width):
                 bypass = bypass.narrowed(*ends)
             stages.append(StageSpec(name=stage.name, blocks=blocks, bypass=bypass))
@@ -215,7 +211,7 @@ class DecoderSpec(CoderSpec):
     @property
     def latent_width(self) -> int:
         """Number of latent channels."""
-        return block_in_width(self.stages[0].blocks[0])
+        return self.stages[0].blocks[0].in_width
 
 
 class EncoderSpec(CoderSpec):
@@ -232,5 +228,5 @@ class EncoderSpec(CoderSpec):
     @property
     def latent_width(self) -> int:
         """Number of latent channels."""
-        out_width = block_out_width(self.stages[-1].blocks[-1])
+        out_width = self.stages[-1].blocks[-1].out_width
         return out_width - 1 if self.shared_variance else out_width // 2

@@ -13,18 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
+from flashvaed_cli.decoders.spec.addresses import stage_of
+from flashvaed_cli.decoders.spec.blocks import BlockSpec, ResBlockSpec, ShuffleUpsampleSpec
 from flashvaed_cli.decoders.spec.coders import CoderSpec, StageSpec
-from flashvaed_cli.decoders.spec.layers import (
-    AttentionSpec,
-    BlockSpec,
-    ConvSpec,
-    DownsampleSpec,
-    HeadSpec,
-    ResBlockSpec,
-    ShuffleUpsampleSpec,
-    UpsampleSpec,
-    block_out_width,
-)
+from flashvaed_cli.decoders.spec.layers import ConvSpec
 
 Kept = dict[str, tuple[int, ...]]
 """Tensor address to the channels that are left, as indices of the reference's channels; absent: all."""
@@ -51,13 +43,13 @@ def channel_groups(spec: CoderSpec) -> list[ChannelGroup]:
 
     blocks = list(spec.blocks())
     for i, (address, block) in enumerate(blocks):
-        stage = address.split(".")[0]
+        stage = stage_of(address)
         if isinstance(block, ResBlockSpec):
             add(f"{address}.inner", stage, block.conv1.out_width, f"{address}.conv1")
         if i + 1 < len(blocks):
             owner = _stream_owner(stage, block, *blocks[i + 1])
             if owner is not None:
-                add(owner, owner.split(".")[0], block_out_width(block), address)
+                add(owner, stage_of(owner), block.out_width, address)
     return list(found.values())
 
 
@@ -65,10 +57,10 @@ def _stream_owner(stage: str, block: BlockSpec, next_address: str, following: Bl
     """The group of the tensor between two blocks; None where it cannot be pruned."""
     if following.kind == "conv":
         return None  # the latent's own channels
-    next_stage = next_address.split(".")[0]
+    next_stage = stage_of(next_address)
     if isinstance(block, ResBlockSpec) and isinstance(following, ShuffleUpsampleSpec) and next_stage == stage:
         return f"{stage}.entry"  # other channels than those behind the resampler
-    if block.kind not in ("conv", "upsample", "shuffle_upsample", "downsample") or next_stage == stage:
+    if not block.ends_stream or next_stage == stage:
         return f"{stage}.stream"
     changes_width = isinstance(following, ResBlockSpec) and following.shortcut is not None
     return f"{next_stage}.entry" if changes_width else f"{next_stage}.stream"
@@ -98,7 +90,7 @@ def producers(spec: CoderSpec, group: ChannelGroup) -> list[str]:
     found: list[str] = []
     for tensor in group.tensors:
         inside_a_block = tensor not in blocks
-        found += [tensor] if inside_a_block else [f"{tensor}.{name}" for name in _writers(blocks[tensor])]
+        found += [tensor] if inside_a_block else [f"{tensor}.{name}" for name in blocks[tensor].writers]
         if tensor in bypassed and _bypass_conv(bypassed[tensor]) is not None:
             found.append(f"{tensor}.bypass")
     return found
@@ -129,36 +121,11 @@ def consumers(spec: CoderSpec, group: ChannelGroup) -> list[Consumer]:
     return found
 
 
-def _writers(block: BlockSpec) -> tuple[str, ...]:
-    """Names of the layers whose sum leaves a block; an identity adds none."""
-    if isinstance(block, ResBlockSpec):
-        return ("conv2",) if block.shortcut is None else ("conv2", "shortcut")
-    if isinstance(block, AttentionSpec):
-        return ("proj",)
-    if isinstance(block, DownsampleSpec):
-        return ("spatial",) if block.temporal is None else ("temporal",)
-    return ("spatial",) if isinstance(block, UpsampleSpec) else ("conv",)
-
-
 def _readers(address: str, block: BlockSpec, *, leaves_group: bool) -> Iterator[Consumer]:
     """What reads the tensor that enters a block."""
-    if isinstance(block, ResBlockSpec):
-        yield Consumer(f"{address}.conv1", f"{address}.norm1")
-        if block.shortcut is not None:
-            yield Consumer(f"{address}.shortcut", f"{address}.shortcut_norm" if block.shortcut_norm else None)
-    elif isinstance(block, AttentionSpec):
-        yield Consumer(f"{address}.qkv", f"{address}.norm")
-    elif isinstance(block, UpsampleSpec):
-        if block.temporal is not None:
-            yield Consumer(f"{address}.temporal", None)
-        yield Consumer(f"{address}.spatial", None)
-    elif isinstance(block, DownsampleSpec):
-        yield Consumer(f"{address}.spatial", None)
-    else:
-        yield Consumer(f"{address}.conv", f"{address}.norm" if isinstance(block, HeadSpec) else None)
-    has_identity = isinstance(block, AttentionSpec) or (isinstance(block, ResBlockSpec) and block.shortcut is None)
-    has_identity |= isinstance(block, ShuffleUpsampleSpec) and block.residual
-    if has_identity and leaves_group:
+    for one in block.readers:
+        yield Consumer(f"{address}.{one.layer}", one.norm and f"{address}.{one.norm}")
+    if block.carries_input and leaves_group:
         yield Consumer(None, None)
 
 

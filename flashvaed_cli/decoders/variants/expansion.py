@@ -6,7 +6,7 @@ import torch
 
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.modules.operators import LowRankConv3d, dense_kernel
-from flashvaed_cli.decoders.spec.coders import BlockSpec, DecoderSpec, block_layers
+from flashvaed_cli.decoders.spec.coders import BlockSpec, DecoderSpec
 
 
 def expanded_spec(spec: DecoderSpec) -> DecoderSpec:
@@ -15,7 +15,7 @@ def expanded_spec(spec: DecoderSpec) -> DecoderSpec:
     for address, block in spec.blocks():
         dense = {
             name: layer.model_copy(update={"operator": "causal3d", "rank": None})
-            for name, layer in block_layers(block).items()
+            for name, layer in block.layers.items()
             if layer.rank is not None
         }
         changed[address] = block.model_copy(update=dense)

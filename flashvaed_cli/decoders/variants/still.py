@@ -15,8 +15,9 @@ from torch import Tensor
 from flashvaed_cli.decoders.modules.bypass import Bypass
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.modules.operators import Conv
+from flashvaed_cli.decoders.spec.blocks import AttentionSpec, BlockSpec, UpsampleSpec
 from flashvaed_cli.decoders.spec.coders import BypassSpec, DecoderSpec, StageSpec
-from flashvaed_cli.decoders.spec.layers import AttentionSpec, BlockSpec, ConvSpec, UpsampleSpec, block_layers
+from flashvaed_cli.decoders.spec.layers import ConvSpec
 from flashvaed_cli.errors import SpecError
 
 _KINDS = ("conv", "resblock", "attention", "upsample", "head")
@@ -81,7 +82,7 @@ def still_spec(spec: DecoderSpec, bypasses: Mapping[str, BypassSpec] | None = No
 def _still_block(block: BlockSpec) -> BlockSpec:
     if isinstance(block, AttentionSpec):
         return block
-    layers = {name: _still_layer(layer) for name, layer in block_layers(block).items() if name != "temporal"}
+    layers = {name: _still_layer(layer) for name, layer in block.layers.items() if name != "temporal"}
     if isinstance(block, UpsampleSpec):
         return UpsampleSpec(spatial=layers["spatial"])
     return block.model_copy(update=layers)

@@ -13,18 +13,16 @@ from typing import Any, TypeVar, cast, get_args
 
 from pydantic import ValidationError
 
-from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, StageSpec
-from flashvaed_cli.decoders.spec.layers import (
+from flashvaed_cli.decoders.spec.addresses import stage_of
+from flashvaed_cli.decoders.spec.blocks import (
     BlockSpec,
-    ConvSpec,
     ResBlockSpec,
     ShuffleUpsampleSpec,
-    SpacePadding,
     StridedDownsampleSpec,
-    TimePadding,
     UnshuffleDownsampleSpec,
-    block_layers,
 )
+from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, StageSpec
+from flashvaed_cli.decoders.spec.layers import ConvSpec, SpacePadding, TimePadding
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.families.family import ConfigKeys, Contradiction
 
@@ -63,7 +61,7 @@ def with_space_padding(spec: SpecT, padding: SpacePadding) -> SpecT:
 def _with_layers(spec: SpecT, update: dict[str, Any], applies: Callable[[ConvSpec], bool]) -> SpecT:
     changed: dict[str, BlockSpec] = {}
     for address, block in spec.blocks():
-        layers = {name: layer for name, layer in block_layers(block).items() if applies(layer)}
+        layers = {name: layer for name, layer in block.layers.items() if applies(layer)}
         changed[address] = block.model_copy(
             update={name: layer.model_copy(update=update) for name, layer in layers.items()}
         )
@@ -288,7 +286,7 @@ def _own_residuals(spec: DecoderSpec, entries: Sequence[tuple[str, Any]]) -> dic
 def _with_residuals(spec: DecoderSpec, residual: Mapping[str, bool]) -> DecoderSpec:
     changed: dict[str, BlockSpec] = {}
     for address, block in spec.blocks():
-        stage = address.split(".")[0]
+        stage = stage_of(address)
         if isinstance(block, ShuffleUpsampleSpec) and stage in residual:
             changed[address] = ShuffleUpsampleSpec(**{**dict(block), "residual": residual[stage]})
     return spec.with_blocks(changed)

@@ -17,22 +17,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
-from flashvaed_cli.decoders.spec.coders import DecoderSpec, EncoderSpec, StageSpec
-from flashvaed_cli.decoders.spec.layers import (
+from flashvaed_cli.decoders.spec.blocks import (
     BlockSpec,
     ConvBlockSpec,
-    ConvSpec,
-    Factor,
     HeadSpec,
-    NormSpec,
-    Operator,
     ResBlockSpec,
     ShuffleUpsampleSpec,
-    SpacePadding,
     StridedDownsampleSpec,
-    TimePadding,
     UnshuffleDownsampleSpec,
 )
+from flashvaed_cli.decoders.spec.coders import DecoderSpec, EncoderSpec, StageSpec
+from flashvaed_cli.decoders.spec.layers import ConvSpec, Factor, NormSpec, Operator, SpacePadding, TimePadding
 from flashvaed_cli.families.family import ComfyUIReader, Family, OtherPrograms
 from flashvaed_cli.families.ltx.comfyui import comfyui_config
 from flashvaed_cli.families.ltx.config import config_keys, configured, described, with_space_padding

@@ -13,14 +13,8 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 
+from flashvaed_cli.decoders.spec.blocks import BlockSpec, ConvBlockSpec, DownsampleSpec, HeadSpec, UpsampleSpec
 from flashvaed_cli.decoders.spec.coders import BypassSpec, DecoderSpec, EncoderSpec, StageSpec
-from flashvaed_cli.decoders.spec.layers import (
-    BlockSpec,
-    ConvBlockSpec,
-    DownsampleSpec,
-    HeadSpec,
-    UpsampleSpec,
-)
 from flashvaed_cli.families.family import Family
 from flashvaed_cli.families.wan21.spec import CONFIG_KEYS, frame_conv, mid_stage, point_conv, wan_resblock
 

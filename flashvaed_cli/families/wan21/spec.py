@@ -11,17 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 
-from flashvaed_cli.decoders.spec.coders import DecoderSpec, EncoderSpec, StageSpec
-from flashvaed_cli.decoders.spec.layers import (
+from flashvaed_cli.decoders.spec.blocks import (
     AttentionSpec,
     BlockSpec,
     ConvBlockSpec,
-    ConvSpec,
     DownsampleSpec,
     HeadSpec,
     ResBlockSpec,
     UpsampleSpec,
 )
+from flashvaed_cli.decoders.spec.coders import DecoderSpec, EncoderSpec, StageSpec
+from flashvaed_cli.decoders.spec.layers import ConvSpec
 from flashvaed_cli.families.family import ComfyUIReader, ConfigKeys, Family, OtherPrograms
 
 NAME = "wan2.1"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
+from flashvaed_cli.decoders.spec.blocks import ResBlockSpec
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.decoders.spec.groups import channel_groups
-from flashvaed_cli.decoders.spec.layers import ResBlockSpec
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.families.registry import get_family
 from flashvaed_cli.recipe.convert_ops import ConvertOpsRecipe

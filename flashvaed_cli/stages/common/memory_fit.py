@@ -106,5 +106,5 @@ def _output_bytes(spec: DecoderSpec, latents: Float[Tensor, "B C T Hz Wz"], limi
     if limits.chunk is None and limits.tile is None:
         return 0
     t, h, w = latents.shape[2:]
-    num_frames = 1 + spec.temporal_factor * (t - 1)
+    num_frames = spec.num_frames(t)
     return 3 * num_frames * h * w * spec.spatial_factor**2 * latents.element_size()

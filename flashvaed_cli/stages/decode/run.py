@@ -133,7 +133,7 @@ def _clips(
                 raise
             course.fail(path.name, error, progress)
             continue
-        num_frames = 1 + spec.temporal_factor * (num_latents - 1)
+        num_frames = spec.num_frames(num_latents)
         clips += [Clip(path, index, batch, num_frames, scale_of(path, scale)) for index in range(batch)]
     if not clips:
         raise MediaError("\n".join(["no latents can be read:", *(one["reason"] for one in course.failed)]))

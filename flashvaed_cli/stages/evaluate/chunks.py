@@ -49,7 +49,7 @@ def open_clip(
             progress.warn(f"{path} holds {len(latents)} clips: only the first is judged")
         longest = latents.shape[2] if recipe.num_frames is None else spec.num_latents(recipe.num_frames)
         latents = latents[:1, :, :longest].to(inputs.device)
-        num_frames = 1 + spec.temporal_factor * (latents.shape[2] - 1)
+        num_frames = spec.num_frames(latents.shape[2])
         num_frames = min(num_frames, recipe.num_frames or num_frames)
         return (
             _latent_chunks(latents, num_frames, chunk, spec.temporal_factor),

@@ -344,7 +344,7 @@ def _figures(name: str, decoder: Decoder, course: _Course, features: FeatureJudg
     to_original = [row.to_original for row in rows if isinstance(row.to_original, QualityResult)]
     latents = course.latents
     assert latents is not None
-    num_frames = 1 + decoder.spec.temporal_factor * (latents.shape[2] - 1)
+    num_frames = decoder.spec.num_frames(latents.shape[2])
     return DecoderFigures(
         name=name,
         to_ground_truth=mean_quality(to_video) if to_video else None,

@@ -59,7 +59,7 @@ def timed(
         synchronize=synchronizer(device),
         progress=progress,
     )
-    num_frames = 1 + original.spec.temporal_factor * (latents.shape[2] - 1)
+    num_frames = original.spec.num_frames(latents.shape[2])
     return [_with_speed(one, speeds, num_frames) for one in figures]
 
 

@@ -15,8 +15,8 @@ from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.artifact.store import content_sha256, read_header, sha256_of
 from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
 from flashvaed_cli.decoders.predict.cost import stage_costs
+from flashvaed_cli.decoders.spec.addresses import stage_of
 from flashvaed_cli.decoders.spec.coders import CoderSpec
-from flashvaed_cli.decoders.spec.layers import block_in_width, block_out_width
 from flashvaed_cli.errors import FlashVaedError
 from flashvaed_cli.ownership import has_own_header
 from flashvaed_cli.progress import Progress
@@ -205,7 +205,7 @@ def _coder_facts(coder: Decoder | Encoder | None, size: tuple[int, int, int] | N
         factor = spec.spatial_factor
         grid = (spec.num_latents(1 if spec.still else size[0]), -(-size[1] // factor), -(-size[2] // factor))
     costs = stage_costs(spec, grid)
-    layers = [(address.split(".")[0], layer.operator) for address, layer in spec.layers()]
+    layers = [(stage_of(address), layer.operator) for address, layer in spec.layers()]
     stages = tuple(
         StageFacts(
             name=stage.name,
@@ -232,7 +232,7 @@ def _coder_facts(coder: Decoder | Encoder | None, size: tuple[int, int, int] | N
 def _widths(spec: CoderSpec, stage: str) -> tuple[int, ...]:
     """Channels that enter the stage and that leave each block, equal neighbours once."""
     blocks = spec.stage(stage).blocks
-    widths = [block_in_width(blocks[0]), *map(block_out_width, blocks)]
+    widths = [blocks[0].in_width, *(block.out_width for block in blocks)]
     return tuple(width for i, width in enumerate(widths) if i == 0 or width != widths[i - 1])
 
 

@@ -13,7 +13,6 @@ import torch
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.predict.cost import total_gflop
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
-from flashvaed_cli.decoders.spec.layers import block_layers
 from flashvaed_cli.decoders.variants.exact import exact_spec, plain_decoder
 from flashvaed_cli.errors import DecodeError
 from flashvaed_cli.metrics.autotune import Choice
@@ -78,7 +77,7 @@ class ClipSize:
     def rounded(self, spec: DecoderSpec) -> ClipSize:
         """What that grid decodes to: 1 + temporal_factor n frames, sides that spatial_factor divides, rounded up."""
         t, h, w = self.grid(spec)
-        return ClipSize(1 + spec.temporal_factor * (t - 1), spec.spatial_factor * h, spec.spatial_factor * w)
+        return ClipSize(spec.num_frames(t), spec.spatial_factor * h, spec.spatial_factor * w)
 
     def __str__(self) -> str:
         """As shown."""
@@ -191,7 +190,7 @@ def counted_spec(spec: DecoderSpec, dtype: torch.dtype) -> DecoderSpec:
         address: block.model_copy(
             update={
                 name: layer.model_copy(update={"operator": "tapwise3d"})
-                for name, layer in block_layers(block).items()
+                for name, layer in block.layers.items()
                 if layer.operator == "winograd3d"
             }
         )

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.decoders.modules.coder import Coder, Decoder
+from flashvaed_cli.decoders.spec.blocks import BlockSpec, ResBlockSpec, UpsampleSpec
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec
-from flashvaed_cli.decoders.spec.layers import BlockSpec, ConvSpec, ResBlockSpec, UpsampleSpec
+from flashvaed_cli.decoders.spec.layers import ConvSpec
 from flashvaed_cli.decoders.variants.still import still_spec
 from flashvaed_cli.families.registry import get_family
 from flashvaed_cli.families.wan21.spec import LATENT_MEAN, LATENT_STD, NAME, wan_decoder_spec, wan_encoder_spec

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from flashvaed_cli.artifact.checkpoint import Checkpoint, load_checkpoint
 from flashvaed_cli.artifact.foreign.layouts import to_foreign
 from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
+from flashvaed_cli.decoders.spec.blocks import ShuffleUpsampleSpec
 from flashvaed_cli.decoders.spec.coders import CoderSpec
-from flashvaed_cli.decoders.spec.layers import ShuffleUpsampleSpec
 from flashvaed_cli.errors import ArtifactError
 from flashvaed_cli.families.registry import FAMILIES, LAYOUTS, get_family
 from flashvaed_cli.families.wan21.names import WAN_DIFFUSERS

@@ -18,8 +18,9 @@ from flashvaed_cli.artifact.foreign.layouts import slots, to_foreign
 from flashvaed_cli.artifact.foreign.shape_reading import spec_from_shapes
 from flashvaed_cli.artifact.foreign.writing import to_program
 from flashvaed_cli.decoders.modules.coder import Coder, Decoder, Encoder
+from flashvaed_cli.decoders.spec.blocks import UpsampleSpec
 from flashvaed_cli.decoders.spec.coders import CoderSpec
-from flashvaed_cli.decoders.spec.layers import ConvSpec, UpsampleSpec, block_in_width
+from flashvaed_cli.decoders.spec.layers import ConvSpec
 from flashvaed_cli.errors import ArtifactError
 from flashvaed_cli.families.layout import Layout
 from flashvaed_cli.families.registry import LAYOUTS, get_family
@@ -132,7 +133,7 @@ def test_released_student() -> None:
     assert operators["up1.0.shortcut"] == "pointwise"  # a separable layer without extent
     assert operators["up2.0.conv1"] == operators["up3.2.conv2"] == "frame2d"
     assert operators["up2.0.shortcut"] == "pointwise"
-    assert [block_in_width(spec.stage(name).blocks[0]) for name in ("mid", "up2", "up3")] == [384, 24, 12]
+    assert [spec.stage(name).blocks[0].in_width for name in ("mid", "up2", "up3")] == [384, 24, 12]
 
 
 def test_released_student_loads_and_folds_its_depthwise_biases() -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from flashvaed_cli.artifact.checkpoint import load_checkpoint
 from flashvaed_cli.artifact.foreign.writing import to_program
-from flashvaed_cli.decoders.spec.layers import ResBlockSpec
+from flashvaed_cli.decoders.spec.blocks import ResBlockSpec
 from flashvaed_cli.families.registry import FAMILIES, get_family, original_layout
 from tests.ltx_toy import VERSIONS, flash_ltx_spec, ltx_decoder, ltx_spec
 from tests.toy import toy_decoder

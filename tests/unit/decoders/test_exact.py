@@ -8,8 +8,9 @@ import torch
 from flashvaed_cli.decoders.modules import winograd
 from flashvaed_cli.decoders.modules.memory_format import channels_last, use_channels_last
 from flashvaed_cli.decoders.run.streaming import decode
+from flashvaed_cli.decoders.spec.blocks import HeadSpec, UpsampleSpec
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
-from flashvaed_cli.decoders.spec.layers import ConvSpec, HeadSpec, UpsampleSpec
+from flashvaed_cli.decoders.spec.layers import ConvSpec
 from flashvaed_cli.decoders.variants.exact import exact_changes, exact_decoder, exact_spec, plain_decoder, plain_spec
 from flashvaed_cli.families.wan21.spec import wan_decoder_spec
 from tests.toy import DECODER_SPECS, toy_decoder, toy_latents

@@ -17,14 +17,7 @@ from flashvaed_cli.decoders.modules.exact_operators import fold_phases
 from flashvaed_cli.decoders.modules.memory_format import channels_last, use_channels_last
 from flashvaed_cli.decoders.modules.operators import Conv, Future, Past, batch_as_frames, build_conv, frames_as_batch
 from flashvaed_cli.decoders.predict import winograd_strips
-from flashvaed_cli.decoders.spec.layers import (
-    PLAIN_OPERATORS,
-    ConvSpec,
-    Kernel,
-    Operator,
-    SpacePadding,
-    TimePadding,
-)
+from flashvaed_cli.decoders.spec.layers import PLAIN_OPERATORS, ConvSpec, Kernel, Operator, SpacePadding, TimePadding
 from flashvaed_cli.errors import SpecError
 
 TWINS: list[tuple[Operator, Kernel]] = [

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from flashvaed_cli.decoders.spec.blocks import ResBlockSpec
 from flashvaed_cli.decoders.spec.coders import CoderSpec
 from flashvaed_cli.decoders.spec.groups import (
     ChannelGroup,
@@ -16,7 +17,6 @@ from flashvaed_cli.decoders.spec.groups import (
     producers,
     tensor_widths,
 )
-from flashvaed_cli.decoders.spec.layers import ResBlockSpec
 from flashvaed_cli.families.wan21.spec import wan_encoder_spec
 from tests.toy import DECODER_SPECS, original_spec, toy_decoder, toy_latents
 

@@ -25,7 +25,8 @@ from flashvaed_cli.decoders.modules.operators import (
     frames_as_batch,
     norm_silu,
 )
-from flashvaed_cli.decoders.spec.layers import ConvSpec, DownsampleSpec, Kernel, Operator, UpsampleSpec
+from flashvaed_cli.decoders.spec.blocks import DownsampleSpec, UpsampleSpec
+from flashvaed_cli.decoders.spec.layers import ConvSpec, Kernel, Operator
 
 KERNELS: dict[Operator, Kernel] = {
     "causal3d": (3, 3, 3),

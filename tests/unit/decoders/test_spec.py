@@ -6,18 +6,9 @@ import sys
 import pytest
 from pydantic import ValidationError
 
+from flashvaed_cli.decoders.spec.blocks import AttentionSpec, ConvBlockSpec, HeadSpec, ResBlockSpec
 from flashvaed_cli.decoders.spec.coders import DecoderSpec, EncoderSpec
-from flashvaed_cli.decoders.spec.layers import (
-    AttentionSpec,
-    ConvBlockSpec,
-    ConvSpec,
-    HeadSpec,
-    Operator,
-    ResBlockSpec,
-    block_in_width,
-    block_layers,
-    block_out_width,
-)
+from flashvaed_cli.decoders.spec.layers import ConvSpec, Operator
 from flashvaed_cli.families.wan21.spec import wan_decoder_spec, wan_encoder_spec
 from tests.toy import BASE_WIDTH, DECODER_SPECS, original_spec
 
@@ -85,8 +76,8 @@ def test_encoder_json_round_trip() -> None:
 def test_released_widths() -> None:
     spec = wan_decoder_spec(96)
     assert spec.latent_width == 16
-    assert [block_out_width(stage.blocks[-1]) for stage in spec.stages] == [16, 384, 384, 192, 192, 96, 96, 3]
-    assert [block_in_width(stage.blocks[0]) for stage in spec.stages] == [16, 16, 384, 384, 192, 192, 96, 96]
+    assert [stage.blocks[-1].out_width for stage in spec.stages] == [16, 384, 384, 192, 192, 96, 96, 3]
+    assert [stage.blocks[0].in_width for stage in spec.stages] == [16, 16, 384, 384, 192, 192, 96, 96]
 
 
 def test_addresses_in_forward_order() -> None:
@@ -94,8 +85,8 @@ def test_addresses_in_forward_order() -> None:
     layers = [address for address, _ in spec.layers()]
     assert layers[:4] == ["post_quant.0.conv", "conv_in.0.conv", "mid.0.conv1", "mid.0.conv2"]
     assert "up1.0.shortcut" in layers and "up2.0.shortcut" not in layers
-    assert list(block_layers(spec.stage("up0").blocks[3])) == ["temporal", "spatial"]
-    assert list(block_layers(wan_encoder_spec(BASE_WIDTH).stage("down1").blocks[2])) == ["spatial", "temporal"]
+    assert list(spec.stage("up0").blocks[3].layers) == ["temporal", "spatial"]
+    assert list(wan_encoder_spec(BASE_WIDTH).stage("down1").blocks[2].layers) == ["spatial", "temporal"]
     with pytest.raises(KeyError, match="up9"):
         spec.stage("up9")
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.predict.tiling import halo_at, scale_at, split_addresses, tile_layout, windows_along
-from flashvaed_cli.decoders.spec.layers import block_in_width
 from flashvaed_cli.decoders.variants.exact import exact_spec
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.families.wan21.spec import wan_decoder_spec
@@ -60,7 +59,7 @@ def test_the_halo_is_just_wide_enough(name: str, split: str) -> None:
     spec = DECODER_SPECS[name]
     decoder = toy_decoder(spec).double()
     halo, enlargement = halo_at(spec, split), spec.spatial_factor // scale_at(spec, split)
-    channels = block_in_width(decoder.spec_of(split))
+    channels = decoder.spec_of(split).in_width
     x = torch.randn(1, channels, 1, 3, halo + 3, dtype=torch.float64)
     whole = _rest(decoder, split, x)[..., (halo + 1) * enlargement :]
     enough = _rest(decoder, split, x[..., 1:])[..., halo * enlargement :]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.spec.blocks import AttentionSpec, ResBlockSpec
 from flashvaed_cli.decoders.spec.coders import DecoderSpec, StageSpec
-from flashvaed_cli.decoders.spec.layers import AttentionSpec, ConvSpec, Operator, ResBlockSpec
+from flashvaed_cli.decoders.spec.layers import ConvSpec, Operator
 from flashvaed_cli.families.wan21.spec import wan_decoder_spec
 from flashvaed_cli.surgery.respec import with_time_rank
 

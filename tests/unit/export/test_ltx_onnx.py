@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from flashvaed_cli.decoders.run.streaming import decode
+from flashvaed_cli.decoders.spec.blocks import HeadSpec
 from flashvaed_cli.decoders.spec.coders import DecoderSpec, StageSpec
-from flashvaed_cli.decoders.spec.layers import ConvSpec, HeadSpec
+from flashvaed_cli.decoders.spec.layers import ConvSpec
 from flashvaed_cli.export.onnx_check import OnnxDecoder
 from flashvaed_cli.export.onnx_graph import TOLERANCES, OnnxOptions, export_onnx
 from flashvaed_cli.families.ltx.spec import CONDITIONED_NORM

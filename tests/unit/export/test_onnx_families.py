@@ -8,8 +8,8 @@ import torch
 from small_decoders import small_decoder
 
 from flashvaed_cli.decoders.run.streaming import decode
+from flashvaed_cli.decoders.spec.blocks import HeadSpec
 from flashvaed_cli.decoders.spec.coders import DecoderSpec, StageSpec
-from flashvaed_cli.decoders.spec.layers import HeadSpec
 from flashvaed_cli.decoders.variants.still import still_decoder
 from flashvaed_cli.export.onnx_check import OnnxDecoder
 from flashvaed_cli.export.onnx_graph import export_onnx

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from flashvaed_cli.decoders.spec.blocks import AttentionSpec, BlockSpec, HeadSpec, ResBlockSpec
 from flashvaed_cli.decoders.spec.coders import DecoderSpec, EncoderSpec, StageSpec
-from flashvaed_cli.decoders.spec.layers import AttentionSpec, BlockSpec, HeadSpec, ResBlockSpec
 from flashvaed_cli.families.registry import FAMILIES, get_family
 from flashvaed_cli.families.uniform_layout import encoder_base_width, fits_uniform_layout
 from flashvaed_cli.families.wan21.spec import wan_decoder_spec

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from flashvaed_cli.calibrate.statistics import collect_statistics
 from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.spec.blocks import ResBlockSpec, ShuffleUpsampleSpec
 from flashvaed_cli.decoders.spec.coders import DecoderSpec, StageSpec
 from flashvaed_cli.decoders.spec.groups import Kept, channel_groups, consumers, producers
-from flashvaed_cli.decoders.spec.layers import ResBlockSpec, ShuffleUpsampleSpec
 from flashvaed_cli.distill.phases import gradient_masks, plan_phase_2
 from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.surgery import block_solvers

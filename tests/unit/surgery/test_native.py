@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from flashvaed_cli.calibrate.statistics import collect_statistics
 from flashvaed_cli.decoders.modules.blocks import Attention
 from flashvaed_cli.decoders.modules.coder import Decoder
-from flashvaed_cli.decoders.spec.layers import AttentionSpec
+from flashvaed_cli.decoders.spec.blocks import AttentionSpec
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.families.registry import FAMILIES
 from flashvaed_cli.families.wan21.spec import wan_decoder_spec

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from flashvaed_cli.calibrate.statistics import collect_statistics
 from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.spec.blocks import HeadSpec
 from flashvaed_cli.decoders.spec.coders import DecoderSpec, StageSpec
 from flashvaed_cli.decoders.spec.groups import Kept, compose_kept
-from flashvaed_cli.decoders.spec.layers import ConvSpec, HeadSpec
+from flashvaed_cli.decoders.spec.layers import ConvSpec
 from flashvaed_cli.decoders.variants.expansion import expanded_decoder
 from flashvaed_cli.errors import CalibrationError
 from flashvaed_cli.families.wan21.spec import wan_decoder_spec

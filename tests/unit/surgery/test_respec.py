@@ -2,17 +2,10 @@ from __future__ import annotations
 
 import pytest
 
+from flashvaed_cli.decoders.spec.blocks import AttentionSpec, HeadSpec, ResBlockSpec, UpsampleSpec
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.decoders.spec.groups import Kept, input_tensors
-from flashvaed_cli.decoders.spec.layers import (
-    AttentionSpec,
-    HeadSpec,
-    Operator,
-    ResBlockSpec,
-    UpsampleSpec,
-    block_in_width,
-    block_out_width,
-)
+from flashvaed_cli.decoders.spec.layers import Operator
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.families.wan21.spec import WAN21
 from flashvaed_cli.surgery.respec import converted_spec, narrowed_spec, with_time_rank
@@ -34,7 +27,7 @@ def test_every_block_reads_the_one_before() -> None:
 def test_narrowed_widths() -> None:
     spec = original_spec()
     narrowed = narrowed_spec(spec, kept_of(spec, ("up2", "up3")))
-    widths = {address: (block_in_width(block), block_out_width(block)) for address, block in narrowed.blocks()}
+    widths = {address: (block.in_width, block.out_width) for address, block in narrowed.blocks()}
     assert widths["up1.2"] == (16, 16) and widths["up1.3"] == (16, 6)
     assert widths["up2.0"] == widths["up2.2"] == (6, 6) and widths["up2.3"] == (6, 3)
     assert widths["up3.0"] == (3, 3) and widths["head.0"] == (3, 3)
@@ -71,7 +64,7 @@ def test_narrowed_insides_leave_the_identity() -> None:
 def test_narrowed_attention_keeps_its_inner_width() -> None:
     narrowed = narrowed_spec(original_spec(), kept_of(original_spec(), ("mid",)))
     assert narrowed.stage("mid").blocks[1] == AttentionSpec(width=12, inner_width=16)
-    assert block_in_width(narrowed.stage("up0").blocks[0]) == 12
+    assert narrowed.stage("up0").blocks[0].in_width == 12
     assert resblocks(narrowed)["up0.0"].shortcut is not None
 
 

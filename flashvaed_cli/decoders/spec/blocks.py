@@ -1,0 +1,457 @@
+"""The blocks of an encoder or decoder as data, and what each tells of itself.
+
+Cost, memory, roofline, tiles, lookahead and channel groups loop over these properties; a new kind of block states them
+once, here. What must differ by kind stands in tables (`KINDS` lists the kinds; a test checks that every table has all):
+the module, and how it is narrowed, how its weights are transferred and fitted, how its tensors are called elsewhere.
+
+Imports no torch. Reference: Wan 2.1 VAE, LTX-Video.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field, model_validator
+
+from flashvaed_cli.decoders.spec.layers import ConvSpec, Factor, FrozenSpec, NormSpec, Width
+
+Grid = tuple[int, int, int]
+"""Frames, height, width of a tensor."""
+
+
+class Reader(FrozenSpec):
+    """A layer that reads what enters its block: its name, and that of the norm before it."""
+
+    layer: str
+    norm: str | None = None
+
+
+class Block(FrozenSpec):
+    """What every kind of block tells. As it stands here: of a block with a single convolution, `conv`."""
+
+    @property
+    def layers(self) -> dict[str, ConvSpec]:
+        """The convolutions by name, in forward order (attention projections excepted)."""
+        named = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: layer for name, layer in named.items() if isinstance(layer, ConvSpec)}
+
+    @property
+    def paths(self) -> tuple[tuple[str, ...], ...]:
+        """The layers from the block's input to its output, one run for each way."""
+        return (tuple(self.layers),)
+
+    @property
+    def in_width(self) -> int:
+        """Width of the tensor that enters."""
+        return next(iter(self.layers.values())).in_width
+
+    @property
+    def out_width(self) -> int:
+        """Width of the tensor that leaves."""
+        return list(self.layers.values())[-1].out_width
+
+    @property
+    def widest_output(self) -> int:
+        """Width of the widest tensor at the output's size."""
+        return max([self.out_width, *(layer.out_width for layer in self.layers.values())])
+
+    @property
+    def growth(self) -> Factor:
+        """Frames (all but the first of the video), rows and columns that a block of a decoder makes of each."""
+        return (1, 1, 1)
+
+    @property
+    def shrinkage(self) -> Factor:
+        """Frames (all but the first of the video), rows and columns that a block of an encoder makes one."""
+        return (1, 1, 1)
+
+    @property
+    def enlarges_first(self) -> bool:
+        """Whether the enlarged input is written out before a layer reads it."""
+        return False
+
+    @property
+    def norm_parameters(self) -> int:
+        """Gains and shifts of its norms."""
+        return 0
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """Names of the layers whose sum leaves the block; an identity adds none."""
+        return (list(self.layers)[-1],)
+
+    @property
+    def readers(self) -> tuple[Reader, ...]:
+        """The layers that read the tensor that enters."""
+        return (Reader(layer=next(iter(self.layers))),)
+
+    @property
+    def carries_input(self) -> bool:
+        """Whether an identity adds the input, or copies of it, to the output."""
+        return False
+
+    @property
+    def keeps_channels(self) -> bool:
+        """Whether the channels that leave are those that enter: such a block cannot have other kept ones."""
+        return False
+
+    @property
+    def sees_whole_frames(self) -> bool:
+        """Whether every position reads its whole frame, so that the block cannot run in tiles."""
+        return False
+
+    @property
+    def ends_stream(self) -> bool:
+        """Whether a stage that it ends hands its channels to the next stage."""
+        return False
+
+    def grid_after(self, grid: Grid) -> Grid:
+        """The grid that leaves where `grid` enters; the first frame of a video is neither doubled nor halved."""
+        (t, h, w), growth, shrinkage = grid, self.growth, self.shrinkage
+        frames = 1 + growth[0] * (t - 1) // shrinkage[0]
+        return (frames, growth[1] * h // shrinkage[1], growth[2] * w // shrinkage[2])
+
+    def layer_grid(self, name: str, grid: Grid) -> Grid:
+        """The positions at which a layer is evaluated where `grid` enters the block."""
+        return self.grid_after(grid)
+
+
+class ConvBlockSpec(Block):
+    """A single convolution as a block (conv_in, the 1x1 around the latent)."""
+
+    kind: Literal["conv"] = "conv"
+    conv: ConvSpec
+
+    @property
+    def ends_stream(self) -> bool:
+        """The entry's channels are those of the stage after it."""
+        return True
+
+
+class ResBlockSpec(Block):
+    """norm1, SiLU, conv1, norm2, SiLU, conv2, plus the shortcut (identity if None).
+
+    Attributes:
+        norm: both norms of the main path.
+        shortcut_norm: a layer norm over the channels, with gain and shift, stands before the shortcut.
+        noise: after both convolutions there are learned scales for noise; see `variants/noise.py`.
+    """
+
+    kind: Literal["resblock"] = "resblock"
+    conv1: ConvSpec
+    conv2: ConvSpec
+    shortcut: ConvSpec | None = None
+    norm: NormSpec = NormSpec()
+    shortcut_norm: bool = False
+    noise: bool = False
+
+    @model_validator(mode="after")
+    def _widths_chain(self) -> ResBlockSpec:
+        if self.conv1.out_width != self.conv2.in_width:
+            raise ValueError(f"conv1 gives {self.conv1.out_width} channels, conv2 takes {self.conv2.in_width}")
+        if self.shortcut is None and self.conv1.in_width != self.conv2.out_width:
+            raise ValueError(
+                f"an identity shortcut cannot join {self.conv1.in_width} channels to {self.conv2.out_width}"
+            )
+        if self.shortcut_norm and self.shortcut is None:
+            raise ValueError("a norm before the shortcut needs a shortcut that is no identity")
+        return self
+
+    @property
+    def paths(self) -> tuple[tuple[str, ...], ...]:
+        """The main path, and the shortcut."""
+        return (("conv1", "conv2"), ()) if self.shortcut is None else (("conv1", "conv2"), ("shortcut",))
+
+    @property
+    def out_width(self) -> int:
+        """Of the main path."""
+        return self.conv2.out_width
+
+    @property
+    def norm_parameters(self) -> int:
+        """Of both norms of the main path, and of the shortcut's."""
+        main = (self.conv1.in_width + self.conv2.in_width) * (self.norm.gain + self.norm.shift)
+        return main + 2 * self.conv1.in_width * self.shortcut_norm
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """The end of the main path, and the shortcut."""
+        return ("conv2",) if self.shortcut is None else ("conv2", "shortcut")
+
+    @property
+    def readers(self) -> tuple[Reader, ...]:
+        """The beginning of the main path, and the shortcut."""
+        main = Reader(layer="conv1", norm="norm1")
+        if self.shortcut is None:
+            return (main,)
+        return (main, Reader(layer="shortcut", norm="shortcut_norm" if self.shortcut_norm else None))
+
+    @property
+    def carries_input(self) -> bool:
+        """By an identity shortcut."""
+        return self.shortcut is None
+
+    @property
+    def keeps_channels(self) -> bool:
+        """With an identity shortcut."""
+        return self.shortcut is None
+
+
+class AttentionSpec(Block):
+    """Single-head self-attention over the positions of each frame, residual. `inner_width` is that of q, k and v."""
+
+    kind: Literal["attention"] = "attention"
+    width: Width
+    inner_width: Width
+
+    @property
+    def in_width(self) -> int:
+        """Of the residual stream."""
+        return self.width
+
+    @property
+    def out_width(self) -> int:
+        """Of the residual stream."""
+        return self.width
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """The projection."""
+        return ("proj",)
+
+    @property
+    def readers(self) -> tuple[Reader, ...]:
+        """Query, key and value in one."""
+        return (Reader(layer="qkv", norm="norm"),)
+
+    @property
+    def carries_input(self) -> bool:
+        """It is residual."""
+        return True
+
+    @property
+    def keeps_channels(self) -> bool:
+        """It is residual."""
+        return True
+
+    @property
+    def sees_whole_frames(self) -> bool:
+        """It mixes all positions of a frame."""
+        return True
+
+
+class UpsampleSpec(Block):
+    """Optional doubling in time, then nearest x2 in space and `spatial`.
+
+    `temporal` gives 2 x width channels, which become two frames each: 1 + 2 (T - 1) frames.
+    """
+
+    kind: Literal["upsample"] = "upsample"
+    temporal: ConvSpec | None = None
+    spatial: ConvSpec
+
+    @property
+    def in_width(self) -> int:
+        """`temporal` keeps the width."""
+        return self.spatial.in_width
+
+    @property
+    def widest_output(self) -> int:
+        """`temporal` runs before the frames grow."""
+        return self.spatial.out_width
+
+    @property
+    def growth(self) -> Factor:
+        """Twice the size; twice the frames with `temporal`."""
+        return (1 if self.temporal is None else 2, 2, 2)
+
+    @property
+    def enlarges_first(self) -> bool:
+        """Unless `spatial` reads small frames as if they were large."""
+        return not self.spatial.enlarges
+
+    @property
+    def readers(self) -> tuple[Reader, ...]:
+        """`temporal` gives the channels that it takes, so `spatial` reads them too."""
+        return tuple(Reader(layer=name) for name in self.layers)
+
+    @property
+    def ends_stream(self) -> bool:
+        """Its output begins a stage of another size."""
+        return True
+
+    def layer_grid(self, name: str, grid: Grid) -> Grid:
+        """`temporal` runs on small frames, and the first frame of a video passes it."""
+        return (grid[0] - 1, *grid[1:]) if name == "temporal" else self.grid_after(grid)
+
+
+class DownsampleSpec(Block):
+    """`spatial` with stride 2 (padded right and below), then optional `temporal` with stride 2 (first frame passes)."""
+
+    kind: Literal["downsample"] = "downsample"
+    spatial: ConvSpec
+    temporal: ConvSpec | None = None
+
+    @property
+    def out_width(self) -> int:
+        """`temporal` keeps the width."""
+        return self.spatial.out_width
+
+    @property
+    def shrinkage(self) -> Factor:
+        """Half the size; half the frames with `temporal`."""
+        return (1 if self.temporal is None else 2, 2, 2)
+
+    @property
+    def ends_stream(self) -> bool:
+        """Its output begins a stage of another size."""
+        return True
+
+    def layer_grid(self, name: str, grid: Grid) -> Grid:
+        """`spatial` runs on all frames, `temporal` on small ones."""
+        after = self.grid_after(grid)
+        return (after[0] - 1, *after[1:]) if name == "temporal" else (grid[0], *after[1:])
+
+
+class ShuffleUpsampleSpec(Block):
+    """`conv`, whose channels then move into time and space: 1 + ft (T - 1) frames, fh and fw times the size.
+
+    Channel c of the output is channels c * ft * fh * fw and following of `conv`, in the order of `factor`; the first
+    ft - 1 frames of a video are dropped. With `residual` the input, moved in the same way and its channels
+    repeated as often as needed, is added.
+    """
+
+    kind: Literal["shuffle_upsample"] = "shuffle_upsample"
+    conv: ConvSpec
+    factor: Factor = (2, 2, 2)
+    residual: bool = False
+
+    @model_validator(mode="after")
+    def _widths_divide(self) -> ShuffleUpsampleSpec:
+        cell = _cell(self.factor)
+        if self.conv.out_width % cell:
+            raise ValueError(f"{self.conv.out_width} channels do not make cells of {cell}")
+        if self.residual and (self.conv.in_width % cell or self.conv.out_width % self.conv.in_width):
+            raise ValueError(f"a residual cannot join {self.conv.in_width} channels to {self.conv.out_width // cell}")
+        return self
+
+    @property
+    def cell(self) -> int:
+        """Positions that one becomes: channels of `conv` per channel of the output."""
+        return _cell(self.factor)
+
+    @property
+    def out_width(self) -> int:
+        """Channels of a cell have become positions."""
+        return self.conv.out_width // self.cell
+
+    @property
+    def widest_output(self) -> int:
+        """`conv` runs before the frames grow."""
+        return self.out_width
+
+    @property
+    def growth(self) -> Factor:
+        """That of a cell."""
+        return self.factor
+
+    @property
+    def carries_input(self) -> bool:
+        """Copies of it, with a residual."""
+        return self.residual
+
+    @property
+    def ends_stream(self) -> bool:
+        """Its output begins a stage of another size."""
+        return True
+
+    def layer_grid(self, name: str, grid: Grid) -> Grid:
+        """`conv` runs before the frames grow."""
+        return grid
+
+
+class StridedDownsampleSpec(Block):
+    """`conv` at every second frame (from the first), row and column: 1 + (T - 1) / 2 frames. Zeros all around."""
+
+    kind: Literal["strided_downsample"] = "strided_downsample"
+    conv: ConvSpec
+    factor: Factor = (2, 2, 2)
+
+    @property
+    def shrinkage(self) -> Factor:
+        """The stride."""
+        return self.factor
+
+
+class UnshuffleDownsampleSpec(Block):
+    """`conv`, then cells of `factor` positions move into the channels; plus the input's cells, averaged to as many.
+
+    The first frame of a video stands there ft times, which gives 1 + (T - 1) / ft frames.
+    """
+
+    kind: Literal["unshuffle_downsample"] = "unshuffle_downsample"
+    conv: ConvSpec
+    factor: Factor
+
+    @model_validator(mode="after")
+    def _widths_divide(self) -> UnshuffleDownsampleSpec:
+        if self.conv.in_width % self.conv.out_width:
+            raise ValueError(f"cells of {self.conv.in_width} channels cannot be averaged to {self.conv.out_width}")
+        return self
+
+    @property
+    def cell(self) -> int:
+        """Positions that become one: channels of the output per channel of `conv`."""
+        return _cell(self.factor)
+
+    @property
+    def out_width(self) -> int:
+        """Positions of a cell have become channels."""
+        return self.conv.out_width * self.cell
+
+    @property
+    def shrinkage(self) -> Factor:
+        """That of a cell."""
+        return self.factor
+
+    def layer_grid(self, name: str, grid: Grid) -> Grid:
+        """`conv` runs before the frames shrink."""
+        return grid
+
+
+def _cell(factor: Factor) -> int:
+    return factor[0] * factor[1] * factor[2]
+
+
+class HeadSpec(Block):
+    """norm, SiLU, conv."""
+
+    kind: Literal["head"] = "head"
+    conv: ConvSpec
+    norm: NormSpec = NormSpec()
+
+    @property
+    def norm_parameters(self) -> int:
+        """Of its norm."""
+        return self.conv.in_width * (self.norm.gain + self.norm.shift)
+
+    @property
+    def readers(self) -> tuple[Reader, ...]:
+        """The layer after the norm."""
+        return (Reader(layer="conv", norm="norm"),)
+
+
+_Blocks = (
+    ConvBlockSpec
+    | ResBlockSpec
+    | AttentionSpec
+    | UpsampleSpec
+    | ShuffleUpsampleSpec
+    | DownsampleSpec
+    | StridedDownsampleSpec
+    | UnshuffleDownsampleSpec
+    | HeadSpec
+)
+BlockSpec = Annotated[_Blocks, Field(discriminator="kind")]
+KINDS: dict[str, type[Block]] = {one.model_fields["kind"].default: one for one in get_args(_Blocks)}
+"""Every kind of block."""
