@@ -111,7 +111,7 @@ def traceable_copy(decoder: Decoder, dtype: torch.dtype) -> Decoder:
             original = traceable.at(address)
             replacement = _AnyLengthUpsample(block, address)
             replacement.load_state_dict(original.state_dict())
-            traceable.stages[stage][index] = replacement.to(dtype).eval().requires_grad_(False)  # type: ignore[index]
+            traceable.blocks_of(stage)[index] = replacement.to(dtype).eval().requires_grad_(False)
     for parent in list(traceable.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, LowRankConv3d):

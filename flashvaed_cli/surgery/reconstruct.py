@@ -134,8 +134,8 @@ class _Pairing:
         if stage is None:
             return None
         return BypassPair(
-            self.reference.bypasses[stage.name],  # type: ignore[arg-type]
-            self.student.bypasses[stage.name],  # type: ignore[arg-type]
+            self.reference.bypass_of(stage.name),
+            self.student.bypass_of(stage.name),
             self._channels_before(f"{stage.name}.0"),
             channel_index(self.kept, address),
             self.settings,

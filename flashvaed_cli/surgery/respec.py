@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, NoReturn
 
 from flashvaed_cli.decoders.spec.blocks import (
     AttentionSpec,
+    Block,
     BlockSpec,
-    DownsampleSpec,
+    ConvBlockSpec,
     HeadSpec,
     ResBlockSpec,
     ShuffleUpsampleSpec,
@@ -42,7 +44,7 @@ def narrowed_spec(spec: DecoderSpec, kept: Kept) -> DecoderSpec:
         before = kept.get(source) if source else None
         inner, after = kept.get(f"{address}.conv1"), kept.get(address)
         if before or inner or after:
-            changed[address] = _narrowed_block(block, _count(before), _count(inner), _count(after))
+            changed[address] = NARROWED[block.kind](block, _Widths(_count(before), _count(inner), _count(after)))
     return spec.with_blocks(changed)
 
 
@@ -68,29 +70,69 @@ def _count(kept: tuple[int, ...] | None) -> int | None:
     return None if kept is None else len(kept)
 
 
-def _narrowed_block(block: BlockSpec, before: int | None, inner: int | None, after: int | None) -> BlockSpec:
-    if isinstance(block, ResBlockSpec):
-        conv1, conv2 = _resized(block.conv1, before, inner), _resized(block.conv2, inner, after)
-        shortcut = block.shortcut
-        if before or after:
-            shortcut = ConvSpec(
-                operator="pointwise", in_width=conv1.in_width, out_width=conv2.out_width, kernel=(1, 1, 1)
-            )
-        changed = {"conv1": conv1, "conv2": conv2, "shortcut": shortcut, "norm": _with_gain(block.norm)}
-        return ResBlockSpec(**{**dict(block), **changed})
-    if isinstance(block, AttentionSpec):
-        return AttentionSpec(width=after or block.width, inner_width=block.inner_width)
-    if isinstance(block, UpsampleSpec):
-        temporal = block.temporal and _resized(block.temporal, before, before and 2 * before)
-        return UpsampleSpec(temporal=temporal, spatial=_resized(block.spatial, before, after))
-    if isinstance(block, ShuffleUpsampleSpec):
-        conv = _resized(block.conv, before, after and after * block.cell)
-        return ShuffleUpsampleSpec(conv=conv, factor=block.factor)  # a residual becomes part of the kernel
-    if isinstance(block, DownsampleSpec) or block.shrinkage != (1, 1, 1):
-        raise SpecError("encoders are not pruned")
-    if isinstance(block, HeadSpec):
-        return HeadSpec(conv=_resized(block.conv, before, after), norm=_with_gain(block.norm))
-    return block.model_copy(update={"conv": _resized(block.conv, before, after)})
+class _Widths(NamedTuple):
+    """Channels that are left before a block, inside it (of a residual block) and after it; None: all."""
+
+    before: int | None
+    inner: int | None
+    after: int | None
+
+
+def _narrow_resblock(block: Block, widths: _Widths) -> ResBlockSpec:
+    assert isinstance(block, ResBlockSpec)
+    conv1 = _resized(block.conv1, widths.before, widths.inner)
+    conv2 = _resized(block.conv2, widths.inner, widths.after)
+    shortcut = block.shortcut
+    if widths.before or widths.after:
+        shortcut = ConvSpec(operator="pointwise", in_width=conv1.in_width, out_width=conv2.out_width, kernel=(1, 1, 1))
+    changed = {"conv1": conv1, "conv2": conv2, "shortcut": shortcut, "norm": _with_gain(block.norm)}
+    return ResBlockSpec(**{**dict(block), **changed})
+
+
+def _narrow_attention(block: Block, widths: _Widths) -> AttentionSpec:
+    assert isinstance(block, AttentionSpec)
+    return AttentionSpec(width=widths.after or block.width, inner_width=block.inner_width)
+
+
+def _narrow_upsample(block: Block, widths: _Widths) -> UpsampleSpec:
+    assert isinstance(block, UpsampleSpec)
+    temporal = block.temporal and _resized(block.temporal, widths.before, widths.before and 2 * widths.before)
+    return UpsampleSpec(temporal=temporal, spatial=_resized(block.spatial, widths.before, widths.after))
+
+
+def _narrow_shuffle(block: Block, widths: _Widths) -> ShuffleUpsampleSpec:
+    """A residual becomes part of the kernel."""
+    assert isinstance(block, ShuffleUpsampleSpec)
+    conv = _resized(block.conv, widths.before, widths.after and widths.after * block.cell)
+    return ShuffleUpsampleSpec(conv=conv, factor=block.factor)
+
+
+def _narrow_head(block: Block, widths: _Widths) -> HeadSpec:
+    assert isinstance(block, HeadSpec)
+    return HeadSpec(conv=_resized(block.conv, widths.before, widths.after), norm=_with_gain(block.norm))
+
+
+def _narrow_single(block: Block, widths: _Widths) -> ConvBlockSpec:
+    assert isinstance(block, ConvBlockSpec)
+    return ConvBlockSpec(conv=_resized(block.conv, widths.before, widths.after))
+
+
+def _refuse(block: Block, widths: _Widths) -> NoReturn:
+    raise SpecError("encoders are not pruned")
+
+
+NARROWED: dict[str, Callable[[Block, _Widths], BlockSpec]] = {
+    "conv": _narrow_single,
+    "resblock": _narrow_resblock,
+    "attention": _narrow_attention,
+    "upsample": _narrow_upsample,
+    "shuffle_upsample": _narrow_shuffle,
+    "downsample": _refuse,
+    "strided_downsample": _refuse,
+    "unshuffle_downsample": _refuse,
+    "head": _narrow_head,
+}
+"""A block of each kind with the channels that are left."""
 
 
 def _with_gain(norm: NormSpec) -> NormSpec:

@@ -8,14 +8,17 @@ Reference: arXiv 2602.19161, sections 3.1 and 3.2.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
-from flashvaed_cli.decoders.modules.blocks import Attention, Downsample, ResBlock, Upsample
+from flashvaed_cli.decoders.modules.blocks import Attention, Downsample, Head, ResBlock, Upsample
 from flashvaed_cli.decoders.modules.bypass import Bypass
 from flashvaed_cli.decoders.modules.coder import CoderT
 from flashvaed_cli.decoders.modules.norms import ChannelLayerNorm, ChannelRMSNorm
-from flashvaed_cli.decoders.modules.operators import LowRankConv3d, dense_kernel
+from flashvaed_cli.decoders.modules.operators import OPERATORS, Conv, LowRankConv3d, SeparableConv3d, dense_kernel
 from flashvaed_cli.decoders.modules.shuffle_blocks import ShuffleUpsample
 from flashvaed_cli.decoders.spec.blocks import ShuffleUpsampleSpec
 from flashvaed_cli.decoders.spec.coders import CoderSpec
@@ -41,6 +44,14 @@ def pick(x: Tensor, channels: Channels, dim: int) -> Tensor:
     return x if channels is None else x.index_select(dim, channels.to(x.device))
 
 
+class Cut(NamedTuple):
+    """The kept channels that enter a block, that are inside it (of a residual block) and that leave it."""
+
+    before: Channels
+    inner: Channels
+    after: Channels
+
+
 @torch.no_grad()
 def transfer_weights(reference: CoderT, spec: CoderSpec, kept: Kept) -> CoderT:
     """Build a coder from `spec` with the reference's weights cut to the kept channels.
@@ -57,37 +68,12 @@ def transfer_weights(reference: CoderT, spec: CoderSpec, kept: Kept) -> CoderT:
     student = type(reference)(spec).to(next(reference.parameters()).device)
     student.eval().requires_grad_(False)
     inputs = input_tensors(spec)
-    for address, block in student.blocks():
-        source = reference.at(address)
-        before = channel_index(kept, inputs[address])
-        inner, after = channel_index(kept, f"{address}.conv1"), channel_index(kept, address)
-        if isinstance(block, ResBlock):
-            _transfer_resblock(source, block, before, inner, after)
-        elif isinstance(block, Attention):
-            _transfer_attention(source, block, before, after)
-        elif isinstance(block, Upsample):
-            if block.temporal is not None:
-                assert isinstance(source, Upsample) and source.temporal is not None
-                _transfer_conv(source.temporal, block.temporal, before, doubled(before, source.temporal))
-            _transfer_conv(source.spatial, block.spatial, before, after)  # type: ignore[union-attr, arg-type]
-        elif isinstance(block, ShuffleUpsample):
-            _transfer_shuffle(source, block, before, after)
-        elif isinstance(block, Downsample):
-            assert isinstance(source, Downsample)
-            _transfer_conv(source.spatial, block.spatial, before, after)
-            if block.temporal is not None and source.temporal is not None:
-                _transfer_conv(source.temporal, block.temporal, after, after)
-        else:
-            if hasattr(block, "norm"):
-                _transfer_norm(source.norm, block.norm, before)  # type: ignore[arg-type]
-            _transfer_conv(source.conv, block.conv, before, after)  # type: ignore[arg-type]
+    for address, block in spec.blocks():
+        cut = Cut(*(channel_index(kept, tensor) for tensor in (inputs[address], f"{address}.conv1", address)))
+        TRANSFERS[block.kind](reference.at(address), student.at(address), cut)
     for end, stage in spec.bypassed().items():
-        _transfer_bypass(
-            reference.bypasses[stage.name],  # type: ignore[arg-type]
-            student.bypasses[stage.name],  # type: ignore[arg-type]
-            channel_index(kept, inputs[f"{stage.name}.0"]),
-            channel_index(kept, end),
-        )
+        before, after = channel_index(kept, inputs[f"{stage.name}.0"]), channel_index(kept, end)
+        _transfer_bypass(reference.bypass_of(stage.name), student.bypass_of(stage.name), before, after)
     return student
 
 
@@ -107,15 +93,16 @@ def _transfer_bypass(source: Bypass, bypass: Bypass, before: Channels, after: Ch
     bypass.conv.bias.copy_(pick(bias, wide, 0))
 
 
-def doubled(channels: Channels, temporal: nn.Module) -> Channels:
+def doubled(channels: Channels, temporal: Conv) -> Channels:
     """Kept outputs of a temporal upsampler: the same channels in both of its halves."""
     if channels is None:
         return None
-    return torch.cat([channels, channels + temporal.spec.out_width // 2])  # type: ignore[union-attr, operator]
+    return torch.cat([channels, channels + temporal.spec.out_width // 2])
 
 
-def _transfer_resblock(source: nn.Module, block: ResBlock, before: Channels, inner: Channels, after: Channels) -> None:
-    assert isinstance(source, ResBlock)
+def _transfer_resblock(source: nn.Module, block: nn.Module, cut: Cut) -> None:
+    assert isinstance(source, ResBlock) and isinstance(block, ResBlock)
+    before, inner, after = cut
     _transfer_norm(source.norm1, block.norm1, before)
     _transfer_conv(source.conv1, block.conv1, before, inner)
     _transfer_norm(source.norm2, block.norm2, inner)
@@ -135,18 +122,46 @@ def _transfer_resblock(source: nn.Module, block: ResBlock, before: Channels, inn
     block.shortcut.bias.zero_()
 
 
-def _transfer_attention(source: nn.Module, block: Attention, before: Channels, after: Channels) -> None:
-    assert isinstance(source, Attention)
-    _transfer_norm(source.norm, block.norm, before)
+def _transfer_attention(source: nn.Module, block: nn.Module, cut: Cut) -> None:
+    assert isinstance(source, Attention) and isinstance(block, Attention)
+    _transfer_norm(source.norm, block.norm, cut.before)
     if block.proj.in_features != source.proj.in_features:
-        weight, outer = (pick(source.qkv.weight, before, 1), pick(source.proj.weight, after, 0))
-        bias = pick(source.proj.bias, after, 0)
+        weight, outer = (pick(source.qkv.weight, cut.before, 1), pick(source.proj.weight, cut.after, 0))
+        bias = pick(source.proj.bias, cut.after, 0)
         set_collapsed(block, weight.flatten(1), source.qkv.bias, outer.flatten(1), bias)
         return
-    block.qkv.weight.copy_(pick(source.qkv.weight, before, 1))
+    block.qkv.weight.copy_(pick(source.qkv.weight, cut.before, 1))
     block.qkv.bias.copy_(source.qkv.bias)
-    block.proj.weight.copy_(pick(source.proj.weight, after, 0))
-    block.proj.bias.copy_(pick(source.proj.bias, after, 0))
+    block.proj.weight.copy_(pick(source.proj.weight, cut.after, 0))
+    block.proj.bias.copy_(pick(source.proj.bias, cut.after, 0))
+
+
+def _transfer_upsample(source: nn.Module, block: nn.Module, cut: Cut) -> None:
+    assert isinstance(source, Upsample) and isinstance(block, Upsample)
+    if block.temporal is not None:
+        assert source.temporal is not None
+        _transfer_conv(source.temporal, block.temporal, cut.before, doubled(cut.before, source.temporal))
+    _transfer_conv(source.spatial, block.spatial, cut.before, cut.after)
+
+
+def _transfer_downsample(source: nn.Module, block: nn.Module, cut: Cut) -> None:
+    assert isinstance(source, Downsample) and isinstance(block, Downsample)
+    _transfer_conv(source.spatial, block.spatial, cut.before, cut.after)
+    if block.temporal is not None and source.temporal is not None:
+        _transfer_conv(source.temporal, block.temporal, cut.after, cut.after)
+
+
+def _transfer_head(source: nn.Module, block: nn.Module, cut: Cut) -> None:
+    assert isinstance(source, Head) and isinstance(block, Head)
+    _transfer_norm(source.norm, block.norm, cut.before)
+    _transfer_conv(source.conv, block.conv, cut.before, cut.after)
+
+
+def _transfer_single(source: nn.Module, block: nn.Module, cut: Cut) -> None:
+    """Of a block that is one convolution, `conv`."""
+    ours, theirs = block.get_submodule("conv"), source.get_submodule("conv")
+    assert isinstance(ours, Conv) and isinstance(theirs, Conv)
+    _transfer_conv(theirs, ours, cut.before, cut.after)
 
 
 def _transfer_norm(source: Norm, norm: Norm, before: Channels) -> None:
@@ -157,14 +172,14 @@ def _transfer_norm(source: Norm, norm: Norm, before: Channels) -> None:
         norm.beta.copy_(pick(source.beta, before, 0))
 
 
-def _transfer_shuffle(source: nn.Module, block: ShuffleUpsample, before: Channels, after: Channels) -> None:
+def _transfer_shuffle(source: nn.Module, block: nn.Module, cut: Cut) -> None:
     """A residual that pruning has parted from its channels becomes part of the kernel's middle."""
-    assert isinstance(source, ShuffleUpsample)
+    assert isinstance(source, ShuffleUpsample) and isinstance(block, ShuffleUpsample)
     kernel = source.conv.weight
     if source.spec.residual and not block.spec.residual:
         kernel = kernel + residual_kernel(source.spec).to(kernel)
-    wide = wide_channels(after, source.spec.cell)
-    block.conv.weight.copy_(pick(pick(kernel, wide, 0), before, 1))
+    wide = wide_channels(cut.after, source.spec.cell)
+    block.conv.weight.copy_(pick(pick(kernel, wide, 0), cut.before, 1))
     block.conv.bias.copy_(pick(source.conv.bias, wide, 0))
 
 
@@ -184,28 +199,68 @@ def residual_channels(spec: ShuffleUpsampleSpec) -> Tensor:
     return (rows // cell) % (conv.in_width // cell) * cell + rows % cell
 
 
-def _transfer_conv(source: nn.Module, layer: nn.Module, before: Channels, after: Channels) -> None:
-    operators: tuple[Operator, Operator] = (source.spec.operator, layer.spec.operator)  # type: ignore[union-attr, assignment]
-    weight, bias = source.weight, source.bias
-    if operators == ("lowrank3d", "lowrank3d") and source.spec.rank == layer.spec.rank:  # type: ignore[union-attr]
-        layer.weight.copy_(pick(weight, after, 0))  # type: ignore[operator, arg-type]
-        layer.reduce.copy_(pick(source.reduce, before, 1))  # type: ignore[operator, arg-type]
-    elif isinstance(layer, LowRankConv3d):
-        kernel = pick(pick(dense_kernel(source), after, 0), before, 1)  # type: ignore[arg-type]
-        outer, inner = factorise(kernel.flatten(1), layer.weight.shape[1])
-        layer.weight.copy_(outer)
-        layer.reduce.copy_(inner.reshape(layer.reduce.shape))
-    elif operators[0] == operators[1]:
-        if operators[0] == "dwsep3d":
-            layer.depthwise.copy_(pick(source.depthwise, before, 0))  # type: ignore[operator, arg-type]
-        layer.weight.copy_(pick(pick(weight, after, 0), before, 1))  # type: ignore[operator, arg-type]
-    elif operators == ("causal3d", "frame2d"):
-        layer.weight.copy_(frame_from_causal(pick(pick(weight, after, 0), before, 1)))  # type: ignore[operator, arg-type]
-    elif operators in (("causal3d", "dwsep3d"), ("frame2d", "dwsep3d")):
-        dense = weight if weight.ndim == 5 else weight[:, :, None]  # type: ignore[union-attr, index]
-        depthwise, pointwise = separable_from_dense(pick(pick(dense, after, 0), before, 1))  # type: ignore[arg-type]
-        layer.depthwise.copy_(depthwise[:, None])  # type: ignore[operator]
-        layer.weight.copy_(pointwise)  # type: ignore[operator]
-    else:
+TRANSFERS: dict[str, Callable[[nn.Module, nn.Module, Cut], None]] = {
+    "conv": _transfer_single,
+    "resblock": _transfer_resblock,
+    "attention": _transfer_attention,
+    "upsample": _transfer_upsample,
+    "shuffle_upsample": _transfer_shuffle,
+    "downsample": _transfer_downsample,
+    "strided_downsample": _transfer_single,
+    "unshuffle_downsample": _transfer_single,
+    "head": _transfer_head,
+}
+"""How a block of each kind gets its weights: from the reference's block, for the channels that are left."""
+
+
+def _transfer_conv(source: Conv, layer: Conv, before: Channels, after: Channels) -> None:
+    operators = (source.spec.operator, layer.spec.operator)
+    if operators not in _CONVERSIONS:
         raise SpecError(f"{layer.address}: {operators[1]} weights cannot come from {operators[0]} ones")
-    layer.bias.copy_(pick(bias, after, 0))  # type: ignore[operator, arg-type]
+    _CONVERSIONS[operators](source, layer, before, after)
+    layer.bias.copy_(pick(source.bias, after, 0))
+
+
+def _copy(source: Conv, layer: Conv, before: Channels, after: Channels) -> None:
+    layer.weight.copy_(pick(pick(source.weight, after, 0), before, 1))
+
+
+def _copy_separable(source: Conv, layer: Conv, before: Channels, after: Channels) -> None:
+    assert isinstance(source, SeparableConv3d) and isinstance(layer, SeparableConv3d)
+    layer.depthwise.copy_(pick(source.depthwise, before, 0))
+    _copy(source, layer, before, after)
+
+
+def _factorise(source: Conv, layer: Conv, before: Channels, after: Channels) -> None:
+    """A factorised kernel of the same rank is cut; any other becomes the nearest of the rank."""
+    assert isinstance(layer, LowRankConv3d)
+    if isinstance(source, LowRankConv3d) and source.spec.rank == layer.spec.rank:
+        layer.weight.copy_(pick(source.weight, after, 0))
+        layer.reduce.copy_(pick(source.reduce, before, 1))
+        return
+    kernel = pick(pick(dense_kernel(source), after, 0), before, 1)
+    outer, inner = factorise(kernel.flatten(1), layer.weight.shape[1])
+    layer.weight.copy_(outer)
+    layer.reduce.copy_(inner.reshape(layer.reduce.shape))
+
+
+def _sum_over_time(source: Conv, layer: Conv, before: Channels, after: Channels) -> None:
+    layer.weight.copy_(frame_from_causal(pick(pick(source.weight, after, 0), before, 1)))
+
+
+def _separate(source: Conv, layer: Conv, before: Channels, after: Channels) -> None:
+    assert isinstance(layer, SeparableConv3d)
+    depthwise, pointwise = separable_from_dense(pick(pick(dense_kernel(source), after, 0), before, 1))
+    layer.depthwise.copy_(depthwise[:, None])
+    layer.weight.copy_(pointwise)
+
+
+_CONVERSIONS: dict[tuple[Operator, Operator], Callable[[Conv, Conv, Channels, Channels], None]] = {
+    **{(operator, operator): _copy for operator in OPERATORS},
+    **{(operator, "lowrank3d"): _factorise for operator in OPERATORS},
+    ("dwsep3d", "dwsep3d"): _copy_separable,
+    ("causal3d", "frame2d"): _sum_over_time,
+    ("causal3d", "dwsep3d"): _separate,
+    ("frame2d", "dwsep3d"): _separate,
+}
+"""The data-free way from one operator's weights to another's."""

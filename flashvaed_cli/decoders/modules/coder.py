@@ -87,7 +87,7 @@ class Coder(nn.Module):
             if stage in self.bypasses and index == 0:
                 entering = x
             x = block(x, past, future) if call is None else call(block, x, past, future)
-            if entering is not None and index + 1 == len(self.stages[stage]):  # type: ignore[arg-type]
+            if entering is not None and index + 1 == len(self.blocks_of(stage)):
                 x = self.bypasses[stage](x, entering, is_first=past is None)
                 entering = None
             yield address, x
@@ -116,19 +116,31 @@ class Coder(nn.Module):
 
     def blocks(self) -> Iterator[tuple[str, nn.Module]]:
         """Every block with its address, in forward order."""
-        for stage, blocks in self.stages.items():
-            for index, block in enumerate(blocks):  # type: ignore[arg-type]
+        for stage in self.stages:
+            for index, block in enumerate(self.blocks_of(stage)):
                 yield f"{stage}.{index}", block
 
     def at(self, address: str) -> nn.Module:
         """The block or layer at an address such as `up2.0`, `up2.0.conv1` or `up2.3.bypass`. Raises KeyError."""
         stage, index, *rest = address.split(".")
         if rest == ["bypass"]:
-            return self.bypasses[stage].conv  # type: ignore[return-value]
-        module = self.stages[stage][index]  # type: ignore[index]
+            return self.bypass_of(stage).get_submodule("conv")
+        module = self.blocks_of(stage)[int(index)]
         for name in rest:
             module = getattr(module, name)
         return module
+
+    def blocks_of(self, stage: str) -> nn.ModuleList:
+        """The blocks of a stage, which may be replaced. Raises KeyError."""
+        blocks = self.stages[stage]
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
+
+    def bypass_of(self, stage: str) -> Bypass:
+        """The bypass around a stage. Raises KeyError."""
+        bypass = self.bypasses[stage]
+        assert isinstance(bypass, Bypass)
+        return bypass
 
     def spec_of(self, address: str) -> BlockSpec:
         """The spec of the block at an address such as `up2.0`. Raises KeyError."""

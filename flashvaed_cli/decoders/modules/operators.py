@@ -32,7 +32,7 @@ from flashvaed_cli.decoders.modules.convolution import (
 from flashvaed_cli.decoders.modules.exact_operators import StackedConv3d, SubpixelConv2d, TapwiseConv3d, sum_over_taps
 from flashvaed_cli.decoders.modules.norms import ChannelLayerNorm, ChannelRMSNorm, norm_silu
 from flashvaed_cli.decoders.modules.winograd import WinogradConv3d
-from flashvaed_cli.decoders.spec.layers import ConvSpec
+from flashvaed_cli.decoders.spec.layers import ConvSpec, Operator
 
 __all__ = [
     "ChannelLayerNorm",
@@ -151,7 +151,7 @@ def dense_kernel(layer: Conv) -> Float[Tensor, "O C kt kh kw"]:
     return layer.weight.reshape(shape)
 
 
-OPERATORS: dict[str, Callable[[ConvSpec, str], Conv]] = {
+OPERATORS: dict[Operator, Callable[[ConvSpec, str], Conv]] = {
     "causal3d": CausalConv3d,
     "dwsep3d": SeparableConv3d,
     "frame2d": FrameConv2d,

@@ -37,7 +37,7 @@ def still_decoder(decoder: Decoder) -> Decoder:
         raise SpecError("this decoder is one of single images already")
     if unknown := [f"{address} ({block.kind})" for address, block in spec.blocks() if block.kind not in _KINDS]:
         raise SpecError(f"no profile of single images for {spec.family}: {', '.join(unknown[:4])} works in time too")
-    bypasses = {stage: _still_bypass(bypass) for stage, bypass in decoder.bypasses.items()}  # type: ignore[arg-type]
+    bypasses = {stage: _still_bypass(decoder.bypass_of(stage)) for stage in decoder.bypasses}
     still = Decoder(still_spec(spec, bypasses)).to(next(decoder.parameters()))
     still.eval().requires_grad_(False)
     for name, parameter in still.named_parameters():
@@ -52,7 +52,7 @@ def still_decoder(decoder: Decoder) -> Decoder:
     for stage, bypass in still.bypasses.items():
         assert isinstance(bypass, Bypass)
         if bypass.conv is not None:
-            weight, bias = _first_frame_matrix(decoder.bypasses[stage])  # type: ignore[arg-type]
+            weight, bias = _first_frame_matrix(decoder.bypass_of(stage))
             bypass.conv.weight.copy_(weight)
             bypass.conv.bias.copy_(bias)
     return still
