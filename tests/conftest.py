@@ -5,9 +5,10 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import jaxtyping
 from jaxtyping import install_import_hook
 
-# Before anything of the package is imported: from here on, shape annotations are checked at every call.
+# Before anything of the package is imported: shape annotations are checked at every call, where a test wants it.
 install_import_hook(
     [
         f"flashvaed_cli.{room}"
@@ -27,6 +28,18 @@ hypothesis.settings.load_profile("flashvaed")
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # what a shell hands to its background jobs
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+WHOLE_COMMANDS = tuple(REPOSITORY / "tests" / name for name in ("cli", "integration", "recipes"))
+"""Tests of these run whole commands, which takes twice as long with checked shapes: one module checks them."""
+CHECKED_COMMANDS = REPOSITORY / "tests" / "integration" / "test_chain.py"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before fixtures of any scope run."""
+    is_checked = item.path == CHECKED_COMMANDS or not any(folder in item.path.parents for folder in WHOLE_COMMANDS)
+    jaxtyping.config.update("jaxtyping_disable", not is_checked)
 
 
 @pytest.fixture(autouse=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from flashvaed_cli.decoders.modules.coder import Decoder
-from flashvaed_cli.decoders.spec.blocks import AttentionSpec, ResBlockSpec
+from flashvaed_cli.decoders.spec.blocks import AttentionSpec, ConvBlockSpec, ResBlockSpec
 from flashvaed_cli.decoders.spec.coders import DecoderSpec, StageSpec
 from flashvaed_cli.decoders.spec.layers import ConvSpec, Operator
-from flashvaed_cli.families.wan21.spec import wan_decoder_spec
+from flashvaed_cli.families.wan21.spec import LATENT_WIDTH, wan_decoder_spec
 from flashvaed_cli.surgery.respec import with_time_rank
 
 BASE_WIDTH = 4
@@ -30,6 +30,13 @@ def short_spec() -> DecoderSpec:
         if stage.name not in ("up1", "up3")
     )
     return DecoderSpec(**{**dict(spec), "stages": stages})
+
+
+def shortest_spec() -> DecoderSpec:
+    """The short decoder without what works in time: quick to compile."""
+    spec = short_spec()
+    entry = StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=layer("causal3d", LATENT_WIDTH, 8)),))
+    return DecoderSpec(**{**dict(spec), "stages": (entry, *spec.stages[-2:]), "spatial_factor": 2})
 
 
 def low_rank_spec() -> DecoderSpec:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_decoders import flash_spec, small_decoder
+from small_decoders import flash_spec, shortest_spec, small_decoder
 
 from flashvaed_cli.decoders.run.streaming import decode
 from flashvaed_cli.decoders.variants.still import still_decoder
@@ -30,7 +30,7 @@ def test_clip_and_steps_take_any_size(tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler here")
 def test_a_compiled_package_takes_any_size(tmp_path: Path) -> None:
     """Of a decoder of single images, which is one graph: compiling takes half a minute, and graphs are tested above."""
-    decoder = still_decoder(small_decoder(flash_spec()))
+    decoder = still_decoder(small_decoder(shortest_spec()))
     result = export_aoti(decoder, tmp_path / "x.aoti.pt2")
     assert [path.name for path in result.paths] == ["x.aoti.pt2"]
     assert 0 < result.max_abs_difference <= result.tolerance
