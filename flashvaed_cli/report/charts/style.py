@@ -45,13 +45,20 @@ PAGE = Scheme(ink="#010203", faint="#040506", paper="none")
 _CSS = {PAGE.ink: "currentColor", PAGE.faint: "var(--line)"}
 
 
-def new_figure(num_panels: int, scheme: Scheme, *, width: float, height: float, title: str = "") -> Figure:
-    """A figure of `num_panels` axes (`figure.axes`), at most three in a row. None is still a picture.
+def columns_for(num_panels: int, max_columns: int = 3) -> int:
+    """How many panels stand in a row."""
+    return 2 if num_panels in (2, 4) else min(max_columns, max(1, num_panels))
+
+
+def new_figure(
+    num_panels: int, scheme: Scheme, *, width: float, height: float, title: str = "", max_columns: int = 3
+) -> Figure:
+    """A figure of `num_panels` axes (`figure.axes`) in rows. None is still a picture.
 
     Args:
         width, height: inches of the whole; with `height` of one panel times the rows.
     """
-    num_columns = 2 if num_panels in (2, 4) else min(3, max(1, num_panels))
+    num_columns = columns_for(num_panels, max_columns)
     num_rows = max(1, math.ceil(num_panels / num_columns))
     figure = Figure(figsize=(width, height * num_rows + (0.4 if title else 0)), layout="constrained")
     figure.set_facecolor(scheme.paper)
@@ -93,7 +100,7 @@ def logarithmic(axes: Axes, values: np.ndarray, *, max_ticks: int = 7) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def legend(axes: Axes, scheme: Scheme, *, inside: bool = False) -> None:
+def legend(axes: Axes, scheme: Scheme, *, inside: bool = False, max_columns: int = 4) -> None:
     """The names of what is drawn, above the axes or in their upper right corner; nothing where nothing has a name."""
     _, names = axes.get_legend_handles_labels()
     if not names:
@@ -102,7 +109,7 @@ def legend(axes: Axes, scheme: Scheme, *, inside: bool = False) -> None:
         axes.legend(fontsize=7, frameon=False, labelcolor=scheme.ink, loc="upper right")
         return
     axes.legend(
-        fontsize=8, frameon=False, labelcolor=scheme.ink, ncols=min(4, len(names)), loc="lower left",
+        fontsize=8, frameon=False, labelcolor=scheme.ink, ncols=min(max_columns, len(names)), loc="lower left",
         bbox_to_anchor=(0, 1.0), borderaxespad=0.2,
     )  # fmt: skip
 

@@ -7,7 +7,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from flashvaed_cli.report.charts.style import Scheme, colours, dress, logarithmic, new_figure, whole_numbers
+from flashvaed_cli.report.charts.style import (
+    Scheme,
+    colours,
+    columns_for,
+    dress,
+    logarithmic,
+    new_figure,
+    whole_numbers,
+)
 
 Points = Sequence[tuple[float, float]]
 
@@ -41,6 +49,7 @@ def training_curves(
     phases: Sequence[tuple[float, str]] = (),
     x_label: str = "step",
     title: str = "",
+    max_columns: int = 3,
 ) -> Figure:
     """One panel per figure: faint as it was, and smoothed over a twentieth of the run; a line where a phase begins.
 
@@ -49,8 +58,8 @@ def training_curves(
             a gap. A figure that falls by more than 20 times gets a logarithmic axis.
         phases: first step and name of each; a single one is not drawn.
     """
-    num_columns = 1 if len(curves) == 1 else 2 if len(curves) in (2, 4) else 3
-    figure = new_figure(len(curves), scheme, width=max(6.4, 3.7 * num_columns), height=2.6, title=title)
+    width = max(6.4, 3.7 * columns_for(len(curves), max_columns))
+    figure = new_figure(len(curves), scheme, width=width, height=2.6, title=title, max_columns=max_columns)
     for axes, (name, points), colour in zip(figure.axes, curves.items(), colours(len(curves)), strict=True):
         x, y = np.asarray(points, dtype=np.float64).reshape(-1, 2).T
         y = np.where(np.isfinite(y), y, np.nan)

@@ -193,9 +193,11 @@ def _album(album: ClipAlbum, report: EvaluationReport, *, with_video: bool) -> d
     pictures = {label: [_base64(picture) for picture in album.frames[label]] for label in album.labels}
     pictures |= {f"difference: {label}": [_base64(p) for p in album.differences[label]] for label in students}
     data = json.dumps({"numbers": album.frame_numbers, "pictures": pictures}).replace("<", "\\u003c")
-    curves = [psnr_over_frames(album.psnr_to_original, COLOURS, reference="original")] if students else []
-    if album.psnr_to_video:
-        curves.append(psnr_over_frames(album.psnr_to_video, COLOURS, reference="video"))
+    decoders = (album.original, *students)
+    known = {"original": album.psnr_to_original, "video": album.psnr_to_video}
+    curves = [
+        psnr_over_frames(values, COLOURS, reference=to, decoders=decoders) for to, values in known.items() if values
+    ]
     return {
         "clip": printable(album.clip),
         "num_frames": album.num_frames,
@@ -255,7 +257,7 @@ def _charts(report: EvaluationReport, extras: PageExtras) -> list[dict[str, str]
         found.append({"title": "Quality against speed", "svg": svg, "caption": _PUBLISHED_NOTE})
     if extras.training:
         caption = "From the log of the last distillation. Logarithmic where a figure falls by more than 20 times."
-        svg = to_svg(training_curves(extras.training, COLOURS, phases=extras.phases))
+        svg = to_svg(training_curves(extras.training, COLOURS, phases=extras.phases, max_columns=2))
         found.append({"title": "Training", "svg": svg, "caption": caption})
     if extras.latency_ms:
         caption = "Of the decoder that was analysed, with plain operators."

@@ -38,7 +38,7 @@ FIGURES = {
     "spectra": lambda scheme: spectra(SPECTRA, scheme),
     "latency": lambda scheme: latency_by_stage(LATENCY, scheme),
     "training": lambda scheme: training_curves(LOSSES, scheme, phases=PHASES),
-    "frames": lambda scheme: psnr_over_frames(FRAMES, scheme, reference="video"),
+    "frames": lambda scheme: psnr_over_frames(FRAMES, scheme, reference="video", decoders=("original", *FRAMES)),
     "quality": lambda scheme: quality_against_speed(POINTS, scheme),
 }
 EMPTY = (explained_variance, spectra, latency_by_stage, training_curves)
@@ -109,6 +109,14 @@ def test_steps_and_frames_are_whole_numbers() -> None:
     assert all("." not in text for text in tick_texts(FIGURES["frames"](PAPER), "x"))
 
 
+def test_a_decoder_has_one_colour_in_every_chart() -> None:
+    decoders = ("original", *FRAMES)
+    both = psnr_over_frames({"original": [30.0], **FRAMES}, PAPER, reference="video", decoders=decoders)
+    some = psnr_over_frames(FRAMES, PAPER, reference="original", decoders=decoders)
+    (all_axes,), (some_axes,) = both.axes, some.axes
+    assert [line.get_color() for line in all_axes.lines][1:] == [line.get_color() for line in some_axes.lines]
+
+
 def test_phases_are_set_apart() -> None:
     axes = training_curves({"loss": [(1, 3.0), (60, 2.0)]}, PAPER, phases=PHASES).axes[0]
     assert [text.get_text() for text in axes.texts] == ["phase 1", "phase 3"]
@@ -121,12 +129,12 @@ def test_shares_of_the_time_are_written_at_the_bars() -> None:
     assert [text.get_text() for text in axes.texts] == ["4 ms · 67 %", "2 ms · 33 %", "0 ms · 0 %"]
 
 
-def test_names_of_points_do_not_run_into_each_other() -> None:
-    crowded = [Point(f"decoder {i}", 8 + i / 10, 97 + i / 50) for i in range(4)]
-    (axes,) = quality_against_speed([Point("original", 1, 100), *crowded], PAPER).axes
-    low, high = axes.get_ylim()
-    heights = sorted(text.get_position()[1] for text in axes.texts if text.get_text() != "original")
-    assert min(np.diff(heights)) > 0.05 * (high - low)
+def test_every_point_is_named_and_published_ones_are_lettered() -> None:
+    (axes,) = FIGURES["quality"](PAPER).axes
+    legend = axes.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["original", "flash", "A: theirs (published)"]
+    assert [text.get_text() for text in axes.texts] == ["A"]
 
 
 def test_figures_have_names_for_people() -> None:
