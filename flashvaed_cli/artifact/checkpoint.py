@@ -16,11 +16,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from flashvaed_cli.artifact.foreign.coders import coders_from_foreign, empty_coder, fill_coder, named_tensors, shapes_of
+from flashvaed_cli.artifact.foreign.coders import (
+    as_roles,
+    coders_from_foreign,
+    empty_coder,
+    fill_coder,
+    named_tensors,
+    shapes_of,
+)
 from flashvaed_cli.artifact.foreign.configuration import check_keys, check_widths, configuration, latent_statistics
 from flashvaed_cli.artifact.foreign.flash_folder import FLASH_CLASS, flash_coders, flash_header
 from flashvaed_cli.artifact.foreign.mismatch import compare_shapes
-from flashvaed_cli.artifact.foreign.recognition import ROLES, recognise, twins
+from flashvaed_cli.artifact.foreign.recognition import recognise, twins
 from flashvaed_cli.artifact.foreign.weights import ForeignWeights, checkpoint_files, read_foreign
 from flashvaed_cli.artifact.header import ArtifactHeader, Lineage
 from flashvaed_cli.artifact.hub import SCHEME, fetch_hub_file
@@ -181,7 +188,8 @@ def _load_artifact(location: str, path: Path) -> Checkpoint:
     header, tensors = read_artifact(path)
     if header.kind == "analysis":
         raise ArtifactError(f"{location}: an analysis (statistics), not a decoder. Give it with --analysis.")
-    coders = {role: empty_coder(spec) for role in ROLES if (spec := getattr(header, role)) is not None}
+    specs: dict[Role, CoderSpec | None] = {"decoder": header.decoder, "encoder": header.encoder}
+    coders = {role: empty_coder(spec) for role, spec in specs.items() if spec is not None}
     expected = {
         f"{role}.{name}": tuple(value.shape) for role, coder in coders.items() for name, value in named_tensors(coder)
     }
@@ -193,8 +201,7 @@ def _load_artifact(location: str, path: Path) -> Checkpoint:
         sha256=content_sha256(path),
         layout=ARTIFACT_LAYOUT,
         family=header.family,
-        decoder=coders.get("decoder"),  # type: ignore[arg-type]
-        encoder=coders.get("encoder"),  # type: ignore[arg-type]
+        **as_roles(coders),
         latent_mean=header.latent_mean,
         latent_std=header.latent_std,
         kept_channels=dict(header.kept_channels),
@@ -245,8 +252,7 @@ def _from_weights(location: str, weights: ForeignWeights, family: str | None) ->
         sha256=_sha256(weights),
         layout=layout.name,
         family=layout.family,
-        decoder=coders.get("decoder"),  # type: ignore[arg-type]
-        encoder=coders.get("encoder"),  # type: ignore[arg-type]
+        **as_roles(coders),
         latent_mean=mean,
         latent_std=std,
         twins=() if family or config_class else twins(layout),

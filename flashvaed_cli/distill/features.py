@@ -38,7 +38,9 @@ def run_with_features(
 
 
 def _recomputed(block: nn.Module, *inputs: object) -> Tensor:
-    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
+    output = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+    assert isinstance(output, Tensor)
+    return output
 
 
 @contextmanager

@@ -69,7 +69,8 @@ class Soap(torch.optim.Optimizer):
                     self._step_one(parameter, group)
 
     def _step_one(self, parameter: nn.Parameter, group: dict) -> None:
-        gradient = parameter.grad.reshape(axes_of(parameter))  # type: ignore[union-attr]
+        assert parameter.grad is not None
+        gradient = parameter.grad.reshape(axes_of(parameter))
         state = self.state[parameter]
         if not state:
             rotated = [gradient.ndim > 1 and size <= group["max_axis"] for size in gradient.shape]

@@ -48,7 +48,8 @@ class _AnyLengthUpsample(Upsample):
         first = x[:, :, :1]
         later = (torch.arange(x.shape[2], device=x.device) > 0).to(x.dtype)
         unseen = x * later.view(1, 1, -1, 1, 1)  # what precedes a clip is zero too
-        doubled = self.temporal(unseen, None, future).chunk(2, dim=1)  # type: ignore[misc]
+        assert self.temporal is not None
+        doubled = self.temporal(unseen, None, future).chunk(2, dim=1)
         rest = torch.stack(doubled, dim=3).flatten(2, 3)[:, :, 2:]  # [B, C, 2 (T - 1), H, W]
         return torch.cat([first, rest], dim=2)
 

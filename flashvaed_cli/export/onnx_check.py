@@ -81,4 +81,4 @@ def _run(
             f"onnxruntime {onnxruntime.__version__} cannot run the exported graph on latents "
             f"{list(latents.shape)}: {error}"
         ) from error
-    return dict(zip(names, outputs, strict=True))  # type: ignore[arg-type]
+    return {name: np.asarray(output) for name, output in zip(names, outputs, strict=True)}

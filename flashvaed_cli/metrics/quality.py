@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -223,14 +224,14 @@ def mean_quality(results: Sequence[QualityResult]) -> QualityResult:
     """
     if not results:
         raise ValueError("the mean over no clips is not defined")
-    means: dict[str, float | None] = {}
+    means: dict[str, Any] = {}
     for name in (field.name for field in fields(QualityResult) if field.name != "num_frames"):
         values = [capped(name, value) for result in results if (value := getattr(result, name)) is not None]
         if name == "worst_frame_psnr_db":
             means[name] = min(values, default=None)
         else:
             means[name] = math.fsum(values) / len(values) if values else None
-    return QualityResult(num_frames=sum(result.num_frames for result in results), **means)  # type: ignore[arg-type]
+    return QualityResult(num_frames=sum(result.num_frames for result in results), **means)
 
 
 def capped(name: str, value: float) -> float:

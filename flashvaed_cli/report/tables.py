@@ -97,17 +97,6 @@ def to_markdown(table: TableData, *, heading: str = "##") -> str:
     return "\n".join(lines) + "\n"
 
 
-def to_records(table: TableData) -> list[dict[str, Cell]]:
-    """For JSON: one dict per row, numbers unformatted; what is not finite becomes None."""
-    return [
-        {
-            column.name: None if isinstance(cell, float) and not math.isfinite(cell) else cell
-            for column, cell in zip(table.columns, row, strict=True)
-        }
-        for row in table.rows
-    ]
-
-
 def _line(texts: Sequence[str], widths: Sequence[int], rights: Sequence[bool]) -> str:
     cells = [
         text.rjust(width) if right else text.ljust(width)

@@ -179,7 +179,9 @@ def averaged(state: RunState, base_width: int) -> tuple[Encoder, Decoder]:
     model = Autoencoder(Encoder(wan_encoder_spec(base_width)), Decoder(wan_decoder_spec(base_width)))
     model.load_state_dict({name: value.half().float() for name, value in state.ema.items()})
     model.eval()
-    return model.encoder, model.decoder  # type: ignore[return-value]
+    encoder, decoder = model.encoder, model.decoder
+    assert isinstance(encoder, Encoder) and isinstance(decoder, Decoder)
+    return encoder, decoder
 
 
 def save_weights(path: Path, encoder: Encoder, decoder: Decoder) -> None:

@@ -33,16 +33,6 @@ class GroupSelection:
     dead: tuple[int, ...] = ()
     constant: tuple[int, ...] = ()
 
-    @property
-    def num_dead(self) -> int:
-        """Number of dead channels."""
-        return len(self.dead)
-
-    @property
-    def num_constant(self) -> int:
-        """Number of constant channels."""
-        return len(self.constant)
-
 
 def num_kept_channels(width: int, keep_ratio: float, round_to: int) -> int:
     """Width after pruning: nearest to `width * keep_ratio`, a multiple of `round_to`, 1 to `width`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -65,6 +65,21 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
 def named_tensors(coder: Coder) -> Iterable[tuple[str, Tensor]]:
     """What a file holds of a module."""
     return coder.state_dict().items()
+
+
+class CoderPair(TypedDict):
+    """What a checkpoint holds of a VAE."""
+
+    decoder: Decoder | None
+    encoder: Encoder | None
+
+
+def as_roles(coders: Mapping[Role, Coder]) -> CoderPair:
+    """The coders by what they are."""
+    decoder, encoder = coders.get("decoder"), coders.get("encoder")
+    assert decoder is None or isinstance(decoder, Decoder)
+    assert encoder is None or isinstance(encoder, Encoder)
+    return {"decoder": decoder, "encoder": encoder}
 
 
 def empty_coder(spec: CoderSpec) -> Coder:

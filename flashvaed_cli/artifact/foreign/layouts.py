@@ -81,16 +81,8 @@ def _block_slots(role: Role, address: str, block: BlockSpec, layout: Layout) -> 
             yield Slot(f"{ours}.{layer}.weight", f"{places[layer]}.weight", shape)
             yield Slot(f"{ours}.{layer}.bias", f"{places[layer]}.bias", shape[:1])
         return
-    normed = _NORMS[block.kind].items() if isinstance(block, ResBlockSpec | HeadSpec) else ()
-    for norm, layer in normed:
-        conv: ConvSpec = getattr(block, layer)
-        axes = (1, 1) if conv.operator == "frame2d" else (1, 1, 1)
-        shape = (conv.in_width, *axes) if layout.gain == "gamma" else (conv.in_width,)
-        norm_spec = block.norm  # type: ignore[union-attr]
-        if norm_spec.gain:
-            yield Slot(f"{ours}.{norm}.gamma", f"{places[norm]}.{layout.gain}", shape)
-        if norm_spec.shift:
-            yield Slot(f"{ours}.{norm}.beta", f"{places[norm]}.bias", shape)
+    if isinstance(block, ResBlockSpec | HeadSpec):
+        yield from _norm_slots(ours, block, places, layout.gain)
     if isinstance(block, ResBlockSpec):
         yield from _extra_slots(ours, block, places)
     # A block that works on frames holds its 1x1 layers as 2D convolutions too.
@@ -101,6 +93,17 @@ def _block_slots(role: Role, address: str, block: BlockSpec, layout: Layout) -> 
         conv = getattr(block, layer)
         if conv is not None:
             yield from _conv_slots(f"{ours}.{layer}", places[layer], conv, on_frames and layer != "temporal")
+
+
+def _norm_slots(ours: str, block: ResBlockSpec | HeadSpec, places: Mapping[str, str], gain: str) -> Iterator[Slot]:
+    for norm, layer in _NORMS[block.kind].items():
+        conv = block.layers[layer]
+        axes = (1, 1) if conv.operator == "frame2d" else (1, 1, 1)
+        shape = (conv.in_width, *axes) if gain == "gamma" else (conv.in_width,)
+        if block.norm.gain:
+            yield Slot(f"{ours}.{norm}.gamma", f"{places[norm]}.{gain}", shape)
+        if block.norm.shift:
+            yield Slot(f"{ours}.{norm}.beta", f"{places[norm]}.bias", shape)
 
 
 def _extra_slots(ours: str, block: ResBlockSpec, places: Mapping[str, str]) -> Iterator[Slot]:

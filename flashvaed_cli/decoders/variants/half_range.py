@@ -61,8 +61,8 @@ def fit_half_range(decoder: Decoder) -> dict[str, int]:
 
 
 def _blocks(decoder: Decoder) -> Iterator[nn.Module]:
-    for stage in decoder.stages.values():
-        yield from stage  # type: ignore[misc]
+    for _, block in decoder.blocks():
+        yield block
 
 
 def _peaks(decoder: Decoder) -> dict[str, float]:

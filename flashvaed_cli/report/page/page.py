@@ -188,8 +188,8 @@ def _album(album: ClipAlbum, report: EvaluationReport, *, with_video: bool) -> d
     students = album.students
     left, right = album.original, students[0] if students else album.labels[0]
     index = len(album.frame_numbers) // 2
-    if album.worst is not None:
-        index = min(range(len(album.frame_numbers)), key=lambda i: abs(album.frame_numbers[i] - album.worst.frame))  # type: ignore[union-attr]
+    if (worst := album.worst) is not None:
+        index = min(range(len(album.frame_numbers)), key=lambda i: abs(album.frame_numbers[i] - worst.frame))
     pictures = {label: [_base64(picture) for picture in album.frames[label]] for label in album.labels}
     pictures |= {f"difference: {label}": [_base64(p) for p in album.differences[label]] for label in students}
     data = json.dumps({"numbers": album.frame_numbers, "pictures": pictures}).replace("<", "\\u003c")

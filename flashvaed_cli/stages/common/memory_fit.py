@@ -19,6 +19,14 @@ _USABLE_SHARE = 0.9
 _STREAMING_CHUNK = 4  # latent frames; larger steps gain little
 
 
+_DTYPES: dict[torch.dtype, DType] = {
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float32: "float32",
+    torch.float64: "float64",
+}
+
+
 @dataclass(frozen=True)
 class Limits:
     """What is fixed of how a decoder runs: chunk and tile in latents, memory in bytes; None leaves it open."""
@@ -94,7 +102,7 @@ def _plan(spec: DecoderSpec, latents: Float[Tensor, "B C T Hz Wz"], limits: Limi
         spec,
         (latents.shape[2], latents.shape[3], latents.shape[4]),
         max_memory_bytes=limits.max_memory_bytes,
-        dtype=str(latents.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        dtype=_DTYPES[latents.dtype],
         chunk=limits.chunk,
         tile=limits.tile,
         channels_last=channels_last,

@@ -6,7 +6,7 @@ import math
 import pytest
 from rich.console import Console
 
-from flashvaed_cli.report.tables import Column, TableData, to_markdown, to_records, to_rich
+from flashvaed_cli.report.tables import Column, TableData, to_markdown, to_rich
 
 TABLE = TableData(
     "Speed",
@@ -40,11 +40,6 @@ def test_terminal_and_markdown_show_the_same_texts() -> None:
     assert "Speed" in shown
     for texts in TABLE.texts():
         assert all(text in shown for text in texts)  # brackets are no markup
-
-
-def test_records_are_unformatted_and_finite() -> None:
-    assert to_records(TABLE)[0] == {"decoder": "a|b [red]", "FPS": 12.345, "parameters": 1234567}
-    assert to_records(TABLE)[2]["FPS"] is None
 
 
 def test_an_empty_table_is_still_a_table() -> None:
