@@ -34,7 +34,7 @@ from flashvaed_cli.artifact.hub import SCHEME, fetch_hub_file
 from flashvaed_cli.artifact.run_record import RunRecord
 from flashvaed_cli.artifact.store import content_sha256, read_artifact, sha256_of_files, write_artifact
 from flashvaed_cli.artifact.weight_checks import require_usable_weights
-from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
+from flashvaed_cli.decoders.modules.coder import Coder, Decoder, Encoder
 from flashvaed_cli.decoders.spec.coders import CoderSpec
 from flashvaed_cli.decoders.spec.groups import tensor_widths
 from flashvaed_cli.errors import ArtifactError, FlashVaedError
@@ -189,7 +189,7 @@ def _load_artifact(location: str, path: Path) -> Checkpoint:
     if header.kind == "analysis":
         raise ArtifactError(f"{location}: an analysis (statistics), not a decoder. Give it with --analysis.")
     specs: dict[Role, CoderSpec | None] = {"decoder": header.decoder, "encoder": header.encoder}
-    coders = {role: empty_coder(spec) for role, spec in specs.items() if spec is not None}
+    coders: dict[Role, Coder] = {role: empty_coder(spec) for role, spec in specs.items() if spec is not None}
     expected = {
         f"{role}.{name}": tuple(value.shape) for role, coder in coders.items() for name, value in named_tensors(coder)
     }

@@ -31,7 +31,7 @@ def collect_statistics(
         clips: raw latents (of an encoder, pixels), one clip (of any size) at a time; consumed once.
         num_clips: for the progress bar; None when unknown.
     Returns:
-        Tensor address (see `decoders.groups`) to its statistics.
+        Tensor address (see `decoders.spec.groups`) to its statistics.
     Raises:
         CalibrationError: NaN or infinite activations (named by their tensor), or no clip at all.
     """

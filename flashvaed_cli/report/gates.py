@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import operator
 import re
 from collections.abc import Callable, Sequence
@@ -71,15 +72,25 @@ def parse_requirement(text: str) -> Requirement:
     if match is None:
         raise RecipeError(f"--require {text}: write FIGURE>=NUMBER (or <=, >, <), such as psnr_retention>=0.969.")
     if match["figure"] not in figure_names():
-        raise RecipeError(f"--require {text}: no figure {match['figure']}; there are {', '.join(figure_names())}.")
+        raise RecipeError(
+            f"--require {text}: no figure {match['figure']}{_meant(match['figure'])}; there are "
+            f"{', '.join(figure_names())}."
+        )
     return Requirement(text.strip(), match["decoder"], match["figure"], match["operator"], bound)
+
+
+def _meant(figure: str) -> str:
+    near = difflib.get_close_matches(figure, figure_names(), n=1, cutoff=0.4)
+    near = [name for name in figure_names() if name.startswith(figure)] or near
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def require_decoders(requirements: Sequence[Requirement], names: Sequence[str]) -> None:
     """Raise RecipeError if a condition names a decoder that will not be in the report; to be asked before the work."""
     for one in requirements:
         if one.decoder is not None and one.decoder not in names:
-            raise RecipeError(f"--require {one.text}: no decoder {one.decoder}; {', '.join(names)}.")
+            quoted = "; ".join(f"'{name}'" for name in names)
+            raise RecipeError(f"--require {one.text}: no decoder {one.decoder}; there are {quoted}.")
 
 
 def judge_gates(report: EvaluationReport, requirements: Sequence[Requirement]) -> tuple[GateVerdict, ...]:

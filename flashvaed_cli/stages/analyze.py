@@ -1,7 +1,7 @@
 """`flashvaed analyze`: what each stage costs, and how far its channels depend on one another.
 
 The analysis artifact holds tensors `covariance.TENSOR` and `mean.TENSOR` (float64; TENSOR is an address of
-`decoders.groups`) and, in its header under `measured`:
+`decoders.spec.groups`) and, in its header under `measured`:
     stages: one record per stage (parameters, gflop, latency_ms by operator, activation_mib, effective_rank, width).
     rule: by which the channels are ordered, as `prune --rule` would.
     groups: one record per channel group (stage, width, effective_rank, order in which channels are kept, r2 of the

@@ -31,7 +31,7 @@ Cost = Callable[[Mapping[str, int]], float]
 """Milliseconds or GFLOP of decoding, from the widths of all groups."""
 
 Ladders = Mapping[str, Sequence[int]]
-"""The widths that a group may have by its name, widest first; see `decoders.latency_model`."""
+"""The widths that a group may have by its name, widest first; see `decoders.predict.latency`."""
 
 _NEGLIGIBLE_ERROR = 1e-9
 """Added error that counts as this much: below it only the saving decides."""

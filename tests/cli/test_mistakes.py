@@ -106,7 +106,7 @@ MISTAKES = {
     "report among other files": ("eval cut.safetensors -o notes", ["notes holds other files", "--force"]),
     "condition on a decoder that is not there": (
         f"eval cut.safetensors --data clip.mp4 {JUDGING} --require mild:psnr_db>=1 -o conditions",
-        ["no decoder mild; original, cut, original, exact"],
+        ["no decoder mild; there are 'original'; 'cut'; 'original, exact'"],
     ),
     "condition with --speed": ("eval cut.safetensors --speed --require ssim>=1", ["--require: not with --speed"]),
     "JUnit over an artifact": ("eval cut.safetensors --junit vae.safetensors", ["--junit = 'vae.safetensors'", ".xml"]),

@@ -104,7 +104,7 @@ def predict_peak_bytes(
     """Peak memory of decoding in bytes: an upper bound that is meant to be near the truth.
 
     It counts what lives, on top of the process with torch loaded. The C library's heap can take up to twice that,
-    unless `decoders.heap` has it give back what is freed, as a runtime with a memory limit does.
+    unless `decoders.run.heap` has it give back what is freed, as a runtime with a memory limit does.
     Measured on the CPU only. On CUDA the context and cuDNN's workspaces come on top.
 
     Args:

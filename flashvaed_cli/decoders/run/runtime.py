@@ -53,7 +53,7 @@ class DecodeSettings:
         compile: run `torch.compile`d steps. Every shape of step compiles once, at its first use (minutes for
             a full-size decoder): at most two per clip size, four with tiles.
         max_memory_bytes: limit of the predicted peak, weights included. Settles what `chunk` and `tile` leave open.
-            On the CPU freed tensors then go back to the system at once (`decoders.heap`, process-wide).
+            On the CPU freed tensors then go back to the system at once (`decoders.run.heap`, process-wide).
         compile_backend: `inductor` generates code; others are for debugging.
     """
 

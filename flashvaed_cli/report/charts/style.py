@@ -10,6 +10,9 @@ import hashlib
 import io
 import math
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,9 +129,17 @@ def colours(count: int) -> list[str]:
 def save_png(figure: Figure, path: Path) -> Path:
     """Write the figure, whole or not at all."""
     FigureCanvasAgg(figure)
-    with atomic_path(path) as sibling:
+    with atomic_path(path) as sibling, _any_script():
         figure.savefig(sibling, format="png", dpi=_DPI, metadata={"Software": SOFTWARE})
     return path
+
+
+@contextmanager
+def _any_script() -> Iterator[None]:
+    """Names in scripts that matplotlib's font lacks are boxes on paper; in a page the browser's fonts show them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
 
 
 def to_svg(figure: Figure) -> str:
@@ -136,7 +147,7 @@ def to_svg(figure: Figure) -> str:
     FigureCanvasSVG(figure)
     settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "flashvaed", "font.family": "sans-serif"}
     buffer = io.StringIO()
-    with mpl.rc_context(settings):
+    with mpl.rc_context(settings), _any_script():
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]

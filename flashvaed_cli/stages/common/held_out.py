@@ -151,7 +151,10 @@ def _held_out_clips(
     used = set() if fitted is None else set(fitted.files)
     others = [path for path in find_data(recipe.data) if path not in used]
     if others:
-        places, which = others, f"on {min(NUM_CLIPS, len(others))} other clips"
+        places, which = (
+            others,
+            "on another clip" if len(others) == 1 else f"on {min(NUM_CLIPS, len(others))} other clips",
+        )
     else:
         places = [path for path in used if not is_latent_file(path)]
         which = "on other windows of the same clips"

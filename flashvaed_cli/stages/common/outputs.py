@@ -48,6 +48,12 @@ def claim_file(
     return path
 
 
+def require_apart(path: Path, reads: Iterable[str | None], *, flag: str) -> None:
+    """Raise FlashVaedError if a side output is something that the command reads."""
+    if any(_is_same(path, place) for place in reads):
+        raise FlashVaedError(f"{path} is read by this command, and {flag} would replace it. Give another name.")
+
+
 def claim_folder(output: str | Path, *markers: str, force: bool) -> Path:
     """The place of a folder to fill: absent, empty or of an earlier run, which left one of its `markers` there.
 

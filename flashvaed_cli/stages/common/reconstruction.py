@@ -46,6 +46,10 @@ def choose_reference(inputs: Inputs, kept: Kept, progress: Progress) -> tuple[De
     return decoder, kept
 
 
+_MUCH_MISSED = 0.5
+"""Share of a target's variance; a layer that misses more does little of its work."""
+
+
 def reconstruct(
     before: Coder,
     after: Coder,
@@ -61,10 +65,17 @@ def reconstruct(
         return []
     errors = reconstruct_coder(reference, after, kept, clips, first_block=first, settings=settings, progress=progress)
     starved = [error.address for error in errors if error.num_rows < 2 * error.num_unknowns]
+    more_data = "Give more or larger clips (--num-calibration-clips, --num-frames, --crop-size)"
     if starved:
         progress.warn(
             f"few calibration positions for the unknowns of {', '.join(starved)}: what they leave open keeps its "
-            "old weights. Give more or larger clips (--num-calibration-clips, --crop-size), or --reconstruct channel"
+            f"old weights. {more_data}"
+        )
+    if missed := [error for error in errors if error.after > _MUCH_MISSED]:
+        listed = ", ".join(f"{error.address} ({100 * error.after:.0f} %)" for error in missed)
+        progress.warn(
+            f"least squares misses much of what these layers should give, even on the calibration clips: {listed}. "
+            f"{more_data}, keep more channels, or compare with --reconstruct none"
         )
     unsolved = [error.address for error in errors if error.num_unknowns == 0]
     if unsolved:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flashvaed_cli.artifact.checkpoint import Checkpoint
+from flashvaed_cli.artifact.checkpoint import Checkpoint, locate
 from flashvaed_cli.artifact.foreign.weights import checkpoint_files
 from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.artifact.store import read_header, sha256_of_files
@@ -23,7 +23,7 @@ from flashvaed_cli.decoders.predict.cost import total_gflop
 from flashvaed_cli.decoders.variants.exact import exact_decoder
 from flashvaed_cli.decoders.variants.half_range import cast_decoder
 from flashvaed_cli.distill.ranks import Ranks, joined_ranks
-from flashvaed_cli.errors import MediaError, MetricUnavailableError
+from flashvaed_cli.errors import FlashVaedError, MediaError, MetricUnavailableError
 from flashvaed_cli.media.clips import usable_files
 from flashvaed_cli.media.cuts import none_usable
 from flashvaed_cli.media.latent_files import is_latent_file
@@ -53,7 +53,14 @@ from flashvaed_cli.stages.common.clips import find_data
 from flashvaed_cli.stages.common.compared import derived_decoders, distinct_names
 from flashvaed_cli.stages.common.fitted_clips import latent_grid, whole_side
 from flashvaed_cli.stages.common.loading import DTYPES, Inputs, choose_device, choose_input, input_settings, load_inputs
-from flashvaed_cli.stages.common.outputs import claim_file, claim_folder, filled_at_the_end, moved, refuse_to_replace
+from flashvaed_cli.stages.common.outputs import (
+    claim_file,
+    claim_folder,
+    filled_at_the_end,
+    moved,
+    refuse_to_replace,
+    require_apart,
+)
 from flashvaed_cli.stages.common.result import StageOutcome
 from flashvaed_cli.stages.common.up_to_date import finished_folder, provenance
 from flashvaed_cli.stages.evaluate.compare import ORIGINAL, VIDEO, ClipToJudge, Comparison, compare_clip
@@ -61,7 +68,7 @@ from flashvaed_cli.stages.evaluate.judge import FeatureJudge, Metrics
 from flashvaed_cli.stages.evaluate.page import page_extras
 from flashvaed_cli.stages.evaluate.seen import warn_of_seen
 from flashvaed_cli.stages.evaluate.timing import ORIGINAL_TUNED, runtime_of, timed
-from flashvaed_cli.zoo.builtin import JUDGED_CLIP
+from flashvaed_cli.zoo.builtin import BUILTINS, JUDGED_CLIP
 
 MAX_PICTURED = 12
 """Clips that keep pictures and videos: those where the first student is worst."""
@@ -118,7 +125,7 @@ def _run(
     output = ranks.from_main(lambda: claim_folder(recipe.output, REPORT_JSON, SPEED_JSON, force=force))
     junit = None if recipe.junit is None else user_path(recipe.junit)
     if junit is not None:
-        ranks.from_main(lambda: claim_file(junit, force=force, reads=recipe.data))
+        ranks.from_main(lambda: _claim_junit(junit, recipe, output, force=force))
     location = choose_input(recipe.input, EvalRecipe, progress)
     if (done := _finished(recipe, output, location, force=force)) is not None:
         return done
@@ -164,6 +171,8 @@ def _run(
         figures = [_figures(name, decoder, course, features) for name, decoder in decoders.items()]
         if features is not None and (few := features.warning()) is not None:
             notes.append(few)
+        if (short := _too_short(course.rows, recipe)) is not None:
+            notes.append(short)
         if len(judged) > MAX_PICTURED:
             notes.append(f"pictures and videos are kept of the {MAX_PICTURED} worst of {len(judged)} clips")
         figures = timed(figures, runtimes, decoders[ORIGINAL], course.latents, recipe, device, progress)
@@ -221,6 +230,14 @@ def _gathered(course: _Course, order: Sequence[str], ranks: Ranks) -> _Course:
     return together
 
 
+def _claim_junit(junit: Path, recipe: EvalRecipe, output: Path, *, force: bool) -> None:
+    """Refuse what is read, whatever `force` says: it is no result that is made again."""
+    require_apart(junit, (recipe.input, recipe.original, *recipe.compare, *recipe.data), flag="--junit")
+    if junit.absolute() == output.absolute():
+        raise FlashVaedError(f"{junit} is the folder of the report; give --junit the name of a file.")
+    claim_file(junit, force=force)
+
+
 def _finished(recipe: EvalRecipe, output: Path, location: str, *, force: bool) -> StageOutcome | None:
     """The report of an earlier run on the same files; None too where the JUnit file that belongs to it is gone."""
     done = finished_folder(
@@ -234,7 +251,10 @@ def _finished(recipe: EvalRecipe, output: Path, location: str, *, force: bool) -
 def _hashes(inputs: Inputs, recipe: EvalRecipe) -> dict[str, str]:
     """What was read beside the clips."""
     read = {one.location: one.sha256 for one in (inputs.checkpoint, inputs.original)}
-    return read | {place: sha256_of_files(checkpoint_files(Path(place))) for place in recipe.compare}
+    return read | {
+        place: sha256_of_files(checkpoint_files(locate(place, BUILTINS, may_download=False)))
+        for place in recipe.compare
+    }
 
 
 def _named(files: Sequence[Path]) -> list[ClipToJudge]:
@@ -245,6 +265,21 @@ def _named(files: Sequence[Path]) -> list[ClipToJudge]:
         ClipToJudge(path, str(path) if names.count(path.name) > 1 else path.name, stem)
         for path, stem in zip(files, stems, strict=True)
     ]
+
+
+def _too_short(rows: Sequence[ClipFigures], recipe: EvalRecipe) -> str | None:
+    """Of a protocol: the clips that it would not have taken."""
+    if recipe.protocol is None or recipe.num_frames is None:
+        return None
+    short = {row.clip: row.num_frames for row in rows if row.num_frames < recipe.num_frames}
+    if not short:
+        return None
+    listed = ", ".join(f"{name} ({frames} frames)" for name, frames in list(short.items())[:3])
+    more = f" and {len(short) - 3} more" if len(short) > 3 else ""
+    return (
+        f"{recipe.protocol} judges {recipe.num_frames} frames of each clip, and {listed}{more} have fewer: these "
+        "figures are not those of the protocol"
+    )
 
 
 def _notes_on_colours(paths: Iterable[Path]) -> list[str]:

@@ -64,7 +64,7 @@ def test_conditions(condition: str, passed: bool) -> None:
 @pytest.mark.parametrize(
     ("condition", "message"),
     [
-        ("psnr>=30", "no figure psnr; there are psnr_db, ssim"),
+        ("psnr>=30", r"no figure psnr \(did you mean psnr_db\?\); there are psnr_db, ssim"),
         ("psnr_db=30", "write FIGURE>=NUMBER"),
         ("psnr_db>=high", "write FIGURE>=NUMBER"),
         ("psnr_db>=1e", "write FIGURE>=NUMBER"),
@@ -77,7 +77,7 @@ def test_no_conditions(condition: str, message: str) -> None:
 
 
 def test_a_decoder_that_is_not_there_is_named() -> None:
-    with pytest.raises(RecipeError, match=r"no decoder flsh; original, .*mild"):
+    with pytest.raises(RecipeError, match=r"no decoder flsh; there are 'original'; .*'mild'"):
         judge_gates(REPORT, [parse_requirement("flsh:psnr_db>1")])
 
 
