@@ -27,7 +27,8 @@ SIGNALS = {
 
 def put_in_place_of_stages(patch: pytest.MonkeyPatch, stage: Callable[..., Any]) -> None:
     for name in ("analyze", "prune", "convert_ops", "distill", "evaluate", "speed", "export"):
-        module = ModuleType(f"flashvaed_cli.stages.{name}")
+        inside = ".run" if name in ("prune", "distill", "speed") else ""
+        module = ModuleType(f"flashvaed_cli.stages.{name}{inside}")
         setattr(module, f"run_{name}", stage)
         patch.setitem(sys.modules, module.__name__, module)
 
