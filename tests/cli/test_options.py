@@ -63,7 +63,8 @@ class FakeStage:
 def stage(monkeypatch: pytest.MonkeyPatch) -> FakeStage:
     fake = FakeStage()
     for name in STAGE_MODULES:
-        module = ModuleType(f"flashvaed_cli.stages.{name}")
+        inside = ".run" if name in ("prune", "distill", "speed") else ""
+        module = ModuleType(f"flashvaed_cli.stages.{name}{inside}")
         setattr(module, f"run_{name}", fake)
         monkeypatch.setitem(sys.modules, module.__name__, module)
     return fake
