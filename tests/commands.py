@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
+import flashvaed_cli
 from flashvaed_cli.cli.app import app
 
 CALIBRATION = "--num-calibration-clips 2 --num-frames 5 --crop-size 32"
@@ -34,6 +38,27 @@ def succeed(words: str, *, cwd: Path) -> dict[str, Any]:
     result = invoke(f"{words} --json --quiet", cwd=cwd)
     assert result.exit_code == 0, result.stderr
     return {**strict_json(result.stdout), "stderr": result.stderr}
+
+
+_STAGES = {
+    "analyze": "analyze",
+    "prune": "prune.run",
+    "convert_ops": "convert_ops",
+    "distill": "distill.run",
+    "evaluate": "evaluate.run",
+    "speed": "speed.run",
+    "export": "export.run",
+}
+"""Where the commands import `run_NAME` from, below `flashvaed_cli.stages`."""
+
+
+def put_in_place_of_stages(patch: pytest.MonkeyPatch, stage: Callable[..., Any]) -> None:
+    """Have every command call `stage`, without loading the real ones; a module that moved is an error here."""
+    for name, module_name in _STAGES.items():
+        assert (Path(flashvaed_cli.__file__).parent / "stages" / f"{module_name.replace('.', '/')}.py").is_file()
+        module = ModuleType(f"flashvaed_cli.stages.{module_name}")
+        setattr(module, f"run_{name}", stage)
+        patch.setitem(sys.modules, module.__name__, module)
 
 
 def strict_json(text: str) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,20 +16,13 @@ from flashvaed_cli.cli.app import app
 from flashvaed_cli.cli.interruption import OutputWatch, Terminated, signals_raise
 from flashvaed_cli.errors import ExportError
 from flashvaed_cli.recipe import COMMAND_RECIPES
+from tests.commands import put_in_place_of_stages
 
 SIGNALS = {
     signal.SIGINT: (130, "interrupted"),
     signal.SIGTERM: (143, "terminated"),
     signal.SIGHUP: (129, "the terminal was closed"),
 }
-
-
-def put_in_place_of_stages(patch: pytest.MonkeyPatch, stage: Callable[..., Any]) -> None:
-    for name in ("analyze", "prune", "convert_ops", "distill", "evaluate", "speed", "export"):
-        inside = ".run" if name in ("prune", "distill", "speed") else ""
-        module = ModuleType(f"flashvaed_cli.stages.{name}{inside}")
-        setattr(module, f"run_{name}", stage)
-        patch.setitem(sys.modules, module.__name__, module)
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,8 +18,8 @@ from flashvaed_cli.cli.app import app
 from flashvaed_cli.cli.options import parse_by_stage
 from flashvaed_cli.errors import CalibrationError, RecipeError
 from flashvaed_cli.recipe import COMMAND_RECIPES
+from tests.commands import put_in_place_of_stages
 
-STAGE_MODULES = {"analyze", "prune", "convert_ops", "distill", "evaluate", "speed", "export"}
 FLAG_OF_FIELD = {
     "keep_ratio": "ratio",
     "stage_keep_ratios": "ratio",
@@ -62,11 +61,7 @@ class FakeStage:
 @pytest.fixture
 def stage(monkeypatch: pytest.MonkeyPatch) -> FakeStage:
     fake = FakeStage()
-    for name in STAGE_MODULES:
-        inside = ".run" if name in ("prune", "distill", "speed") else ""
-        module = ModuleType(f"flashvaed_cli.stages.{name}{inside}")
-        setattr(module, f"run_{name}", fake)
-        monkeypatch.setitem(sys.modules, module.__name__, module)
+    put_in_place_of_stages(monkeypatch, fake)
     return fake
 
 

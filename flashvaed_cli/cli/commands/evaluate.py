@@ -117,7 +117,7 @@ def evaluate(
 
         run_stage(context, run_speed, settings)
         return
-    from flashvaed_cli.stages.evaluate import run_evaluate
+    from flashvaed_cli.stages.evaluate.run import run_evaluate
 
     gates = run_stage(context, run_evaluate, settings).as_dict().get("gates")
     if isinstance(gates, list) and (failed := [gate["text"] for gate in gates if not gate["passed"]]):

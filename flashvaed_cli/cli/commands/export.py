@@ -66,7 +66,7 @@ def export(
     code is 2.
     """
     settings = resolve_settings(context, ExportRecipe)
-    from flashvaed_cli.stages.export import run_export
+    from flashvaed_cli.stages.export.run import run_export
 
     failed = run_stage(context, run_export, settings).as_dict().get("failed")
     if isinstance(failed, list) and failed:

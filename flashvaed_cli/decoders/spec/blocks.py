@@ -93,7 +93,7 @@ class Block(FrozenSpec):
     @property
     def keeps_channels(self) -> bool:
         """Whether the channels that leave are those that enter: such a block cannot have other kept ones."""
-        return False
+        return self.carries_input and self.growth == (1, 1, 1)
 
     @property
     def sees_whole_frames(self) -> bool:
@@ -191,11 +191,6 @@ class ResBlockSpec(Block):
         """By an identity shortcut."""
         return self.shortcut is None
 
-    @property
-    def keeps_channels(self) -> bool:
-        """With an identity shortcut."""
-        return self.shortcut is None
-
 
 class AttentionSpec(Block):
     """Single-head self-attention over the positions of each frame, residual. `inner_width` is that of q, k and v."""
@@ -226,11 +221,6 @@ class AttentionSpec(Block):
 
     @property
     def carries_input(self) -> bool:
-        """It is residual."""
-        return True
-
-    @property
-    def keeps_channels(self) -> bool:
         """It is residual."""
         return True
 

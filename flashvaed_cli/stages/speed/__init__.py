@@ -1,1 +1,1 @@
-"""`flashvaed speed`: a table of how fast decoders are on this machine."""
+"""`flashvaed eval --speed`: a table of how fast decoders are on this machine."""
