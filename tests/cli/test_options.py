@@ -59,7 +59,8 @@ class FakeStage:
 
 
 @pytest.fixture
-def stage(monkeypatch: pytest.MonkeyPatch) -> FakeStage:
+def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeStage:
+    monkeypatch.chdir(tmp_path)  # a stage that is not replaced would write here
     fake = FakeStage()
     put_in_place_of_stages(monkeypatch, fake)
     return fake

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from flashvaed_cli.cli.app import app
 from flashvaed_cli.errors import is_out_of_memory
+from tests.commands import STAGES
 
 ERRORS = {
     "python": MemoryError(),
@@ -21,7 +22,6 @@ ERRORS = {
     "onednn": RuntimeError("could not create a memory object"),
     "kernel": OSError(errno.ENOMEM, "Cannot allocate memory"),
 }
-MODULES = {"convert-ops": "convert_ops", "eval": "evaluate.run", "export": "export.run"}
 FLAGS = {
     "analyze": "--max-side",
     "prune": "--crop-size",
@@ -30,12 +30,13 @@ FLAGS = {
     "eval": "--max-memory, --tile",
     "export": "or use a machine with more",
 }
+STAGE_OF = {"convert-ops": "convert_ops", "eval": "evaluate"}
 
 
 @pytest.mark.parametrize("kind", ERRORS)
 @pytest.mark.parametrize("command", FLAGS)
 def test_one_message(command: str, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    module = import_module(f"flashvaed_cli.stages.{MODULES.get(command, command)}")
+    module = import_module(f"flashvaed_cli.stages.{STAGES[STAGE_OF.get(command, command)]}")
 
     def fail(*_args: object, **_kwargs: object) -> NoReturn:
         raise ERRORS[kind]
