@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from flashvaed_cli import __version__
-from flashvaed_cli.cli.commands import analyze, convert_ops, decode, distill, evaluate, export, info, prune, run
+from flashvaed_cli.cli.commands import COMMANDS, run
+from flashvaed_cli.cli.help import GroupedProgram
 from flashvaed_cli.cli.interruption import interruption, signals_raise
 from flashvaed_cli.cli.running import ARGV_KEY, DONE_KEY, SIGNALS_KEY
 from flashvaed_cli.cli.spelling import suggestions
@@ -46,7 +46,7 @@ _ADVICE = {
 }
 
 
-class _Program(TyperGroup):
+class _Program(GroupedProgram):
     """Remembers what was typed, and turns a mistake that the user can mend into one message."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
@@ -136,8 +136,9 @@ def program(
     """Options of the program itself."""
 
 
-for _command in (analyze, prune, convert_ops, distill, evaluate, export, decode, info, run):
-    _command.register(app)
+for _command in COMMANDS:
+    _command.add_to(app)
+run.register(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

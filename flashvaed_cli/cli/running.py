@@ -25,21 +25,7 @@ from flashvaed_cli.recipe import CommandRecipe, find_recipe, load_recipe, resolv
 CommandRecipeT = TypeVar("CommandRecipeT", bound=CommandRecipe)
 ContravariantRecipeT = TypeVar("ContravariantRecipeT", bound=CommandRecipe, contravariant=True)
 
-USING_PANEL = "Using a result"
-"""Where `--help` shows the commands beside the pipeline."""
-
 ARGV_KEY, DONE_KEY, SIGNALS_KEY = "flashvaed.argv", "flashvaed.done", "flashvaed.signals"
-
-# Fields whose parameter has another name than they: what the flag is called in errors.
-PARSED_FLAGS = {
-    "input": "INPUT",
-    "keep_ratio": "--ratio",
-    "stage_keep_ratios": "--ratio",
-    "group_keep_ratios": "--ratio",
-    "operators": "--operator",
-    "loss_weights": "--loss-weight",
-}
-
 
 # Flags whose smaller values need less memory, the strongest first.
 _SMALLER = ("--max-side", "--crop-size", "--max-memory", "--tile", "--chunk", "--num-frames", "--batch-size", "--sizes")
@@ -71,14 +57,18 @@ class StageFunction(Protocol, Generic[ContravariantRecipeT]):
 
 
 def resolve_settings(
-    context: typer.Context, model: type[CommandRecipeT], overrides: Mapping[str, object] | None = None
+    context: typer.Context,
+    model: type[CommandRecipeT],
+    overrides: Mapping[str, object],
+    shown_flags: Mapping[str, str],
 ) -> CommandRecipeT:
     """The settings of one run, from the flags that were given, `--recipe` and `--step`.
 
     Args:
         context: its parameters that are named like fields of `model` are flags; None and empty means not given.
         model: the command's recipe model.
-        overrides: fields whose flags need parsing first.
+        overrides: fields whose flags were parsed first.
+        shown_flags: how errors call fields whose parameter has another name than they.
     Raises:
         RecipeError: flags or recipe do not fit.
     """
@@ -89,9 +79,9 @@ def resolve_settings(
         if name in model.model_fields and value is not None and value != () and value != []
     }
     flags = {p.name: max(p.opts, key=len) for p in context.command.params if p.name and p.opts[0].startswith("-")}
-    given |= overrides or {}
+    given |= overrides
     recipe = load_recipe(find_recipe(params["recipe"])) if params.get("recipe") else None
-    return resolve(model, recipe, given, step=params.get("step"), flags={**flags, **PARSED_FLAGS})
+    return resolve(model, recipe, given, step=params.get("step"), flags={**flags, **shown_flags})
 
 
 def run_stage(

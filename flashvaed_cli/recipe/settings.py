@@ -1,7 +1,7 @@
 """The settings that several commands share, as pydantic models: type, default and help text of each.
 
 Every command has a model, in the file of its name. The descriptions are also the help texts of the flags
-(`flashvaed_cli/cli/options.py` reads them here), so a setting is named, explained and defaulted in one place only.
+(`flashvaed_cli/cli/signature.py` reads them here), so a setting is named, explained and defaulted in one place only.
 """
 
 from __future__ import annotations
@@ -126,13 +126,23 @@ class ReconstructingRecipe(CalibratedRecipe):
     dampening_frac: Positive = Field(default=1e-4, description="Ridge term, as a fraction of the gram's mean diagonal.")
 
 
+SELECTION_RULES: Mapping[SelectionRule, str] = {
+    "greedy-energy": "explain most of the energy of all, means included; best in most trials",
+    "greedy-r2": "explain most of the variance of all; the paper's rule, to reproduce it",
+    "next-layer": "explain most of what the next layers compute; where those ignore much of what they get",
+    "pivoted-qr": "have the largest variance that those before do not explain; fast, for very wide layers",
+    "chip": "lower the nuclear norm most when they go; to compare with CHIP",
+    "l1": "have the largest weights; a baseline",
+    "variance": "have the largest variance; a baseline",
+    "random": "fall to the seed; what selection is worth at all",
+}
+"""The channels that each rule keeps, and when to use it."""
+
+
 class RuleField(CommandRecipe):
     rule: SelectionRule = Field(
         default="greedy-energy",
-        description="How the kept channels are chosen: greedy-r2 explains most of the variance of all, greedy-energy "
-        "most of their energy (means count too), next-layer most of what the next layers compute; pivoted-qr takes "
-        "the largest residual variance, chip the largest drop of the nuclear norm, l1 the largest weights, variance "
-        "the largest variance, random any.",
+        description="How the kept channels are chosen; the rules stand at the end of this help.",
     )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from typer.main import get_command
@@ -15,9 +16,10 @@ from typer.testing import CliRunner
 
 from flashvaed_cli import __version__
 from flashvaed_cli.cli.app import app
-from flashvaed_cli.cli.options import parse_by_stage
+from flashvaed_cli.cli.flags import parse_by_stage
 from flashvaed_cli.errors import CalibrationError, RecipeError
 from flashvaed_cli.recipe import COMMAND_RECIPES
+from flashvaed_cli.recipe.fields import SelectionRule
 from tests.commands import put_in_place_of_stages
 
 FLAG_OF_FIELD = {
@@ -103,6 +105,27 @@ def test_help_has_examples(runner: CliRunner, command: str) -> None:
     assert result.exit_code == 0
     assert "Examples:" in result.output
     assert "builtin:tiny-wan" in result.output
+
+
+@pytest.mark.parametrize(
+    ("command", "headings"),
+    [
+        ("", ("Options", "Commands", "Using a result")),
+        ("prune", ("Arguments", "Options", "A target in place of ratios", "New weights", "Clips", "Common")),
+        ("distill", ("Arguments", "Options", "Clips", "Optimization", "What phase 2 prepares for pruning")),
+        ("decode", ("Arguments", "Options", "Video", "Running", "Common")),
+    ],
+)
+def test_help_has_headings_at_80_columns(command: str, headings: tuple[str, ...]) -> None:
+    words = [sys.executable, "-m", "flashvaed_cli", *command.split(), "--help"]
+    environment = {**os.environ, "COLUMNS": "80"}
+    shown = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout
+    lines = shown.splitlines()
+    assert [line[:-1] for line in lines if line.endswith(":") and line[0] != " "][: len(headings)] == list(headings)
+    assert all(len(line) <= 80 for line in lines if not line.strip().startswith("flashvaed "))  # these can be copied
+    if command in ("prune", "distill"):
+        table = shown[shown.index("Rules, by the channels") :]
+        assert all(f"\n  {rule} " in table for rule in get_args(SelectionRule))
 
 
 def test_version(runner: CliRunner) -> None:

@@ -1,1 +1,10 @@
-"""One Typer command a file: parse, call a stage, print."""
+"""The commands, in the order of the program's help: one file each, and the list of those that have a recipe model."""
+
+from typing import Any
+
+from flashvaed_cli.cli.commands import analyze, convert_ops, decode, distill, evaluate, export, info, prune
+from flashvaed_cli.cli.signature import Command
+
+COMMANDS: tuple[Command[Any], ...] = tuple(
+    module.COMMAND for module in (analyze, prune, convert_ops, distill, evaluate, export, decode, info)
+)

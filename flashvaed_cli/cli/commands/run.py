@@ -12,8 +12,9 @@ import typer
 from rich.text import Text
 
 from flashvaed_cli.cli.console import print_step, result_console
-from flashvaed_cli.cli.options import QuietOption
-from flashvaed_cli.cli.running import USING_PANEL
+from flashvaed_cli.cli.flags import QuietOption
+from flashvaed_cli.cli.help import GroupedCommand
+from flashvaed_cli.cli.signature import USING_PANEL
 from flashvaed_cli.errors import RecipeError
 from flashvaed_cli.printable import printable
 from flashvaed_cli.recipe import COMMAND_RECIPES, Recipe, Section, find_recipe, load_recipe, shipped_recipes
@@ -51,8 +52,8 @@ class Step:
 
 def register(app: typer.Typer) -> None:
     """Add both commands to the program."""
-    app.command("run", epilog=RUN_EPILOG, rich_help_panel=USING_PANEL)(run)
-    app.command("recipes", epilog=RECIPES_EPILOG, rich_help_panel=USING_PANEL)(recipes)
+    app.command("run", cls=GroupedCommand, epilog=RUN_EPILOG, rich_help_panel=USING_PANEL)(run)
+    app.command("recipes", cls=GroupedCommand, epilog=RECIPES_EPILOG, rich_help_panel=USING_PANEL)(recipes)
 
 
 def run(
