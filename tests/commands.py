@@ -40,7 +40,7 @@ def succeed(words: str, *, cwd: Path) -> dict[str, Any]:
     return {**strict_json(result.stdout), "stderr": result.stderr}
 
 
-STAGES = {
+_STAGES = {
     "analyze": "analyze",
     "prune": "prune.run",
     "convert_ops": "convert_ops",
@@ -54,7 +54,7 @@ STAGES = {
 
 def put_in_place_of_stages(patch: pytest.MonkeyPatch, stage: Callable[..., Any]) -> None:
     """Have every command call `stage`, without loading the real ones; a module that moved is an error here."""
-    for name, module_name in STAGES.items():
+    for name, module_name in _STAGES.items():
         assert (Path(flashvaed_cli.__file__).parent / "stages" / f"{module_name.replace('.', '/')}.py").is_file()
         module = ModuleType(f"flashvaed_cli.stages.{module_name}")
         setattr(module, f"run_{name}", stage)

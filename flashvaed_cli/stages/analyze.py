@@ -21,8 +21,6 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from flashvaed_cli.artifact.checkpoint import Checkpoint, derived_header
-from flashvaed_cli.artifact.run_record import RunRecord
 from flashvaed_cli.artifact.store import write_artifact
 from flashvaed_cli.calibrate.latency import measure_latency
 from flashvaed_cli.calibrate.statistics import collect_statistics
@@ -41,11 +39,9 @@ from flashvaed_cli.report.charts.analysis import explained_variance, latency_by_
 from flashvaed_cli.report.charts.style import PAPER, save_png
 from flashvaed_cli.report.tables import Column, TableData
 from flashvaed_cli.stages.common.clips import find_data, plan_calibration
-from flashvaed_cli.stages.common.loading import DTYPES, choose_device, choose_input, input_settings, load_inputs
-from flashvaed_cli.stages.common.outputs import claim_file
+from flashvaed_cli.stages.common.loading import DTYPES
 from flashvaed_cli.stages.common.result import StageOutcome
-from flashvaed_cli.stages.common.run_watch import RunWatch
-from flashvaed_cli.stages.common.up_to_date import finished_artifact
+from flashvaed_cli.stages.common.run import Run
 from flashvaed_cli.stages.latency_model import TimedClip, latency_model_record, whole_clip
 from flashvaed_cli.surgery.evidence import channel_evidence
 
@@ -60,16 +56,18 @@ def run_analyze(recipe: AnalyzeRecipe, *, progress: Progress, force: bool, comma
         MediaError: no readable clip.
         CalibrationError: NaN or dead activations.
     """
-    watch = RunWatch()
-    location = choose_input(recipe.input, AnalyzeRecipe, progress)
-    output = claim_file(
-        recipe.output, force=force, reads=(location,), beside=plot_files(Path(recipe.output)) if recipe.plots else ()
+    run = Run.open(
+        recipe,
+        progress=progress,
+        force=force,
+        command_line=command_line,
+        beside=plot_files(Path(recipe.output)) if recipe.plots else (),
+        data=lambda: find_data(recipe.data),
     )
-    if (done := finished_artifact(output, recipe, location, lambda: find_data(recipe.data), force=force)) is not None:
-        return done
-    device = choose_device(recipe.device)
-    inputs = load_inputs(location, **input_settings(recipe), device=device, progress=progress)
-    decoder = inputs.checkpoint.require_decoder()
+    if run.finished is not None:
+        return run.finished
+    inputs = run.load()
+    device, decoder = inputs.device, inputs.checkpoint.require_decoder()
     timed = TimedClip(recipe.latency_frames, recipe.latency_side, device, recipe.dtype)
     timed = whole_clip(timed, decoder.spec, recipe, progress)
     clips = plan_calibration(
@@ -100,10 +98,12 @@ def run_analyze(recipe: AnalyzeRecipe, *, progress: Progress, force: bool, comma
             seed=recipe.seed,
             progress=progress,
         )
-    run = watch.record(device, clips.files)
-    _write(output, recipe, inputs.checkpoint, statistics, measured, run, force=force, command_line=command_line)
-    plots = draw_plots(measured, output) if recipe.plots else []
-    return StageOutcome((output, *plots), (_stage_table(stages, timed), _group_table(groups)), measured)
+    tensors = {f"covariance.{address}": one.covariance for address, one in statistics.items()}
+    tensors |= {f"mean.{address}": one.mean for address, one in statistics.items()}
+    header = run.header(inputs, measured, kind="analysis", files=clips.files)
+    write_artifact(run.output, tensors, header, force=force)
+    plots = draw_plots(measured, run.output) if recipe.plots else []
+    return StageOutcome((run.output, *plots), (_stage_table(stages, timed), _group_table(groups)), measured)
 
 
 def _group_records(
@@ -162,31 +162,6 @@ def _stage_records(
         }
         for cost in stage_costs(spec, clip.grid(spec))
     ]
-
-
-def _write(
-    output: Path,
-    recipe: AnalyzeRecipe,
-    checkpoint: Checkpoint,
-    statistics: Mapping[str, TensorStatistics],
-    measured: dict[str, Any],
-    run: RunRecord,
-    *,
-    force: bool,
-    command_line: str,
-) -> None:
-    header = derived_header(
-        checkpoint,
-        kind="analysis",
-        recipe=recipe.model_dump(mode="json"),
-        command_line=command_line,
-        seed=recipe.seed,
-        measured=measured,
-        run=run,
-    )
-    tensors = {f"covariance.{address}": one.covariance for address, one in statistics.items()}
-    tensors |= {f"mean.{address}": one.mean for address, one in statistics.items()}
-    write_artifact(output, tensors, header, force=force)
 
 
 def plot_files(output: Path) -> tuple[Path, Path, Path]:

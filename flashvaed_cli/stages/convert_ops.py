@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from flashvaed_cli.artifact.checkpoint import derived_header, save_checkpoint
-from flashvaed_cli.artifact.run_record import RunRecord
+from flashvaed_cli.artifact.checkpoint import save_checkpoint
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.predict.cost import total_gflop
 from flashvaed_cli.decoders.spec.addresses import stage_of
@@ -20,19 +21,16 @@ from flashvaed_cli.decoders.variants.still import still_decoder
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.export.parity import seeded_latents
 from flashvaed_cli.families.registry import get_family
-from flashvaed_cli.paths import user_path
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.convert_ops import ConvertOpsRecipe
 from flashvaed_cli.report.tables import Column, TableData
 from flashvaed_cli.stages.common.asked_names import require_known_operators
 from flashvaed_cli.stages.common.clips import find_data, plan_calibration
 from flashvaed_cli.stages.common.held_out import judge_held_out, summary_tables
-from flashvaed_cli.stages.common.loading import DTYPES, Inputs, choose_device, choose_input, input_settings, load_inputs
-from flashvaed_cli.stages.common.outputs import claim_file
+from flashvaed_cli.stages.common.loading import DTYPES, Inputs
 from flashvaed_cli.stages.common.reconstruction import choose_reference, error_table, fit_settings, reconstruct
 from flashvaed_cli.stages.common.result import StageOutcome
-from flashvaed_cli.stages.common.run_watch import RunWatch
-from flashvaed_cli.stages.common.up_to_date import finished_artifact
+from flashvaed_cli.stages.common.run import Run
 from flashvaed_cli.stages.info.next_step import next_commands
 from flashvaed_cli.surgery.respec import converted_spec, with_time_rank
 from flashvaed_cli.surgery.transfer import transfer_weights
@@ -59,29 +57,24 @@ def run_convert_ops(recipe: ConvertOpsRecipe, *, progress: Progress, force: bool
         SpecError: a stage is unknown, or its operator cannot become the one asked for.
         CalibrationError: too few positions or NaN.
     """
-    watch = RunWatch()
-    location = choose_input(recipe.input, ConvertOpsRecipe, progress)
-    output = claim_file(recipe.output, force=force, reads=(location, recipe.original))
-    if (done := finished_artifact(output, recipe, location, lambda: find_data(recipe.data), force=force)) is not None:
-        return done
-    device = choose_device(recipe.device)
-    inputs = load_inputs(location, **input_settings(recipe), device=device, progress=progress)
-    decoder = inputs.checkpoint.require_decoder()
+    run = Run.open(
+        recipe, progress=progress, force=force, command_line=command_line, data=lambda: find_data(recipe.data)
+    )
+    if run.finished is not None:
+        return run.finished
+    inputs = run.load()
+    device, decoder = inputs.device, inputs.checkpoint.require_decoder()
     if recipe.profile == "exact":
-        return _convert_exactly(
-            recipe, inputs, exact_decoder(decoder), progress, watch, force=force, command_line=command_line
-        )
+        return _convert_exactly(run, inputs, exact_decoder(decoder))
     if recipe.profile == "image":
-        return _convert_exactly(
-            recipe, inputs, still_decoder(decoder), progress, watch, force=force, command_line=command_line
-        )
+        return _convert_exactly(run, inputs, still_decoder(decoder))
     require_known_operators(recipe, decoder.spec)
     operators: dict[str, Operator] = {**get_family(inputs.checkpoint.family).paper_operators, **recipe.operators}
     spec = converted_spec(decoder.spec, operators)
     if recipe.time_rank is not None:
         spec = with_time_rank(spec, recipe.time_rank)
     if spec == decoder.spec:
-        raise SpecError(f"{location}: every stage has the operator asked for already; nothing to convert")
+        raise SpecError(f"{run.location}: every stage has the operator asked for already; nothing to convert")
     student = transfer_weights(decoder, spec, {})
     errors, skipped, data, clips = [], {}, [], None
     if recipe.reconstruct != "none":
@@ -102,24 +95,15 @@ def run_convert_ops(recipe: ConvertOpsRecipe, *, progress: Progress, force: bool
     measured["held_out"] = judged.figures
     tables = summary_tables(judged, (decoder.parameter_count, student.parameter_count), errors)
     details = (_operator_table(decoder, student), *error_table(errors))
-    run = watch.record(device, data, speedup=judged.speedup)
-    outcome = _written(recipe, inputs, student, measured, tables, run, force=force, command_line=command_line)
+    outcome = _written(run, inputs, student, measured, tables, files=data, speedup=judged.speedup)
     return replace(outcome, details=details, figures={**outcome.figures, "speedup": judged.speedup})
 
 
-def _convert_exactly(
-    recipe: ConvertOpsRecipe,
-    inputs: Inputs,
-    converted: Decoder,
-    progress: Progress,
-    watch: RunWatch,
-    *,
-    force: bool,
-    command_line: str,
-) -> StageOutcome:
+def _convert_exactly(run: Run[ConvertOpsRecipe], inputs: Inputs, converted: Decoder) -> StageOutcome:
     """The same frames with faster operators: no data, no weights solved; the difference is measured."""
+    recipe = run.recipe
     if idle := recipe.given(*_UNUSED_BY_EXACT):
-        progress.warn(
+        run.progress.warn(
             f"{', '.join(idle)}: no role in --profile {recipe.profile}, which solves nothing and needs no data"
         )
     decoder, header = inputs.checkpoint.require_decoder(), inputs.checkpoint.header
@@ -142,45 +126,29 @@ def _convert_exactly(
         "max_difference_of_range": difference,
     }
     tables = (_exact_table(changes, difference),)
-    run = watch.record(inputs.device)
-    return _written(recipe, inputs, converted, measured, tables, run, force=force, command_line=command_line)
+    return _written(run, inputs, converted, measured, tables)
 
 
 def _written(
-    recipe: ConvertOpsRecipe,
+    run: Run[ConvertOpsRecipe],
     inputs: Inputs,
     converted: Decoder,
     measured: dict[str, Any],
     tables: tuple[TableData, ...],
-    run: RunRecord,
     *,
-    force: bool,
-    command_line: str,
+    files: Sequence[Path] = (),
+    speedup: float | None = None,
 ) -> StageOutcome:
     """Write the artifact, the cost before and after among what was measured."""
     measured |= {
         "gflop_9x256x256_before": _gflop(inputs.checkpoint.require_decoder().spec),
         "gflop_9x256x256_after": _gflop(converted.spec),
     }
-    header = derived_header(
-        inputs.checkpoint,
-        recipe=recipe.model_dump(mode="json"),
-        command_line=command_line,
-        seed=recipe.seed,
-        measured=measured,
-        run=run,
-    )
-    output = user_path(recipe.output)
-    save_checkpoint(
-        output,
-        header,
-        decoder=converted,
-        encoder=inputs.checkpoint.own_encoder,
-        dtype=DTYPES[recipe.dtype],
-        force=force,
-    )
-    following = next_commands(recipe.output, header, None, data=recipe.data)
-    return StageOutcome((output,), tables, measured, next_commands=following)
+    header = run.header(inputs, measured, files=files, speedup=speedup)
+    encoder, dtype = inputs.checkpoint.own_encoder, DTYPES[run.recipe.dtype]
+    save_checkpoint(run.output, header, decoder=converted, encoder=encoder, dtype=dtype, force=run.force)
+    following = next_commands(run.recipe.output, header, None, data=run.recipe.data)
+    return StageOutcome((run.output,), tables, measured, next_commands=following)
 
 
 def _exact_table(changes: list[tuple[str, Operator, Operator]], difference: float) -> TableData:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from importlib import import_module
 from typing import NoReturn
 
 import pytest
@@ -12,7 +11,7 @@ from typer.testing import CliRunner
 
 from flashvaed_cli.cli.app import app
 from flashvaed_cli.errors import is_out_of_memory
-from tests.commands import STAGES
+from flashvaed_cli.stages.common.run import Run
 
 ERRORS = {
     "python": MemoryError(),
@@ -30,19 +29,17 @@ FLAGS = {
     "eval": "--max-memory, --tile",
     "export": "or use a machine with more",
 }
-STAGE_OF = {"convert-ops": "convert_ops", "eval": "evaluate"}
 
 
 @pytest.mark.parametrize("kind", ERRORS)
 @pytest.mark.parametrize("command", FLAGS)
 def test_one_message(command: str, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    module = import_module(f"flashvaed_cli.stages.{STAGES[STAGE_OF.get(command, command)]}")
-
     def fail(*_args: object, **_kwargs: object) -> NoReturn:
         raise ERRORS[kind]
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, "load_inputs" if hasattr(module, "load_inputs") else "load_input", fail)
+    monkeypatch.setattr(Run, "load", fail)
+    monkeypatch.setattr(Run, "load_alone", fail)
     result = CliRunner().invoke(app, [command, "builtin:tiny-wan"])
     assert result.exit_code == 2, result.output
     assert result.stderr.count("out of memory: ") == 1

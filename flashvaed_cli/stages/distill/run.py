@@ -7,13 +7,13 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from flashvaed_cli.artifact.checkpoint import derived_header, save_checkpoint
+from flashvaed_cli.artifact.checkpoint import save_checkpoint
 from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.calibrate.statistics import collect_statistics
 from flashvaed_cli.decoders.modules.coder import Decoder
@@ -44,11 +44,10 @@ from flashvaed_cli.recipe.distill import DistillRecipe, PhaseRecipe
 from flashvaed_cli.stages.common.asked_names import require_known_ratios
 from flashvaed_cli.stages.common.clips import find_data
 from flashvaed_cli.stages.common.fitted_clips import fitted_to_vae
-from flashvaed_cli.stages.common.loading import Inputs, choose_device, choose_input, input_settings, load_inputs
-from flashvaed_cli.stages.common.outputs import claim_file
+from flashvaed_cli.stages.common.loading import Inputs, choose_device
 from flashvaed_cli.stages.common.result import StageOutcome
+from flashvaed_cli.stages.common.run import Run
 from flashvaed_cli.stages.common.run_watch import RunWatch
-from flashvaed_cli.stages.common.up_to_date import finished_artifact
 from flashvaed_cli.stages.distill.clip_source import NUM_STATISTICS_CLIPS
 from flashvaed_cli.stages.distill.data import TrainingData, training_data
 from flashvaed_cli.stages.distill.files import TrainingFiles, describe_checkpoints
@@ -77,45 +76,41 @@ def run_distill(recipe: DistillRecipe, *, progress: Progress, force: bool, comma
         DistillationError: no phase fits the decoder, or training diverged.
         Interrupted: SIGINT or SIGTERM, after saving.
     """
-    location = choose_input(recipe.input, DistillRecipe, progress)
-    output = claim_file(
-        recipe.output,
-        force=force,
-        reads=(location, recipe.original),
-        beside=TrainingFiles(user_path(recipe.output)).replaced(),
-    )
 
     def data() -> list[Path]:
         return [*find_data(recipe.data), *(find_data(recipe.validation_data) if recipe.validation_data else ())]
 
-    if (done := finished_artifact(output, recipe, location, data, force=force)) is not None:
-        return done
+    run = Run.open(
+        recipe,
+        progress=progress,
+        force=force,
+        command_line=command_line,
+        beside=TrainingFiles(user_path(recipe.output)).replaced(),
+        data=data,
+    )
+    if run.finished is not None:
+        return run.finished
     if recipe.dtype not in _COMPUTE_DTYPES:
         raise DistillationError(f"--dtype {recipe.dtype} does not train: use {' or '.join(_COMPUTE_DTYPES)}")
-    files = TrainingFiles(output)
+    files = TrainingFiles(run.output)
     with joined_ranks(choose_device(recipe.device)) as (ranks, device), ExitStack() as until_the_end:
         ranks.from_main(lambda: until_the_end.enter_context(files.alone()))
         try:
-            recipe = recipe.model_copy(update={"input": location})
-            return _run_alone(recipe, ranks, device, files, progress, force=force, command_line=command_line)
+            run = replace(
+                run,
+                recipe=recipe.model_copy(update={"input": run.location}),
+                progress=progress if ranks.is_main else SilentProgress(),
+                watch=RunWatch(),
+            )
+            return _run_alone(run, ranks, device, files)
         except KeyboardInterrupt as error:
             _note_what_is_kept(error, recipe, files)
             raise
 
 
-def _run_alone(
-    recipe: DistillRecipe,
-    ranks: Ranks,
-    device: torch.device,
-    files: TrainingFiles,
-    progress: Progress,
-    *,
-    force: bool,
-    command_line: str,
-) -> StageOutcome:
-    watch = RunWatch()
-    progress = progress if ranks.is_main else SilentProgress()
-    job = _prepare(recipe, ranks, device, progress)
+def _run_alone(run: Run[DistillRecipe], ranks: Ranks, device: torch.device, files: TrainingFiles) -> StageOutcome:
+    recipe, progress = run.recipe, run.progress
+    job = _prepare(run, ranks, device)
     clips = job.data.first(_NUM_COMPARED) if ranks.is_main else []
     before = _psnr_db(job, clips)
     results, prepared = _train_phases(job, files, progress)
@@ -127,15 +122,8 @@ def _run_alone(
         "prepared_channels": prepared,
         "same_clips": {"num_clips": len(clips), "psnr_db_before": before, "psnr_db_after": after},
     }
-    header = derived_header(
-        job.inputs.checkpoint,
-        recipe=recipe.model_dump(mode="json"),
-        command_line=command_line,
-        seed=recipe.seed,
-        measured=measured,
-        run=watch.record(device, job.data.files),
-    )
-    curves = ranks.from_main(lambda: _finish(files, header, job, results, force=force))
+    header = run.header(job.inputs, measured, files=job.data.files)
+    curves = ranks.from_main(lambda: _finish(files, header, job, results, force=run.force))
     tables = (phase_table(results), same_clips_table(before, after, len(clips)))
     following = next_commands(recipe.output, header, None, data=recipe.data)
     return StageOutcome((files.output, curves, files.log), tables, measured, next_commands=following)
@@ -173,9 +161,9 @@ class _Job:
     validation: Validation | None
 
 
-def _prepare(recipe: DistillRecipe, ranks: Ranks, device: torch.device, progress: Progress) -> _Job:
-    location = choose_input(recipe.input, DistillRecipe, progress)
-    inputs = load_inputs(location, **input_settings(recipe), device=device, progress=progress)
+def _prepare(run: Run[DistillRecipe], ranks: Ranks, device: torch.device) -> _Job:
+    recipe, progress = run.recipe, run.progress
+    inputs = run.load(device)
     student, teacher = inputs.checkpoint.require_decoder(), inputs.reference()
     if next(teacher.parameters()) is next(student.parameters()):
         teacher = copy.deepcopy(teacher)  # an original is trained towards itself: phase 2 prepares it for pruning

@@ -52,16 +52,16 @@ from flashvaed_cli.report.speed import SPEED_JSON
 from flashvaed_cli.stages.common.clips import find_data
 from flashvaed_cli.stages.common.compared import derived_decoders, distinct_names
 from flashvaed_cli.stages.common.fitted_clips import latent_grid, whole_side
-from flashvaed_cli.stages.common.loading import DTYPES, Inputs, choose_device, choose_input, input_settings, load_inputs
+from flashvaed_cli.stages.common.loading import DTYPES, Inputs, choose_device
 from flashvaed_cli.stages.common.outputs import (
     claim_file,
-    claim_folder,
     filled_at_the_end,
     moved,
     refuse_to_replace,
     require_apart,
 )
 from flashvaed_cli.stages.common.result import StageOutcome
+from flashvaed_cli.stages.common.run import Run
 from flashvaed_cli.stages.common.up_to_date import finished_folder, provenance
 from flashvaed_cli.stages.evaluate.compare import ORIGINAL, VIDEO, ClipToJudge, Comparison, compare_clip
 from flashvaed_cli.stages.evaluate.judge import FeatureJudge, Metrics
@@ -122,14 +122,22 @@ def _run(
     recipe: EvalRecipe, ranks: Ranks, device: torch.device, progress: Progress, *, force: bool, command_line: str
 ) -> StageOutcome:
     requirements = [parse_requirement(text) for text in recipe.require]
-    output = ranks.from_main(lambda: claim_folder(recipe.output, REPORT_JSON, SPEED_JSON, force=force))
+    run = Run.open_folder(
+        recipe,
+        REPORT_JSON,
+        SPEED_JSON,
+        progress=progress,
+        force=force,
+        command_line=command_line,
+        from_main=ranks.from_main,
+    )
+    output, location = run.output, run.location
     junit = None if recipe.junit is None else user_path(recipe.junit)
     if junit is not None:
         ranks.from_main(lambda: _claim_junit(junit, recipe, output, force=force))
-    location = choose_input(recipe.input, EvalRecipe, progress)
     if (done := _finished(recipe, output, location, force=force)) is not None:
         return done
-    inputs = load_inputs(location, **input_settings(recipe), device=device, progress=progress)
+    inputs = run.load(device)
     if recipe.max_side is not None:
         whole_side("max_side", recipe.max_side, latent_grid(inputs.original))  # refuses what holds no latent
     asked, notes = recipe, list[str]()

@@ -16,9 +16,10 @@ from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.export import ExportRecipe
 from flashvaed_cli.recipe.fields import ExportTarget
 from flashvaed_cli.report.tables import Column, TableData
-from flashvaed_cli.stages.common.loading import DTYPES, choose_device, choose_input, load_input, with_plain_operators
-from flashvaed_cli.stages.common.outputs import claim_folder, filled_at_the_end, hashes_of
+from flashvaed_cli.stages.common.loading import DTYPES, choose_device
+from flashvaed_cli.stages.common.outputs import filled_at_the_end, hashes_of
 from flashvaed_cli.stages.common.result import StageOutcome
+from flashvaed_cli.stages.common.run import Run
 from flashvaed_cli.stages.common.up_to_date import finished_folder, provenance
 from flashvaed_cli.stages.export.comfyui import COMFYUI_FOLDER, export_comfyui
 from flashvaed_cli.stages.export.layouts import (
@@ -57,12 +58,12 @@ def run_export(recipe: ExportRecipe, *, progress: Progress, force: bool, command
         ExportError: no target could be written.
         FlashVaedError: the output folder holds files of something else.
     """
-    output = claim_folder(recipe.output, MANIFEST, force=force)
-    location = choose_input(recipe.input, ExportRecipe, progress)
+    run = Run.open_folder(recipe, MANIFEST, progress=progress, force=force, command_line=command_line)
+    output, location = run.output, run.location
     done = finished_folder(output / MANIFEST, recipe, location, list, force=force)
     if done is not None and not done.figures.get("failed"):
         return done
-    checkpoint = with_plain_operators(load_input(location, recipe.family, progress, weights=recipe.weights))
+    checkpoint = run.load_alone()
     with filled_at_the_end(output, MANIFEST, reads=(location,), force=force) as draft:
         course = _write_targets(checkpoint, draft, export_name(location), recipe, progress)
         table = _table(course.results, draft)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from flashvaed_cli.artifact.checkpoint import Checkpoint, derived_header, save_checkpoint
+from flashvaed_cli.artifact.checkpoint import Checkpoint, save_checkpoint
 from flashvaed_cli.artifact.header import ArtifactHeader, Lineage
 from flashvaed_cli.artifact.store import content_sha256, read_artifact, read_header
 from flashvaed_cli.calibrate.statistics import collect_statistics
@@ -25,12 +25,10 @@ from flashvaed_cli.report.tables import Column, TableData
 from flashvaed_cli.stages.common.asked_names import require_known_ratios
 from flashvaed_cli.stages.common.clips import CalibrationClips, find_data, plan_calibration
 from flashvaed_cli.stages.common.held_out import judge_held_out, summary_tables
-from flashvaed_cli.stages.common.loading import DTYPES, Inputs, choose_device, choose_input, input_settings, load_inputs
-from flashvaed_cli.stages.common.outputs import claim_file
+from flashvaed_cli.stages.common.loading import DTYPES, Inputs
 from flashvaed_cli.stages.common.reconstruction import choose_reference, error_table, fit_settings, reconstruct
 from flashvaed_cli.stages.common.result import StageOutcome
-from flashvaed_cli.stages.common.run_watch import RunWatch
-from flashvaed_cli.stages.common.up_to_date import finished_artifact
+from flashvaed_cli.stages.common.run import Run
 from flashvaed_cli.stages.info.next_step import next_commands
 from flashvaed_cli.stages.prune.budget import Budget, budget_table, judge_budget, plan_budget
 from flashvaed_cli.stages.prune.native import choose_native
@@ -51,14 +49,18 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
         SpecError: a stage cannot be pruned, or the ratio keeps no channel.
         CalibrationError: too few positions, NaN or dead channels.
     """
-    watch = RunWatch()
-    location = choose_input(recipe.input, PruneRecipe, progress)
-    output = claim_file(recipe.output, force=force, reads=(location, recipe.original, recipe.analysis))
-    if (done := finished_artifact(output, recipe, location, lambda: find_data(recipe.data), force=force)) is not None:
-        return done
-    device = choose_device(recipe.device)
-    inputs = load_inputs(location, **input_settings(recipe), device=device, progress=progress)
-    decoder = inputs.checkpoint.require_decoder()
+    run = Run.open(
+        recipe,
+        progress=progress,
+        force=force,
+        command_line=command_line,
+        reads=(recipe.analysis,),
+        data=lambda: find_data(recipe.data),
+    )
+    if run.finished is not None:
+        return run.finished
+    inputs = run.load()
+    device, decoder = inputs.device, inputs.checkpoint.require_decoder()
     require_known_ratios(recipe, decoder.spec)
     clips = plan_calibration(
         inputs.original, recipe, recipe.num_calibration_clips, device, progress, still=decoder.spec.still
@@ -100,17 +102,15 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
             )
     judged = judge_held_out(inputs.reference(), student, inputs.original, clips, recipe, device, progress)
     measured["held_out"] = judged.figures
-    header = derived_header(
-        inputs.checkpoint,
-        recipe=recipe.model_dump(mode="json"),
-        command_line=command_line,
-        seed=recipe.seed,
+    header = run.header(
+        inputs,
+        measured,
         kept_channels=compose_kept(inputs.checkpoint.kept_channels, kept),
         parents=parents,
-        measured=measured,
-        run=watch.record(device, clips.files, speedup=judged.speedup),
+        files=clips.files,
+        speedup=judged.speedup,
     )
-    save_checkpoint(output, header, decoder=student, encoder=encoder, dtype=DTYPES[recipe.dtype], force=force)
+    save_checkpoint(run.output, header, decoder=student, encoder=encoder, dtype=DTYPES[recipe.dtype], force=force)
     details = (_selection_table(selections, decoder, student), *error_table(errors))
     tables = [*summary_tables(judged, (decoder.parameter_count, student.parameter_count), errors)]
     tables += _encoder_table(encoder_record)
@@ -118,7 +118,7 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
         tables.append(budget_table(measured["budget"]))
     following = next_commands(recipe.output, header, None, data=recipe.data)
     return StageOutcome(
-        (output,), tuple(tables), {**measured, "speedup": judged.speedup}, details=details, next_commands=following
+        (run.output,), tuple(tables), {**measured, "speedup": judged.speedup}, details=details, next_commands=following
     )
 
 

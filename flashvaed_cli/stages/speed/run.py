@@ -15,9 +15,10 @@ from flashvaed_cli.recipe.evaluate import EvalRecipe
 from flashvaed_cli.recipe.quantities import parse_memory, parse_size
 from flashvaed_cli.report.speed import SPEED_JSON, SpeedReport, all_notes, save_speed, speed_document, speed_tables
 from flashvaed_cli.stages.common.compared import derived_decoders
-from flashvaed_cli.stages.common.loading import DTYPES, choose_device, choose_input, input_settings, load_inputs
-from flashvaed_cli.stages.common.outputs import claim_folder, filled_at_the_end, moved
+from flashvaed_cli.stages.common.loading import DTYPES
+from flashvaed_cli.stages.common.outputs import filled_at_the_end, moved
 from flashvaed_cli.stages.common.result import StageOutcome
+from flashvaed_cli.stages.common.run import Run
 from flashvaed_cli.stages.speed.table import RESERVED_NAMES, ClipSize, SpeedSettings, time_decoders
 
 _DEFAULT_FRAMES = 9
@@ -33,10 +34,9 @@ def run_speed(recipe: EvalRecipe, *, progress: Progress, force: bool, command_li
             or no decoder fits the memory at any size.
         FlashVaedError: the output folder holds files of something else.
     """
-    output = claim_folder(recipe.output, SPEED_JSON, "report.json", force=force)
-    location = choose_input(recipe.input, EvalRecipe, progress)
-    device = choose_device(recipe.device)
-    inputs = load_inputs(location, **input_settings(recipe), device=device, progress=progress)
+    run = Run.open_folder(recipe, SPEED_JSON, "report.json", progress=progress, force=force, command_line=command_line)
+    output, inputs = run.output, run.load()
+    device = inputs.device
     original, derived = inputs.original.require_decoder(), derived_decoders(inputs, recipe, taken=RESERVED_NAMES)
     lengths = _lengths(recipe, {inputs.original.location: original, **derived})
     if recipe.compile:
