@@ -30,15 +30,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # what a shell hands to i
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-WHOLE_COMMANDS = tuple(REPOSITORY / "tests" / name for name in ("cli", "integration", "recipes"))
-"""Tests of these run whole commands, which takes twice as long with checked shapes: one module checks them."""
+UNCHECKED = tuple(REPOSITORY / "tests" / name for name in ("cli", "integration", "recipes", "unit/export"))
+"""Tests of these run whole commands, which takes twice as long with checked shapes (one module checks them), or trace
+with shapes that are symbols, where a check is a proof."""
 CHECKED_COMMANDS = REPOSITORY / "tests" / "integration" / "test_chain.py"
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Before fixtures of any scope run."""
-    is_checked = item.path == CHECKED_COMMANDS or not any(folder in item.path.parents for folder in WHOLE_COMMANDS)
+    is_checked = item.path == CHECKED_COMMANDS or not any(folder in item.path.parents for folder in UNCHECKED)
+    is_checked = is_checked and item.get_closest_marker("unchecked") is None
     jaxtyping.config.update("jaxtyping_disable", not is_checked)
 
 

@@ -261,6 +261,7 @@ def test_an_exported_student_can_be_worked_on_with_its_original_named(chain: Cha
     assert operators(chain.spec("converted.sft"), "up3") == {"frame2d"}
 
 
+@pytest.mark.unchecked
 def test_export_writes_decoders_that_decode_the_same(chain: Chain) -> None:
     # The original: few calibration clips leave toy students so ill-conditioned that the order of additions shows.
     printed = succeed("export vae.safetensors", cwd=chain.folder)
