@@ -160,6 +160,11 @@ class _Job:
     perceptual: Perceptual | None
     validation: Validation | None
 
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Terms of the loss that cannot be computed here; said once, not by every phase."""
+        return ("lpips",) if self.recipe.loss_weights.lpips and self.perceptual is None else ()
+
 
 def _prepare(run: Run[DistillRecipe], ranks: Ranks, device: torch.device) -> _Job:
     recipe, progress = run.recipe, run.progress
@@ -215,7 +220,7 @@ def _train_phases(job: _Job, files: TrainingFiles, progress: Progress) -> tuple[
             job.teacher,
             plan,
             batches,
-            _settings(recipe, phase),
+            _settings(job, phase),
             checkpoint_path=files.checkpoint(index),
             resume=recipe.resume == "auto",
             replaces=[path for path in given_up if path != files.checkpoint(index)],
@@ -226,7 +231,7 @@ def _train_phases(job: _Job, files: TrainingFiles, progress: Progress) -> tuple[
             validate=job.validation,
             after_step=None if watch is None else watch.for_phase(index, phase.phase, done),
         )
-        results.append((phase, result))
+        results.append((phase, replace(result, absent_terms=(*result.absent_terms, *job.left_out))))
         prepared |= plan.to_keep
         done += result.num_steps
         given_up = []  # what has these names now is of this run
@@ -306,7 +311,7 @@ def _perceptual(recipe: DistillRecipe, ranks: Ranks, device: torch.device, progr
 
     missing = ranks.from_main(lambda: _what_is_missing(load))
     if missing is not None:
-        progress.warn(f"the LPIPS loss term is left out. {missing}")
+        progress.warn(missing)
         return None
     return load()
 
@@ -315,7 +320,7 @@ def _what_is_missing(load: Callable[[], object]) -> str | None:
     try:
         load()
     except MetricUnavailableError as error:
-        return str(error)
+        return f"no LPIPS in the loss: {error.short or error}"
     return None
 
 
@@ -339,7 +344,8 @@ def _plan(phase: int, job: _Job, progress: Progress) -> PhasePlan:
     return plan_phase_3(student.spec, teacher.spec, projections=projections)
 
 
-def _settings(recipe: DistillRecipe, phase: PhaseRecipe) -> TrainSettings:
+def _settings(job: _Job, phase: PhaseRecipe) -> TrainSettings:
+    recipe = job.recipe
     every_minutes = recipe.checkpoint_every_minutes
     return TrainSettings(
         num_steps=phase.num_steps,
@@ -355,7 +361,7 @@ def _settings(recipe: DistillRecipe, phase: PhaseRecipe) -> TrainSettings:
         channels_last=True,
         checkpoint_activations=recipe.checkpoint_activations,
         compile=recipe.compile,
-        loss_weights=LossWeights(**recipe.loss_weights.model_dump()),
+        loss_weights=LossWeights(**recipe.loss_weights.model_dump() | dict.fromkeys(job.left_out, 0.0)),
         validate_every_steps=recipe.validate_every_steps,
         checkpoint_every_steps=recipe.checkpoint_every_steps,
         checkpoint_every_s=None if every_minutes is None else 60 * every_minutes,
