@@ -19,17 +19,15 @@ from torch.nn import functional as F
 
 from flashvaed_cli.decoders.modules.operators import frames_as_batch
 from flashvaed_cli.numerics.accumulation import accumulation_device, plain_arithmetic
+from flashvaed_cli.numerics.images import SSIM_WINDOW, gaussian_window, laplacian, luma
 
 Frames = Float[Tensor, "B 3 T H W"]
 Scalar = Float[Tensor, ""]
 MeanOverRanks = Callable[[Tensor], Tensor]
 
 DATA_RANGE = 2.0
-_SSIM_WINDOW, _SSIM_SIGMA = 11, 1.5
 _NUM_PYRAMID_LEVELS = 3
 _NUM_ENERGY_OCTAVES = 2
-_LUMA_WEIGHTS = (0.2126, 0.7152, 0.0722)  # ITU-R BT.709
-_LAPLACIAN = ((0.0, 1.0, 0.0), (1.0, -4.0, 1.0), (0.0, 1.0, 0.0))
 _ENERGY_FLOOR = 1e-6
 """Mean squared Laplacian at which a clip counts as flat; rounding to 8 bits alone gives about 1e-4."""
 _R2_DAMPENING_FRAC = 1e-6
@@ -70,8 +68,8 @@ def ssim_loss(student: Frames, teacher: Frames) -> Scalar:
     odd window that fits.
     """
     a, b = frames_as_batch(student), frames_as_batch(teacher)  # [BT, 3, H, W]
-    window = min(_SSIM_WINDOW, *a.shape[-2:])
-    kernel = _gaussian(window - 1 + window % 2, a)
+    window = min(SSIM_WINDOW, *a.shape[-2:])
+    kernel = gaussian_window(window - 1 + window % 2, a)
     # What the teacher alone gives takes no part in the backward pass.
     mean_a, square_a, product = _smooth(torch.stack([a, a * a, a * b]), kernel)
     mean_b, square_b = _smooth(torch.stack([b, b * b]), kernel)
@@ -90,12 +88,6 @@ def _smooth(planes: Float[Tensor, "M N 3 H W"], kernel: Float[Tensor, " size"]) 
     rows = kernel.expand(count, 1, 1, -1)
     flat = F.conv2d(F.conv2d(flat, rows, groups=count), rows.mT, groups=count)
     return flat[0].unflatten(0, planes.shape[:3])
-
-
-def _gaussian(size: int, like: Tensor) -> Float[Tensor, " size"]:
-    offsets = torch.arange(size, device=like.device, dtype=like.dtype) - (size - 1) / 2
-    kernel = torch.exp(-0.5 * (offsets / _SSIM_SIGMA) ** 2)
-    return kernel / kernel.sum()
 
 
 def sharpness_loss(student: Frames, teacher: Frames) -> Scalar:
@@ -123,15 +115,13 @@ def energy_loss(student: Frames, teacher: Frames) -> Scalar:
 
 def _detail_energies(frames: Frames) -> list[Float[Tensor, " B"]]:
     """Mean squared Laplacian of the luma of each clip, finest octave first."""
-    weights = torch.tensor(_LUMA_WEIGHTS, device=frames.device, dtype=frames.dtype).view(1, 3, 1, 1, 1)
-    kernel = torch.tensor(_LAPLACIAN, device=frames.device, dtype=frames.dtype)[None, None]
-    luma = (frames * weights).sum(dim=1).flatten(0, 1)[:, None]  # [B T, 1, H, W]
+    planes = luma(frames_as_batch(frames))  # [B T, 1, H, W]
     energies = []
     for _ in range(_NUM_ENERGY_OCTAVES):
-        if min(luma.shape[-2:]) < 3:
+        if min(planes.shape[-2:]) < 3:
             break
-        energies.append(F.conv2d(luma, kernel).square().unflatten(0, (len(frames), -1)).flatten(1).mean(dim=1))
-        luma = F.avg_pool2d(luma, 2)
+        energies.append(laplacian(planes).square().unflatten(0, (len(frames), -1)).flatten(1).mean(dim=1))
+        planes = F.avg_pool2d(planes, 2)
     return energies
 
 
