@@ -23,11 +23,11 @@ from flashvaed_cli.artifact.foreign.layouts import to_foreign
 from flashvaed_cli.artifact.foreign.recognition import recognise
 from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
 from flashvaed_cli.decoders.run.streaming import encode
-from flashvaed_cli.decoders.variants.noise import injected_noise
 from flashvaed_cli.errors import ArtifactError
 from flashvaed_cli.families.ltx.config import configured
 from flashvaed_cli.families.ltx.spec import DECODE_TIMESTEP
 from flashvaed_cli.families.registry import LAYOUTS, get_family
+from tests.injected_noise import injected_noise
 from tests.ltx_configs import FAMILIES, VERSIONS, ltx_config, random_ltx
 from tests.parity.oracles import share_of_range
 

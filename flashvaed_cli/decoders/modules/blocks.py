@@ -55,7 +55,7 @@ class ResBlock(nn.Module):
         self.conv2 = build_conv(spec.conv2, f"{address}.conv2")
         self.shortcut_norm = ChannelLayerNorm(spec.conv1.in_width) if spec.shortcut_norm else None
         self.shortcut = None if spec.shortcut is None else build_conv(spec.shortcut, f"{address}.shortcut")
-        if spec.noise:  # scales that only `decoders.variants.noise` reads
+        if spec.noise:  # kept for whoever adds the noise; here it is left out
             self.register_buffer("noise1", torch.zeros(spec.conv1.out_width))
             self.register_buffer("noise2", torch.zeros(spec.conv2.out_width))
 

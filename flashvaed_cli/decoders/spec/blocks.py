@@ -134,7 +134,7 @@ class ResBlockSpec(Block):
     Attributes:
         norm: both norms of the main path.
         shortcut_norm: a layer norm over the channels, with gain and shift, stands before the shortcut.
-        noise: after both convolutions there are learned scales for noise; see `variants/noise.py`.
+        noise: after both convolutions there are learned scales for noise, which is left out; they are kept and written.
     """
 
     kind: Literal["resblock"] = "resblock"

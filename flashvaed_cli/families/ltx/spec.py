@@ -6,7 +6,8 @@ decoders are centred in time and repeat the last frame too.
 
 From 0.9.1 on the decoder is conditioned on a timestep, the share of noise in the latents. At one timestep that is a
 gain and a shift per channel of every norm, and so it stands in the spec: `decode_timestep` says for which one.
-The noise that 0.9.1 injects is left out unless asked for (`decoders/variants/noise.py`).
+The noise that 0.9.1 injects is left out: the frames are the same every time, which measuring, surgery and
+distillation need. Its scales are read, kept and written.
 
 Reference: LTX-Video, arXiv 2501.00103; arXiv 2602.19161, table of the operator layout.
 """
