@@ -320,6 +320,8 @@ def _settings(
         "dtype": recipe.dtype,
         "speed": f"in alternation, {recipe.num_speed_rounds} rounds at most, latents {list(latents.shape)}",
     }
+    if recipe.pipeline_seconds is not None:
+        settings["pipeline"] = f"its other steps take {recipe.pipeline_seconds:g} s for a clip of these latents"
     if recipe.protocol is not None:
         settings["protocol"] = f"{recipe.protocol}: {recipe.num_frames} frames, middle {recipe.center_crop} px square"
     if recipe.features is not None:
