@@ -27,6 +27,7 @@ CLASSES = {
     "ltx-video-0.9.1": "AutoencoderKLLTXVideo",
     "ltx-video-0.9.5": "AutoencoderKLLTXVideo",
     "ltx-2": "AutoencoderKLLTX2Video",
+    "ltx-2.3": "AutoencoderKLLTX2Video",
 }
 STATISTICS = ((0.0,) * 8, (1.0,) * 8)
 
