@@ -1,6 +1,6 @@
 """Light decoders against diffusers: `AutoencoderTiny` (TAESD, TAE-192) and `AutoencoderDC` (the "EfficientViT" one).
 
-Same random weights, float32. The family is Wan 2.1 made for single images, with 4 latent channels: only its grid counts.
+Same random weights, float32. The family is Wan 2.1 made for single images, with 4 latent channels: its grid counts.
 """
 
 from __future__ import annotations

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from flashvaed_cli.decoders.spec.blocks import (
     BlockSpec,
@@ -35,8 +34,9 @@ from flashvaed_cli.decoders.spec.blocks import (
 from flashvaed_cli.decoders.spec.coders import BypassSpec, DecoderSpec, StageSpec
 from flashvaed_cli.decoders.spec.layers import ConvSpec, LatentEntrySpec, NormSpec
 from flashvaed_cli.errors import SpecError
+from flashvaed_cli.recipe.fields import StudentShape
 
-LightShape = Literal["tae", "temporal-tae", "efficientvit"]
+LightShape = StudentShape
 
 LATENT_LIMIT = 3.0
 """Normalized latents are clamped softly within this, as TAESD does."""
