@@ -202,10 +202,11 @@ def _read_extras(
         extras["factor"] = planned.factor
     if isinstance(planned, ShuffleUpsampleSpec):
         extras["residual"] = planned.residual
-    if isinstance(planned, ResBlockSpec | HeadSpec) and planned.norm.eps is not None:
+    norm = planned.norm if isinstance(planned, ResBlockSpec | HeadSpec) else None
+    if norm is not None and norm.eps is not None:
         place = places["norm1" if isinstance(planned, ResBlockSpec) else "norm"]
         gain, shift = f"{place}.{layout.gain}" in reader.shapes, f"{place}.bias" in reader.shapes
-        extras["norm"] = NormSpec(eps=planned.norm.eps, gain=gain, shift=shift)
+        extras["norm"] = NormSpec(eps=norm.eps, gain=gain, shift=shift)
     if isinstance(planned, ResBlockSpec) and "noise1" in places:
         extras["shortcut_norm"] = f"{places['shortcut_norm']}.weight" in reader.shapes
         extras["noise"] = places["noise1"] in reader.shapes

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flashvaed_cli.decoders.spec.layers import NormSpec
+from flashvaed_cli.decoders.spec.layers import Activation, NormSpec
 
 NORM_EPS = 1e-12
 LAYER_NORM_EPS = 1e-6
@@ -79,6 +79,14 @@ class ChannelLayerNorm(nn.Module):
 def norm_silu(norm: ChannelRMSNorm, x: Float[Tensor, "B C *P"]) -> Float[Tensor, "B C *P"]:
     """SiLU of the norm; the norm's output is overwritten where no gradient needs it."""
     return F.silu(norm(x), inplace=not torch.is_grad_enabled())
+
+
+def activate(x: Float[Tensor, "B C *P"], activation: Activation, *, in_place: bool = True) -> Float[Tensor, "B C *P"]:
+    """The activation of `x`, which is overwritten where no gradient needs it and `in_place` allows it."""
+    in_place = in_place and not torch.is_grad_enabled()
+    if activation == "relu":
+        return F.relu(x, inplace=in_place)
+    return F.silu(x, inplace=in_place) if activation == "silu" else x
 
 
 def _per_channel(values: Tensor, x: Float[Tensor, "B C *P"]) -> Tensor:
