@@ -80,6 +80,7 @@ def train(
     replaces: Sequence[Path] = (),
     run_key: str = "",
     perceptual: Perceptual | None = None,
+    told_absent: Sequence[str] = (),
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
     validate: Validate | None = None,
@@ -99,6 +100,7 @@ def train(
             this one is on disk.
         run_key: names the run in the checkpoint; see `TrainState`.
         perceptual: the LPIPS term; without it the term is absent, and the result says so.
+        told_absent: absent terms that the user has been told of.
         ranks: the processes that train together.
         validate: called on the main rank, with the weights that the student would end with, before the first
             step, every `validate_every_steps` and after the last. Its time is not counted.
@@ -111,7 +113,7 @@ def train(
     state = _start(student, plan, settings, run_key, ranks)
     objective = prepare_objective(student, teacher, plan, state.matcher, settings, perceptual=perceptual, ranks=ranks)
     masks = gradient_masks(student, plan)
-    _report_gaps(progress, objective)
+    _report_gaps(progress, objective, told_absent)
     resumed_from = _resume(state, checkpoint_path, ranks, progress) if resume else None
     ranks.share(state.trained)
     if validate is not None and ranks.is_main and state.step == 0:
@@ -254,10 +256,10 @@ def _resume(state: TrainState, path: Path | None, ranks: Ranks, progress: Progre
     return state.step
 
 
-def _report_gaps(progress: Progress, objective: Objective) -> None:
+def _report_gaps(progress: Progress, objective: Objective, told: Sequence[str]) -> None:
     plan = objective.plan
-    if objective.absent:
-        progress.warn(f"distill phase {plan.number} runs without the loss terms {', '.join(objective.absent)}")
+    if untold := [name for name in objective.absent if name not in told]:
+        progress.warn(f"distill phase {plan.number} runs without the loss terms {', '.join(untold)}")
     if plan.unmatched:
         progress.warn(
             f"distill phase {plan.number} cannot match the features of {', '.join(plan.unmatched)}: they are "

@@ -113,17 +113,26 @@ def has_same_blocks(first: DecoderSpec, second: DecoderSpec) -> bool:
 
 
 def _doublings(original: DecoderSpec) -> tuple[bool, ...]:
-    """For every doubling of the size in the original, whether it doubles the frames too."""
-    found = []
+    """For every doubling of the size in the original, whether it doubles the frames too.
+
+    Frames that the original doubles by themselves are doubled with the next size that has no doubling of frames.
+    """
+    found, pending = [], 0
     for address, block in original.blocks():
-        if block.growth == (1, 1, 1):
-            continue
-        if block.growth[1:] != (2, 2) or block.growth[0] > 2:
+        frames, *size = block.growth
+        if frames > 2 or size not in ([1, 1], [2, 2]):
             raise SpecError(
                 f"no light decoder for {original.family}: {address} makes {block.growth} frames, rows and columns of "
-                "one, and light decoders double the size at each step"
+                "one, and light decoders double what they enlarge"
             )
-        found.append(block.growth[0] == 2)
+        if size == [1, 1]:
+            pending += frames == 2
+            continue
+        takes_pending = frames == 1 and pending > 0
+        pending -= takes_pending
+        found.append(frames == 2 or takes_pending)
+    if pending:
+        raise SpecError(f"no light decoder for {original.family}: it doubles the frames behind the last size")
     return tuple(found)
 
 

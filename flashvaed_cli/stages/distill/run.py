@@ -228,18 +228,19 @@ def _train_phases(job: _Job, files: TrainingFiles, progress: Progress) -> tuple[
             job.teacher,
             plan,
             batches,
-            _settings(job, phase),
+            _settings(recipe, phase),
             checkpoint_path=files.checkpoint(index),
             resume=recipe.resume == "auto",
             replaces=[path for path in given_up if path != files.checkpoint(index)],
             run_key=_run_key(job, index),
             perceptual=job.perceptual,
+            told_absent=job.left_out,
             progress=progress,
             ranks=ranks,
             validate=job.validation,
             after_step=None if watch is None else watch.for_phase(index, phase.phase, done),
         )
-        results.append((phase, replace(result, absent_terms=(*result.absent_terms, *job.left_out))))
+        results.append((phase, result))
         prepared |= plan.to_keep
         done += result.num_steps
         given_up = []  # what has these names now is of this run
@@ -357,8 +358,7 @@ def _plan(phase: int, job: _Job, progress: Progress) -> PhasePlan:
     return plan_phase_3(student.spec, teacher.spec, projections=projections)
 
 
-def _settings(job: _Job, phase: PhaseRecipe) -> TrainSettings:
-    recipe = job.recipe
+def _settings(recipe: DistillRecipe, phase: PhaseRecipe) -> TrainSettings:
     every_minutes = recipe.checkpoint_every_minutes
     return TrainSettings(
         num_steps=phase.num_steps,
@@ -374,7 +374,7 @@ def _settings(job: _Job, phase: PhaseRecipe) -> TrainSettings:
         channels_last=True,
         checkpoint_activations=recipe.checkpoint_activations,
         compile=recipe.compile,
-        loss_weights=LossWeights(**recipe.loss_weights.model_dump() | dict.fromkeys(job.left_out, 0.0)),
+        loss_weights=LossWeights(**recipe.loss_weights.model_dump()),
         validate_every_steps=recipe.validate_every_steps,
         checkpoint_every_steps=recipe.checkpoint_every_steps,
         checkpoint_every_s=None if every_minutes is None else 60 * every_minutes,
