@@ -50,6 +50,12 @@ class LossWeights(FrozenModel):
         description="Logarithm of the ratio of Laplacian energies, against softness; 0.002 beside mse 1, say.",
     )
     temporal: NonNegative = Field(default=0.0, description="Difference of frame-to-frame changes.")
+    wavelet: NonNegative = Field(default=0.0, description="Difference of Haar bands in time and space.")
+    adversarial: NonNegative = Field(
+        default=0.0,
+        description="Against a discriminator of patches that learns beside the decoder. LeanVAE gives it "
+        "a twentieth of the weight of l1.",
+    )
 
 
 class PhaseRecipe(FrozenModel):
@@ -157,6 +163,9 @@ class DistillRecipe(ClipFields, RatioFields):
         description="Number format of that folder; float16 takes half the room and rounds latents to 11 bits.",
     )
     loss_weights: LossWeights = Field(default=LossWeights(), description="Weight of every loss term.")
+    adversarial_start: WholeNumber = Field(
+        default=0, description="Steps of a phase before the adversarial term, if it has a weight, begins."
+    )
     validation_data: Names = Field(
         default=(),
         description="Videos, folders or latent files that are not trained on, even if data names them too: at most 8 "

@@ -47,6 +47,7 @@ COMMAND = Command(
         "Optimization": (
             "batch_size",
             "loss_weights",
+            "adversarial_start",
             "optimizer",
             "weight_decay",
             "gradient_clip_norm",

@@ -375,6 +375,7 @@ def _settings(recipe: DistillRecipe, phase: PhaseRecipe) -> TrainSettings:
         checkpoint_activations=recipe.checkpoint_activations,
         compile=recipe.compile,
         loss_weights=LossWeights(**recipe.loss_weights.model_dump()),
+        adversarial_start=recipe.adversarial_start,
         validate_every_steps=recipe.validate_every_steps,
         checkpoint_every_steps=recipe.checkpoint_every_steps,
         checkpoint_every_s=None if every_minutes is None else 60 * every_minutes,
@@ -403,9 +404,12 @@ _NO_PART_OF_THE_RUN = {
 def _run_key(job: _Job, index: int) -> str:
     """Equal for runs that would give the same weights: recipe, decoder and data, wherever they are written."""
     settings = job.recipe.model_dump(mode="json", exclude=_NO_PART_OF_THE_RUN)
-    for later in ("weights", "student", "student_width", "student_start"):
-        if settings[later] is None:  # trainings that version 0.3 began have no such setting, and go on
+    for later in ("weights", "student", "student_width", "student_start", "adversarial_start"):
+        if not settings[later]:  # trainings that version 0.3 began have no such setting, and go on
             del settings[later]
+    for later in ("wavelet", "adversarial"):
+        if not settings["loss_weights"][later]:
+            del settings["loss_weights"][later]
     has_lpips = job.perceptual is not None
     parts = [settings, job.inputs.checkpoint.sha256, job.inputs.original.sha256, job.data.key, has_lpips, index]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
