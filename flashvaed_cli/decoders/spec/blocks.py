@@ -9,11 +9,12 @@ Imports no torch. Reference: Wan 2.1 VAE, LTX-Video.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, model_serializer, model_validator
 
-from flashvaed_cli.decoders.spec.layers import ConvSpec, Factor, FrozenSpec, NormSpec, Width
+from flashvaed_cli.decoders.spec.layers import ConvSpec, Factor, FrozenSpec, NormSpec, Width, without_defaults
 
 Grid = tuple[int, int, int]
 """Frames, height, width of a tensor."""
@@ -71,9 +72,21 @@ class Block(FrozenSpec):
         return False
 
     @property
+    def norms(self) -> dict[str, tuple[NormSpec, int]]:
+        """Its norms by name, each with its number of channels."""
+        return {}
+
+    @property
     def norm_parameters(self) -> int:
         """Gains and shifts of its norms."""
-        return 0
+        return sum(width * (norm.gain + norm.shift) for norm, width in self.norms.values())
+
+    @model_validator(mode="after")
+    def _groups_divide(self) -> Block:
+        for name, (norm, width) in self.norms.items():
+            if norm.groups is not None and width % norm.groups:
+                raise ValueError(f"{name} cannot part {width} channels into {norm.groups} equal groups")
+        return self
 
     @property
     def writers(self) -> tuple[str, ...]:
@@ -97,8 +110,8 @@ class Block(FrozenSpec):
 
     @property
     def sees_whole_frames(self) -> bool:
-        """Whether every position reads its whole frame, so that the block cannot run in tiles."""
-        return False
+        """Whether every position reads its whole frame, so that the block cannot run in tiles; GroupNorm does."""
+        return any(norm.groups is not None for norm, _ in self.norms.values())
 
     @property
     def ends_stream(self) -> bool:
@@ -133,6 +146,7 @@ class ResBlockSpec(Block):
 
     Attributes:
         norm: both norms of the main path.
+        norm2: the second of them, where pruning has left it other groups than the first.
         shortcut_norm: a layer norm over the channels, with gain and shift, stands before the shortcut.
         noise: after both convolutions there are learned scales for noise; see `variants/noise.py`.
     """
@@ -142,8 +156,14 @@ class ResBlockSpec(Block):
     conv2: ConvSpec
     shortcut: ConvSpec | None = None
     norm: NormSpec = NormSpec()
+    norm2: NormSpec | None = None
     shortcut_norm: bool = False
     noise: bool = False
+
+    @model_serializer(mode="wrap")
+    def _without_absent_norm(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Artifacts whose norms are alike stay readable for versions that do not know another."""
+        return without_defaults(handler(self), norm2=None)
 
     @model_validator(mode="after")
     def _widths_chain(self) -> ResBlockSpec:
@@ -168,10 +188,14 @@ class ResBlockSpec(Block):
         return self.conv2.out_width
 
     @property
+    def norms(self) -> dict[str, tuple[NormSpec, int]]:
+        """Those of the main path."""
+        return {"norm1": (self.norm, self.conv1.in_width), "norm2": (self.norm2 or self.norm, self.conv2.in_width)}
+
+    @property
     def norm_parameters(self) -> int:
         """Of both norms of the main path, and of the shortcut's."""
-        main = (self.conv1.in_width + self.conv2.in_width) * (self.norm.gain + self.norm.shift)
-        return main + 2 * self.conv1.in_width * self.shortcut_norm
+        return super().norm_parameters + 2 * self.conv1.in_width * self.shortcut_norm
 
     @property
     def writers(self) -> tuple[str, ...]:
@@ -198,6 +222,17 @@ class AttentionSpec(Block):
     kind: Literal["attention"] = "attention"
     width: Width
     inner_width: Width
+    norm: NormSpec = NormSpec()
+
+    @model_serializer(mode="wrap")
+    def _without_usual_norm(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Artifacts with the usual norm stay readable for versions that do not know another."""
+        return without_defaults(handler(self), norm=NormSpec().model_dump())
+
+    @property
+    def norms(self) -> dict[str, tuple[NormSpec, int]]:
+        """The one before q, k and v."""
+        return {"norm": (self.norm, self.width)}
 
     @property
     def in_width(self) -> int:
@@ -421,9 +456,9 @@ class HeadSpec(Block):
     norm: NormSpec = NormSpec()
 
     @property
-    def norm_parameters(self) -> int:
-        """Of its norm."""
-        return self.conv.in_width * (self.norm.gain + self.norm.shift)
+    def norms(self) -> dict[str, tuple[NormSpec, int]]:
+        """Its one."""
+        return {"norm": (self.norm, self.conv.in_width)}
 
     @property
     def readers(self) -> tuple[Reader, ...]:

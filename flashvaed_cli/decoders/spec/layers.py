@@ -55,18 +55,53 @@ class FrozenSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def without_defaults(fields: dict[str, Any], **defaults: object) -> dict[str, Any]:
+    """Serialised fields less those that have these values: what older versions neither know nor need."""
+    return {name: value for name, value in fields.items() if name not in defaults or value != defaults[name]}
+
+
 class NormSpec(FrozenSpec):
-    """Each position divided by its root mean square over the channels, then what is learned.
+    """Each position divided by its root mean square over the channels, then what is learned; or GroupNorm.
 
     Attributes:
-        eps: added to the mean square; None: the norm of the vector is held above 1e-12 instead.
+        eps: added to the mean square (to the variance, with `groups`); None: the norm of the vector is held above
+            1e-12 instead.
         gain: a factor per channel, `gamma`.
         shift: a summand per channel, `beta`.
+        groups: runs of equally many channels that are normalised by their own mean and variance, each over a whole
+            frame; None: no GroupNorm.
     """
 
     eps: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     gain: bool = True
     shift: bool = False
+    groups: Width | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent_groups(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Artifacts without GroupNorm stay readable for versions that do not know it."""
+        return without_defaults(handler(self), groups=None)
+
+    @model_validator(mode="after")
+    def _groups_have_an_eps(self) -> NormSpec:
+        if self.groups is not None and self.eps is None:
+            raise ValueError("a GroupNorm needs an eps, as frames without contrast have no variance")
+        return self
+
+    def narrowed(self, width: int, kept: int) -> NormSpec:
+        """The norm over `kept` of `width` channels: with a gain, and of GroupNorm the groups that are left whole.
+
+        Raises:
+            ValueError: `kept` is no whole number of groups.
+        """
+        if self.groups is None:
+            return self.model_copy(update={"gain": True})
+        size = width // self.groups
+        if kept % size:
+            raise ValueError(
+                f"GroupNorm over groups of {size} channels keeps whole groups, not {kept} of {width} channels"
+            )
+        return self.model_copy(update={"gain": True, "groups": kept // size})
 
 
 class ConvSpec(FrozenSpec):
@@ -100,8 +135,7 @@ class ConvSpec(FrozenSpec):
     @model_serializer(mode="wrap")
     def _without_absent_rank(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         """Artifacts without low-rank layers stay readable for versions that do not know them."""
-        fields = handler(self)
-        return fields if self.rank is not None else {name: fields[name] for name in fields if name != "rank"}
+        return without_defaults(handler(self), rank=None)
 
     @model_validator(mode="after")
     def _kernel_fits_operator(self) -> ConvSpec:
