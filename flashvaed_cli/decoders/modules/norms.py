@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from flashvaed_cli.decoders.modules.convolution import batch_as_frames, frames_as_batch
 from flashvaed_cli.decoders.spec.layers import NormSpec
+from flashvaed_cli.errors import SpecError
 
 NORM_EPS = 1e-12
 LAYER_NORM_EPS = 1e-6
@@ -82,11 +83,16 @@ class FrameGroupNorm(nn.Module):
 
     Times `gamma` `[C]`, plus `beta` `[C]`; None where the spec has no gain or shift. torch sums up the statistics in
     float32 for half-precision input.
+
+    Raises:
+        SpecError: the groups do not divide the channels.
     """
 
     def __init__(self, width: int, spec: NormSpec) -> None:
         super().__init__()
         assert spec.groups is not None and spec.eps is not None
+        if width % spec.groups:
+            raise SpecError(f"a GroupNorm cannot part {width} channels into {spec.groups} equal groups")
         self.spec = spec
         self.groups = spec.groups
         self.eps: float = spec.eps

@@ -81,12 +81,13 @@ class Block(FrozenSpec):
         """Gains and shifts of its norms."""
         return sum(width * (norm.gain + norm.shift) for norm, width in self.norms.values())
 
-    @model_validator(mode="after")
-    def _groups_divide(self) -> Block:
+    @property
+    def group_fault(self) -> str | None:
+        """The GroupNorm whose groups do not divide its channels; None if all do. Blueprints may have such."""
         for name, (norm, width) in self.norms.items():
             if norm.groups is not None and width % norm.groups:
-                raise ValueError(f"{name} cannot part {width} channels into {norm.groups} equal groups")
-        return self
+                return f"{name} cannot part {width} channels into {norm.groups} equal groups"
+        return None
 
     @property
     def writers(self) -> tuple[str, ...]:

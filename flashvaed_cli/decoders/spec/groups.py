@@ -67,7 +67,7 @@ def _run_of(spec: CoderSpec, group: ChannelGroup) -> int:
             address, _, name = consumer.norm.rpartition(".")
             norm, width = blocks[address].norms.get(name, (None, group.width))
             if norm is not None and norm.groups is not None:
-                run = math.lcm(run, width // norm.groups)
+                run = math.lcm(run, max(width // norm.groups, 1))
     return run
 
 
