@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.kl_toys import kl_config, random_kl
 from tests.ltx_configs import ltx_config, random_ltx
 
 # Untyped: toys stand where released parts are declared.
@@ -74,6 +75,10 @@ def qwen_vae() -> nn.Module:
     return drawn(diffusers.AutoencoderKLQwenImage(base_dim=4))
 
 
+def sd_vae() -> nn.Module:
+    return random_kl(kl_config("stable-diffusion"))
+
+
 def ltx_vae(version: str) -> nn.Module:
     vae = random_ltx(ltx_config(version, 4, 8))
     for name, parameter in vae.named_parameters():
@@ -111,6 +116,29 @@ def wan_v2v(vae: nn.Module) -> Any:
         vae=vae,
         scheduler=diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
         transformer=wan_transformer(),
+    )
+
+
+def stable_diffusion(vae: nn.Module) -> Any:
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=_TEXT,
+        norm_num_groups=4,
+        attention_head_dim=4,
+    )
+    return diffusers.StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        unet=unet.eval(),
+        scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
 
 
@@ -262,6 +290,7 @@ CASES: dict[str, Case] = {
             "audio_modality_scale": 1.0,
         },
     ),
+    "stable-diffusion": Case(sd_vae, stable_diffusion, {"height": HEIGHT, "width": WIDTH, "guidance_scale": 1.0}),
     "qwen-image": Case(
         qwen_vae,
         qwen,

@@ -30,12 +30,12 @@ def original_spec() -> DecoderSpec:
 
 
 def kept_of(spec: CoderSpec, stages: tuple[str, ...]) -> Kept:
-    """All but every fourth channel of all groups of some stages.
+    """All but every fourth channel (or run of channels, under GroupNorm) of all groups of some stages.
 
     With only two of four left, a norm meets vectors near zero and float32 no longer gives five digits.
     """
     return {
-        tensor: tuple(i for i in range(group.width) if i % 4 != 1)
+        tensor: tuple(i for i in range(group.width) if i // group.run % 4 != 1)
         for group in channel_groups(spec)
         if group.stage in stages
         for tensor in group.tensors

@@ -177,7 +177,9 @@ def _require_same_latents(checkpoint: Checkpoint, given: ForeignWeights, base: n
         family = get_family(given.config["flash"]["family"])
     else:
         class_name = given.config["_class_name"]
-        family = get_family(recognise(shapes_of(given.tensors), _PLACE, config_class=class_name).family)
+        shapes = shapes_of(given.tensors)
+        layout = recognise(shapes, _PLACE, config_class=class_name, config=given.config)
+        family = get_family(layout.family)
     own, spec = get_family(checkpoint.family), checkpoint.require_decoder().spec
     if family.name != own.name and not are_one_network(family, own):
         raise FlashVaedError(

@@ -143,12 +143,17 @@ class AutoencoderFlash(ModelMixin, ConfigMixin):
         """The frames of raw latents, in [-1, 1].
 
         Args:
+            z: of a family of images also `[B, C, Hz, Wz]`, which gives images `[B, 3, H, W]`.
             timestep, temb: of a decoder that follows timesteps; others were made for one and leave it aside.
             causal: must be as the decoder is, if it is given.
         Raises:
             SpecError: latents of another shape, or another `causal`.
             DecodeError: no plan fits `max_memory_bytes`, or frames that are not finite.
         """
+        if z.ndim == 4 and self._own_decoder.spec.temporal_factor == 1:
+            clip = self.decode(z.unsqueeze(2), timestep, False, temb=temb, causal=causal)
+            images = cast(tuple[Tensor], clip)[0].squeeze(2)
+            return DecoderOutput(sample=images) if return_dict else (images,)
         spec = self._own_decoder.spec
         if causal is not None and causal != spec.is_causal:
             raise SpecError(f"causal is {causal}, and this decoder was made with {spec.is_causal}: leave it out")

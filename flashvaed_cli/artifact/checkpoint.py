@@ -231,7 +231,8 @@ def _from_weights(location: str, weights: ForeignWeights, family: str | None) ->
         raise ArtifactError(f"{location}: _class_name in its configuration is {config_class!r:.60}, which is no name.")
     if config_class == FLASH_CLASS:
         return _from_flash_folder(location, weights)
-    layout = recognise(shapes_of(weights.tensors), location, family=family, config_class=config_class)
+    shapes = shapes_of(weights.tensors)
+    layout = recognise(shapes, location, family=family, config_class=config_class, config=weights.config)
     config = configuration(weights, get_family(layout.family), location)
     with _odd_values_named(location):
         coders = coders_from_foreign(weights.tensors, layout, location, config)

@@ -15,7 +15,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FiniteFloat, ValidationError, model_serializer
 
 from flashvaed_cli import __version__
-from flashvaed_cli.artifact.header_checks import check_factors, check_family, check_kept_channels, check_statistics
+from flashvaed_cli.artifact.header_checks import (
+    check_factors,
+    check_family,
+    check_groups,
+    check_kept_channels,
+    check_statistics,
+)
 from flashvaed_cli.artifact.run_record import RunRecord
 from flashvaed_cli.decoders.spec.coders import DecoderSpec, EncoderSpec
 from flashvaed_cli.errors import ArtifactError
@@ -153,6 +159,7 @@ def _check_values(header: ArtifactHeader) -> None:
     check_statistics(header.latent_mean, header.latent_std, coders)
     for spec in coders:
         check_factors(spec)
+        check_groups(spec)
     check_kept_channels(header.kept_channels, header.decoder)
 
 

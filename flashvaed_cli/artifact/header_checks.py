@@ -23,6 +23,13 @@ def check_family(family: str, coders: Iterable[CoderSpec]) -> None:
             raise ValueError(f"{spec.role}.family is {spec.family!r:.60}, where family is {family!r}")
 
 
+def check_groups(spec: CoderSpec) -> None:
+    """Raise ValueError unless the groups of every GroupNorm divide its channels."""
+    for address, block in spec.blocks():
+        if block.group_fault is not None:
+            raise ValueError(f"{spec.role} {address}: {block.group_fault}")
+
+
 def check_statistics(mean: tuple[float, ...], std: tuple[float, ...], coders: Iterable[CoderSpec]) -> None:
     """Raise ValueError unless there is one mean and one positive deviation per latent channel, or none at all."""
     if std and min(std) <= 0:

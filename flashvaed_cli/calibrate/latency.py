@@ -10,7 +10,8 @@ from torch import Tensor
 
 from flashvaed_cli.decoders.modules.blocks import Attention
 from flashvaed_cli.decoders.modules.coder import Decoder
-from flashvaed_cli.decoders.modules.operators import ChannelRMSNorm, Conv
+from flashvaed_cli.decoders.modules.norms import Norm
+from flashvaed_cli.decoders.modules.operators import Conv
 from flashvaed_cli.decoders.spec.addresses import stage_of
 
 Profiler = Callable[[Decoder, Callable[[], object], list[str]], dict[str, float]]
@@ -34,7 +35,7 @@ def measure_latency(
     layers = {
         name: module.spec.operator if isinstance(module, Conv) else "norm"
         for name, module in decoder.named_modules()
-        if isinstance(module, Conv | ChannelRMSNorm) and not isinstance(_parent(decoder, name), Attention)
+        if isinstance(module, Conv | Norm) and not isinstance(_parent(decoder, name), Attention)
     }
     layers |= {f"stages.{a}": "attention" for a, block in decoder.blocks() if isinstance(block, Attention)}
     block_ms = profile(decoder, lambda: decoder(latents), list(blocks))

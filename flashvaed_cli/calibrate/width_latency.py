@@ -30,6 +30,7 @@ from flashvaed_cli.decoders.predict.latency import (
     WidthLatency,
     block_axes,
     coordinate,
+    rounded_ladder,
     width_ladder,
 )
 from flashvaed_cli.decoders.spec.addresses import split_block, stage_of
@@ -122,7 +123,7 @@ def measure_width_latency(
     whole_ms = [whole.time(profile, num_warmup=1)]
     tail_s = whole_ms[0] / 1e3 * sum(share for address, (share,) in whole.samples.items() if address in axes)
     left_s = budget_s - (time.monotonic() - started)
-    ladders = {group.name: width_ladder(group.width) for group in groups}
+    ladders = {group.name: rounded_ladder(width_ladder(group.width), group.run) for group in groups}
     grid = _grid(decoder.spec, groups, ladders)
     if (num_rounds + 1) * _grid_seconds(grid, groups, tail_s) > left_s:
         ladders = {name: _every_second(ladder) for name, ladder in ladders.items()}

@@ -15,6 +15,7 @@ from flashvaed_cli.decoders.spec.blocks import ResBlockSpec
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
 from flashvaed_cli.errors import ExportError
 from flashvaed_cli.families.family import Family
+from flashvaed_cli.families.layout import Layout
 from flashvaed_cli.families.registry import LAYOUTS, get_family, original_like
 from flashvaed_cli.families.uniform_layout import encoder_base_width, fits_uniform_layout
 
@@ -45,6 +46,8 @@ def diffusers_config(
     known = dict(_known(class_name, decoder, encoder))
     known |= _widths(class_name, get_family(decoder.family), fit.base_width, own_width or fit.base_width)
     known |= {"latents_mean": list(statistics[0]), "latents_std": list(statistics[1])}
+    as_factors = _layout_of(class_name).statistics_config
+    known |= {} if as_factors is None else as_factors(*statistics)
     _require_takes(class_name, known)
     return {"_class_name": class_name} | {key: known[key] for key in ARGUMENTS[class_name]}
 
@@ -97,14 +100,19 @@ def _known(class_name: str, decoder: DecoderSpec, encoder: EncoderSpec | None) -
     for key in ("temporal_compression_ratio", "scale_factor_temporal"):
         yield key, decoder.temporal_factor
     yield "scaling_factor", 1.0
-    yield from next(layout for layout in LAYOUTS.values() if layout.config_class == class_name).settings.items()
+    yield from _layout_of(class_name).settings.items()
     yield "downsample_type", family.config_keys.fixed.get("downsample_type", (("conv",) * 4,))[0]
     noise = [any(isinstance(b, ResBlockSpec) and b.noise for b in stage.blocks) for stage in decoder.stages[1:-1]]
     yield "decoder_inject_noise", noise[::-1]
-    yield from family.described(decoder).items()
+    for spec in (decoder, encoder):
+        yield from () if spec is None else family.described(spec).items()
     for role, spec in (("encoder", encoder), ("decoder", decoder)):
         yield f"{role}_causal", spec is None or spec.is_causal
         yield f"{role}_spatial_padding_mode", "reflect" if spec is not None and _mirrors(spec) else "zeros"
+
+
+def _layout_of(class_name: str) -> Layout:
+    return next(layout for layout in LAYOUTS.values() if layout.config_class == class_name)
 
 
 def _mirrors(spec: CoderSpec) -> bool:

@@ -55,6 +55,8 @@ class ConfigKeys:
             dense ones do; raises SpecError at a value that is not supported.
         entry_is_latent: the encoder's first width is the number of latent channels, whatever the base width.
         in_metadata: the family's own files carry a configuration in their metadata.
+        has_factors: `scaling_factor` and `shift_factor` of a configuration are the statistics of all channels, in
+            place of the release's.
     """
 
     fixed: Mapping[str, tuple[Any, ...]]
@@ -67,6 +69,7 @@ class ConfigKeys:
     separable_padding: Callable[[Mapping[str, Any]], TimePadding | None] = _no_separable_padding
     entry_is_latent: bool = False
     in_metadata: bool = False
+    has_factors: bool = False
 
     @property
     def known(self) -> frozenset[str]:
@@ -82,9 +85,11 @@ class ComfyUIReader:
     Attributes:
         any_width: the base width is read from the file; else it is that of the release.
         config: the configuration that its loader needs in the metadata; None: none.
+        has_node: our node can stand for its class; not where latents have no axis of time there.
     """
 
     any_width: bool = False
+    has_node: bool = True
     config: Callable[[DecoderSpec], dict[str, Any]] | None = None
 
 

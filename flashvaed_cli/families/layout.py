@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,6 +30,9 @@ class Layout:
         statistics: what the latents' mean and deviation are called, where they stand among the weights.
         other_statistics: further names that they have in some files, means and deviations.
         prefix: of all names in the program's own files.
+        denied: what shapes and configuration say against it, of a layout whose names are another's too; None: nothing.
+        statistics_config: latent mean and deviation as keys of its class's configuration, where these are others than
+            `latents_mean` and `latents_std`.
         model: what messages call a model of these names, of whatever version; "" if no name tells it.
         model_names: names that tell it.
         condition: names of what a norm's gain and shift are conditioned on.
@@ -51,6 +54,8 @@ class Layout:
     statistics: tuple[str, str] | None = None
     other_statistics: tuple[tuple[str, str], ...] = ()
     prefix: str = ""
+    denied: Callable[[Mapping[str, tuple[int, ...]], Mapping[str, Any]], str | None] | None = None
+    statistics_config: Callable[[Sequence[float], Sequence[float]], dict[str, Any]] | None = None
     model: str = ""
     model_names: re.Pattern[str] | None = None
     condition: re.Pattern[str] | None = None

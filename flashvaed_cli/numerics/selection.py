@@ -32,12 +32,15 @@ class ChannelEvidence:
         producer_l1: sum of the absolute weights of the filters that produce each channel.
         consumer_metric: M such that tr(M E) is the squared error of what the consumers compute, E the covariance of
             the error of their input.
+        run: channels that are picked together, as they follow each other: the run with the largest sum of scores,
+            each score as if the channel were picked by itself.
     """
 
     covariance: Float64[Tensor, "C C"]
     second_moment: Float64[Tensor, "C C"] | None = None
     producer_l1: Float64[Tensor, " C"] | None = None
     consumer_metric: Float64[Tensor, "C C"] | None = None
+    run: int = 1
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def select_greedy_r2(evidence: ChannelEvidence, num_kept: int, *, seed: int = 0)
     del seed
     _require_num_kept(evidence, num_kept)
     residual = ResidualCovariance(evidence.covariance)
-    return _pick_greedily(residual, num_kept, residual.gains)
+    return _pick_greedily(residual, num_kept, residual.gains, run=evidence.run)
 
 
 def select_greedy_energy(evidence: ChannelEvidence, num_kept: int, *, seed: int = 0) -> Selection:
@@ -89,7 +92,7 @@ def select_greedy_energy(evidence: ChannelEvidence, num_kept: int, *, seed: int 
         evidence.second_moment, "greedy-energy", "the means of the channels beside their covariance"
     )
     energy, variance = ResidualCovariance(second_moment), ResidualCovariance(evidence.covariance)
-    order = _pick_greedily(energy, num_kept, energy.gains).kept
+    order = _pick_greedily(energy, num_kept, energy.gains, run=evidence.run).kept
     r2: list[float] = []
     for channel in order:
         variance.pick(channel)
@@ -113,7 +116,7 @@ def select_next_layer(evidence: ChannelEvidence, num_kept: int, *, seed: int = 0
     residual = ResidualCovariance(evidence.covariance, metric)
     if not bool((residual.gains() > 0).any()):
         raise CalibrationError("the rule next-layer cannot choose: no layer that reads these channels depends on them")
-    return _pick_greedily(residual, num_kept, residual.gains)
+    return _pick_greedily(residual, num_kept, residual.gains, run=evidence.run)
 
 
 def select_pivoted_qr(evidence: ChannelEvidence, num_kept: int, *, seed: int = 0) -> Selection:
@@ -126,7 +129,7 @@ def select_pivoted_qr(evidence: ChannelEvidence, num_kept: int, *, seed: int = 0
     del seed
     _require_num_kept(evidence, num_kept)
     residual = ResidualCovariance(evidence.covariance)
-    return _pick_greedily(residual, num_kept, residual.variances)
+    return _pick_greedily(residual, num_kept, residual.variances, run=evidence.run)
 
 
 def select_chip(evidence: ChannelEvidence, num_kept: int, *, seed: int = 0) -> Selection:
@@ -202,16 +205,23 @@ def _pick_greedily(
     num_kept: int,
     score: Callable[[], Float64[Tensor, " C"]],
     tie_share: float = _TIE_SHARE,
+    run: int = 1,
 ) -> Selection:
-    """Pick the best by a score of what the picks so far leave, again and again."""
+    """Pick the best by a score of what the picks so far leave, again and again; the last run may be cut."""
     available = torch.ones_like(residual.alive)
     kept, r2 = [], []
-    for _ in range(num_kept):
-        channel = _first_best(score(), residual.alive, available, tie_share)
-        residual.pick(channel)
-        available[channel] = False
-        kept.append(channel)
-        r2.append(max(residual.r2, r2[-1] if r2 else 0.0))
+    while len(kept) < num_kept:
+        if run == 1:
+            first = _first_best(score(), residual.alive, available, tie_share)
+        else:
+            living = residual.alive.unflatten(0, (-1, run))
+            sums = score().unflatten(0, (-1, run)).where(living, 0.0).sum(1)
+            first = run * _first_best(sums, living.any(1), available[::run], tie_share)
+        for channel in range(first, min(first + run, first + num_kept - len(kept))):
+            residual.pick(channel)
+            available[channel] = False
+            kept.append(channel)
+            r2.append(max(residual.r2, r2[-1] if r2 else 0.0))
     return Selection(kept, r2)
 
 
@@ -219,7 +229,7 @@ def _pick_ranked(
     evidence: ChannelEvidence, score: Float64[Tensor, " C"], num_kept: int, tie_share: float = _TIE_SHARE
 ) -> Selection:
     """Pick the best by a score that each channel has by itself."""
-    return _pick_greedily(ResidualCovariance(evidence.covariance), num_kept, lambda: score, tie_share)
+    return _pick_greedily(ResidualCovariance(evidence.covariance), num_kept, lambda: score, tie_share, evidence.run)
 
 
 def _first_best(score: Float64[Tensor, " C"], alive: Tensor, available: Tensor, tie_share: float) -> int:

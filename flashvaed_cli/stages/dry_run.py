@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -64,7 +65,8 @@ def preview_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, comma
         ratios = recipe.ratios(shallow_stages(spec))
         asked = {one.name: ratios.get(one.name, ratios.get(one.stage, 1.0)) for one in channel_groups(spec)}
         widths = {
-            one.name: num_kept_channels(one.width, asked[one.name], recipe.round_to) for one in channel_groups(spec)
+            one.name: num_kept_channels(one.width, asked[one.name], math.lcm(recipe.round_to, one.run))
+            for one in channel_groups(spec)
         }
         after = spec_of_widths(spec, widths)
     analysis = [ANALYSIS_FILE] if recipe.analysis is None and Path(ANALYSIS_FILE).exists() else []

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flashvaed_cli.decoders.modules.blocks import Attention, Chain, ConvBlock, Downsample, Head, ResBlock, Upsample
+from flashvaed_cli.decoders.modules.norms import FrameGroupNorm, Norm
 from flashvaed_cli.decoders.modules.operators import (
-    ChannelRMSNorm,
     Conv,
     LowRankConv3d,
     SeparableConv3d,
@@ -126,28 +126,44 @@ def rows_by_layer(pair: BlockPair) -> dict[str, int]:
     wanted = [rows_for(group, pair.num_clips) for group in groups]
     if isinstance(pair.student, Attention):
         wanted = [dense_rows_per_clip(pair.student.qkv.in_features, pair.num_clips)]
-    counts = dict.fromkeys([*layers, BLOCK], max(wanted))
+    norms = [name for name, norm in pair.reference.named_children() if isinstance(norm, FrameGroupNorm)]
+    counts = dict.fromkeys([*layers, *norms, BLOCK], max(wanted))
     if "temporal" in layers:
         counts["temporal"] = rows_for([layers["temporal"]], pair.num_clips)
     return counts
 
 
-def _solve_gain(norm: ChannelRMSNorm, pair: BlockPair, rows: Callable[[Clip, RecordedRows], tuple]) -> None:
-    """Fit the norm; `rows` gives a clip's rows of the new norm's input, and the original norm's output on the kept."""
+def _normed_rows(norm: Norm, x: Clip, positions: Tensor) -> Float[Tensor, "N C"]:
+    """A norm's output at some positions: of them alone, or of a GroupNorm from whole frames."""
+    if isinstance(norm, FrameGroupNorm):
+        return gather_rows(norm(x), positions)
+    return norm(gather_rows(x, positions))
+
+
+def _original_normed(norm: Norm, name: str, rows: RecordedRows, given: Tensor) -> Float[Tensor, "N C"]:
+    """What a norm of the original made of the rows `given`; of a GroupNorm it was recorded."""
+    return rows.outputs[name] if isinstance(norm, FrameGroupNorm) else norm(given)
+
+
+def _solve_gain(
+    norm: Norm, pair: BlockPair, read: Callable[[Clip], Clip], target: Callable[[RecordedRows], Tensor]
+) -> None:
+    """Fit a norm: `read` is what it reads in the new decoder, `target` the original norm's rows on the kept."""
     if norm.gamma is None:
         return  # nothing to fit: the block has all its channels
     fit = GainFit(norm)
     for y, recorded in pair.clips():
-        fit.update(*rows(y, recorded))
+        fit.update_normalised(_normed_rows(fit.unit, read(y), recorded.positions[BLOCK]), target(recorded))
     fit.solve_()
 
 
-def _solve_entering_gain(old: ChannelRMSNorm, new: ChannelRMSNorm, pair: BlockPair) -> None:
-    """Fit the gamma of the norm that reads a block's input."""
+def _solve_entering_gain(name: str, old: Norm, new: Norm, pair: BlockPair) -> None:
+    """Fit the norm that reads a block's input."""
     _solve_gain(
         new,
         pair,
-        lambda y, rows: (gather_rows(y, rows.positions[BLOCK]), pick(old(rows.inputs[BLOCK]), pair.before, 1)),
+        lambda y: y,
+        lambda rows: pick(_original_normed(old, name, rows, rows.inputs[BLOCK]), pair.before, 1),
     )
 
 
@@ -194,7 +210,7 @@ def _solve_resblock(pair: BlockPair, address: str) -> list[LayerError]:
         return F.silu(new.norm2(inner(y)))
 
     (kept_inside,) = pair.inner
-    _solve_entering_gain(old.norm1, new.norm1, pair)
+    _solve_entering_gain("norm1", old.norm1, new.norm1, pair)
     errors = [
         _solve_layer(
             pair.fit_of("conv1", pair.before, kept_inside),
@@ -207,10 +223,8 @@ def _solve_resblock(pair: BlockPair, address: str) -> list[LayerError]:
     _solve_gain(
         new.norm2,
         pair,
-        lambda y, rows: (
-            gather_rows(inner(y), rows.positions[BLOCK]),
-            pick(old.norm2(rows.outputs["conv1"]), kept_inside, 1),
-        ),
+        inner,
+        lambda rows: pick(_original_normed(old.norm2, "norm2", rows, rows.outputs["conv1"]), kept_inside, 1),
     )
     if pair.settings.mode == "channel":
         second = pair.fit_of("conv2", kept_inside, pair.after)
@@ -306,9 +320,9 @@ def _solve_attention(pair: BlockPair, address: str) -> list[LayerError]:
     assert isinstance(old, Attention) and isinstance(new, Attention)
 
     def normed(y: Clip, rows: RecordedRows) -> Tensor:
-        return new.norm(gather_rows(y, rows.positions[BLOCK]))
+        return _normed_rows(new.norm, y, rows.positions[BLOCK])
 
-    _solve_entering_gain(old.norm, new.norm, pair)
+    _solve_entering_gain("norm", old.norm, new.norm, pair)
     if pair.settings.mode == "channel":
         return []
     is_narrower = new.proj.in_features != old.proj.in_features
@@ -319,7 +333,7 @@ def _solve_attention(pair: BlockPair, address: str) -> list[LayerError]:
         layer.bias.copy_(old.qkv.bias)
     qkv = LinearFit(layer, f"{address}.qkv", settings=pair.settings)
     for y, rows in pair.clips():
-        qkv.update(normed(y, rows), old.qkv(old.norm(rows.inputs[BLOCK])))
+        qkv.update(normed(y, rows), old.qkv(_original_normed(old.norm, "norm", rows, rows.inputs[BLOCK])))
     errors = [qkv.solve_()]
     if is_narrower:
         outer, bias = pick(old.proj.weight, pair.after, 0), pick(old.proj.bias, pair.after, 0)
@@ -426,7 +440,7 @@ def _solve_head(pair: BlockPair, address: str) -> list[LayerError]:
     old, new = pair.reference, pair.student
     assert isinstance(old, Head) and isinstance(new, Head)
     if old.norm is not None and new.norm is not None:
-        _solve_entering_gain(old.norm, new.norm, pair)
+        _solve_entering_gain("norm", old.norm, new.norm, pair)
     fit = pair.fit_of("conv", pair.before, None)
     return [
         _solve_layer(

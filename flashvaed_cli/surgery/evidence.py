@@ -62,6 +62,7 @@ def channel_evidence(
     pooled = pooled_evidence(group, statistics)
     return replace(
         pooled,
+        run=group.run,
         producer_l1=_producer_l1(decoder, group),
         consumer_metric=_consumer_metric(decoder, group, pooled.covariance),
     )

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from flashvaed_cli.decoders.modules.operators import ChannelRMSNorm, Conv, LowRankConv3d, SeparableConv3d
+from flashvaed_cli.decoders.modules.norms import Norm, build_norm
+from flashvaed_cli.decoders.modules.operators import Conv, LowRankConv3d, SeparableConv3d
 from flashvaed_cli.decoders.spec.layers import ConvSpec
 from flashvaed_cli.numerics.least_squares import NormalEquations, relative_error, solve_ridge
 from flashvaed_cli.numerics.norms import fit_gain
@@ -268,7 +269,7 @@ class LinearFit:
 class GainFit:
     """Fit of a norm's gamma, and beta where it has one: the new decoder normalises over fewer channels."""
 
-    def __init__(self, norm: ChannelRMSNorm) -> None:
+    def __init__(self, norm: Norm) -> None:
         assert norm.gamma is not None
         self.norm, self.gamma = norm, norm.gamma
         self.prior = norm.gamma.detach().cpu().clone()
@@ -277,13 +278,16 @@ class GainFit:
         self.sums = torch.zeros(2, width, dtype=torch.float64)  # of x and of y; on the CPU: MPS has no float64
         self.cross = torch.zeros(width, dtype=torch.float64)
         self.energy = torch.zeros_like(self.cross)
-        self.unit = ChannelRMSNorm(width, norm.spec.model_copy(update={"shift": False}))
+        self.unit = build_norm(width, norm.spec.model_copy(update={"shift": False}))
         self.unit.to(norm.gamma.device).requires_grad_(False)
 
     def update(self, x: Float[Tensor, "N C"], target: Float[Tensor, "N C"]) -> None:
         """Add one clip: the norm's input in the new decoder, the original norm's output on the kept channels."""
-        normalised = self.unit(x)
-        self.num_rows += len(x)
+        self.update_normalised(self.unit(x), target)
+
+    def update_normalised(self, normalised: Float[Tensor, "N C"], target: Float[Tensor, "N C"]) -> None:
+        """The same with what `unit` makes of the norm's input, which of a GroupNorm takes whole frames."""
+        self.num_rows += len(normalised)
         self.sums += torch.stack([normalised.double().sum(0), target.double().sum(0)]).cpu()
         self.cross += (normalised * target).double().sum(0).cpu()
         self.energy += normalised.double().square().sum(0).cpu()

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from flashvaed_cli.decoders.modules.blocks import Downsample
+from flashvaed_cli.decoders.modules.norms import FrameGroupNorm
 from flashvaed_cli.decoders.modules.operators import Conv
 from flashvaed_cli.surgery.rows import gather_rows, sample_positions
 
@@ -27,7 +28,7 @@ that are left."""
 
 @dataclass(frozen=True)
 class RecordedRows:
-    """Rows of one clip. Names are those of the block's layers, and `BLOCK`.
+    """Rows of one clip. Names are those of the block's layers and GroupNorms, and `BLOCK`.
 
     `positions` of a layer index its output `[B, T, H, W]`; so do those of its input, where that has the same grid.
     """
@@ -54,7 +55,7 @@ class RecordedRows:
 def record_block(
     block: nn.Module, x: Float[Tensor, "_B _C _T _H _W"], num_rows: Mapping[str, int], generator: torch.Generator
 ) -> tuple[Float[Tensor, "_B _O _F _Ho _Wo"], RecordedRows]:
-    """Run a block of the original on a clip and record its convolutions.
+    """Run a block of the original on a clip and record its convolutions, and norms that rows alone do not give.
 
     Layers of the same grid share their positions.
 
@@ -79,7 +80,7 @@ def record_block(
         if given.shape[2:] == output.shape[2:]:
             rows.inputs[name] = gather_rows(given, at)
 
-    layers = {name: layer for name, layer in block.named_children() if isinstance(layer, Conv)}
+    layers = {name: layer for name, layer in block.named_children() if isinstance(layer, Conv | FrameGroupNorm)}
     handles = [_hook(layer, name, record) for name, layer in layers.items()]
     try:
         output = block(x)
@@ -93,5 +94,5 @@ def record_block(
     return output, rows
 
 
-def _hook(layer: Conv, name: str, record) -> torch.utils.hooks.RemovableHandle:
+def _hook(layer: nn.Module, name: str, record) -> torch.utils.hooks.RemovableHandle:
     return layer.register_forward_hook(lambda _module, inputs, output: record(name, inputs[0], output))

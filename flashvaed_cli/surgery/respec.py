@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, NoReturn
 
 from flashvaed_cli.decoders.spec.blocks import (
@@ -33,11 +33,17 @@ def narrowed_spec(spec: DecoderSpec, kept: Kept) -> DecoderSpec:
         SpecError: `kept` names a tensor that cannot be pruned, or a channel that does not exist or comes twice.
     """
     widths = tensor_widths(spec)
+    runs = {tensor: group.run for group in channel_groups(spec) for tensor in group.tensors}
     for tensor, channels in kept.items():
         if tensor not in widths:
             raise SpecError(f"no prunable tensor '{tensor}' in this decoder")
         if not channels or len(set(channels)) < len(channels) or not set(channels) <= set(range(widths[tensor])):
             raise SpecError(f"{tensor} has {widths[tensor]} channels, cannot keep {list(channels)}")
+        if not _keeps_runs_whole(channels, runs[tensor]):
+            raise SpecError(
+                f"{tensor} is normalised in groups of {runs[tensor]} channels, which stay or go together; cannot keep "
+                f"{list(channels)}"
+            )
     inputs = input_tensors(spec)
     changed: dict[str, BlockSpec] = {}
     for address, block in spec.blocks():
@@ -68,6 +74,13 @@ def spec_of_widths(spec: DecoderSpec, widths: Mapping[str, int]) -> DecoderSpec:
     return narrowed_spec(spec, kept)
 
 
+def _keeps_runs_whole(channels: Sequence[int], run: int) -> bool:
+    """Whether channels are runs of so many, each whole and in its order: then the statistics of each are the same."""
+    starts = channels[::run]
+    whole = [channel for start in starts for channel in range(start, start + run)]
+    return run == 1 or (list(channels) == whole and all(start % run == 0 for start in starts))
+
+
 def _count(kept: tuple[int, ...] | None) -> int | None:
     return None if kept is None else len(kept)
 
@@ -88,8 +101,9 @@ def _narrow_resblock(block: Block, widths: _Widths) -> ResBlockSpec:
     shortcut = block.shortcut
     if widths.before or widths.after:
         shortcut = ConvSpec(operator="pointwise", in_width=conv1.in_width, out_width=conv2.out_width, kernel=(1, 1, 1))
-    changed = {"conv1": conv1, "conv2": conv2, "shortcut": shortcut, "norm": _with_gain(block.norm)}
-    return ResBlockSpec(**{**dict(block), **changed})
+    norm1, norm2 = _narrowed_norms(block, {"norm1": conv1.in_width, "norm2": conv2.in_width})
+    changed = {"conv1": conv1, "conv2": conv2, "shortcut": shortcut, "norm": norm1}
+    return ResBlockSpec(**{**dict(block), **changed, "norm2": None if norm2 == norm1 else norm2})
 
 
 def _narrow_chain(block: Block, widths: _Widths) -> ChainSpec:
@@ -105,7 +119,9 @@ def _narrow_chain(block: Block, widths: _Widths) -> ChainSpec:
 
 def _narrow_attention(block: Block, widths: _Widths) -> AttentionSpec:
     assert isinstance(block, AttentionSpec)
-    return AttentionSpec(width=widths.after or block.width, inner_width=block.inner_width)
+    width = widths.after or block.width
+    norm = block.norm if block.norm.groups is None else block.norm.narrowed(block.width, width)
+    return AttentionSpec(width=width, inner_width=block.inner_width, norm=norm)
 
 
 def _narrow_upsample(block: Block, widths: _Widths) -> UpsampleSpec:
@@ -123,8 +139,9 @@ def _narrow_shuffle(block: Block, widths: _Widths) -> ShuffleUpsampleSpec:
 
 def _narrow_head(block: Block, widths: _Widths) -> HeadSpec:
     assert isinstance(block, HeadSpec)
-    norm = None if block.norm is None else _with_gain(block.norm)
-    return block.model_copy(update={"conv": _resized(block.conv, widths.before, widths.after), "norm": norm})
+    conv = _resized(block.conv, widths.before, widths.after)
+    norm = None if block.norm is None else _narrowed_norms(block, {"norm": conv.in_width})[0]
+    return block.model_copy(update={"conv": conv, "norm": norm})
 
 
 def _narrow_single(block: Block, widths: _Widths) -> ConvBlockSpec:
@@ -151,9 +168,9 @@ NARROWED: dict[str, Callable[[Block, _Widths], BlockSpec]] = {
 """A block of each kind with the channels that are left."""
 
 
-def _with_gain(norm: NormSpec) -> NormSpec:
-    """A norm over fewer channels than before needs a gain to make up for those that are missing."""
-    return norm.model_copy(update={"gain": True})
+def _narrowed_norms(block: Block, kept: Mapping[str, int]) -> list[NormSpec]:
+    """The norms over the channels that are left, with a gain to make up for those that are missing."""
+    return [norm.narrowed(width, kept[name]) for name, (norm, width) in block.norms.items()]
 
 
 def _resized(layer: ConvSpec, in_width: int | None, out_width: int | None) -> ConvSpec:

@@ -1,11 +1,13 @@
 """Which channels of each group stay: a rule from `numerics.selection`, applied to the groups that have a ratio.
 
 Channels that do not vary over the calibration clips are kept last (but for `greedy-energy`, which keeps constant
-ones that are large, since they steady the norms) and are named in the report.
+ones that are large, since they steady the norms) and are named in the report. Where a GroupNorm reads the channels,
+whole groups of it stay or go.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -81,7 +83,7 @@ def select_channels(
         ratio = keep_ratios.get(group.name, keep_ratios.get(group.stage))
         if ratio is None:
             continue
-        num_kept = num_kept_channels(group.width, ratio, round_to)
+        num_kept = num_kept_channels(group.width, ratio, math.lcm(round_to, group.run))
         if num_kept == group.width:
             continue
         evidence = channel_evidence(decoder, group, statistics)

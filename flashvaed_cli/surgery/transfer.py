@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from flashvaed_cli.decoders.modules.blocks import Attention, Chain, Downsample, Head, ResBlock, Upsample
 from flashvaed_cli.decoders.modules.bypass import Bypass
 from flashvaed_cli.decoders.modules.coder import CoderT
-from flashvaed_cli.decoders.modules.norms import ChannelLayerNorm, ChannelRMSNorm
+from flashvaed_cli.decoders.modules.norms import ChannelLayerNorm, Norm
 from flashvaed_cli.decoders.modules.operators import OPERATORS, Conv, LowRankConv3d, SeparableConv3d, dense_kernel
 from flashvaed_cli.decoders.modules.shuffle_blocks import ShuffleUpsample
 from flashvaed_cli.decoders.spec.blocks import BlockSpec, ShuffleUpsampleSpec
@@ -30,7 +30,7 @@ from flashvaed_cli.numerics.separable import frame_from_causal, separable_from_d
 from flashvaed_cli.surgery.attention_fit import set_collapsed
 
 Channels = Tensor | None
-Norm = ChannelRMSNorm | ChannelLayerNorm
+AnyNorm = Norm | ChannelLayerNorm
 
 
 def channel_index(kept: Kept, tensor: str | None) -> Channels:
@@ -184,7 +184,7 @@ def _transfer_single(source: nn.Module, block: nn.Module, cut: Cut) -> None:
     _transfer_conv(theirs, ours, cut.before, cut.after)
 
 
-def _transfer_norm(source: Norm, norm: Norm, before: Channels) -> None:
+def _transfer_norm(source: AnyNorm, norm: AnyNorm, before: Channels) -> None:
     """Gain and shift of the channels that are left; a norm that had no gain begins with one of 1."""
     if norm.gamma is not None and source.gamma is not None:
         norm.gamma.copy_(pick(source.gamma, before, 0))

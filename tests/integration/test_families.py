@@ -30,6 +30,7 @@ from flashvaed_cli.families.wan21.names import WAN_DIFFUSERS
 from flashvaed_cli.families.wan22.names import WAN22_DIFFUSERS
 from flashvaed_cli.media.procedural import render_frames
 from tests.commands import JUDGING, invoke, read_report, succeed
+from tests.kl_toys import kl_config, random_kl
 from tests.ltx_configs import ltx_config, random_ltx
 from tests.toy import fill_, write_toy_clip
 
@@ -64,6 +65,11 @@ def write_wan(path: Path, layout: Layout, **config: object) -> None:
 def write_ltx(path: Path, version: str) -> None:
     pytest.importorskip("diffusers", reason="it writes the toys of LTX")
     random_ltx(ltx_config(version, 4, 4)).save_pretrained(path)  # type: ignore[operator]
+
+
+def write_kl(path: Path, name: str) -> None:
+    pytest.importorskip("diffusers", reason="it writes the toys of Stable Diffusion's VAE")
+    random_kl(kl_config(name)).save_pretrained(path)  # type: ignore[operator]
 
 
 def write_images(folder: Path, side: int) -> None:
@@ -133,6 +139,12 @@ TOYS = {
     "ltx-video-0.9.5": Toy(lambda path: write_ltx(path, "0.9.5"), 9, 96),
     "ltx-2": Toy(lambda path: write_ltx(path, "2"), 9, 96),
     "ltx-2.3": Toy(lambda path: write_ltx(path, "2.3"), 9, 96),
+    "stable-diffusion": Toy(
+        lambda path: write_kl(path, "stable-diffusion"), 3, 48, prune="--target-gflops 0.25", budget=1
+    ),
+    "sdxl": Toy(lambda path: write_kl(path, "sdxl"), 3, 48),
+    "sd3": Toy(lambda path: write_kl(path, "sd3"), 3, 48),
+    "flux.1": Toy(lambda path: write_kl(path, "flux.1"), 1, 48, is_still=True),
 }
 
 

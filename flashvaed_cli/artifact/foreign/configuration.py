@@ -30,7 +30,7 @@ def latent_statistics(
 
     From the diffusers configuration, else from tensors of the file, else from `latents_mean` and `latents_std` in the
     metadata of the safetensors file (JSON lists), else those of the family's release. A `scaling_factor` of the
-    configuration divides the deviations.
+    configuration divides the deviations; where the family has factors in place of lists, they are all there is.
 
     Returns:
         both empty where nothing tells them: latents can then be used in raw scale only.
@@ -42,6 +42,9 @@ def latent_statistics(
     config = weights.config or {}
     if _has_both(config, CONFIG_NAME, location):
         source, mean, std = CONFIG_NAME, config["latents_mean"], config["latents_std"]
+    elif family.config_keys.has_factors and config.get("scaling_factor") is not None:
+        shift = config.get("shift_factor")
+        source, mean, std = CONFIG_NAME, [0.0 if shift is None else shift] * latent_width, [1.0] * latent_width
     elif (found := _tensor_statistics(weights.tensors, location)) is not None:
         source, mean, std = "the file", *found
     elif _has_both(weights.metadata, "its metadata", location):
@@ -204,8 +207,8 @@ def check_widths(config: Mapping[str, Any], specs: Mapping[Role, CoderSpec], loc
         if role == "encoder" and family.config_keys.entry_is_latent:
             promised = _with_entry(promised, _latent_width(specs))
         for address, block in spec.blocks():
-            expected = promised[address]
             found = block.in_width, block.out_width
+            expected = promised.get(address, found)  # the release may lack a 1x1 layer beside the latent
             if expected != found:
                 raise ArtifactError(
                     f"{location}: {CONFIG_NAME} says {key} {_shown(config[key])}, so "

@@ -77,7 +77,13 @@ def _block_slots(role: Role, address: str, block: BlockSpec, layout: Layout) -> 
     places = {layer: layout.layer_place(role, address, block.kind, layer) for layer in layout.layers[block.kind]}
     if isinstance(block, AttentionSpec):
         inner, width = block.inner_width, block.width
-        yield Slot(f"{ours}.norm.gamma", f"{places['norm']}.gamma", (width, 1, 1))
+        yield Slot(
+            f"{ours}.norm.gamma",
+            f"{places['norm']}.{layout.gain}",
+            (width, 1, 1) if layout.gain == "gamma" else (width,),
+        )
+        if block.norm.shift:
+            yield Slot(f"{ours}.norm.beta", f"{places['norm']}.bias", (width,))
         for layer, shape in (("qkv", (3 * inner, width, 1, 1)), ("proj", (width, inner, 1, 1))):
             yield Slot(f"{ours}.{layer}.weight", f"{places[layer]}.weight", shape)
             yield Slot(f"{ours}.{layer}.bias", f"{places[layer]}.bias", shape[:1])

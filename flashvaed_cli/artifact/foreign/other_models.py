@@ -26,6 +26,12 @@ def _has(pattern: str, *, num_axes: int | None = None) -> Callable[[Shapes], boo
     )
 
 
+def _lacks(pattern: str) -> Callable[[Shapes], bool]:
+    """Whether no name matches."""
+    found = _has(pattern)
+    return lambda shapes: not found(shapes)
+
+
 def _all_of(*tests: Callable[[Shapes], bool]) -> Callable[[Shapes], bool]:
     return lambda shapes: all(test(shapes) for test in tests)
 
@@ -43,10 +49,15 @@ _OTHERS: tuple[tuple[str, Callable[[Shapes], bool]], ...] = (
         ),
     ),
     (
-        "a VAE for images (Stable Diffusion, Flux)",
+        "the VAE of Stable Video Diffusion, whose decoder mixes frames",
+        _has(r"^decoder\..*\.spatial_res_block\.norm1\."),
+    ),
+    (
+        "a VAE for images with fewer resolutions than Stable Diffusion's",
         _all_of(
             _has(r"^decoder\.mid(_block\.resnets\.0|\.block_1)\.norm1\.weight$"),
             _has(r"^decoder\.conv_in\.weight$", num_axes=4),
+            _lacks(r"^decoder\.up(_blocks)?\.3\."),
         ),
     ),
     ("a tiny autoencoder (TAEHV, LightTAE)", _all_of(_has(r"^decoder\.\d+\."), _has(r"^encoder\.\d+\."))),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from flashvaed_cli.artifact.foreign.layouts import blueprint, slots
 from flashvaed_cli.artifact.foreign.other_models import Shapes, looks_like
@@ -50,7 +51,12 @@ def common_prefix(names: Mapping[str, object]) -> str:
 
 
 def recognise(
-    shapes: Shapes, location: str = "checkpoint", *, family: str | None = None, config_class: str | None = None
+    shapes: Shapes,
+    location: str = "checkpoint",
+    *,
+    family: str | None = None,
+    config_class: str | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> Layout:
     """The layout whose names these are. Whether all are there is not checked here.
 
@@ -60,12 +66,18 @@ def recognise(
         family: the family that is named, by the user or by the file, or several in one word (`ltx`); None: told from
             the names.
         config_class: `_class_name` of the configuration beside the weights; None if there is none.
+        config: all of it, for families whose tensors are alike.
     Raises:
         ArtifactError: another model or family, names of several alike, or none that this version knows; names the
             candidates and why each failed.
     """
     _refuse_other_models(shapes, location, family, config_class)
-    fits = {name: _fit_of(shapes, layout) for name, layout in LAYOUTS.items()}
+    named = () if family is None else families_named(family)
+    fits = {
+        # Of a family that is named, widths are checked where they are read.
+        name: _fit_of(shapes, layout, {} if layout.family in named else shapes, config or {})
+        for name, layout in LAYOUTS.items()
+    }
     candidates = _candidates(family, config_class)
     best, overall = (max(layouts, key=lambda at: fits[at.name].rank) for layouts in (candidates, LAYOUTS.values()))
     rank, top = fits[best.name].rank, fits[overall.name].rank
@@ -151,7 +163,12 @@ def _flags(families: list[str]) -> str:
 
 
 def _why(candidates: list[Layout], fits: Mapping[str, _Fit]) -> str:
-    return "\n".join(f"  {layout.name}: {fits[layout.name].fault or 'fits'}" for layout in candidates)
+    """A line for each layout; one for those of families that share all names, where they fail alike."""
+    lines: dict[tuple[str, str], list[str]] = {}
+    for layout in candidates:
+        fault = fits[layout.name].fault or "fits"
+        lines.setdefault((fault, layout.name if layout.denied is None else ""), []).append(layout.name)
+    return "\n".join(f"  {', '.join(names)}: {fault}" for (fault, _), names in lines.items())
 
 
 def _what_is_read() -> str:
@@ -171,7 +188,14 @@ def _landmarks(layout: Layout, role: Role) -> list[str]:
     return [slot.foreign for slot in names if slot.ours.endswith((".gamma", ".spatial.weight"))]
 
 
-def _fit_of(shapes: Shapes, layout: Layout) -> _Fit:
+def _fit_of(names: Shapes, layout: Layout, shapes: Shapes, config: Mapping[str, Any]) -> _Fit:
+    """By names, unless shapes or the configuration deny the layout."""
+    fit = _fit_of_names(names, layout)
+    denial = None if layout.denied is None or fit.rank[0] == 0 else layout.denied(shapes, config)
+    return fit if denial is None else _Fit(0.0, 0, fit.fault or denial)
+
+
+def _fit_of_names(shapes: Shapes, layout: Layout) -> _Fit:
     """By landmarks: that of the role which fits better. By blocks: that of the worse of the roles that are there."""
     if layout.by_blocks:
         roles: list[Role] = [role for role in ROLES if any(name.startswith(f"{role}.") for name in shapes)]

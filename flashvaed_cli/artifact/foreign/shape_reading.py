@@ -22,7 +22,7 @@ from flashvaed_cli.decoders.spec.blocks import (
     UpsampleSpec,
 )
 from flashvaed_cli.decoders.spec.coders import BypassSpec, DecoderSpec, EncoderSpec, StageSpec
-from flashvaed_cli.decoders.spec.layers import ConvSpec, Kernel, NormSpec, Operator, TimePadding
+from flashvaed_cli.decoders.spec.layers import ConvSpec, Kernel, Operator, TimePadding
 from flashvaed_cli.decoders.variants.still import still_spec
 from flashvaed_cli.errors import ArtifactError, SpecError
 from flashvaed_cli.families.layout import Layout, Role
@@ -78,7 +78,9 @@ def spec_from_shapes(
             except ValidationError as error:
                 clashes.append(f"{place}: {_reasons(error)}")
                 continue
-            if found is not None:
+            if found is not None and found.group_fault is not None:
+                clashes.append(f"{place}: {found.group_fault}")
+            elif found is not None:
                 blocks.append(found)
         try:
             bypass = _read_bypass(reader, layout, role, stage, blocks)
@@ -168,7 +170,9 @@ def _read_block(
     places = {layer: layout.layer_place(role, address, planned.kind, layer) for layer in layout.layers[planned.kind]}
     if isinstance(planned, AttentionSpec):
         qkv, proj = reader.weight(places["qkv"]), reader.weight(places["proj"])
-        return None if qkv is None or proj is None else AttentionSpec(width=qkv[1], inner_width=proj[1])
+        if qkv is None or proj is None:
+            return None
+        return AttentionSpec(width=qkv[1], inner_width=proj[1], norm=planned.norm)
     layers: dict[str, ConvSpec | None] = {}
     for layer in CONVS[planned.kind]:
         optional = _may_lack(layer, planned, layers)
@@ -206,7 +210,9 @@ def _read_extras(
     if norm is not None and norm.eps is not None:
         place = places["norm1" if isinstance(planned, ResBlockSpec) else "norm"]
         gain, shift = f"{place}.{layout.gain}" in reader.shapes, f"{place}.bias" in reader.shapes
-        extras["norm"] = NormSpec(eps=norm.eps, gain=gain, shift=shift)
+        extras["norm"] = norm.model_copy(update={"gain": gain, "shift": shift})
+    if isinstance(planned, ResBlockSpec):
+        extras["norm2"] = planned.norm2
     if isinstance(planned, ResBlockSpec) and "noise1" in places:
         extras["shortcut_norm"] = f"{places['shortcut_norm']}.weight" in reader.shapes
         extras["noise"] = places["noise1"] in reader.shapes

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flashvaed_cli.decoders.modules.norms import ChannelLayerNorm, ChannelRMSNorm, activate, norm_silu
+from flashvaed_cli.decoders.modules.norms import ChannelLayerNorm, activate, build_norm, norm_silu
 from flashvaed_cli.decoders.modules.operators import (
     Conv,
     Future,
@@ -57,9 +57,10 @@ class ResBlock(nn.Module):
 
     def __init__(self, spec: ResBlockSpec, address: str) -> None:
         super().__init__()
-        self.norm1 = ChannelRMSNorm(spec.conv1.in_width, spec.norm)
+        norms = {name: build_norm(width, norm) for name, (norm, width) in spec.norms.items()}
+        self.norm1 = norms["norm1"]
         self.conv1 = build_conv(spec.conv1, f"{address}.conv1")
-        self.norm2 = ChannelRMSNorm(spec.conv2.in_width, spec.norm)
+        self.norm2 = norms["norm2"]
         self.conv2 = build_conv(spec.conv2, f"{address}.conv2")
         self.shortcut_norm = ChannelLayerNorm(spec.conv1.in_width) if spec.shortcut_norm else None
         self.shortcut = None if spec.shortcut is None else build_conv(spec.shortcut, f"{address}.shortcut")
@@ -105,7 +106,7 @@ class Attention(nn.Module):
 
     def __init__(self, spec: AttentionSpec, address: str) -> None:
         super().__init__()
-        self.norm = ChannelRMSNorm(spec.width)
+        self.norm = build_norm(spec.width, spec.norm)
         self.qkv = nn.Linear(spec.width, 3 * spec.inner_width)
         self.proj = nn.Linear(spec.inner_width, spec.width)
 
@@ -195,7 +196,7 @@ class Head(nn.Module):
     def __init__(self, spec: HeadSpec, address: str) -> None:
         super().__init__()
         self.spec = spec
-        self.norm = None if spec.norm is None else ChannelRMSNorm(spec.conv.in_width, spec.norm)
+        self.norm = None if spec.norm is None else build_norm(spec.conv.in_width, spec.norm)
         self.conv = build_conv(spec.conv, f"{address}.conv")
 
     def forward(self, x: Clip, past: Past = None, future: Future = None) -> MappedClip:

@@ -1,4 +1,4 @@
-"""Norms over the channels of each position."""
+"""Norms over the channels of each position, and over groups of channels of each frame."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flashvaed_cli.decoders.modules.convolution import batch_as_frames, frames_as_batch
 from flashvaed_cli.decoders.spec.layers import Activation, NormSpec
+from flashvaed_cli.errors import SpecError
 
 NORM_EPS = 1e-12
 LAYER_NORM_EPS = 1e-6
@@ -76,7 +78,43 @@ class ChannelLayerNorm(nn.Module):
         return y.movedim(-1, 1)
 
 
-def norm_silu(norm: ChannelRMSNorm, x: Float[Tensor, "B C *P"]) -> Float[Tensor, "B C *P"]:
+class FrameGroupNorm(nn.Module):
+    """GroupNorm of every frame by itself: each group of channels minus its mean, over its standard deviation.
+
+    Times `gamma` `[C]`, plus `beta` `[C]`; None where the spec has no gain or shift. torch sums up the statistics in
+    float32 for half-precision input.
+
+    Raises:
+        SpecError: the groups do not divide the channels.
+    """
+
+    def __init__(self, width: int, spec: NormSpec) -> None:
+        super().__init__()
+        assert spec.groups is not None and spec.eps is not None
+        if width % spec.groups:
+            raise SpecError(f"a GroupNorm cannot part {width} channels into {spec.groups} equal groups")
+        self.spec = spec
+        self.groups = spec.groups
+        self.eps: float = spec.eps
+        self.width = width
+        self.gamma = nn.Parameter(torch.ones(width)) if spec.gain else None
+        self.beta = nn.Parameter(torch.zeros(width)) if spec.shift else None
+
+    def forward(self, x: Float[Tensor, "B C T H W"]) -> Float[Tensor, "B C T H W"]:
+        frames = F.group_norm(frames_as_batch(x), self.groups, self.gamma, self.beta, self.eps)
+        return batch_as_frames(frames, x.shape[0])
+
+
+Norm = ChannelRMSNorm | FrameGroupNorm
+"""What stands before the layers of a block."""
+
+
+def build_norm(width: int, spec: NormSpec) -> Norm:
+    """The module of a norm over so many channels."""
+    return ChannelRMSNorm(width, spec) if spec.groups is None else FrameGroupNorm(width, spec)
+
+
+def norm_silu(norm: Norm, x: Float[Tensor, "B C *P"]) -> Float[Tensor, "B C *P"]:
     """SiLU of the norm; the norm's output is overwritten where no gradient needs it."""
     return F.silu(norm(x), inplace=not torch.is_grad_enabled())
 

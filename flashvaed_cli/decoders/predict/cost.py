@@ -137,5 +137,5 @@ def _attention_cost(address: str, block: AttentionSpec, grid: Grid) -> LayerCost
     positions = grid[1] * grid[2]
     projections = 4 * block.width * block.inner_width * positions
     mixing = 2 * positions * positions * block.inner_width
-    parameters = 4 * block.width * block.inner_width + 3 * block.inner_width + 2 * block.width
+    parameters = 4 * block.width * block.inner_width + 3 * block.inner_width + block.width + block.norm_parameters
     return LayerCost(address, "attention", 2 * (projections + mixing) * grid[0], parameters)

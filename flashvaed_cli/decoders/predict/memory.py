@@ -15,7 +15,7 @@ from typing import Literal
 
 from flashvaed_cli.decoders.predict.cost import Grid, stage_costs
 from flashvaed_cli.decoders.predict.lookahead import widest_window
-from flashvaed_cli.decoders.predict.tiling import TileLayout, split_addresses, tile_layout
+from flashvaed_cli.decoders.predict.tiling import TileLayout, require_tiles, split_addresses, tile_layout
 from flashvaed_cli.decoders.predict.winograd_strips import MIN_TILES, working_elements
 from flashvaed_cli.decoders.spec.addresses import split_block
 from flashvaed_cli.decoders.spec.blocks import (
@@ -121,6 +121,7 @@ def predict_peak_bytes(
     """
     layouts: list[TileLayout | None] = [None]
     if tile is not None:
+        require_tiles(spec)
         splits = split_addresses(spec) if split is None else (split,)
         layouts = [tile_layout(spec, grid[1], grid[2], tile=tile, split=name) for name in splits]
     model = MemoryModel(spec, grid, MemoryFormat(dtype, channels_last, has_kernels), batch)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from flashvaed_cli.decoders.predict.cost import Grid, stage_costs
 from flashvaed_cli.decoders.predict.lookahead import widest_window
 from flashvaed_cli.decoders.predict.memory import DType, MemoryFormat, MemoryModel
-from flashvaed_cli.decoders.predict.tiling import TileLayout, split_addresses, tile_layout
+from flashvaed_cli.decoders.predict.tiling import TileLayout, require_tiles, split_addresses, tile_layout
 from flashvaed_cli.decoders.spec.addresses import block_of
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.errors import DecodeError, SpecError
@@ -62,7 +62,7 @@ def choose_plan(
         batch: clips that are decoded together.
     Raises:
         DecodeError: nothing fits; the message names the smallest that is possible.
-        SpecError: `chunk`, `tile` or `max_memory_bytes` is below 1.
+        SpecError: `chunk`, `tile` or `max_memory_bytes` is below 1, or the decoder runs on whole frames alone.
     """
     if chunk is not None and chunk < 1:
         raise SpecError(f"a chunk holds at least 1 latent frame, not {chunk}")
@@ -115,6 +115,8 @@ def _layouts(
     spec: DecoderSpec, grid: Grid, tile: int | None, *, may_tile: bool
 ) -> Iterator[tuple[TileLayout | None, int | None]]:
     """Every different way to cut frames: whole, and if `may_tile` all tiles; only those of `tile` if it is given."""
+    if tile is not None:
+        require_tiles(spec)
     _, height, width = grid
     longer = max(height, width)
     sides = [] if tile is None else [tile]

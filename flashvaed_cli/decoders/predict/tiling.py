@@ -1,9 +1,10 @@
 """Spatial tiling without seams: the last blocks of a decoder run on overlapping windows, with the whole's frames.
 
 Attention sees a whole frame, so everything up to the last attention runs on whole frames, at the latents'
-size, where that is cheap. From the *split* on, a block at a time reaches only so far: the sum of the kernels'
-radii that are still to come, each in units of the split's grid, is the *halo*. A window is its part of the
-frame plus the halo; what the halo's zero padding has spoilt is cut away. At the frame's own border there is no
+size, where that is cheap. So does GroupNorm, whose statistics span the frame: a decoder that has it up to its head
+runs on whole frames alone, and tiles are refused. From the *split* on, a block at a time reaches only so far: the sum
+of the kernels' radii that are still to come, each in units of the split's grid, is the *halo*. A window is its part of
+the frame plus the halo; what the halo's zero padding has spoilt is cut away. At the frame's own border there is no
 halo, since there the zero padding is the decoder's. Imports no torch.
 """
 
@@ -54,15 +55,27 @@ class TileLayout:
 
 
 def split_addresses(spec: DecoderSpec) -> tuple[str, ...]:
-    """Blocks at which tiling may begin: behind the last attention, where a stage begins or, unless a bypass leads past
-    that, a frame grows.
+    """Blocks at which tiling may begin: behind the last that sees whole frames, where a stage begins or, unless a
+    bypass leads past that, a frame grows. None where the last block of all sees whole frames.
     """
     blocks = list(spec.blocks())
     whole = [index for index, (_, block) in enumerate(blocks) if block.sees_whole_frames]
     behind = blocks[whole[-1] + 1 :] if whole else blocks
+    if not behind:
+        return ()
     bypassed = {stage.name for stage in spec.bypassed().values()}
     grows = {a for a, block in behind if block.growth != (1, 1, 1) and stage_of(a) not in bypassed}
     return tuple(address for address, _ in behind if address.endswith(".0") or address in grows) or (blocks[-1][0],)
+
+
+def require_tiles(spec: DecoderSpec) -> None:
+    """Raise SpecError if a decoder can only run on whole frames, as one with GroupNorm up to its head."""
+    if not split_addresses(spec):
+        address, block = list(spec.blocks())[-1]
+        raise SpecError(
+            f"no tiles: {address} ({block.kind}) takes the statistics of its GroupNorm over whole frames, and tiles "
+            "would give other pixels. Leave the tile out; chunks of fewer latent frames take less memory too"
+        )
 
 
 def scale_at(spec: DecoderSpec, split: str) -> int:
@@ -72,7 +85,7 @@ def scale_at(spec: DecoderSpec, split: str) -> int:
         if address == split:
             return scale
         scale *= block.growth[1]
-    raise SpecError(f"no block {split!r} to begin tiles at; there are {', '.join(split_addresses(spec))}")
+    raise SpecError(f"no block {split!r} to begin tiles at; there are {', '.join(split_addresses(spec)) or 'none'}")
 
 
 def halo_at(spec: DecoderSpec, split: str) -> int:

@@ -81,9 +81,22 @@ class Block(OmittingSpec):
         return False
 
     @property
+    def norms(self) -> dict[str, tuple[NormSpec, int]]:
+        """Its norms by name, each with its number of channels."""
+        return {}
+
+    @property
     def norm_parameters(self) -> int:
         """Gains and shifts of its norms."""
-        return 0
+        return sum(width * (norm.gain + norm.shift) for norm, width in self.norms.values())
+
+    @property
+    def group_fault(self) -> str | None:
+        """The GroupNorm whose groups do not divide its channels; None if all do. Blueprints may have such."""
+        for name, (norm, width) in self.norms.items():
+            if norm.groups is not None and width % norm.groups:
+                return f"{name} cannot part {width} channels into {norm.groups} equal groups"
+        return None
 
     @property
     def writers(self) -> tuple[str, ...]:
@@ -112,8 +125,8 @@ class Block(OmittingSpec):
 
     @property
     def sees_whole_frames(self) -> bool:
-        """Whether every position reads its whole frame, so that the block cannot run in tiles."""
-        return False
+        """Whether every position reads its whole frame, so that the block cannot run in tiles; GroupNorm does."""
+        return any(norm.groups is not None for norm, _ in self.norms.values())
 
     @property
     def ends_stream(self) -> bool:
@@ -163,15 +176,19 @@ class ResBlockSpec(Block):
 
     Attributes:
         norm: both norms of the main path.
+        norm2: the second of them, where pruning has left it other groups than the first.
         shortcut_norm: a layer norm over the channels, with gain and shift, stands before the shortcut.
         noise: after both convolutions there are learned scales for noise, which is left out; they are kept and written.
     """
+
+    omitted_defaults: ClassVar[tuple[str, ...]] = ("norm2",)
 
     kind: Literal["resblock"] = "resblock"
     conv1: ConvSpec
     conv2: ConvSpec
     shortcut: ConvSpec | None = None
     norm: NormSpec = NormSpec()
+    norm2: NormSpec | None = None
     shortcut_norm: bool = False
     noise: bool = False
 
@@ -198,10 +215,14 @@ class ResBlockSpec(Block):
         return self.conv2.out_width
 
     @property
+    def norms(self) -> dict[str, tuple[NormSpec, int]]:
+        """Those of the main path."""
+        return {"norm1": (self.norm, self.conv1.in_width), "norm2": (self.norm2 or self.norm, self.conv2.in_width)}
+
+    @property
     def norm_parameters(self) -> int:
         """Of both norms of the main path, and of the shortcut's."""
-        main = (self.conv1.in_width + self.conv2.in_width) * (self.norm.gain + self.norm.shift)
-        return main + 2 * self.conv1.in_width * self.shortcut_norm
+        return super().norm_parameters + 2 * self.conv1.in_width * self.shortcut_norm
 
     @property
     def writers(self) -> tuple[str, ...]:
@@ -296,9 +317,17 @@ class ChainSpec(Block):
 class AttentionSpec(Block):
     """Single-head self-attention over the positions of each frame, residual. `inner_width` is that of q, k and v."""
 
+    omitted_defaults: ClassVar[tuple[str, ...]] = ("norm",)
+
     kind: Literal["attention"] = "attention"
     width: Width
     inner_width: Width
+    norm: NormSpec = NormSpec()
+
+    @property
+    def norms(self) -> dict[str, tuple[NormSpec, int]]:
+        """The one before q, k and v."""
+        return {"norm": (self.norm, self.width)}
 
     @property
     def in_width(self) -> int:
@@ -525,9 +554,9 @@ class HeadSpec(Block):
     activation: Activation = "silu"
 
     @property
-    def norm_parameters(self) -> int:
-        """Of its norm."""
-        return 0 if self.norm is None else self.conv.in_width * (self.norm.gain + self.norm.shift)
+    def norms(self) -> dict[str, tuple[NormSpec, int]]:
+        """Its one, if it has one."""
+        return {} if self.norm is None else {"norm": (self.norm, self.conv.in_width)}
 
     @property
     def readers(self) -> tuple[Reader, ...]:

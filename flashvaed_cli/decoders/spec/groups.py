@@ -9,8 +9,9 @@ Reference: arXiv 2602.19161, section 3.1; the residual stream of a stage is one 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from flashvaed_cli.decoders.spec.addresses import stage_of
@@ -25,12 +26,17 @@ Kept = dict[str, tuple[int, ...]]
 @dataclass(frozen=True)
 class ChannelGroup:
     """Tensors of one stage that share their channels. `name` is `up2.stream`, `up2.entry`, `up2.0.inner` or,
-    of the second layer of a chain, `up2.0.inner2`."""
+    of the second layer of a chain, `up2.0.inner2`.
+
+    `run`: channels that stay or go together, as they follow each other: those whose statistics a GroupNorm that reads
+    them takes as one. A norm over the groups that are left whole gives what it gave.
+    """
 
     name: str
     stage: str
     width: int
     tensors: tuple[str, ...]
+    run: int = 1
 
 
 def channel_groups(spec: CoderSpec) -> list[ChannelGroup]:
@@ -52,7 +58,19 @@ def channel_groups(spec: CoderSpec) -> list[ChannelGroup]:
             owner = _stream_owner(stage, block, *blocks[i + 1])
             if owner is not None:
                 add(owner, stage_of(owner), block.out_width, address)
-    return list(found.values())
+    return [replace(group, run=_run_of(spec, group)) for group in found.values()]
+
+
+def _run_of(spec: CoderSpec, group: ChannelGroup) -> int:
+    """The smallest number of channels that is whole to every GroupNorm that reads the tensors of a group."""
+    blocks, run = dict(spec.blocks()), 1
+    for consumer in consumers(spec, group):
+        if consumer.norm is not None:
+            address, _, name = consumer.norm.rpartition(".")
+            norm, width = blocks[address].norms.get(name, (None, group.width))
+            if norm is not None and norm.groups is not None:
+                run = math.lcm(run, max(width // norm.groups, 1))
+    return run
 
 
 def _stream_owner(stage: str, block: BlockSpec, next_address: str, following: BlockSpec) -> str | None:

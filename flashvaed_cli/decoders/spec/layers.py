@@ -92,18 +92,45 @@ class LatentEntrySpec(FrozenSpec):
         return self
 
 
-class NormSpec(FrozenSpec):
-    """Each position divided by its root mean square over the channels, then what is learned.
+class NormSpec(OmittingSpec):
+    """Each position divided by its root mean square over the channels, then what is learned; or GroupNorm.
 
     Attributes:
-        eps: added to the mean square; None: the norm of the vector is held above 1e-12 instead.
+        eps: added to the mean square (to the variance, with `groups`); None: the norm of the vector is held above
+            1e-12 instead.
         gain: a factor per channel, `gamma`.
         shift: a summand per channel, `beta`.
+        groups: runs of equally many channels that are normalised by their own mean and variance, each over a whole
+            frame; None: no GroupNorm.
     """
+
+    omitted_defaults: ClassVar[tuple[str, ...]] = ("groups",)
 
     eps: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     gain: bool = True
     shift: bool = False
+    groups: Width | None = None
+
+    @model_validator(mode="after")
+    def _groups_have_an_eps(self) -> NormSpec:
+        if self.groups is not None and self.eps is None:
+            raise ValueError("a GroupNorm needs an eps, as frames without contrast have no variance")
+        return self
+
+    def narrowed(self, width: int, kept: int) -> NormSpec:
+        """The norm over `kept` of `width` channels: with a gain, and of GroupNorm the groups that are left whole.
+
+        Raises:
+            ValueError: `kept` is no whole number of groups.
+        """
+        if self.groups is None:
+            return self.model_copy(update={"gain": True})
+        size = width // self.groups
+        if kept % size:
+            raise ValueError(
+                f"GroupNorm over groups of {size} channels keeps whole groups, not {kept} of {width} channels"
+            )
+        return self.model_copy(update={"gain": True, "groups": kept // size})
 
 
 class ConvSpec(OmittingSpec):

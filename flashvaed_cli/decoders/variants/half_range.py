@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from flashvaed_cli.decoders.modules.blocks import Attention, Chain, ConvBlock, Head, ResBlock, Upsample
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.modules.convolution import Conv
-from flashvaed_cli.decoders.modules.norms import ChannelLayerNorm, ChannelRMSNorm
+from flashvaed_cli.decoders.modules.norms import ChannelLayerNorm, Norm
 from flashvaed_cli.decoders.modules.shuffle_blocks import ShuffleUpsample
 from flashvaed_cli.decoders.spec.addresses import stage_of
 
@@ -149,7 +149,7 @@ def _multiply(conv: Conv, scale: float, *, bias_only: bool = False) -> None:
         conv.weight.mul_(scale)
 
 
-def _follow(norm: ChannelRMSNorm | ChannelLayerNorm, scale: float) -> None:
+def _follow(norm: Norm | ChannelLayerNorm, scale: float) -> None:
     """Make a norm of a scaled input give what it gave."""
     if norm.eps is not None:
         norm.eps *= scale**2

@@ -35,6 +35,11 @@ def still_decoder(decoder: Decoder) -> Decoder:
     spec = decoder.spec
     if spec.still:
         raise SpecError("this decoder is one of single images already")
+    if all(layer.kernel[0] == 1 for _, layer in spec.layers()) and spec.temporal_factor == 1:
+        raise SpecError(
+            f"no profile of single images for {spec.family}: it decodes every frame by itself already, an image as a "
+            "clip of one. Leave --profile image out"
+        )
     if unknown := [f"{address} ({block.kind})" for address, block in spec.blocks() if block.kind not in _KINDS]:
         raise SpecError(f"no profile of single images for {spec.family}: {', '.join(unknown[:4])} works in time too")
     bypasses = {stage: _still_bypass(decoder.bypass_of(stage)) for stage in decoder.bypasses}

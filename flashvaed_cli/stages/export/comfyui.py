@@ -7,9 +7,11 @@ from pathlib import Path
 from flashvaed_cli.artifact.checkpoint import Checkpoint, derived_header, load_checkpoint, save_checkpoint
 from flashvaed_cli.comfyui.node import NODE_PREFIX
 from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.errors import ExportError
 from flashvaed_cli.export.checkpoint_file import READ_BACK, export_safetensors, read_back
 from flashvaed_cli.export.comfyui import file_metadata, single_file_obstacle, stand_in_encoder, write_node_folder
 from flashvaed_cli.export.result import ExportResult
+from flashvaed_cli.families.registry import get_family
 from flashvaed_cli.recipe.export import ExportRecipe
 from flashvaed_cli.stages.common.loading import DTYPES
 from flashvaed_cli.stages.export.layouts import Prepared, encoder_at_hand, prepared
@@ -33,6 +35,12 @@ def export_comfyui(checkpoint: Checkpoint, folder: Path, name: str, recipe: Expo
     stand_in = stand_in_encoder(written.decoder.spec, None if encoder is None else encoder.spec)
     encoder = stand_in or encoder
     obstacle = single_file_obstacle(written.decoder.spec, None if encoder is None else encoder.spec)
+    reader = get_family(checkpoint.family).elsewhere.comfyui
+    if obstacle is not None and reader is not None and not reader.has_node:
+        raise ExportError(
+            f"comfyui: its own loader does not read this decoder ({obstacle}), and latents of {checkpoint.family} have "
+            "no axis of time there, which flashvaed's node needs. Export -t diffusers or -t onnx instead"
+        )
     folder.mkdir()
     if obstacle is not None:
         return _node_folder(checkpoint, written, folder / name, obstacle, recipe)

@@ -11,6 +11,7 @@ The record `measured.budget` of the pruned decoder:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -68,12 +69,18 @@ def plan_budget(
     curves = group_curves(decoder, statistics, stages, rule=recipe.rule, seed=recipe.seed)
     if recipe.target_gflops is not None:
         groups = [group for group in channel_groups(decoder.spec) if group.stage in stages]
-        ladders = {group.name: rounded_ladder(width_ladder(group.width), recipe.round_to) for group in groups}
+        ladders = {
+            group.name: rounded_ladder(width_ladder(group.width), math.lcm(recipe.round_to, group.run))
+            for group in groups
+        }
         cost = gflop_cost(decoder.spec, clip.grid(decoder.spec))
         return Budget(plan_gflops(curves, cost, ladders, recipe.target_gflops), clip)
     assert recipe.target_speedup is not None
     model = _latency_model(recipe, decoder, stored, clip, progress)
-    ladders = {name: rounded_ladder(ladder, recipe.round_to) for name, ladder in model.ladders.items()}
+    runs = {group.name: group.run for group in channel_groups(decoder.spec)}
+    ladders = {
+        name: rounded_ladder(ladder, math.lcm(recipe.round_to, runs[name])) for name, ladder in model.ladders.items()
+    }
     return Budget(plan_speedup(curves, model, ladders, recipe.target_speedup), clip)
 
 

@@ -177,6 +177,8 @@ def _unpruned(groups: Sequence[ChannelGroup], ratios: Mapping[str, float], kept:
     if len(whole) > _NUM_SHOWN:
         named += f" and {len(whole) - _NUM_SHOWN} more"
     nearest, mending = "whole number of channels", "--ratio"
+    if round_to == 1 and (run := max(group.run for group, _ in whole)) > 1:
+        nearest = f"whole number of GroupNorm's groups (of {run} channels)"
     if round_to > 1:
         nearest, mending = f"multiple of --round-to {round_to} above 0", "--round-to"
     return f"{named}: the nearest {nearest} is all of them, so they stay as they are. Give a smaller {mending}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ def test_what_is_written_is_read(family: str, tmp_path: Path) -> None:
     decoder = ltx_decoder(spec) if family in VERSIONS else toy_decoder(spec)
     tensors = to_program([(decoder.state_dict(), spec)], original_layout(family), STATISTICS)
     metadata = {"flashvaed.family": family, "latents_mean": "[0, 0, 0, 0]", "latents_std": "[1, 1, 1, 1]"}
+    metadata["config"] = json.dumps(get_family(family).described(spec))
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "x.safetensors", metadata)
     found = load_checkpoint(tmp_path / "x.safetensors", builtins={})
     assert found.require_decoder().spec == spec

@@ -1,0 +1,125 @@
+"""Stable Diffusion's VAE and its kin: one network of 2D layers and GroupNorm, for every frame by itself.
+
+Four variants, which differ in the latents: SD 1 and 2 (4 channels), SDXL (4), SD 3 (16) and FLUX.1 (16, both without
+the 1x1 layers around the latent). A diffusion model takes (raw - shift_factor) * scaling_factor, so in our terms the
+mean is the shift and the deviation 1 / scaling_factor, the same for all channels.
+
+The temporal factor is 1: a clip of T latents gives T frames, and no frame knows of another.
+
+Reference: Latent Diffusion, arXiv 2112.10752; diffusers `AutoencoderKL`. The paper has no layout for it: stages and
+ratio are those that it gives Wan 2.1; the layers of up2 and up3 are 2D already.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from itertools import pairwise
+
+from flashvaed_cli.decoders.spec.blocks import (
+    AttentionSpec,
+    BlockSpec,
+    ConvBlockSpec,
+    DownsampleSpec,
+    HeadSpec,
+    ResBlockSpec,
+    UpsampleSpec,
+)
+from flashvaed_cli.decoders.spec.coders import DecoderSpec, EncoderSpec, StageSpec
+from flashvaed_cli.decoders.spec.layers import NormSpec
+from flashvaed_cli.families.family import ComfyUIReader, Family, OtherPrograms
+from flashvaed_cli.families.stable_diffusion.config import (
+    CONFIG_KEYS,
+    MULTIPLIERS,
+    NUM_GROUPS,
+    configured,
+    described,
+    post_quant_stage,
+    quant_stage,
+)
+from flashvaed_cli.families.wan21.spec import frame_conv, point_conv
+
+SPATIAL_FACTOR = 8
+BASE_WIDTH = 128
+
+
+def _norm(base_width: int) -> NormSpec:
+    """The releases' 32 groups; toys have as many as their base width can be parted into."""
+    return NormSpec(eps=1e-6, shift=True, groups=math.gcd(NUM_GROUPS, base_width))
+
+
+def _resblock(in_width: int, out_width: int, norm: NormSpec) -> ResBlockSpec:
+    return ResBlockSpec(
+        conv1=frame_conv(in_width, out_width),
+        conv2=frame_conv(out_width, out_width),
+        shortcut=None if in_width == out_width else point_conv(in_width, out_width),
+        norm=norm,
+    )
+
+
+def _mid_stage(width: int, norm: NormSpec) -> StageSpec:
+    block = _resblock(width, width, norm)
+    return StageSpec(name="mid", blocks=(block, AttentionSpec(width=width, inner_width=width, norm=norm), block))
+
+
+def kl_decoder_spec(family: str, has_quant: bool, base_width: int, latent_width: int) -> DecoderSpec:
+    """The original decoder of a variant at a base width (128: the releases)."""
+    norm = _norm(base_width)
+    widths = [base_width * m for m in (MULTIPLIERS[-1], *reversed(MULTIPLIERS))]
+    stages = [post_quant_stage(latent_width)] if has_quant else []
+    stages.append(StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=frame_conv(latent_width, widths[0])),)))
+    stages.append(_mid_stage(widths[0], norm))
+    for i, (in_width, width) in enumerate(pairwise(widths)):
+        blocks: list[BlockSpec] = [_resblock(w, width, norm) for w in (in_width, width, width)]
+        if i < len(MULTIPLIERS) - 1:
+            blocks.append(UpsampleSpec(spatial=frame_conv(width, width)))
+        stages.append(StageSpec(name=f"up{i}", blocks=tuple(blocks)))
+    stages.append(StageSpec(name="head", blocks=(HeadSpec(conv=frame_conv(widths[-1], 3), norm=norm),)))
+    return DecoderSpec(family=family, stages=tuple(stages), temporal_factor=1, spatial_factor=SPATIAL_FACTOR)
+
+
+def kl_encoder_spec(family: str, has_quant: bool, base_width: int, latent_width: int) -> EncoderSpec:
+    """The original encoder of a variant at a base width (128: the releases)."""
+    norm, moments = _norm(base_width), 2 * latent_width
+    widths = [base_width * m for m in (1, *MULTIPLIERS)]
+    stages = [StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=frame_conv(3, widths[0])),))]
+    for i, (in_width, width) in enumerate(pairwise(widths)):
+        blocks: list[BlockSpec] = [_resblock(in_width, width, norm), _resblock(width, width, norm)]
+        if i < len(MULTIPLIERS) - 1:
+            blocks.append(DownsampleSpec(spatial=frame_conv(width, width)))
+        stages.append(StageSpec(name=f"down{i}", blocks=tuple(blocks)))
+    stages.append(_mid_stage(widths[-1], norm))
+    stages.append(StageSpec(name="head", blocks=(HeadSpec(conv=frame_conv(widths[-1], moments), norm=norm),)))
+    stages += [quant_stage(latent_width)] if has_quant else []
+    return EncoderSpec(family=family, stages=tuple(stages), temporal_factor=1, spatial_factor=SPATIAL_FACTOR)
+
+
+def _family(
+    name: str, latent_width: int, scaling_factor: float, shift_factor: float = 0.0, *, has_quant: bool
+) -> Family:
+    return Family(
+        name=name,
+        decoder_spec=partial(kl_decoder_spec, name, has_quant),
+        encoder_spec=partial(kl_encoder_spec, name, has_quant),
+        latent_width=latent_width,
+        latent_mean=(shift_factor,) * latent_width,
+        latent_std=(1 / scaling_factor,) * latent_width,
+        released_base_width=BASE_WIDTH,
+        shallow_stages=("up2", "up3"),
+        paper_keep_ratio=0.125,
+        paper_operators={"mid": "dwsep3d", "up0": "dwsep3d", "up1": "dwsep3d", "up2": "frame2d", "up3": "frame2d"},
+        config_keys=CONFIG_KEYS,
+        configured=configured,  # type: ignore[arg-type]
+        described=described,
+        native_obstacle=(
+            "its stock class has one block_out_channels and one norm_num_groups for encoder and decoder, so none of "
+            "the decoder's own"
+        ),
+        elsewhere=OtherPrograms(reads_single_file=True, comfyui=ComfyUIReader(has_node=False)),
+    )
+
+
+SD = _family("stable-diffusion", 4, 0.18215, has_quant=True)
+SDXL = _family("sdxl", 4, 0.13025, has_quant=True)
+SD_3 = _family("sd3", 16, 1.5305, 0.0609, has_quant=False)
+FLUX_1 = _family("flux.1", 16, 0.3611, 0.1159, has_quant=False)
