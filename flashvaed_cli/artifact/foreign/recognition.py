@@ -163,12 +163,11 @@ def _flags(families: list[str]) -> str:
 
 
 def _why(candidates: list[Layout], fits: Mapping[str, _Fit]) -> str:
-    """A line for each layout; one for those of families that share all names, where they fail alike."""
-    lines: dict[tuple[str, str], list[str]] = {}
-    for layout in candidates:
-        fault = fits[layout.name].fault or "fits"
-        lines.setdefault((fault, layout.name if layout.denied is None else ""), []).append(layout.name)
-    return "\n".join(f"  {', '.join(names)}: {fault}" for (fault, _), names in lines.items())
+    """What each layout lacks, those that fit best first; one line for all that lack the same."""
+    lines: dict[str, list[str]] = {}
+    for layout in sorted(candidates, key=lambda one: fits[one.name].rank, reverse=True):
+        lines.setdefault(fits[layout.name].fault or "fits", []).append(layout.name)
+    return "\n".join(f"  {', '.join(names)}: {fault}" for fault, names in lines.items())
 
 
 def _what_is_read() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -102,8 +103,8 @@ def test_unknown_versions_say_why_each_candidate_failed() -> None:
     with pytest.raises(ArtifactError) as caught:
         recognise(shapes_of(kept), "x")
     text = str(caught.value)
-    assert "ltx-0.9.5-original: no tensor named decoder.up_blocks.1." in text
-    assert "ltx-0.9.0-diffusers: no tensor named decoder.mid_block.resnets.0." in text
+    assert re.search(r"ltx-0\.9\.5-original.*: no tensor named decoder\.up_blocks\.1\.", text)
+    assert re.search(r"ltx-0\.9\.0-diffusers.*: no tensor named decoder\.mid_block\.resnets\.0\.", text)
     assert "names of an LTX-Video VAE" in text
 
 
