@@ -142,7 +142,7 @@ comfyui: $(COMFYUI)/.ready
 
 teacher: $(INSTALLED)
 	@[ -n "$(DATA)" ] || { echo "make teacher needs videos: make teacher DATA=folder" >&2; exit 1; }
-	$(PYTHON) -m flashvaed_cli.stages.teacher --data $(DATA) $(if $(HOLD_OUT),--hold-out $(HOLD_OUT)) \
+	$(PYTHON) -m tests.teacher --data $(DATA) $(if $(HOLD_OUT),--hold-out $(HOLD_OUT)) \
 	    --minutes $(MINUTES) --work-dir build/teacher --output build/teacher/tiny-wan.safetensors
 
 clean:

@@ -58,7 +58,14 @@ class TensorFileError(ArtifactError, MediaError):
 
 
 class MetricUnavailableError(FlashVaedError):
-    """A metric needs weights or a package that this machine does not have."""
+    """A metric needs weights or a package that this machine does not have.
+
+    `short` is a clause for those who did not ask for the metric by name, where there is one.
+    """
+
+    def __init__(self, message: str, *, short: str | None = None) -> None:
+        super().__init__(message)
+        self.short = short
 
 
 class DistillationError(FlashVaedError):

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-VERSIONS = ("0.9.0", "0.9.1", "0.9.5", "2")
-FAMILIES = {version: f"ltx-video-{version}" for version in VERSIONS} | {"2": "ltx-2"}
+VERSIONS = ("0.9.0", "0.9.1", "0.9.5", "2", "2.3")
+FAMILIES = {version: f"ltx-video-{version}" for version in VERSIONS} | {"2": "ltx-2", "2.3": "ltx-2.3"}
 
 
 def ltx_config(version: str, base_width: int, latent_width: int = 128, **changes: Any) -> dict[str, Any]:
-    """What `AutoencoderKLLTXVideo` (2: `AutoencoderKLLTX2Video`) takes; 128 and 128 are the released widths.
+    """What `AutoencoderKLLTXVideo` (2 and 2.3: `AutoencoderKLLTX2Video`) takes; 128 and 128 are the released widths.
 
-    LTX-2's encoder begins with as many channels as there are latent ones.
+    Those encoders begin with as many channels as there are latent ones.
     """
     b = base_width
     config: dict[str, Any] = {"latent_channels": latent_width}
@@ -25,6 +25,20 @@ def ltx_config(version: str, base_width: int, latent_width: int = 128, **changes
     if version == "2":
         config |= {"block_out_channels": (2 * b, 4 * b, 8 * b, 16 * b)}
         config |= {"decoder_block_out_channels": (2 * b, 4 * b, 8 * b)}
+        return config | changes
+    if version == "2.3":
+        config |= {
+            "block_out_channels": (2 * b, 4 * b, 8 * b, 8 * b),
+            "decoder_block_out_channels": (2 * b, 4 * b, 4 * b, 8 * b),
+            "layers_per_block": (4, 6, 4, 2, 2),
+            "decoder_layers_per_block": (4, 6, 4, 2, 2),
+            "decoder_spatio_temporal_scaling": (True,) * 4,
+            "decoder_inject_noise": (False,) * 5,
+            "upsample_type": ("spatiotemporal", "spatiotemporal", "temporal", "spatial"),
+            "upsample_residual": (False,) * 4,
+            "upsample_factor": (2, 2, 1, 2),
+            "decoder_spatial_padding_mode": "zeros",
+        }
         return config | changes
     config |= {
         "decoder_block_out_channels": (2 * b, 4 * b, 8 * b),
@@ -60,7 +74,7 @@ def random_ltx(config: dict[str, Any], seed: int = 0) -> nn.Module:
 
     torch.manual_seed(seed)
     is_second = len(config["block_out_channels"]) == 4 and len(config["decoder_block_out_channels"]) == 3
-    is_second &= "timestep_conditioning" not in config
+    is_second = (is_second and "timestep_conditioning" not in config) or "upsample_type" in config
     name = "AutoencoderKLLTX2Video" if is_second else "AutoencoderKLLTXVideo"
     build = getattr(diffusers, name)
     oracle = build(**config).eval().requires_grad_(False)

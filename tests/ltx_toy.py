@@ -9,7 +9,7 @@ from flashvaed_cli.families.registry import get_family
 from flashvaed_cli.surgery.respec import converted_spec, narrowed_spec
 from tests.toy import fill_, kept_of
 
-VERSIONS = ("ltx-video-0.9.0", "ltx-video-0.9.1", "ltx-video-0.9.5", "ltx-2")
+VERSIONS = ("ltx-video-0.9.0", "ltx-video-0.9.1", "ltx-video-0.9.5", "ltx-2", "ltx-2.3")
 BASE_WIDTH, LATENT_WIDTH = 4, 4
 
 

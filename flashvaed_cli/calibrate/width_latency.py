@@ -34,7 +34,6 @@ from flashvaed_cli.decoders.predict.latency import (
     width_ladder,
 )
 from flashvaed_cli.decoders.spec.addresses import split_block, stage_of
-from flashvaed_cli.decoders.spec.blocks import ResBlockSpec
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.decoders.spec.groups import ChannelGroup, channel_groups
 from flashvaed_cli.decoders.variants.exact import exact_decoder, exact_spec
@@ -187,12 +186,13 @@ def _odd_groups(spec: DecoderSpec, groups: Sequence[ChannelGroup]) -> set[str]:
     odd: set[str] = set()
     known: set[str] = set()
     for (source, _), (address, block) in itertools.pairwise(spec.blocks()):
-        before, inner, after = owner.get(source), owner.get(f"{address}.conv1"), owner.get(address)
-        if before and after and after not in known and (before in odd) == isinstance(block, ResBlockSpec):
+        before, after = owner.get(source), owner.get(address)
+        inner = [owner[tensor] for layer in block.inner if (tensor := f"{address}.{layer}") in owner]
+        if before and after and after not in known and (before in odd) == bool(block.inner):
             odd.add(after)
         known |= {name for name in (before, after) if name}
         if inner and (after or before) not in odd:
-            odd.add(inner)
+            odd.update(inner)
     return odd
 
 
@@ -205,8 +205,8 @@ def _grid_seconds(grid: Sequence[Mapping[str, int]], groups: Sequence[ChannelGro
     shares = []
     for widths in grid:
         ratios = {group.name: widths[group.name] / group.width for group in groups}
-        inner = [ratio for name, ratio in ratios.items() if name.endswith(".inner")]
-        stream = [ratio for name, ratio in ratios.items() if not name.endswith(".inner")]
+        inner = [ratio for name, ratio in ratios.items() if ".inner" in name]
+        stream = [ratio for name, ratio in ratios.items() if ".inner" not in name]
         shares.append(0.33 + 0.67 * (statistics.fmean(inner) if inner else 1.0) * statistics.fmean(stream or [1.0]))
     return tail_s * sum(shares)
 

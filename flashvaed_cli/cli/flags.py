@@ -118,6 +118,7 @@ FLAGS: Mapping[str, Flag] = {
     "frames": Flag(metavar="N,...", as_text=True),
     "max_memory": Flag(metavar="AMOUNT"),
     "speed_budget": Flag(metavar="SECONDS"),
+    "pipeline_seconds": Flag(metavar="SECONDS"),
     "features": Flag(metavar="FILE"),
     "require": Flag(metavar="CONDITION"),
     "junit": Flag(metavar="FILE"),

@@ -10,6 +10,7 @@ from torch import nn
 
 from flashvaed_cli.atomic import atomic_path
 from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.distill.adversary import Adversary
 from flashvaed_cli.distill.averaging import TermAverage, WeightAverage
 from flashvaed_cli.distill.features import FeatureMatcher
 from flashvaed_cli.distill.settings import CADENCE_SETTINGS, TrainSettings
@@ -41,6 +42,7 @@ class TrainState:
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     average: WeightAverage | None
+    adversary: Adversary | None
     phase: int
     settings: TrainSettings
     run_key: str
@@ -90,6 +92,7 @@ def save_checkpoint(state: TrainState, path: Path) -> None:
         "projections": state.matcher.state_dict(),
         "optimizer": state.optimizer.state_dict(),
         "average": None if state.average is None else state.average.state_dict(),
+        "adversary": None if state.adversary is None else state.adversary.state_dict(),
         "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
     }
     try:
@@ -120,6 +123,8 @@ def load_checkpoint(state: TrainState, path: Path) -> int:
         state.optimizer.load_state_dict(content["optimizer"])
         if state.average is not None:
             state.average.load_state_dict(content["average"])
+        if state.adversary is not None:
+            state.adversary.load_state_dict(content["adversary"])
         state.terms.load_state_dict(content["terms"], state.device)
         torch.set_rng_state(content["rng"]["cpu"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -188,10 +193,12 @@ def _require_same_run(content: dict, state: TrainState, path: Path) -> None:
         reasons.append(f"phase {content['phase']} instead of {state.phase}")
     if content["run_key"] != state.run_key:
         reasons.append("another recipe, decoder or data")
-    wanted = asdict(state.settings)
+    wanted, saved = asdict(state.settings), content["settings"]
+    if isinstance(saved.get("loss_weights"), dict):  # terms that came later were not there
+        saved = {**saved, "loss_weights": {**dict.fromkeys(wanted["loss_weights"], 0.0), **saved["loss_weights"]}}
     reasons += [
         f"{name} {value} instead of {wanted.get(name)}"
-        for name, value in content["settings"].items()
+        for name, value in saved.items()
         if name not in CADENCE_SETTINGS and value != wanted.get(name)
     ]
     if reasons:

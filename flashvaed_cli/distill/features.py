@@ -49,7 +49,8 @@ def _layer_outputs(decoder: Decoder, addresses: Sequence[str], features: Feature
 
     def keeper(address: str) -> Callable[[nn.Module, object, Tensor], None]:
         def keep(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-            features[address] = output
+            # Without gradients the block may overwrite the tensor with its activation.
+            features[address] = output if torch.is_grad_enabled() else output.clone()
 
         return keep
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.distill.adversary import Adversary
 from flashvaed_cli.distill.averaging import WeightAverage
 from flashvaed_cli.distill.checkpoint import HistoryEntry, TrainState, load_checkpoint, save_checkpoint
 from flashvaed_cli.distill.features import FeatureMatcher
@@ -80,6 +81,7 @@ def train(
     replaces: Sequence[Path] = (),
     run_key: str = "",
     perceptual: Perceptual | None = None,
+    told_absent: Sequence[str] = (),
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
     validate: Validate | None = None,
@@ -99,6 +101,7 @@ def train(
             this one is on disk.
         run_key: names the run in the checkpoint; see `TrainState`.
         perceptual: the LPIPS term; without it the term is absent, and the result says so.
+        told_absent: absent terms that the user has been told of.
         ranks: the processes that train together.
         validate: called on the main rank, with the weights that the student would end with, before the first
             step, every `validate_every_steps` and after the last. Its time is not counted.
@@ -109,11 +112,15 @@ def train(
     """
     progress = progress or SilentProgress()
     state = _start(student, plan, settings, run_key, ranks)
-    objective = prepare_objective(student, teacher, plan, state.matcher, settings, perceptual=perceptual, ranks=ranks)
+    objective = prepare_objective(
+        student, teacher, plan, state.matcher, settings, perceptual=perceptual, ranks=ranks, adversary=state.adversary
+    )
     masks = gradient_masks(student, plan)
-    _report_gaps(progress, objective)
+    _report_gaps(progress, objective, told_absent)
     resumed_from = _resume(state, checkpoint_path, ranks, progress) if resume else None
     ranks.share(state.trained)
+    if state.adversary is not None:
+        ranks.share(state.adversary.network.parameters())
     if validate is not None and ranks.is_main and state.step == 0:
         state.history.append({"step": 0, **validate(), "seconds": 0.0})
     if after_step is not None and ranks.is_main:
@@ -133,7 +140,7 @@ def train(
             state.data_seconds += time.perf_counter() - began
 
             state.optimizer.zero_grad(set_to_none=True)
-            values = _accumulate_gradients(objective, micro_batches)
+            values = _accumulate_gradients(objective, micro_batches, state.step)
             ranks.average_gradients(state.trained)
             values = _mean_over_ranks(values, ranks)
             for name, mask in masks.items():
@@ -148,6 +155,8 @@ def train(
             state.optimizer.step()
             if state.average is not None:
                 state.average.update(state.parameters)
+            if state.adversary is not None and state.adversary.has_begun(state.step):
+                state.adversary.step(ranks)
 
             state.step += 1
             state.num_clips += ranks.count * sum(len(latents) for latents in micro_batches)
@@ -179,11 +188,11 @@ def train(
     )
 
 
-def _accumulate_gradients(objective: Objective, micro_batches: Sequence[Tensor]) -> dict[str, Tensor]:
+def _accumulate_gradients(objective: Objective, micro_batches: Sequence[Tensor], step: int) -> dict[str, Tensor]:
     """Leave the gradient of the mean loss in the parameters; returns the means of what is worth logging."""
     sums: dict[str, Tensor] = {}
     for latents in micro_batches:
-        loss, values = objective(latents)
+        loss, values = objective(latents, step=step, share=1 / len(micro_batches))
         (loss / len(micro_batches)).backward()
         for name, value in values.items():
             value = value.detach() / len(micro_batches)
@@ -228,12 +237,17 @@ def _start(student: Decoder, plan: PhasePlan, settings: TrainSettings, run_key: 
     held = gradient_masks(student, plan)
     optimizer = build_optimizer(parameters, matcher.parameters(), held=held, settings=settings)
     average = None if settings.ema_decay is None else WeightAverage(parameters, settings.ema_decay)
+    adversary = None
+    if settings.loss_weights.adversarial > 0:
+        device, rate = next(student.parameters()).device, settings.discriminator_learning_rate
+        adversary = Adversary(device, start=settings.adversarial_start, learning_rate=rate)
     return TrainState(
         student=student,
         matcher=matcher,
         parameters=parameters,
         optimizer=optimizer,
         average=average,
+        adversary=adversary,
         phase=plan.number,
         settings=settings,
         run_key=run_key,
@@ -254,10 +268,10 @@ def _resume(state: TrainState, path: Path | None, ranks: Ranks, progress: Progre
     return state.step
 
 
-def _report_gaps(progress: Progress, objective: Objective) -> None:
+def _report_gaps(progress: Progress, objective: Objective, told: Sequence[str]) -> None:
     plan = objective.plan
-    if objective.absent:
-        progress.warn(f"distill phase {plan.number} runs without the loss terms {', '.join(objective.absent)}")
+    if untold := [name for name in objective.absent if name not in told]:
+        progress.warn(f"distill phase {plan.number} runs without the loss terms {', '.join(untold)}")
     if plan.unmatched:
         progress.warn(
             f"distill phase {plan.number} cannot match the features of {', '.join(plan.unmatched)}: they are "

@@ -13,6 +13,7 @@ from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.modules.operators import frames_as_batch
 from flashvaed_cli.decoders.run.runtime import require_compiler
 from flashvaed_cli.decoders.variants.exact import exact_decoder
+from flashvaed_cli.distill.adversary import Adversary
 from flashvaed_cli.distill.features import FeatureMatcher, run_with_features
 from flashvaed_cli.distill.losses import FRAME_LOSSES, LossWeights, clamped_error, r2_loss
 from flashvaed_cli.distill.phases import PhasePlan
@@ -33,6 +34,7 @@ class Objective:
             frames within rounding and the same gradients, in about half the time on a CPU.
         active: the loss terms to compute.
         absent: terms with a weight that cannot be computed.
+        adversary: what the adversarial term is measured by; it learns in the same call.
     """
 
     student: Decoder
@@ -44,16 +46,32 @@ class Objective:
     absent: tuple[str, ...]
     perceptual: Perceptual | None
     ranks: Ranks
+    adversary: Adversary | None = None
 
-    def __call__(self, latents: Float[Tensor, "B C T Hz Wz"]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """The loss of one micro-batch, and everything worth logging: `loss`, the unweighted terms, `clamped_error`."""
-        terms, error = self.terms(latents)
+    def __call__(
+        self, latents: Float[Tensor, "B C T Hz Wz"], *, step: int = 0, share: float = 1.0
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """The loss of one micro-batch, and everything worth logging: `loss`, the unweighted terms, `clamped_error`.
+
+        Args:
+            step: of the phase.
+            share: of the micro-batch in the step's mean.
+        """
+        frames, target, terms, error = self.terms(latents)
+        seen: dict[str, Tensor] = {}
+        if self.adversary is not None:
+            begun = self.adversary.has_begun(step)
+            terms["adversarial"] = self.adversary.term(frames) if begun else frames.sum() * 0
+            seen["discriminator"] = self.adversary.learn(frames, target, share=share) if begun else error.new_zeros(())
         weighted = [getattr(self.settings.loss_weights, name) * term for name, term in terms.items()]
         loss = torch.stack(weighted).sum()
-        return loss, {"loss": loss, **terms, "clamped_error": error}
+        return loss, {"loss": loss, **terms, **seen, "clamped_error": error}
 
-    def terms(self, latents: Float[Tensor, "B C T Hz Wz"]) -> tuple[dict[str, Tensor], Tensor]:
-        """The unweighted terms of one micro-batch, and the error of the clamped frames, for the PSNR."""
+    def terms(self, latents: Float[Tensor, "B C T Hz Wz"]) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
+        """The student's frames and the teacher's, the unweighted terms, and the error of clamped frames, for the PSNR.
+
+        The adversarial term, which needs a state, is not among them.
+        """
         if self.settings.channels_last:
             latents = latents.contiguous(memory_format=torch.channels_last_3d)
         matched = self.matcher.addresses if "feature" in self.active else ()
@@ -73,7 +91,7 @@ class Objective:
             terms["feature"] = self.matcher(features, target_features)
         if "l_ce" in self.active:
             terms["l_ce"] = torch.stack([self._l_ce(features[a], kept) for a, kept in self.plan.to_keep.items()]).mean()
-        return terms, clamped_error(frames, target)
+        return frames, target, terms, clamped_error(frames, target)
 
     def _l_ce(self, features: Float[Tensor, "B C T H W"], kept: tuple[int, ...]) -> Float[Tensor, ""]:
         """Over the clips of all ranks together; of micro-batches that follow each other it is the mean."""
@@ -89,6 +107,7 @@ def prepare_objective(
     *,
     perceptual: Perceptual | None,
     ranks: Ranks,
+    adversary: Adversary | None = None,
 ) -> Objective:
     """Choose the terms, and the operators to compute them with.
 
@@ -106,7 +125,7 @@ def prepare_objective(
         for view in views:
             for _, block in view.blocks():
                 block.compile()
-    return Objective(views[0], views[1], plan, matcher, settings, active, absent, perceptual, ranks)
+    return Objective(views[0], views[1], plan, matcher, settings, active, absent, perceptual, ranks, adversary)
 
 
 def choose_terms(
@@ -121,6 +140,7 @@ def choose_terms(
         "lpips": perceptual is not None,
         "feature": bool(plan.matches),
         "l_ce": bool(plan.to_keep),
+        "adversarial": True,
     }
     wanted = [name for name in possible if getattr(weights, name) > 0 and (name != "l_ce" or plan.number == 2)]
     active = tuple(name for name in wanted if possible[name])

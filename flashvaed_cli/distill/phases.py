@@ -155,6 +155,11 @@ def plan_phase_3(
     return PhasePlan(number=3, trained_stages=names, matches=matches, unmatched=unmatched)
 
 
+def plan_other_shape(student: DecoderSpec) -> PhasePlan:
+    """Phase 3 of a student whose blocks have no counterparts in the original: everything trains, on frames alone."""
+    return PhasePlan(number=3, trained_stages=tuple(stage.name for stage in student.stages), matches=())
+
+
 def trained_parameters(student: Decoder, plan: PhasePlan) -> dict[str, nn.Parameter]:
     """The parameters that train in a phase, by name."""
     return {

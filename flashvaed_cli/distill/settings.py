@@ -32,6 +32,7 @@ class TrainSettings:
         checkpoint_activations: keep only what passes between the student's blocks, and run each block again in the
             backward pass: less memory, a third more time, the same gradients.
         compile: run the blocks of both decoders by torch.compile.
+        adversarial_start: the step at which the adversarial term begins, if it has a weight.
         explosion_factor: stop when a loss is this many times the first one.
         log_every_steps: steps that one entry of the history averages over.
         validate_every_steps: try the student on the validation clips so often, and at start and end.
@@ -57,6 +58,8 @@ class TrainSettings:
     checkpoint_activations: bool = False
     compile: bool = False
     loss_weights: LossWeights = field(default_factory=LossWeights)
+    adversarial_start: int = 0
+    discriminator_learning_rate: float = 1e-4
     explosion_factor: float = 100.0
     log_every_steps: int = 5
     validate_every_steps: int | None = None

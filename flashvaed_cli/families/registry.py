@@ -7,10 +7,13 @@ from functools import cache
 from typing import TypeVar
 
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
+from flashvaed_cli.decoders.spec.light import has_same_blocks
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.families import ltx, qwen_image, qwen_image2, stable_diffusion, wan21, wan22
 from flashvaed_cli.families.family import Family
 from flashvaed_cli.families.layout import Layout
+
+_ANY_WIDTH = 8  # blocks are the same at every width
 
 SpecT = TypeVar("SpecT", DecoderSpec, EncoderSpec)
 
@@ -61,7 +64,7 @@ def _specs(name: str) -> tuple[DecoderSpec | EncoderSpec, ...]:
     """The originals at some small width, under one name."""
     family = FAMILIES[name]
     builds = (family.decoder_spec, family.encoder_spec)
-    return tuple(build(8, family.latent_width).model_copy(update={"family": ""}) for build in builds)
+    return tuple(build(_ANY_WIDTH, family.latent_width).model_copy(update={"family": ""}) for build in builds)
 
 
 def _without_name(family: Family) -> tuple[object, ...]:
@@ -73,6 +76,17 @@ def original_like(spec: DecoderSpec) -> Callable[[int, int], DecoderSpec]:
     """The builder of a family's original, base width and latent width to spec, with what a configuration says of
     `spec`: causality and the like."""
     return _builder(spec, get_family(spec.family).decoder_spec, DecoderSpec)
+
+
+def has_family_blocks(spec: DecoderSpec) -> bool:
+    """Whether a decoder has the blocks of its family's original, at whatever widths; light decoders do not."""
+    return has_same_blocks(spec, get_family(spec.family).decoder_spec(_ANY_WIDTH, get_family(spec.family).latent_width))
+
+
+def shallow_stages(spec: DecoderSpec) -> tuple[str, ...]:
+    """The stages that `--ratio` speaks of: the family's shallow ones, as far as the decoder has them."""
+    names = {stage.name for stage in spec.stages}
+    return tuple(name for name in get_family(spec.family).shallow_stages if name in names)
 
 
 def encoder_like(spec: CoderSpec) -> Callable[[int, int], EncoderSpec]:

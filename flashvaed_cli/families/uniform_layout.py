@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from flashvaed_cli.decoders.spec.blocks import AttentionSpec, BlockSpec, ConvBlockSpec, HeadSpec
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
 from flashvaed_cli.decoders.spec.layers import ConvSpec
+from flashvaed_cli.errors import SpecError
 from flashvaed_cli.families.registry import encoder_like
 
 
@@ -33,6 +34,8 @@ def fits_uniform_layout(spec: DecoderSpec, original: Callable[[int, int], Decode
         uniform = original(base_width, spec.latent_width)
     except ValueError:  # widths that do not divide as its blocks need
         return UniformFit(None, f"no original ends with {base_width} channels")
+    except SpecError:  # what a configuration would say of this one fits no original
+        return UniformFit(None, "it is made of other blocks than the original")
     deviation = _first_deviation(spec, uniform)
     if deviation is None:
         return UniformFit(base_width, None)

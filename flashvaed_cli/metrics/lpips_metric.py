@@ -86,7 +86,10 @@ def load_lpips(
     path = lpips_checkpoint_path(net)
     if not path.is_file():
         if not allow_download:
-            raise MetricUnavailableError(f"LPIPS ({net}) left out: there is no {path}. {_how_to_get(net)}")
+            raise MetricUnavailableError(
+                f"LPIPS ({net}) left out: there is no {path}. {_how_to_get(net)}",
+                short=f"its backbone's weights are not here (--allow-download gets them, {_BACKBONES[net].size_mb} MB)",
+            )
         _download(net, path)
     try:
         network = _build(net)

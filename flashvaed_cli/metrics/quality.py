@@ -29,14 +29,13 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
 
 from flashvaed_cli.metrics.colour import ColourShift
-from flashvaed_cli.metrics.structure import MS_SSIM_MIN_SIDE, WINDOW, ms_ssim_per_frame, ssim_per_frame
+from flashvaed_cli.metrics.structure import MS_SSIM_MIN_SIDE, ms_ssim_per_frame, ssim_per_frame
+from flashvaed_cli.numerics.images import SSIM_WINDOW, laplacian, luma
 
 PSNR_CAP_DB = 100.0
 PIXEL_RANGE = 2.0  # from -1 to 1
-LUMA_WEIGHTS = (0.2126, 0.7152, 0.0722)  # ITU-R BT.709
 FRAMES_PER_PASS = 4
 PIXELS_PER_PASS = 4 * 480 * 832  # with the above it bounds the temporaries of SSIM, LPIPS and Delta E
 
@@ -139,7 +138,7 @@ class QualityAccumulator:
         for y, r in _frame_passes(output, reference):  # [N, C, H, W]
             self._squared_error.add((y - r).square().mean(dim=(1, 2, 3)))
             height, width = y.shape[-2:]
-            if min(height, width) >= WINDOW:
+            if min(height, width) >= SSIM_WINDOW:
                 self._ssim.add(ssim_per_frame(y, r))
             if self._colour is not None:
                 self._colour.add(y, r)
@@ -253,7 +252,7 @@ def psnr_db(output: Float[Tensor, "*B C T H W"], reference: Float[Tensor, "*B C 
 def ssim(output: Float[Tensor, "*B C T H W"], reference: Float[Tensor, "*B C T H W"]) -> float | None:
     """Structural similarity, mean over frames; None for frames smaller than the 11 x 11 window."""
     _check_same_shape(output, reference)
-    if min(output.shape[-2:]) < WINDOW:
+    if min(output.shape[-2:]) < SSIM_WINDOW:
         return None
     mean = _RunningMean()
     for y, r in _frame_passes(_as_batch(output).float(), _as_batch(reference).float()):
@@ -312,10 +311,7 @@ def _nan_is_largest(value: float) -> float:
 
 
 def _laplacian_energy_per_frame(frames: Float[Tensor, "N C H W"]) -> Float[Tensor, " N"]:
-    weights = torch.tensor(LUMA_WEIGHTS, device=frames.device, dtype=frames.dtype).view(1, 3, 1, 1)
-    luma = (frames * weights).sum(dim=1, keepdim=True)  # [N, 1, H, W]
-    kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]], device=frames.device, dtype=frames.dtype)
-    return functional.conv2d(luma, kernel.view(1, 1, 3, 3)).square().mean(dim=(1, 2, 3))
+    return laplacian(luma(frames)).square().mean(dim=(1, 2, 3))
 
 
 def _psnr_from_mse(mse: float) -> float:

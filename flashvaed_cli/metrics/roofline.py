@@ -11,7 +11,14 @@ from dataclasses import dataclass
 
 import torch
 
-from flashvaed_cli.decoders.spec.blocks import AttentionSpec, BlockSpec, ResBlockSpec, ShuffleUpsampleSpec, UpsampleSpec
+from flashvaed_cli.decoders.spec.blocks import (
+    AttentionSpec,
+    BlockSpec,
+    ChainSpec,
+    ResBlockSpec,
+    ShuffleUpsampleSpec,
+    UpsampleSpec,
+)
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.metrics.speed import synchronizer
 
@@ -117,8 +124,8 @@ def _block_traffic(block: BlockSpec, grid: tuple[int, int, int]) -> int:
         temporal = 0 if block.temporal is None else block.temporal.in_width + block.temporal.out_width
         spatial = frames * (grid[1] * grid[2] * block.spatial.in_width + height * width * block.spatial.out_width)
         return (grid[0] - 1) * grid[1] * grid[2] * temporal + spatial
-    if isinstance(block, ResBlockSpec):
-        layers = (block.conv1, block.conv2)
+    if isinstance(block, ResBlockSpec | ChainSpec):
+        layers = [layer for name, layer in block.layers.items() if name != "shortcut"]
         shortcut = block.in_width  # read once more; its output is added where conv2 writes
         return positions * (sum(layer.in_width + layer.out_width for layer in layers) + shortcut)
     if isinstance(block, ShuffleUpsampleSpec):  # a residual is added where the layer writes

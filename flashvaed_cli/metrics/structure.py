@@ -14,10 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-WINDOW = 11
-MS_SSIM_MIN_SIDE = (WINDOW - 1) * 2**4 + 1
-_SIGMA = 1.5
-_BORDER = WINDOW // 2
+from flashvaed_cli.numerics.images import SSIM_WINDOW, gaussian_window
+
+MS_SSIM_MIN_SIDE = (SSIM_WINDOW - 1) * 2**4 + 1
+_BORDER = SSIM_WINDOW // 2
 _SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 _C1, _C2 = 0.01**2, 0.03**2
 
@@ -57,10 +57,8 @@ def _similarities(x: Float[Tensor, "N C H W"], y: Float[Tensor, "N C H W"]) -> t
 
 
 def _blurred(maps: Float[Tensor, "1 M H W"]) -> Float[Tensor, "1 M H W"]:
-    offsets = torch.arange(WINDOW, device=maps.device, dtype=maps.dtype) - _BORDER
-    window = torch.exp(-offsets.square() / (2 * _SIGMA**2))
-    window = window / window.sum()
+    window = gaussian_window(SSIM_WINDOW, maps)
     padded = functional.pad(maps, (_BORDER, _BORDER, _BORDER, _BORDER), mode="reflect")
     count = maps.shape[1]  # as channels: convolutions of many maps of one channel are three times slower
-    rows = functional.conv2d(padded, window.view(1, 1, WINDOW, 1).expand(count, 1, WINDOW, 1), groups=count)
-    return functional.conv2d(rows, window.view(1, 1, 1, WINDOW).expand(count, 1, 1, WINDOW), groups=count)
+    rows = functional.conv2d(padded, window.view(1, 1, -1, 1).expand(count, 1, -1, 1), groups=count)
+    return functional.conv2d(rows, window.view(1, 1, 1, -1).expand(count, 1, 1, -1), groups=count)

@@ -21,6 +21,8 @@ from flashvaed_cli.recipe.fields import (
     OptionalPositive,
     PhaseChoice,
     Positive,
+    StudentShape,
+    StudentStart,
     Switch,
     WholeNumber,
     int_as_text,
@@ -48,6 +50,12 @@ class LossWeights(FrozenModel):
         description="Logarithm of the ratio of Laplacian energies, against softness; 0.002 beside mse 1, say.",
     )
     temporal: NonNegative = Field(default=0.0, description="Difference of frame-to-frame changes.")
+    wavelet: NonNegative = Field(default=0.0, description="Difference of Haar bands in time and space.")
+    adversarial: NonNegative = Field(
+        default=0.0,
+        description="Against a discriminator of patches that learns beside the decoder. LeanVAE gives it "
+        "a twentieth of the weight of l1.",
+    )
 
 
 class PhaseRecipe(FrozenModel):
@@ -71,6 +79,21 @@ class DistillRecipe(ClipFields, RatioFields):
     )
     original: Name | None = Field(
         default=None, description="The original VAE, where it is not the one that the input remembers."
+    )
+    student: StudentShape | None = Field(
+        default=None,
+        description="Train a new, light decoder for the latents of the input's original in place of the input: tae "
+        "(as TAESD: no norms, no attention), temporal-tae (with causal layers over three frames and RMS norms, where "
+        "the published one is not causal) or efficientvit (as DC-AE's, without attention). Phase 3 alone fits it.",
+    )
+    student_width: Count | None = Field(
+        default=None,
+        description="Channels of the new decoder; by default half of the original's widest (efficientvit: a third).",
+    )
+    student_start: StudentStart | None = Field(
+        default=None,
+        description="First weights of the new decoder: random, or (by default) least-squares, which then solves its "
+        "last layer for the original's frames.",
     )
     phases: Annotated[tuple[PhaseRecipe, ...], Field(min_length=1)] = Field(
         default=(PhaseRecipe(phase=1), PhaseRecipe(phase=2), PhaseRecipe(phase=3)), description="The phases, in order."
@@ -140,6 +163,9 @@ class DistillRecipe(ClipFields, RatioFields):
         description="Number format of that folder; float16 takes half the room and rounds latents to 11 bits.",
     )
     loss_weights: LossWeights = Field(default=LossWeights(), description="Weight of every loss term.")
+    adversarial_start: WholeNumber = Field(
+        default=0, description="Steps of a phase before the adversarial term, if it has a weight, begins."
+    )
     validation_data: Names = Field(
         default=(),
         description="Videos, folders or latent files that are not trained on, even if data names them too: at most 8 "
@@ -168,6 +194,16 @@ class DistillRecipe(ClipFields, RatioFields):
             listed = ", ".join(str(phase.phase) for phase in self.phases)
             raise ValueError(f"`phase` is {self.phase}, but `phases` lists only {listed}")
         return self
+
+    @model_validator(mode="after")
+    def _student_is_named(self) -> DistillRecipe:
+        if self.student is None and (given := self.given("student_width", "student_start")):
+            raise ValueError(f"{' and '.join(given)}: of a new decoder, and none is asked for; give --student too")
+        return self
+
+    def start_of_student(self) -> StudentStart:
+        """How the weights of a new decoder begin."""
+        return self.student_start or "least-squares"
 
     def schedule(self) -> tuple[PhaseRecipe, ...]:
         """The phases to train, with `phase`, `num_steps` and `learning_rate` applied."""

@@ -18,6 +18,7 @@ from flashvaed_cli.recipe.fields import (
     Names,
     OptionalCount,
     OptionalPositive,
+    Positive,
     Sizes,
     Switch,
 )
@@ -55,6 +56,11 @@ class EvalRecipe(ClipFields):
     speed_budget: OptionalPositive = Field(
         default=60.0,
         description="Seconds that timing may take: fewer rounds where they are slow, at least one. 0 sets no limit.",
+    )
+    pipeline_seconds: Positive | None = Field(
+        default=None,
+        description="Seconds that all other steps of your pipeline take (text encoder, denoising) for a clip of the "
+        "timed size: also report what the decoder means for the whole. With --speed, of every size.",
     )
     speed: Switch = Field(
         default=False,

@@ -16,6 +16,7 @@ from typing import Protocol, runtime_checkable
 from flashvaed_cli.atomic import atomic_path
 from flashvaed_cli.numerics.bootstrap import bootstrap_interval, bootstrap_mean_interval
 from flashvaed_cli.report.figures import FIGURES, PSNR_CAP_DB, RETENTION, Figure
+from flashvaed_cli.report.pipeline import PipelineShare
 from flashvaed_cli.report.tables import Cell, Column, TableData, to_markdown
 
 SCHEMA = 2
@@ -90,6 +91,7 @@ class DecoderFigures:
         gflops: per decoded frame; a multiplication with addition counts 2.
         peak_memory_bytes: while decoding.
         frechet: over all clips together.
+        pipeline: what its speed means for a whole pipeline.
     """
 
     name: str
@@ -102,6 +104,7 @@ class DecoderFigures:
     gflops: float | None = None
     peak_memory_bytes: int | None = None
     frechet: FrechetDistances | None = None
+    pipeline: PipelineShare | None = None
 
     @property
     def frame_ms(self) -> float | None:
@@ -268,6 +271,10 @@ def summary_table(report: EvaluationReport, *, full: bool = False) -> TableData:
             rows.append((f"its range in {max(counts)} rounds" if counts else "speed-up, range of rounds", *ranges))
         elif counts:
             rows.append(("rounds of timing", *("1" if decoder.speedup else None for decoder in report.decoders)))
+    pipelines = [decoder.pipeline for decoder in report.decoders]
+    add("whole pipeline, s", ".1f", [one and one.total_s for one in pipelines])
+    add("decoding's share of it, %", ".1f", [one and one.decoding_percent for one in pipelines])
+    add("times as fast as a whole", ".2f", [one and one.speedup for one in pipelines])
     add("parameters, million", ".3f", [_scaled(decoder.num_parameters, 1e6) for decoder in report.decoders])
     add("file, MB", ".2f", [_scaled(decoder.file_bytes, 1e6) for decoder in report.decoders])
     add("GFLOPs per frame", ".2f", [decoder.gflops for decoder in report.decoders])
@@ -412,6 +419,7 @@ def _decoder_document(report: EvaluationReport, decoder: DecoderFigures) -> dict
         "gflops_per_frame": _number(decoder.gflops),
         "peak_memory_bytes": decoder.peak_memory_bytes,
         "frechet": decoder.frechet and asdict(decoder.frechet),
+        "pipeline": decoder.pipeline and decoder.pipeline.as_dict(),
     }
 
 

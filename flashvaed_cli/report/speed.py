@@ -10,6 +10,7 @@ from pathlib import Path
 
 from flashvaed_cli.atomic import atomic_path
 from flashvaed_cli.report.evaluation import Spread
+from flashvaed_cli.report.pipeline import PipelineShare
 from flashvaed_cli.report.tables import Cell, Column, TableData, to_markdown
 
 SCHEMA = 1
@@ -32,6 +33,7 @@ class SpeedRow:
         compile_s: what a compiled decoder's cold start took beyond a warm call.
         way: how it was run (layout, chunk, tile, compiled).
         failure: why there are no figures.
+        pipeline: what its speed means for a whole pipeline.
     """
 
     name: str
@@ -45,6 +47,7 @@ class SpeedRow:
     compile_s: float | None = None
     way: str = ""
     failure: str | None = None
+    pipeline: PipelineShare | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,22 @@ def time_table(table: SpeedTable) -> TableData:
         for row in table.rows
     )
     return TableData(f"Speed: {table.title}", columns, rows)
+
+
+def pipeline_table(table: SpeedTable) -> TableData | None:
+    """What it means for a whole pipeline; None where nobody said what the rest of it takes."""
+    shares = [(row.name, row.pipeline) for row in table.rows if row.pipeline is not None]
+    if not shares:
+        return None
+    columns = (
+        Column("decoder", align="left"),
+        Column("decoding, s", ".2f"),
+        Column("whole, s", ".2f"),
+        Column("decoding's share, %", ".1f"),
+        Column("× whole", ".2f"),
+    )
+    rows = tuple((name, share.decode_s, share.total_s, share.decoding_percent, share.speedup) for name, share in shares)
+    return TableData(f"Pipeline whose other steps take {shares[0][1].rest_s:g} s: {table.title}", columns, rows)
 
 
 def machine_table(table: SpeedTable) -> TableData:
@@ -193,8 +212,10 @@ _LEGEND = (
 
 
 def speed_tables(report: SpeedReport) -> tuple[TableData, ...]:
-    """Two tables per size."""
-    return tuple(view(table) for table in report.tables for view in (time_table, machine_table))
+    """Two tables per size, and a third where the rest of a pipeline is known."""
+    views = (time_table, pipeline_table, machine_table)
+    tables = (view(table) for table in report.tables for view in views)
+    return tuple(table for table in tables if table is not None)
 
 
 def speed_document(report: SpeedReport) -> dict[str, object]:
@@ -213,6 +234,7 @@ def _table_document(table: SpeedTable) -> dict[str, object]:
     rows = []
     for row in table.rows:
         figures = {key: _plain(value) for key, value in asdict(row).items()}
+        figures["pipeline"] = row.pipeline and row.pipeline.as_dict()
         fps = table.num_frames / row.seconds.median if row.seconds else None
         shares = {key: _plain(value) for key, value in machine_shares(table, row).items()}
         rows.append({**figures, "frames_per_second": _plain(fps), **shares})

@@ -24,7 +24,7 @@ from flashvaed_cli.families.registry import get_family
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.convert_ops import ConvertOpsRecipe
 from flashvaed_cli.report.tables import Column, TableData
-from flashvaed_cli.stages.common.asked_names import require_known_operators
+from flashvaed_cli.stages.common.asked_names import require_known_operators, require_own_blocks
 from flashvaed_cli.stages.common.clips import find_data, plan_calibration
 from flashvaed_cli.stages.common.held_out import judge_held_out, summary_tables
 from flashvaed_cli.stages.common.loading import DTYPES, Inputs
@@ -68,6 +68,7 @@ def run_convert_ops(recipe: ConvertOpsRecipe, *, progress: Progress, force: bool
         return _convert_exactly(run, inputs, exact_decoder(decoder))
     if recipe.profile == "image":
         return _convert_exactly(run, inputs, still_decoder(decoder))
+    require_own_blocks(decoder.spec, run.location)
     require_known_operators(recipe, decoder.spec)
     operators: dict[str, Operator] = {**get_family(inputs.checkpoint.family).paper_operators, **recipe.operators}
     spec = converted_spec(decoder.spec, operators)

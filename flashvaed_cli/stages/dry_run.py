@@ -19,7 +19,7 @@ from flashvaed_cli.decoders.variants.exact import exact_decoder
 from flashvaed_cli.decoders.variants.still import still_decoder
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.export.parity import seeded_latents
-from flashvaed_cli.families.registry import get_family
+from flashvaed_cli.families.registry import get_family, shallow_stages
 from flashvaed_cli.paths import user_path
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.convert_ops import ConvertOpsRecipe
@@ -28,12 +28,13 @@ from flashvaed_cli.recipe.fields import ANALYSIS_FILE, DEFAULT_KEEP_RATIO
 from flashvaed_cli.recipe.prune import PruneRecipe
 from flashvaed_cli.recipe.settings import CommandRecipe
 from flashvaed_cli.report.tables import Cell, Column, TableData
-from flashvaed_cli.stages.common.asked_names import require_known_operators, require_known_ratios
+from flashvaed_cli.stages.common.asked_names import require_known_operators, require_known_ratios, require_own_blocks
 from flashvaed_cli.stages.common.clips import find_data
 from flashvaed_cli.stages.common.fitted_clips import fitted_to_vae
 from flashvaed_cli.stages.common.loading import Inputs, choose_device, choose_input, input_settings, load_inputs
 from flashvaed_cli.stages.common.result import StageOutcome
 from flashvaed_cli.stages.distill.run import choose_phases
+from flashvaed_cli.stages.distill.student import with_new_student
 from flashvaed_cli.surgery.native import native_base_width, native_spec, nearest_base_width
 from flashvaed_cli.surgery.respec import converted_spec, spec_of_widths, with_time_rank
 from flashvaed_cli.surgery.selection import num_kept_channels
@@ -61,7 +62,7 @@ def preview_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, comma
         base = nearest_base_width(full, recipe.keep_ratio or DEFAULT_KEEP_RATIO, recipe.round_to)
         after = native_spec(spec, base)
     else:
-        ratios = recipe.ratios(get_family(inputs.checkpoint.family).shallow_stages)
+        ratios = recipe.ratios(shallow_stages(spec))
         asked = {one.name: ratios.get(one.name, ratios.get(one.stage, 1.0)) for one in channel_groups(spec)}
         widths = {
             one.name: num_kept_channels(one.width, asked[one.name], math.lcm(recipe.round_to, one.run))
@@ -83,6 +84,7 @@ def preview_convert_ops(
         after = (exact_decoder if recipe.profile == "exact" else still_decoder)(decoder).spec
         rows = _costs(decoder.spec, after, (3, 32, 32))
         return _outcome([*rows, ("estimated time", "seconds")], [location], [recipe.output], {})
+    require_own_blocks(decoder.spec, location)
     require_known_operators(recipe, decoder.spec)
     after = converted_spec(decoder.spec, {**get_family(inputs.checkpoint.family).paper_operators, **recipe.operators})
     if recipe.time_rank is not None:
@@ -93,6 +95,7 @@ def preview_convert_ops(
 def preview_distill(recipe: DistillRecipe, *, progress: Progress, force: bool, command_line: str) -> StageOutcome:
     """Phases, time and memory of `distill`."""
     inputs, location = _load(recipe, progress)
+    inputs = with_new_student(recipe, inputs, progress)
     student = inputs.checkpoint.require_decoder()
     phases = choose_phases(recipe, inputs, progress)
     recipe = fitted_to_vae(recipe, inputs.original, progress, still=student.spec.still)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flashvaed_cli.decoders.modules.blocks import Attention, Downsample, Head, ResBlock, Upsample
+from flashvaed_cli.decoders.modules.blocks import Attention, Chain, ConvBlock, Downsample, Head, ResBlock, Upsample
 from flashvaed_cli.decoders.modules.norms import FrameGroupNorm, Norm
 from flashvaed_cli.decoders.modules.operators import (
     Conv,
@@ -70,7 +70,7 @@ class BlockPair:
     reference: nn.Module
     student: nn.Module
     before: Channels
-    inner: Channels
+    inner: tuple[Channels, ...]
     after: Channels
     settings: FitSettings
     store: ActivationStore
@@ -103,8 +103,8 @@ class BlockPair:
 
     def _channel_fit(self, layer: Conv, source: Conv | None, before: Channels, after: Channels) -> LayerFit:
         if source is None:  # an identity that has become a 1x1
-            assert isinstance(self.reference, ResBlock)
-            width = self.reference.conv1.spec.in_width
+            assert isinstance(self.reference, ResBlock | Chain)
+            width = (self.reference.conv1 if isinstance(self.reference, ResBlock) else self.reference).spec.in_width
             eye = torch.eye(width, device=layer.weight.device)
             kernel, bias = eye[:, :, None, None, None], eye.new_zeros(width)
         else:
@@ -122,7 +122,7 @@ def rows_by_layer(pair: BlockPair) -> dict[str, int]:
     main = [layer for name, layer in layers.items() if name not in ("temporal", "shortcut")]
     groups = [[layer] for layer in main]
     if _is_joint(pair):
-        groups.append([layers["conv2"], layers["shortcut"]])
+        groups.append([layers[_last_of_path(pair.student)], layers["shortcut"]])
     wanted = [rows_for(group, pair.num_clips) for group in groups]
     if isinstance(pair.student, Attention):
         wanted = [dense_rows_per_clip(pair.student.qkv.in_features, pair.num_clips)]
@@ -182,14 +182,18 @@ def _solve_layer(
 
 
 def _is_joint(pair: BlockPair) -> bool:
-    """Whether a block's second convolution and its shortcut are solved as one."""
+    """Whether the last convolution of a block's main path and its shortcut are solved as one."""
     block = pair.student
     return (
-        isinstance(block, ResBlock)
+        isinstance(block, ResBlock | Chain)
         and block.shortcut is not None
-        and not isinstance(block.conv2, SeparableConv3d)
+        and not isinstance(getattr(block, _last_of_path(block)), SeparableConv3d)
         and pair.settings.mode == "full"
     )
+
+
+def _last_of_path(block: nn.Module) -> str:
+    return block.spec.path[-1] if isinstance(block, Chain) else "conv2"
 
 
 def _solve_resblock(pair: BlockPair, address: str) -> list[LayerError]:
@@ -205,24 +209,25 @@ def _solve_resblock(pair: BlockPair, address: str) -> list[LayerError]:
     def hidden(y: Clip) -> Clip:
         return F.silu(new.norm2(inner(y)))
 
+    (kept_inside,) = pair.inner
     _solve_entering_gain("norm1", old.norm1, new.norm1, pair)
     errors = [
         _solve_layer(
-            pair.fit_of("conv1", pair.before, pair.inner),
+            pair.fit_of("conv1", pair.before, kept_inside),
             pair,
             "conv1",
             lambda y: [F.silu(new.norm1(y))],
-            lambda _, rows: pair.targets(rows, "conv1", pair.inner),
+            lambda _, rows: pair.targets(rows, "conv1", kept_inside),
         )
     ]
     _solve_gain(
         new.norm2,
         pair,
         inner,
-        lambda rows: pick(_original_normed(old.norm2, "norm2", rows, rows.outputs["conv1"]), pair.inner, 1),
+        lambda rows: pick(_original_normed(old.norm2, "norm2", rows, rows.outputs["conv1"]), kept_inside, 1),
     )
     if pair.settings.mode == "channel":
-        second = pair.fit_of("conv2", pair.inner, pair.after)
+        second = pair.fit_of("conv2", kept_inside, pair.after)
         errors.append(_solve_layer(second, pair, "conv2", lambda y: [hidden(y)], lambda _, rows: rows.inputs["conv2"]))
         if new.shortcut is not None:
             across = pair.fit_of("shortcut", pair.before, pair.after)
@@ -254,8 +259,59 @@ def _solve_resblock(pair: BlockPair, address: str) -> list[LayerError]:
         across = y if new.shortcut is None else new.shortcut(new.before_shortcut(y))
         return pick(rows.outputs[BLOCK], pair.after, 1) - at_block(across, rows)
 
-    second = pair.fit_of("conv2", pair.inner, pair.after)
+    second = pair.fit_of("conv2", kept_inside, pair.after)
     errors.append(_solve_layer(second, pair, BLOCK, lambda y: [hidden(y)], beside_shortcut))
+    return errors
+
+
+def _solve_chain(pair: BlockPair, address: str) -> list[LayerError]:
+    """Every layer for what the original's gave before its activation; the last one and the shortcut for their sum."""
+    old, new = pair.reference, pair.student
+    assert isinstance(old, Chain) and isinstance(new, Chain)
+    path, ends = new.spec.path, (pair.before, *pair.inner, pair.after)
+
+    def reads(y: Clip, depth: int) -> Clip:
+        for conv in new.convolutions()[:depth]:
+            y = F.relu(conv(y))
+        return y
+
+    errors = []
+    for depth, name in enumerate(path[:-1]):
+        before, after = ends[depth : depth + 2]
+        errors.append(
+            _solve_layer(
+                pair.fit_of(name, before, after),
+                pair,
+                name,
+                lambda y, depth=depth: [reads(y, depth)],
+                lambda _, rows, name=name, after=after: pair.targets(rows, name, after),
+            )
+        )
+    last = path[-1]
+    if pair.settings.mode == "channel":
+        fit = pair.fit_of(last, ends[-2], pair.after)
+        errors.append(_solve_layer(fit, pair, last, lambda y: [reads(y, -1)], lambda _, rows: rows.inputs[last]))
+        if new.spec.shortcut is not None:
+            across = pair.fit_of("shortcut", pair.before, pair.after)
+            errors.append(_solve_layer(across, pair, BLOCK, lambda y: [y], lambda _, rows: rows.inputs[BLOCK]))
+        return errors
+
+    def whole(rows: RecordedRows) -> Tensor:
+        across = rows.inputs[BLOCK] if old.shortcut is None else rows.outputs["shortcut"]
+        return pick(rows.outputs[last] + across, pair.after, 1)
+
+    if _is_joint(pair):
+        joint = DenseFit(
+            [new.convolutions()[-1], *([] if new.shortcut is None else [new.shortcut])], settings=pair.settings
+        )
+        errors.append(_solve_layer(joint, pair, BLOCK, lambda y: [reads(y, -1), y], lambda _, rows: whole(rows)))
+        return errors
+
+    def beside_shortcut(y: Clip, rows: RecordedRows) -> Tensor:
+        return whole(rows) - gather_rows(y if new.shortcut is None else new.shortcut(y), rows.positions[BLOCK])
+
+    fit = pair.fit_of(last, ends[-2], pair.after)
+    errors.append(_solve_layer(fit, pair, BLOCK, lambda y: [reads(y, -1)], beside_shortcut))
     return errors
 
 
@@ -325,9 +381,7 @@ def _solve_upsample(pair: BlockPair, address: str) -> list[LayerError]:
     spatial = pair.fit_of("spatial", pair.before, pair.after)
 
     def target(_: Clip, rows: RecordedRows) -> Tensor:
-        wanted = pair.targets(rows, "spatial", pair.after)
-        owes = pair.settings.mode == "full" and BYPASS_GAP in rows.outputs
-        return wanted + rows.outputs[BYPASS_GAP] if owes else wanted
+        return _with_gap(pair.targets(rows, "spatial", pair.after), pair, rows)
 
     errors.append(_solve_layer(spatial, pair, "spatial", enlarged, target))
     return errors
@@ -339,7 +393,7 @@ def _solve_shuffle(pair: BlockPair, address: str) -> list[LayerError]:
     assert isinstance(old, ShuffleUpsample) and isinstance(new, ShuffleUpsample)
     wide = wide_channels(pair.after, old.spec.cell)
     if pair.settings.mode == "channel":
-        kernel = old.conv.weight
+        kernel = dense_kernel(old.conv)
         if old.spec.residual and not new.spec.residual:
             kernel = kernel + residual_kernel(old.spec).to(kernel)
         fit: LayerFit = ChannelFit(
@@ -355,7 +409,7 @@ def _solve_shuffle(pair: BlockPair, address: str) -> list[LayerError]:
         if new.spec.residual:
             own = gather_rows(y, rows.positions["conv"])
             wanted = wanted - own[:, residual_channels(new.spec).to(wanted.device)]
-        return wanted
+        return _with_gap(wanted, pair, rows)
 
     return [_solve_layer(pair.fit_of("conv", pair.before, wide), pair, "conv", lambda y: [y], target)]
 
@@ -385,22 +439,36 @@ def _solve_downsample(pair: BlockPair, address: str) -> list[LayerError]:
 def _solve_head(pair: BlockPair, address: str) -> list[LayerError]:
     old, new = pair.reference, pair.student
     assert isinstance(old, Head) and isinstance(new, Head)
-    _solve_entering_gain("norm", old.norm, new.norm, pair)
+    if old.norm is not None and new.norm is not None:
+        _solve_entering_gain("norm", old.norm, new.norm, pair)
     fit = pair.fit_of("conv", pair.before, None)
     return [
         _solve_layer(
-            fit, pair, "conv", lambda y: [F.silu(new.norm(y))], lambda _, rows: pair.targets(rows, "conv", None)
+            fit, pair, "conv", lambda y: [new.before_conv(y)], lambda _, rows: pair.targets(rows, "conv", None)
         )
     ]
 
 
 def _solve_conv(pair: BlockPair, address: str) -> list[LayerError]:
+    new = pair.student
+    assert isinstance(new, ConvBlock)
     fit = pair.fit_of("conv", pair.before, pair.after)
-    return [_solve_layer(fit, pair, "conv", lambda y: [y], lambda _, rows: pair.targets(rows, "conv", pair.after))]
+
+    def target(_: Clip, rows: RecordedRows) -> Tensor:
+        return _with_gap(pair.targets(rows, "conv", pair.after), pair, rows)
+
+    return [_solve_layer(fit, pair, "conv", lambda y: [new.before_conv(y)], target)]
+
+
+def _with_gap(wanted: Tensor, pair: BlockPair, rows: RecordedRows) -> Tensor:
+    """A target, with what the bypass that is added to the layer's output owes."""
+    owes = pair.settings.mode == "full" and BYPASS_GAP in rows.outputs
+    return wanted + rows.outputs[BYPASS_GAP] if owes else wanted
 
 
 BLOCK_SOLVERS: dict[str, Callable[[BlockPair, str], list[LayerError]]] = {
     "resblock": _solve_resblock,
+    "chain": _solve_chain,
     "attention": _solve_attention,
     "upsample": _solve_upsample,
     "shuffle_upsample": _solve_shuffle,

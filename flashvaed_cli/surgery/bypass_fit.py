@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flashvaed_cli.decoders.modules.bypass import Bypass
+from flashvaed_cli.decoders.spec.blocks import BlockSpec, ShuffleUpsampleSpec
 from flashvaed_cli.surgery.activations import ActivationStore
 from flashvaed_cli.surgery.channel_fit import ChannelFit
 from flashvaed_cli.surgery.layer_fit import DenseFit, FitSettings, LayerError, LayerFit, rows_for
@@ -23,19 +24,18 @@ from flashvaed_cli.surgery.transfer import Channels, pick, wide_channels
 
 Clip = Float[Tensor, "_B _C _T _H _W"]
 
-ENDING_LAYER = "spatial"
-"""The layer of a stage's last block whose output the bypass is added to."""
-
 
 @dataclass(frozen=True)
 class BypassPair:
     """A bypass of the original and its successor, with the channels that are left before and behind the stage.
 
-    `entering` are the names in the store of what enters the stage, in the original and in the new decoder.
+    `ending` is the block whose output the bypass is added to; `entering` are the names in the store of what enters the
+    stage, in the original and in the new decoder.
     """
 
     reference: Bypass
     student: Bypass
+    ending: BlockSpec
     before: Channels
     after: Channels
     settings: FitSettings
@@ -56,10 +56,15 @@ def solve_bypass(pair: BypassPair, rows_name: str, generator: torch.Generator) -
     errors = [] if pair.student.conv is None else [_solve_layer(pair, generator)]
     for clip in range(pair.num_clips):
         rows = RecordedRows.from_tensors(pair.store.load(clip, rows_name))
-        at = rows.positions[ENDING_LAYER]
+        at = rows.positions[list(pair.ending.layers)[-1]]
         old, new = (pair.store.load_input(clip, name) for name in pair.entering)
-        wanted = pick(gather_rows(pair.reference.carried(old, is_first=True), at), pair.after, 1)
-        rows.outputs[BYPASS_GAP] = wanted - gather_rows(pair.student.carried(new, is_first=True), at)
+        if isinstance(pair.ending, ShuffleUpsampleSpec):  # whose layer gives the wide channels of the coarser grid
+            wide = wide_channels(pair.after, pair.reference.spec.cell_size)
+            wanted = pick(gather_rows(pair.reference.wide(old), at), wide, 1)
+            rows.outputs[BYPASS_GAP] = wanted - gather_rows(pair.student.wide(new), at)
+        else:
+            wanted = pick(gather_rows(pair.reference.carried(old, is_first=True), at), pair.after, 1)
+            rows.outputs[BYPASS_GAP] = wanted - gather_rows(pair.student.carried(new, is_first=True), at)
         pair.store.save(clip, rows_name, rows.to_tensors())
     return errors
 

@@ -30,7 +30,7 @@ from flashvaed_cli.surgery.block_solvers import BLOCK_SOLVERS, ROWS, STUDENT, Bl
 from flashvaed_cli.surgery.bypass_fit import BypassPair, solve_bypass
 from flashvaed_cli.surgery.layer_fit import FitSettings, LayerError
 from flashvaed_cli.surgery.recording import record_block
-from flashvaed_cli.surgery.transfer import Channels, channel_index
+from flashvaed_cli.surgery.transfer import Channels, channel_index, inner_channels
 
 Clip = Float[Tensor, "_B _C _T _H _W"]
 
@@ -121,7 +121,7 @@ class _Pairing:
             self.reference.at(address),
             self.student.at(address),
             self._channels_before(address),
-            channel_index(self.kept, f"{address}.conv1"),
+            inner_channels(self.kept, address, self.student.spec_of(address)),
             channel_index(self.kept, address),
             self.settings,
             self.store,
@@ -136,6 +136,7 @@ class _Pairing:
         return BypassPair(
             self.reference.bypass_of(stage.name),
             self.student.bypass_of(stage.name),
+            stage.blocks[-1],
             self._channels_before(f"{stage.name}.0"),
             channel_index(self.kept, address),
             self.settings,

@@ -10,6 +10,7 @@ from flashvaed_cli.decoders.spec.blocks import (
     AttentionSpec,
     Block,
     BlockSpec,
+    ChainSpec,
     ConvBlockSpec,
     HeadSpec,
     ResBlockSpec,
@@ -48,9 +49,10 @@ def narrowed_spec(spec: DecoderSpec, kept: Kept) -> DecoderSpec:
     for address, block in spec.blocks():
         source = inputs[address]
         before = kept.get(source) if source else None
-        inner, after = kept.get(f"{address}.conv1"), kept.get(address)
-        if before or inner or after:
-            changed[address] = NARROWED[block.kind](block, _Widths(_count(before), _count(inner), _count(after)))
+        inner, after = [kept.get(f"{address}.{layer}") for layer in block.inner], kept.get(address)
+        if before or any(inner) or after:
+            widths = _Widths(_count(before), tuple(map(_count, inner)), _count(after))
+            changed[address] = NARROWED[block.kind](block, widths)
     return spec.with_blocks(changed)
 
 
@@ -84,23 +86,35 @@ def _count(kept: tuple[int, ...] | None) -> int | None:
 
 
 class _Widths(NamedTuple):
-    """Channels that are left before a block, inside it (of a residual block) and after it; None: all."""
+    """Channels that are left before a block, after each of its inner layers, and after it; None: all."""
 
     before: int | None
-    inner: int | None
+    inner: tuple[int | None, ...]
     after: int | None
 
 
 def _narrow_resblock(block: Block, widths: _Widths) -> ResBlockSpec:
     assert isinstance(block, ResBlockSpec)
-    conv1 = _resized(block.conv1, widths.before, widths.inner)
-    conv2 = _resized(block.conv2, widths.inner, widths.after)
+    (inner,) = widths.inner
+    conv1 = _resized(block.conv1, widths.before, inner)
+    conv2 = _resized(block.conv2, inner, widths.after)
     shortcut = block.shortcut
     if widths.before or widths.after:
         shortcut = ConvSpec(operator="pointwise", in_width=conv1.in_width, out_width=conv2.out_width, kernel=(1, 1, 1))
     norm1, norm2 = _narrowed_norms(block, {"norm1": conv1.in_width, "norm2": conv2.in_width})
     changed = {"conv1": conv1, "conv2": conv2, "shortcut": shortcut, "norm": norm1}
     return ResBlockSpec(**{**dict(block), **changed, "norm2": None if norm2 == norm1 else norm2})
+
+
+def _narrow_chain(block: Block, widths: _Widths) -> ChainSpec:
+    assert isinstance(block, ChainSpec)
+    ends = (widths.before, *widths.inner, widths.after)
+    convs = {name: _resized(block.layers[name], *ends[i : i + 2]) for i, name in enumerate(block.path)}
+    shortcut = block.shortcut
+    if widths.before or widths.after:
+        width, out_width = convs["conv1"].in_width, convs[block.path[-1]].out_width
+        shortcut = ConvSpec(operator="pointwise", in_width=width, out_width=out_width, kernel=(1, 1, 1))
+    return ChainSpec(**{**dict(block), **convs, "shortcut": shortcut})
 
 
 def _narrow_attention(block: Block, widths: _Widths) -> AttentionSpec:
@@ -126,13 +140,13 @@ def _narrow_shuffle(block: Block, widths: _Widths) -> ShuffleUpsampleSpec:
 def _narrow_head(block: Block, widths: _Widths) -> HeadSpec:
     assert isinstance(block, HeadSpec)
     conv = _resized(block.conv, widths.before, widths.after)
-    (norm,) = _narrowed_norms(block, {"norm": conv.in_width})
-    return HeadSpec(conv=conv, norm=norm)
+    norm = None if block.norm is None else _narrowed_norms(block, {"norm": conv.in_width})[0]
+    return block.model_copy(update={"conv": conv, "norm": norm})
 
 
 def _narrow_single(block: Block, widths: _Widths) -> ConvBlockSpec:
     assert isinstance(block, ConvBlockSpec)
-    return ConvBlockSpec(conv=_resized(block.conv, widths.before, widths.after))
+    return block.model_copy(update={"conv": _resized(block.conv, widths.before, widths.after)})
 
 
 def _refuse(block: Block, widths: _Widths) -> NoReturn:
@@ -142,6 +156,7 @@ def _refuse(block: Block, widths: _Widths) -> NoReturn:
 NARROWED: dict[str, Callable[[Block, _Widths], BlockSpec]] = {
     "conv": _narrow_single,
     "resblock": _narrow_resblock,
+    "chain": _narrow_chain,
     "attention": _narrow_attention,
     "upsample": _narrow_upsample,
     "shuffle_upsample": _narrow_shuffle,

@@ -14,13 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flashvaed_cli.decoders.modules.blocks import Attention, Downsample, Head, ResBlock, Upsample
+from flashvaed_cli.decoders.modules.blocks import Attention, Chain, Downsample, Head, ResBlock, Upsample
 from flashvaed_cli.decoders.modules.bypass import Bypass
 from flashvaed_cli.decoders.modules.coder import CoderT
 from flashvaed_cli.decoders.modules.norms import ChannelLayerNorm, Norm
 from flashvaed_cli.decoders.modules.operators import OPERATORS, Conv, LowRankConv3d, SeparableConv3d, dense_kernel
 from flashvaed_cli.decoders.modules.shuffle_blocks import ShuffleUpsample
-from flashvaed_cli.decoders.spec.blocks import ShuffleUpsampleSpec
+from flashvaed_cli.decoders.spec.blocks import BlockSpec, ShuffleUpsampleSpec
 from flashvaed_cli.decoders.spec.coders import CoderSpec
 from flashvaed_cli.decoders.spec.groups import Kept, input_tensors
 from flashvaed_cli.decoders.spec.layers import Operator
@@ -39,16 +39,21 @@ def channel_index(kept: Kept, tensor: str | None) -> Channels:
     return None if channels is None else torch.tensor(channels)
 
 
+def inner_channels(kept: Kept, address: str, block: BlockSpec) -> tuple[Channels, ...]:
+    """Kept channels after each inner layer of a block."""
+    return tuple(channel_index(kept, f"{address}.{layer}") for layer in block.inner)
+
+
 def pick(x: Tensor, channels: Channels, dim: int) -> Tensor:
     """The kept channels of a tensor along an axis."""
     return x if channels is None else x.index_select(dim, channels.to(x.device))
 
 
 class Cut(NamedTuple):
-    """The kept channels that enter a block, that are inside it (of a residual block) and that leave it."""
+    """The kept channels that enter a block, that each of its inner layers gives, and that leave it."""
 
     before: Channels
-    inner: Channels
+    inner: tuple[Channels, ...]
     after: Channels
 
 
@@ -69,7 +74,8 @@ def transfer_weights(reference: CoderT, spec: CoderSpec, kept: Kept) -> CoderT:
     student.eval().requires_grad_(False)
     inputs = input_tensors(spec)
     for address, block in spec.blocks():
-        cut = Cut(*(channel_index(kept, tensor) for tensor in (inputs[address], f"{address}.conv1", address)))
+        inner = inner_channels(kept, address, block)
+        cut = Cut(channel_index(kept, inputs[address]), inner, channel_index(kept, address))
         TRANSFERS[block.kind](reference.at(address), student.at(address), cut)
     for end, stage in spec.bypassed().items():
         before, after = channel_index(kept, inputs[f"{stage.name}.0"]), channel_index(kept, end)
@@ -102,7 +108,7 @@ def doubled(channels: Channels, temporal: Conv) -> Channels:
 
 def _transfer_resblock(source: nn.Module, block: nn.Module, cut: Cut) -> None:
     assert isinstance(source, ResBlock) and isinstance(block, ResBlock)
-    before, inner, after = cut
+    before, (inner,), after = cut
     _transfer_norm(source.norm1, block.norm1, before)
     _transfer_conv(source.conv1, block.conv1, before, inner)
     _transfer_norm(source.norm2, block.norm2, inner)
@@ -112,14 +118,27 @@ def _transfer_resblock(source: nn.Module, block: nn.Module, cut: Cut) -> None:
     for name, channels in (("noise1", inner), ("noise2", after)):
         if hasattr(block, name):
             getattr(block, name).copy_(pick(getattr(source, name), channels, 0))
-    if block.shortcut is None:
+    _transfer_shortcut(source.shortcut, block.shortcut, source.conv1.spec.in_width, cut)
+
+
+def _transfer_chain(source: nn.Module, block: nn.Module, cut: Cut) -> None:
+    assert isinstance(source, Chain) and isinstance(block, Chain)
+    ends = (cut.before, *cut.inner, cut.after)
+    for i, (theirs, ours) in enumerate(zip(source.convolutions(), block.convolutions(), strict=True)):
+        _transfer_conv(theirs, ours, ends[i], ends[i + 1])
+    _transfer_shortcut(source.shortcut, block.shortcut, source.spec.in_width, cut)
+
+
+def _transfer_shortcut(source: Conv | None, shortcut: Conv | None, width: int, cut: Cut) -> None:
+    """An identity over `width` channels that has become a 1x1 selects the channels that both sides keep."""
+    if shortcut is None:
         return
-    if source.shortcut is not None:
-        _transfer_conv(source.shortcut, block.shortcut, before, after)
+    if source is not None:
+        _transfer_conv(source, shortcut, cut.before, cut.after)
         return
-    identity = torch.eye(source.conv1.spec.in_width, device=block.shortcut.weight.device)
-    block.shortcut.weight.copy_(pick(pick(identity, after, 0), before, 1))
-    block.shortcut.bias.zero_()
+    identity = torch.eye(width, device=shortcut.weight.device)
+    shortcut.weight.copy_(pick(pick(identity, cut.after, 0), cut.before, 1))
+    shortcut.bias.zero_()
 
 
 def _transfer_attention(source: nn.Module, block: nn.Module, cut: Cut) -> None:
@@ -153,7 +172,8 @@ def _transfer_downsample(source: nn.Module, block: nn.Module, cut: Cut) -> None:
 
 def _transfer_head(source: nn.Module, block: nn.Module, cut: Cut) -> None:
     assert isinstance(source, Head) and isinstance(block, Head)
-    _transfer_norm(source.norm, block.norm, cut.before)
+    if source.norm is not None and block.norm is not None:
+        _transfer_norm(source.norm, block.norm, cut.before)
     _transfer_conv(source.conv, block.conv, cut.before, cut.after)
 
 
@@ -202,6 +222,7 @@ def residual_channels(spec: ShuffleUpsampleSpec) -> Tensor:
 TRANSFERS: dict[str, Callable[[nn.Module, nn.Module, Cut], None]] = {
     "conv": _transfer_single,
     "resblock": _transfer_resblock,
+    "chain": _transfer_chain,
     "attention": _transfer_attention,
     "upsample": _transfer_upsample,
     "shuffle_upsample": _transfer_shuffle,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import shutil
 import warnings
 from pathlib import Path
 
 import pytest
 
-from tests.commands import JUDGING, invoke, succeed
+from tests.commands import CALIBRATION, JUDGING, invoke, succeed
 from tests.toy import write_toy_clip, write_toy_vae
 
 
@@ -59,3 +60,20 @@ def test_names_in_any_script_draw_no_warning(folder: Path) -> None:
         succeed("convert-ops 日本.safetensors --profile exact -o 本.safetensors", cwd=folder)
         succeed(f"eval 本.safetensors --data clip.mp4 {JUDGING} -o report", cwd=folder)
     assert "本" in (folder / "report" / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_share_of_a_pipeline_is_in_all_three_reports(folder: Path) -> None:
+    succeed(f"convert-ops vae.safetensors --data clip.mp4 {CALIBRATION} --reconstruct none", cwd=folder)
+    document = succeed(
+        f"eval converted.safetensors --data clip.mp4 --pipeline-seconds 0.5 {JUDGING} -o report", cwd=folder
+    )
+    original, *others = document["decoders"]
+    assert original["pipeline"]["speedup"] == 1
+    for decoder in others:
+        decode_s = decoder["pipeline"]["total_s"] - 0.5
+        assert decode_s == pytest.approx(5 / decoder["frames_per_second"])
+        assert decoder["pipeline"]["speedup"] == pytest.approx(
+            original["pipeline"]["total_s"] / decoder["pipeline"]["total_s"]
+        )
+    for name in ("report.md", "report.html"):
+        assert "decoding's share of it, %" in html.unescape((folder / "report" / name).read_text(encoding="utf-8"))

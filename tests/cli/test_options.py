@@ -112,7 +112,7 @@ def test_help_has_examples(runner: CliRunner, command: str) -> None:
     [
         ("", ("Options", "Commands", "Using a result")),
         ("prune", ("Arguments", "Options", "A target in place of ratios", "New weights", "Clips", "Common")),
-        ("distill", ("Arguments", "Options", "Clips", "Optimization", "What phase 2 prepares for pruning")),
+        ("distill", ("Arguments", "Options", "A new, light decoder", "Clips", "Optimization")),
         ("decode", ("Arguments", "Options", "Video", "Running", "Common")),
     ],
 )

@@ -224,3 +224,24 @@ def test_half_precision_counts_the_operators_that_run() -> None:
     half = {layer.operator for _, layer in speed_table.counted_spec(spec, torch.bfloat16).layers()}
     assert "winograd3d" in operators and half == operators - {"winograd3d"}
     assert speed_table.counted_spec(spec, torch.float32) == spec
+
+
+def test_a_pipeline_gains_what_its_decoding_loses(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "report"
+    printed = succeed(f"eval flash.safetensors {SPEED} --pipeline-seconds 0.5 -o '{output}'", cwd=folder)
+    rows = printed["tables"][0]["rows"]
+    eager_s = rows[0]["seconds"]["median"]
+    for row in rows:
+        if row["seconds"] is None:
+            assert row["pipeline"] is None
+            continue
+        total_s = 0.5 + row["seconds"]["median"]
+        assert row["pipeline"] == pytest.approx(
+            {
+                "rest_s": 0.5,
+                "total_s": total_s,
+                "decoding_percent": 100 * row["seconds"]["median"] / total_s,
+                "speedup": (0.5 + eager_s) / total_s,
+            }
+        )
+    assert "Pipeline whose other steps take 0.5 s: 5 frames" in (output / "speed.md").read_text(encoding="utf-8")

@@ -190,3 +190,13 @@ def test_tensorboard_is_asked_for_and_missed(folder: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
     result = invoke(f"{DISTILL} --tensorboard runs", cwd=folder)
     assert result.exit_code == 2 and "pip install tensorboard" in result.stderr
+
+
+def test_a_loss_without_its_weights_is_one_short_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(folder / "nothing"))
+    done = succeed(DISTILL.removesuffix(" --loss-weight lpips=0"), cwd=folder)
+    lines = [line for line in done["stderr"].splitlines() if "lpips" in line.lower()]
+    assert lines == [
+        "Warning: no LPIPS in the loss: its backbone's weights are not here (--allow-download gets them, 528 MB)"
+    ]
+    assert [phase["absent_terms"] for phase in done["phases"]] == [["lpips"], ["lpips"]]

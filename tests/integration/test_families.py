@@ -138,6 +138,7 @@ TOYS = {
     "ltx-video-0.9.1": Toy(lambda path: write_ltx(path, "0.9.1"), 9, 96),
     "ltx-video-0.9.5": Toy(lambda path: write_ltx(path, "0.9.5"), 9, 96),
     "ltx-2": Toy(lambda path: write_ltx(path, "2"), 9, 96),
+    "ltx-2.3": Toy(lambda path: write_ltx(path, "2.3"), 9, 96),
     "stable-diffusion": Toy(
         lambda path: write_kl(path, "stable-diffusion"), 3, 48, prune="--target-gflops 0.25", budget=1
     ),

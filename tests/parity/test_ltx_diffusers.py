@@ -23,11 +23,11 @@ from flashvaed_cli.artifact.foreign.layouts import to_foreign
 from flashvaed_cli.artifact.foreign.recognition import recognise
 from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
 from flashvaed_cli.decoders.run.streaming import encode
-from flashvaed_cli.decoders.variants.noise import injected_noise
 from flashvaed_cli.errors import ArtifactError
 from flashvaed_cli.families.ltx.config import configured
 from flashvaed_cli.families.ltx.spec import DECODE_TIMESTEP
 from flashvaed_cli.families.registry import LAYOUTS, get_family
+from tests.injected_noise import injected_noise
 from tests.ltx_configs import FAMILIES, VERSIONS, ltx_config, random_ltx
 from tests.parity.oracles import share_of_range
 
@@ -197,19 +197,29 @@ def original_file(pair: Pair, version: str, path: Path, *, with_transformer: boo
         plain |= to_foreign(coder.state_dict(), coder.spec, layout)
     marks = _marked(plain, version)
     places = {id(mark): name.removeprefix("vae.") for name, mark in marks.items()}
-    convert = utils.convert_ltx2_vae_to_diffusers if version == "2" else utils.convert_ltx_vae_checkpoint_to_diffusers
+    is_second = version.startswith("2")
+    convert = utils.convert_ltx2_vae_to_diffusers if is_second else utils.convert_ltx_vae_checkpoint_to_diffusers
     converted = convert(dict(marks))
+    if version == "2.3":  # the converter stops at LTX-2's six entries
+        last = {"up_blocks.7": "up_blocks.3.upsamplers.0", "up_blocks.8": "up_blocks.3"}
+        converted = {_replaced(name.replace("res_blocks", "resnets"), last): mark for name, mark in converted.items()}
     names = {theirs: places[id(mark)] for theirs, mark in converted.items()}
     tensors: dict[str, Tensor] = {}
     for name, tensor in pair.oracle.state_dict().items():
         tensors[f"vae.{names.get(name) or _conditioning_name(name, version)}"] = tensor
     if with_transformer:
         tensors["model.diffusion_model.patchify_proj.weight"] = torch.zeros(2, 2)
-    if version == "2":
+    if is_second:
         tensors["audio_vae.per_channel_statistics.mean-of-means"] = torch.zeros(2)
     config = {"vae": {"causal_decoder": pair.decoder.spec.is_causal}, "transformer": {}}
     save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata={"config": json.dumps(config)})
     return tensors
+
+
+def _replaced(name: str, entries: dict[str, str]) -> str:
+    for ours, theirs in entries.items():
+        name = name.replace(f"decoder.{ours}.", f"decoder.{theirs}.")
+    return name
 
 
 def _marked(names: Iterable[str], version: str) -> dict[str, Tensor]:

@@ -66,7 +66,7 @@ def test_the_paper_recipe_is_the_papers_order() -> None:
 
 LATENT_WIDTH = 4
 LAYOUTS = {
-    "ltx": ("ltx-video-0.9.0", "ltx-video-0.9.1", "ltx-video-0.9.5", "ltx-2"),
+    "ltx": ("ltx-video-0.9.0", "ltx-video-0.9.1", "ltx-video-0.9.5", "ltx-2", "ltx-2.3"),
     "wan2.1": ("wan2.1",),
     "wan2.2": ("wan2.2",),
     "qwen-image": ("qwen-image", "qwen-image-2"),

@@ -30,6 +30,7 @@ from flashvaed_cli.families.registry import get_family
 CONVS: dict[str, tuple[str, ...]] = {
     "conv": ("conv",),
     "resblock": ("conv1", "conv2", "shortcut"),
+    "chain": ("conv1", "conv2", "conv3", "shortcut"),
     "upsample": ("temporal", "spatial"),
     "shuffle_upsample": ("conv",),
     "downsample": ("spatial", "temporal"),
@@ -102,6 +103,8 @@ def _block_slots(role: Role, address: str, block: BlockSpec, layout: Layout) -> 
 
 
 def _norm_slots(ours: str, block: ResBlockSpec | HeadSpec, places: Mapping[str, str], gain: str) -> Iterator[Slot]:
+    if block.norm is None:
+        return
     for norm, layer in _NORMS[block.kind].items():
         conv = block.layers[layer]
         axes = (1, 1) if conv.operator == "frame2d" else (1, 1, 1)

@@ -206,10 +206,11 @@ def _read_extras(
         extras["factor"] = planned.factor
     if isinstance(planned, ShuffleUpsampleSpec):
         extras["residual"] = planned.residual
-    if isinstance(planned, ResBlockSpec | HeadSpec) and planned.norm.eps is not None:
+    norm = planned.norm if isinstance(planned, ResBlockSpec | HeadSpec) else None
+    if norm is not None and norm.eps is not None:
         place = places["norm1" if isinstance(planned, ResBlockSpec) else "norm"]
         gain, shift = f"{place}.{layout.gain}" in reader.shapes, f"{place}.bias" in reader.shapes
-        extras["norm"] = planned.norm.model_copy(update={"gain": gain, "shift": shift})
+        extras["norm"] = norm.model_copy(update={"gain": gain, "shift": shift})
     if isinstance(planned, ResBlockSpec):
         extras["norm2"] = planned.norm2
     if isinstance(planned, ResBlockSpec) and "noise1" in places:

@@ -13,7 +13,8 @@ def distill(context: typer.Context, settings: DistillRecipe) -> None:
     """Train a decoder to give what the original gives, in the paper's three phases.
 
     Reads a decoder and clips; writes flash.safetensors. Ratio and rule name the channels that phase 2 prepares
-    for pruning. An interrupted run goes on where it was.
+    for pruning. An interrupted run goes on where it was. With --student a new, light decoder is trained instead, from
+    the original's frames alone.
     """
     if context.params["dry_run"]:
         from flashvaed_cli.stages.dry_run import preview_distill
@@ -30,6 +31,7 @@ COMMAND = Command(
     run=distill,
     options=("phase", "num_steps", "learning_rate", "original", "output"),
     panels={
+        "A new, light decoder": ("student", "student_width", "student_start"),
         "Clips": (
             "data",
             "latent_scale",
@@ -45,6 +47,7 @@ COMMAND = Command(
         "Optimization": (
             "batch_size",
             "loss_weights",
+            "adversarial_start",
             "optimizer",
             "weight_decay",
             "gradient_clip_norm",
@@ -73,5 +76,6 @@ COMMAND = Command(
         "flashvaed distill",
         "flashvaed distill converted.safetensors --phase 3 --num-steps 2000 --data clips/ --batch-size 4",
         "flashvaed distill --recipe paper --step phase1 --loss-weight sharpness=0.5",
+        "flashvaed distill wan.safetensors --student tae --student-width 64 --num-steps 20000 --data clips/",
     ),
 )

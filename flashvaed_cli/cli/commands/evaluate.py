@@ -42,7 +42,7 @@ COMMAND = Command(
             "center_crop",
             "protocol",
         ),
-        "Measures": ("lpips", "vmaf", "video", "num_speed_rounds", "speed_budget"),
+        "Measures": ("lpips", "vmaf", "video", "num_speed_rounds", "speed_budget", "pipeline_seconds"),
         "Fréchet distance": (
             "features",
             "features_input",
@@ -64,5 +64,6 @@ COMMAND = Command(
         "flashvaed eval --speed --frames 9,81 --sizes 256x256,480p --dtype bfloat16",
         "flashvaed eval flash.safetensors --speed --sizes 1080p --frames 17 --max-memory 4GB --compile",
         "flashvaed eval --speed --autotune --sizes 480p",
+        "flashvaed eval --speed --frames 81 --sizes 480p --pipeline-seconds 30",
     ),
 )

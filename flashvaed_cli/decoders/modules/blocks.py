@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flashvaed_cli.decoders.modules.norms import ChannelLayerNorm, build_norm, norm_silu
+from flashvaed_cli.decoders.modules.norms import ChannelLayerNorm, activate, build_norm, norm_silu
 from flashvaed_cli.decoders.modules.operators import (
+    Conv,
     Future,
     Past,
     batch_as_frames,
@@ -22,26 +23,33 @@ from flashvaed_cli.decoders.modules.shuffle_blocks import ShuffleUpsample, Strid
 from flashvaed_cli.decoders.spec.blocks import (
     AttentionSpec,
     BlockSpec,
+    ChainSpec,
     ConvBlockSpec,
     DownsampleSpec,
     HeadSpec,
     ResBlockSpec,
     UpsampleSpec,
 )
+from flashvaed_cli.decoders.spec.layers import LatentEntrySpec
 
 Clip = Float[Tensor, "B C T H W"]
 MappedClip = Float[Tensor, "B O To Ho Wo"]  # what a block makes of it: width, frames and size may differ
 
 
 class ConvBlock(nn.Module):
-    """A single convolution."""
+    """A single convolution, with what its spec puts before and after it."""
 
     def __init__(self, spec: ConvBlockSpec, address: str) -> None:
         super().__init__()
+        self.spec = spec
         self.conv = build_conv(spec.conv, f"{address}.conv")
 
     def forward(self, x: Clip, past: Past = None, future: Future = None) -> MappedClip:
-        return self.conv(x, past, future)
+        return activate(self.conv(self.before_conv(x), past, future), self.spec.activation)
+
+    def before_conv(self, x: Clip) -> Clip:
+        """What the convolution reads: of raw latents, those that the spec's entry makes of them."""
+        return x if self.spec.entry is None else enter_latents(x, self.spec.entry)
 
 
 class ResBlock(nn.Module):
@@ -56,7 +64,7 @@ class ResBlock(nn.Module):
         self.conv2 = build_conv(spec.conv2, f"{address}.conv2")
         self.shortcut_norm = ChannelLayerNorm(spec.conv1.in_width) if spec.shortcut_norm else None
         self.shortcut = None if spec.shortcut is None else build_conv(spec.shortcut, f"{address}.shortcut")
-        if spec.noise:  # scales that only `decoders.variants.noise` reads
+        if spec.noise:  # kept for whoever adds the noise; here it is left out
             self.register_buffer("noise1", torch.zeros(spec.conv1.out_width))
             self.register_buffer("noise2", torch.zeros(spec.conv2.out_width))
 
@@ -68,6 +76,29 @@ class ResBlock(nn.Module):
     def before_shortcut(self, x: Float[Tensor, "B C *P"]) -> Float[Tensor, "B C *P"]:
         """What the shortcut reads."""
         return x if self.shortcut_norm is None else self.shortcut_norm(x)
+
+
+class Chain(nn.Module):
+    """Two or three convolutions with ReLU between them, plus the shortcut, then ReLU if the spec says so."""
+
+    def __init__(self, spec: ChainSpec, address: str) -> None:
+        super().__init__()
+        self.spec = spec
+        for name in spec.path:
+            self.add_module(name, build_conv(spec.layers[name], f"{address}.{name}"))
+        self.shortcut = None if spec.shortcut is None else build_conv(spec.shortcut, f"{address}.shortcut")
+
+    def forward(self, x: Clip, past: Past = None, future: Future = None) -> MappedClip:
+        h = x
+        for index, conv in enumerate(self.convolutions()):
+            h = conv(h if index == 0 else activate(h, "relu"), past, future)
+        y = _add(h, x if self.shortcut is None else self.shortcut(x, past, future))
+        return activate(y, self.spec.activation)
+
+    def convolutions(self) -> list[Conv]:
+        """Those of the main path, in order."""
+        found = [self.get_submodule(name) for name in self.spec.path]
+        return [conv for conv in found if isinstance(conv, Conv)]
 
 
 class Attention(nn.Module):
@@ -114,9 +145,9 @@ class Upsample(nn.Module):
             return self._interleave(self.temporal(x, past, future))
         first, rest = x[:, :, :1], x[:, :, 1:]
         if rest.shape[2] == 0:
-            if future is not None:
+            if future is not None and (num_past := self.temporal.spec.num_past):
                 b, c, _, h, w = x.shape
-                future[self.temporal.address] = x.new_zeros(b, c, self.temporal.spec.kernel[0] - 1, h, w)
+                future[self.temporal.address] = x.new_zeros(b, c, num_past, h, w)
             return first
         return torch.cat([first, self._interleave(self.temporal(rest, None, future))], dim=2)
 
@@ -160,15 +191,32 @@ class Downsample(nn.Module):
 
 
 class Head(nn.Module):
-    """norm, SiLU, conv."""
+    """norm (if the spec has one), activation, conv."""
 
     def __init__(self, spec: HeadSpec, address: str) -> None:
         super().__init__()
-        self.norm = build_norm(spec.conv.in_width, spec.norm)
+        self.spec = spec
+        self.norm = None if spec.norm is None else build_norm(spec.conv.in_width, spec.norm)
         self.conv = build_conv(spec.conv, f"{address}.conv")
 
     def forward(self, x: Clip, past: Past = None, future: Future = None) -> MappedClip:
-        return self.conv(norm_silu(self.norm, x), past, future)
+        return self.conv(self.before_conv(x), past, future)
+
+    def before_conv(self, x: Clip) -> Clip:
+        """What the convolution reads."""
+        if self.norm is None:  # the input is not the head's own to overwrite
+            return activate(x, self.spec.activation, in_place=False)
+        if self.spec.activation == "silu":
+            return norm_silu(self.norm, x)
+        return activate(self.norm(x), self.spec.activation)
+
+
+def enter_latents(x: Clip, entry: LatentEntrySpec) -> Clip:
+    """Raw latents, normalized and softly clamped as the entry says; a new tensor."""
+    if entry.mean:
+        mean, std = (x.new_tensor(values).view(1, -1, 1, 1, 1) for values in (entry.mean, entry.std))
+        x = (x - mean) / std
+    return x if entry.limit is None else entry.limit * torch.tanh(x / entry.limit)
 
 
 def _add(new: Clip, residual: Clip) -> Clip:
@@ -181,6 +229,7 @@ def _add(new: Clip, residual: Clip) -> Clip:
 BLOCKS: dict[str, type[nn.Module]] = {
     "conv": ConvBlock,
     "resblock": ResBlock,
+    "chain": Chain,
     "attention": Attention,
     "upsample": Upsample,
     "shuffle_upsample": ShuffleUpsample,

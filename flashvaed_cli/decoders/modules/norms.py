@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flashvaed_cli.decoders.modules.convolution import batch_as_frames, frames_as_batch
-from flashvaed_cli.decoders.spec.layers import NormSpec
+from flashvaed_cli.decoders.spec.layers import Activation, NormSpec
 from flashvaed_cli.errors import SpecError
 
 NORM_EPS = 1e-12
@@ -117,6 +117,14 @@ def build_norm(width: int, spec: NormSpec) -> Norm:
 def norm_silu(norm: Norm, x: Float[Tensor, "B C *P"]) -> Float[Tensor, "B C *P"]:
     """SiLU of the norm; the norm's output is overwritten where no gradient needs it."""
     return F.silu(norm(x), inplace=not torch.is_grad_enabled())
+
+
+def activate(x: Float[Tensor, "B C *P"], activation: Activation, *, in_place: bool = True) -> Float[Tensor, "B C *P"]:
+    """The activation of `x`, which is overwritten where no gradient needs it and `in_place` allows it."""
+    in_place = in_place and not torch.is_grad_enabled()
+    if activation == "relu":
+        return F.relu(x, inplace=in_place)
+    return F.silu(x, inplace=in_place) if activation == "silu" else x
 
 
 def _per_channel(values: Tensor, x: Float[Tensor, "B C *P"]) -> Tensor:

@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flashvaed_cli.decoders.spec.blocks import ResBlockSpec
 from flashvaed_cli.decoders.spec.coders import CoderSpec
 from flashvaed_cli.decoders.spec.groups import ChannelGroup, input_tensors
 
@@ -52,11 +51,12 @@ def block_axes(spec: CoderSpec, groups: Sequence[ChannelGroup]) -> dict[str, tup
     sources = input_tensors(spec)
     bypassed = spec.bypassed()
     for address, block in spec.blocks():
-        before, inner, after = owner.get(sources[address] or ""), owner.get(f"{address}.conv1"), owner.get(address)
+        before, after = owner.get(sources[address] or ""), owner.get(address)
+        inner = tuple(owner[tensor] for layer in block.inner if (tensor := f"{address}.{layer}") in owner)
         past = owner.get(sources[f"{bypassed[address].name}.0"] or "") if address in bypassed else None
         stream = tuple(dict.fromkeys(name for name in (before, after) if name))
-        if isinstance(block, ResBlockSpec):
-            axes = (stream, (inner,) if inner else ())
+        if block.inner:
+            axes = (stream, inner)
         elif past and past != before:
             axes = (tuple(name for name in (before, past) if name), (after,) if after else ())
         else:

@@ -21,6 +21,8 @@ from flashvaed_cli.decoders.spec.addresses import split_block
 from flashvaed_cli.decoders.spec.blocks import (
     AttentionSpec,
     BlockSpec,
+    ChainSpec,
+    ConvBlockSpec,
     HeadSpec,
     ResBlockSpec,
     ShuffleUpsampleSpec,
@@ -238,8 +240,13 @@ def _block_bytes(passage: Passage, form: MemoryFormat) -> int:
         return entering + _shuffle_bytes(passage, block, form)
     if isinstance(block, ResBlockSpec):
         return entering + _resblock_bytes(block, passage, form)
+    if isinstance(block, ChainSpec):
+        return entering + _chain_bytes(block, passage, form)
     if isinstance(block, HeadSpec):
-        return entering + _normed_conv_bytes(block.conv, passage, form)
+        reads_copy = block.norm is not None or block.activation != "none"
+        return entering + (_normed_conv_bytes if reads_copy else _conv_bytes)(block.conv, passage, form)
+    if isinstance(block, ConvBlockSpec) and block.entry is not None:
+        return entering + 2 * entering + _conv_bytes(block.conv, passage, form)  # normalized, then clamped
     return entering + sum(_conv_bytes(layer, passage, form) for layer in block.layers.values())
 
 
@@ -252,6 +259,17 @@ def _resblock_bytes(block: ResBlockSpec, passage: Passage, form: MemoryFormat) -
         positions * block.conv2.in_width + _normed_conv_bytes(block.conv2, passage, form),
         positions * block.out_width + around,
     )
+
+
+def _chain_bytes(block: ChainSpec, passage: Passage, form: MemoryFormat) -> int:
+    """Each layer beside what the one before it gave (activated in place); then the sum with the shortcut."""
+    positions = passage.frames * passage.area * form.item_bytes
+    worst = 0
+    for index, name in enumerate(block.path):
+        layer = block.layers[name]
+        worst = max(worst, (positions * layer.in_width if index else 0) + _conv_bytes(layer, passage, form))
+    around = 0 if block.shortcut is None else _conv_bytes(block.shortcut, passage, form)
+    return max(worst, positions * block.out_width + around)
 
 
 def _upsample_bytes(passage: Passage, block: UpsampleSpec, form: MemoryFormat) -> int:

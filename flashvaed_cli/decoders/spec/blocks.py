@@ -4,17 +4,26 @@ Cost, memory, roofline, tiles, lookahead and channel groups loop over these prop
 once, here. What must differ by kind stands in tables (`KINDS` lists the kinds; a test checks that every table has all):
 the module, and how it is narrowed, how its weights are transferred and fitted, how its tensors are called elsewhere.
 
-Imports no torch. Reference: Wan 2.1 VAE, LTX-Video.
+Imports no torch. Reference: Wan 2.1 VAE, LTX-Video; TAESD and TAEHV (chains).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any, Literal, get_args
+from itertools import pairwise
+from typing import Annotated, ClassVar, Literal, get_args
 
-from pydantic import Field, model_serializer, model_validator
+from pydantic import Field, model_validator
 
-from flashvaed_cli.decoders.spec.layers import ConvSpec, Factor, FrozenSpec, NormSpec, Width, without_defaults
+from flashvaed_cli.decoders.spec.layers import (
+    Activation,
+    ConvSpec,
+    Factor,
+    FrozenSpec,
+    LatentEntrySpec,
+    NormSpec,
+    OmittingSpec,
+    Width,
+)
 
 Grid = tuple[int, int, int]
 """Frames, height, width of a tensor."""
@@ -27,7 +36,7 @@ class Reader(FrozenSpec):
     norm: str | None = None
 
 
-class Block(FrozenSpec):
+class Block(OmittingSpec):
     """What every kind of block tells. As it stands here: of a block with a single convolution, `conv`."""
 
     @property
@@ -95,6 +104,11 @@ class Block(FrozenSpec):
         return (list(self.layers)[-1],)
 
     @property
+    def inner(self) -> tuple[str, ...]:
+        """Layers whose outputs only the next layer of the block reads: their widths are the block's own affair."""
+        return ()
+
+    @property
     def readers(self) -> tuple[Reader, ...]:
         """The layers that read the tensor that enters."""
         return (Reader(layer=next(iter(self.layers))),)
@@ -131,10 +145,25 @@ class Block(FrozenSpec):
 
 
 class ConvBlockSpec(Block):
-    """A single convolution as a block (conv_in, the 1x1 around the latent)."""
+    """A single convolution as a block (conv_in, the 1x1 around the latent).
+
+    Attributes:
+        activation: after it.
+        entry: what is done with raw latents before it.
+    """
+
+    omitted_defaults: ClassVar[tuple[str, ...]] = ("activation", "entry")
 
     kind: Literal["conv"] = "conv"
     conv: ConvSpec
+    activation: Activation = "none"
+    entry: LatentEntrySpec | None = None
+
+    @model_validator(mode="after")
+    def _entry_fits(self) -> ConvBlockSpec:
+        if self.entry is not None and self.entry.mean and len(self.entry.mean) != self.conv.in_width:
+            raise ValueError(f"{len(self.entry.mean)} statistics for {self.conv.in_width} latent channels")
+        return self
 
     @property
     def ends_stream(self) -> bool:
@@ -149,8 +178,10 @@ class ResBlockSpec(Block):
         norm: both norms of the main path.
         norm2: the second of them, where pruning has left it other groups than the first.
         shortcut_norm: a layer norm over the channels, with gain and shift, stands before the shortcut.
-        noise: after both convolutions there are learned scales for noise; see `variants/noise.py`.
+        noise: after both convolutions there are learned scales for noise, which is left out; they are kept and written.
     """
+
+    omitted_defaults: ClassVar[tuple[str, ...]] = ("norm2",)
 
     kind: Literal["resblock"] = "resblock"
     conv1: ConvSpec
@@ -160,11 +191,6 @@ class ResBlockSpec(Block):
     norm2: NormSpec | None = None
     shortcut_norm: bool = False
     noise: bool = False
-
-    @model_serializer(mode="wrap")
-    def _without_absent_norm(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        """Artifacts whose norms are alike stay readable for versions that do not know another."""
-        return without_defaults(handler(self), norm2=None)
 
     @model_validator(mode="after")
     def _widths_chain(self) -> ResBlockSpec:
@@ -204,6 +230,11 @@ class ResBlockSpec(Block):
         return ("conv2",) if self.shortcut is None else ("conv2", "shortcut")
 
     @property
+    def inner(self) -> tuple[str, ...]:
+        """The first convolution."""
+        return ("conv1",)
+
+    @property
     def readers(self) -> tuple[Reader, ...]:
         """The beginning of the main path, and the shortcut."""
         main = Reader(layer="conv1", norm="norm1")
@@ -217,18 +248,81 @@ class ResBlockSpec(Block):
         return self.shortcut is None
 
 
+class ChainSpec(Block):
+    """Two or three convolutions with ReLU between them, plus the shortcut (identity if None); no norm.
+
+    `activation` comes after the sum.
+    """
+
+    kind: Literal["chain"] = "chain"
+    conv1: ConvSpec
+    conv2: ConvSpec
+    conv3: ConvSpec | None = None
+    shortcut: ConvSpec | None = None
+    activation: Literal["none", "relu"] = "relu"
+
+    @model_validator(mode="after")
+    def _widths_chain(self) -> ChainSpec:
+        for before, after in pairwise(self.path):
+            if self.layers[before].out_width != self.layers[after].in_width:
+                raise ValueError(
+                    f"{before} gives {self.layers[before].out_width} channels, {after} takes "
+                    f"{self.layers[after].in_width}"
+                )
+        if self.shortcut is None and self.in_width != self.out_width:
+            raise ValueError(f"an identity shortcut cannot join {self.in_width} channels to {self.out_width}")
+        if self.shortcut is not None and (
+            self.shortcut.operator != "pointwise"
+            or (self.shortcut.in_width, self.shortcut.out_width) != (self.in_width, self.out_width)
+        ):
+            raise ValueError(f"the shortcut is pointwise, {self.in_width} to {self.out_width} channels")
+        return self
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        """The convolutions of the main path."""
+        return tuple(name for name in self.layers if name != "shortcut")
+
+    @property
+    def paths(self) -> tuple[tuple[str, ...], ...]:
+        """The main path, and the shortcut."""
+        return (self.path, () if self.shortcut is None else ("shortcut",))
+
+    @property
+    def out_width(self) -> int:
+        """Of the main path."""
+        return self.layers[self.path[-1]].out_width
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """The end of the main path, and the shortcut."""
+        return (self.path[-1],) if self.shortcut is None else (self.path[-1], "shortcut")
+
+    @property
+    def inner(self) -> tuple[str, ...]:
+        """All convolutions of the main path but the last."""
+        return self.path[:-1]
+
+    @property
+    def readers(self) -> tuple[Reader, ...]:
+        """The beginning of the main path, and the shortcut."""
+        return tuple(Reader(layer=name) for name in ("conv1", *(() if self.shortcut is None else ("shortcut",))))
+
+    @property
+    def carries_input(self) -> bool:
+        """By an identity shortcut."""
+        return self.shortcut is None
+
+
 class AttentionSpec(Block):
     """Single-head self-attention over the positions of each frame, residual. `inner_width` is that of q, k and v."""
+
+    omitted_defaults: ClassVar[tuple[str, ...]] = ("norm",)
 
     kind: Literal["attention"] = "attention"
     width: Width
     inner_width: Width
     norm: NormSpec = NormSpec()
-
-    @model_serializer(mode="wrap")
-    def _without_usual_norm(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        """Artifacts with the usual norm stay readable for versions that do not know another."""
-        return without_defaults(handler(self), norm=NormSpec().model_dump())
 
     @property
     def norms(self) -> dict[str, tuple[NormSpec, int]]:
@@ -450,26 +544,30 @@ def _cell(factor: Factor) -> int:
 
 
 class HeadSpec(Block):
-    """norm, SiLU, conv."""
+    """norm (if not None), activation, conv."""
+
+    omitted_defaults: ClassVar[tuple[str, ...]] = ("activation",)
 
     kind: Literal["head"] = "head"
     conv: ConvSpec
-    norm: NormSpec = NormSpec()
+    norm: NormSpec | None = NormSpec()
+    activation: Activation = "silu"
 
     @property
     def norms(self) -> dict[str, tuple[NormSpec, int]]:
-        """Its one."""
-        return {"norm": (self.norm, self.conv.in_width)}
+        """Its one, if it has one."""
+        return {} if self.norm is None else {"norm": (self.norm, self.conv.in_width)}
 
     @property
     def readers(self) -> tuple[Reader, ...]:
         """The layer after the norm."""
-        return (Reader(layer="conv", norm="norm"),)
+        return (Reader(layer="conv", norm=None if self.norm is None else "norm"),)
 
 
 _Blocks = (
     ConvBlockSpec
     | ResBlockSpec
+    | ChainSpec
     | AttentionSpec
     | UpsampleSpec
     | ShuffleUpsampleSpec

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from flashvaed_cli.decoders.spec.addresses import stage_of
-from flashvaed_cli.decoders.spec.blocks import BlockSpec, ResBlockSpec, ShuffleUpsampleSpec
+from flashvaed_cli.decoders.spec.blocks import BlockSpec, ChainSpec, ResBlockSpec, ShuffleUpsampleSpec
 from flashvaed_cli.decoders.spec.coders import CoderSpec, StageSpec
 from flashvaed_cli.decoders.spec.layers import ConvSpec
 
@@ -25,7 +25,8 @@ Kept = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Tensors of one stage that share their channels. `name` is `up2.stream`, `up2.entry` or `up2.0.inner`.
+    """Tensors of one stage that share their channels. `name` is `up2.stream`, `up2.entry`, `up2.0.inner` or,
+    of the second layer of a chain, `up2.0.inner2`.
 
     `run`: channels that stay or go together, as they follow each other: those whose statistics a GroupNorm that reads
     them takes as one. A norm over the groups that are left whole gives what it gave.
@@ -50,8 +51,9 @@ def channel_groups(spec: CoderSpec) -> list[ChannelGroup]:
     blocks = list(spec.blocks())
     for i, (address, block) in enumerate(blocks):
         stage = stage_of(address)
-        if isinstance(block, ResBlockSpec):
-            add(f"{address}.inner", stage, block.conv1.out_width, f"{address}.conv1")
+        for index, layer in enumerate(block.inner):
+            name = f"{address}.inner" if index == 0 else f"{address}.inner{index + 1}"
+            add(name, stage, block.layers[layer].out_width, f"{address}.{layer}")
         if i + 1 < len(blocks):
             owner = _stream_owner(stage, block, *blocks[i + 1])
             if owner is not None:
@@ -76,11 +78,15 @@ def _stream_owner(stage: str, block: BlockSpec, next_address: str, following: Bl
     if following.kind == "conv":
         return None  # the latent's own channels
     next_stage = stage_of(next_address)
-    if isinstance(block, ResBlockSpec) and isinstance(following, ShuffleUpsampleSpec) and next_stage == stage:
+    if (
+        isinstance(block, ResBlockSpec | ChainSpec)
+        and isinstance(following, ShuffleUpsampleSpec)
+        and next_stage == stage
+    ):
         return f"{stage}.entry"  # other channels than those behind the resampler
     if not block.ends_stream or next_stage == stage:
         return f"{stage}.stream"
-    changes_width = isinstance(following, ResBlockSpec) and following.shortcut is not None
+    changes_width = isinstance(following, ResBlockSpec | ChainSpec) and following.shortcut is not None
     return f"{next_stage}.entry" if changes_width else f"{next_stage}.stream"
 
 
@@ -126,8 +132,7 @@ def consumers(spec: CoderSpec, group: ChannelGroup) -> list[Consumer]:
     """
     blocks = list(spec.blocks())
     if group.tensors[0] not in dict(blocks):
-        insides = [tensor.rpartition(".")[0] for tensor in group.tensors]
-        return [Consumer(f"{address}.conv2", f"{address}.norm2") for address in insides]
+        return [_inner_consumer(spec, tensor) for tensor in group.tensors]
     found: list[Consumer] = []
     beginning = {f"{stage.name}.0": (end, stage) for end, stage in spec.bypassed().items()}
     for (tensor, _), (address, block) in pairwise(blocks):
@@ -137,6 +142,14 @@ def consumers(spec: CoderSpec, group: ChannelGroup) -> list[Consumer]:
                 end, stage = beginning[address]
                 found.append(Consumer(None if _bypass_conv(stage) is None else f"{end}.bypass", None))
     return found
+
+
+def _inner_consumer(spec: CoderSpec, tensor: str) -> Consumer:
+    """The layer after one inside a block: conv2 after conv1; a chain has no norms."""
+    address, _, layer = tensor.rpartition(".")
+    block = dict(spec.blocks())[address]
+    following = f"conv{block.inner.index(layer) + 2}"
+    return Consumer(f"{address}.{following}", None if isinstance(block, ChainSpec) else f"{address}.norm2")
 
 
 def _readers(address: str, block: BlockSpec, *, leaves_group: bool) -> Iterator[Consumer]:

@@ -8,9 +8,9 @@ Reference: Wan 2.1 VAE; arXiv 2602.19161, section 3.2 for the operator set.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_serializer, model_validator
 
 from flashvaed_cli.limits import MAX_FACTOR, MAX_TAPS, MAX_WIDTH
 
@@ -36,6 +36,7 @@ SpacePadding = Literal["zeros", "reflect"]
 """What a kernel reads beyond a frame: zeros, or the frame mirrored at its outermost pixels."""
 TimePadding = Literal["zeros", "first", "edges"]
 """What a kernel reads beyond a video: zeros before it, its first frame again, or (centred) both edge frames again."""
+Activation = Literal["none", "relu", "silu"]
 
 PLAIN_OPERATORS: dict[Operator, Operator] = {
     "tapwise3d": "causal3d",
@@ -55,12 +56,43 @@ class FrozenSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def without_defaults(fields: dict[str, Any], **defaults: object) -> dict[str, Any]:
-    """Serialised fields less those that have these values: what older versions neither know nor need."""
-    return {name: value for name, value in fields.items() if name not in defaults or value != defaults[name]}
+class OmittingSpec(FrozenSpec):
+    """A part that leaves some fields out of headers where they have their default.
+
+    Artifacts without what these fields say stay readable for versions that do not know them.
+    """
+
+    omitted_defaults: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """The fields, less those of `omitted_defaults` that say nothing new."""
+        absent = {
+            name for name in self.omitted_defaults if getattr(self, name) == type(self).model_fields[name].default
+        }
+        return {name: value for name, value in handler(self).items() if name not in absent}
 
 
-class NormSpec(FrozenSpec):
+class LatentEntrySpec(FrozenSpec):
+    """What a decoder does with raw latents before its first layer: normalize them, then clamp them softly.
+
+    Attributes:
+        mean, std: per channel, so that normalized = (raw - mean) / std; both empty: the latents stay raw.
+        limit: what the latents are held within, by limit * tanh(latents / limit); None: no clamp.
+    """
+
+    mean: tuple[FiniteFloat, ...] = ()
+    std: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = ()
+    limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    @model_validator(mode="after")
+    def _statistics_match(self) -> LatentEntrySpec:
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"{len(self.mean)} means of latent channels, but {len(self.std)} deviations")
+        return self
+
+
+class NormSpec(OmittingSpec):
     """Each position divided by its root mean square over the channels, then what is learned; or GroupNorm.
 
     Attributes:
@@ -72,15 +104,12 @@ class NormSpec(FrozenSpec):
             frame; None: no GroupNorm.
     """
 
+    omitted_defaults: ClassVar[tuple[str, ...]] = ("groups",)
+
     eps: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     gain: bool = True
     shift: bool = False
     groups: Width | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_absent_groups(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        """Artifacts without GroupNorm stay readable for versions that do not know it."""
-        return without_defaults(handler(self), groups=None)
 
     @model_validator(mode="after")
     def _groups_have_an_eps(self) -> NormSpec:
@@ -104,7 +133,7 @@ class NormSpec(FrozenSpec):
         return self.model_copy(update={"gain": True, "groups": kept // size})
 
 
-class ConvSpec(FrozenSpec):
+class ConvSpec(OmittingSpec):
     """One convolution: `[B, in_width, T, H, W]` to `[B, out_width, T, H, W]`, with bias.
 
     Operators:
@@ -124,6 +153,8 @@ class ConvSpec(FrozenSpec):
     temporal tap has none to choose.
     """
 
+    omitted_defaults: ClassVar[tuple[str, ...]] = ("rank",)
+
     operator: Operator
     in_width: Width
     out_width: Width
@@ -131,11 +162,6 @@ class ConvSpec(FrozenSpec):
     time_padding: TimePadding = "zeros"
     space_padding: SpacePadding = "zeros"
     rank: Width | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_absent_rank(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        """Artifacts without low-rank layers stay readable for versions that do not know them."""
-        return without_defaults(handler(self), rank=None)
 
     @model_validator(mode="after")
     def _kernel_fits_operator(self) -> ConvSpec:

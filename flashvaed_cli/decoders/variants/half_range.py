@@ -14,11 +14,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from flashvaed_cli.decoders.modules.blocks import Attention, ConvBlock, Head, ResBlock, Upsample
+from flashvaed_cli.decoders.modules.blocks import Attention, Chain, ConvBlock, Head, ResBlock, Upsample
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.modules.convolution import Conv
 from flashvaed_cli.decoders.modules.norms import ChannelLayerNorm, Norm
 from flashvaed_cli.decoders.modules.shuffle_blocks import ShuffleUpsample
+from flashvaed_cli.decoders.spec.addresses import stage_of
 
 LARGEST = 2.0**11
 """What may occur in a probe before anything is scaled: a 32nd of what float16 holds."""
@@ -98,9 +99,14 @@ def _peaks(decoder: Decoder) -> dict[str, float]:
 
 
 def _scale_stream(decoder: Decoder, scale: float) -> None:
-    """Multiply the stream from where it begins, the last convolution before the first other block, to the head."""
-    blocks = list(_blocks(decoder))
+    """Multiply the stream from where it begins, the last convolution before the first other block, to the head.
+
+    Where a bypass leads past that convolution, the stream begins before its stage.
+    """
+    addresses, blocks = (list(part) for part in zip(*decoder.blocks(), strict=True))
     begin = next(i for i, block in enumerate(blocks) if not isinstance(block, ConvBlock)) - 1
+    while begin > 0 and stage_of(addresses[begin]) in decoder.bypasses:
+        begin -= 1
     for block in blocks[begin:]:
         _scale_block(block, scale, is_first=block is blocks[begin])
     for bypass in decoder.bypasses.values():
@@ -126,10 +132,15 @@ def _scale_block(block: nn.Module, scale: float, *, is_first: bool) -> None:
         for conv in (block.temporal, block.spatial):
             if conv is not None:
                 _multiply(conv, scale, bias_only=True)
+    elif isinstance(block, Chain):  # ReLU passes a positive factor on
+        for conv in (*block.convolutions(), *([] if block.shortcut is None else [block.shortcut])):
+            _multiply(conv, scale, bias_only=True)
     elif isinstance(block, ShuffleUpsample):
         _multiply(block.conv, scale, bias_only=True)
-    elif isinstance(block, Head):
+    elif isinstance(block, Head) and block.norm is not None:
         _follow(block.norm, scale)
+    elif isinstance(block, Head):  # what the stream was multiplied with is taken out here
+        block.conv.weight.div_(scale)
 
 
 def _multiply(conv: Conv, scale: float, *, bias_only: bool = False) -> None:

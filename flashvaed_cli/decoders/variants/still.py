@@ -20,7 +20,7 @@ from flashvaed_cli.decoders.spec.coders import BypassSpec, DecoderSpec, StageSpe
 from flashvaed_cli.decoders.spec.layers import ConvSpec
 from flashvaed_cli.errors import SpecError
 
-_KINDS = ("conv", "resblock", "attention", "upsample", "head")
+_KINDS = ("conv", "resblock", "chain", "attention", "upsample", "head")
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ SEPARABLE_CAUSAL = "separable_causal"
 """The key that says so of a student; the released Flash-VAED student of LTX pads its depthwise layers causally."""
 
 _FOLDS = {(1, 2, 2): "spatial", (2, 1, 1): "temporal", (2, 2, 2): "spatiotemporal"}
-_OWN_FOLDS = {(1, 2, 2): "compress_space_res", (2, 1, 1): "compress_time_res", (2, 2, 2): "compress_all_res"}
+_OWN_FACTORS = {(1, 2, 2): "compress_space", (2, 1, 1): "compress_time", (2, 2, 2): "compress_all"}
 # diffusers fills this in where a configuration leaves it out; LTX's own code takes every decoder as centred.
 _CAUSAL_UNLESS_SAID = "AutoencoderKLLTX2Video"
 
@@ -155,9 +155,7 @@ def config_keys(
     """
     folds = [block for _, block in encoder.blocks() if isinstance(block, UnshuffleDownsampleSpec)]
     downs, ups = [stage for stage in encoder.stages if stage.name.startswith("down")], _ups(decoder)
-    factors = [
-        [8 * b.conv.in_width // b.conv.out_width for b in s.blocks if isinstance(b, ShuffleUpsampleSpec)] for s in ups
-    ]
+    factors = [[b.conv.in_width // b.out_width for b in s.blocks if isinstance(b, ShuffleUpsampleSpec)] for s in ups]
     fixed: dict[str, tuple[Any, ...]] = {
         "in_channels": (3,),
         "out_channels": (3,),
@@ -169,7 +167,7 @@ def config_keys(
         "spatio_temporal_scaling": (tuple(_is_sampled(stage) for stage in downs),),
         "decoder_spatio_temporal_scaling": (tuple(map(bool, factors))[::-1],),
         "upsample_factor": (tuple(found[0] if found else 1 for found in factors)[::-1],),
-        "upsample_type": (("spatiotemporal",) * len(ups),),
+        "upsample_type": (_upsample_types(ups),),
         "down_block_types": tuple((name,) * len(downs) for name in _DOWN_BLOCKS[bool(folds)]),
         "spatial_compression_ratio": (None, decoder.spatial_factor),
         "temporal_compression_ratio": (None, decoder.temporal_factor),
@@ -192,6 +190,12 @@ def config_keys(
         entry_is_latent=entry_is_latent,
         in_metadata=True,
     )
+
+
+def _upsample_types(ups: Sequence[StageSpec]) -> tuple[str, ...]:
+    """In forward order, which of all lists of the decoder this one is in."""
+    blocks = (next((b for b in stage.blocks if isinstance(b, ShuffleUpsampleSpec)), None) for stage in ups)
+    return tuple("spatiotemporal" if block is None else _FOLDS[block.factor] for block in blocks)
 
 
 _DOWN_BLOCKS = {False: ("LTXVideoDownBlock3D",), True: ("LTXVideo095DownBlock3D", "LTX2VideoDownBlock3D")}
@@ -342,8 +346,10 @@ def _block_names(spec: CoderSpec) -> Iterator[str]:
             run = 0
             if isinstance(block, ResBlockSpec):
                 yield "res_x_y"
-            else:
-                yield _OWN_FOLDS[block.factor] if isinstance(block, UnshuffleDownsampleSpec) else "compress_all"
+            elif isinstance(block, UnshuffleDownsampleSpec):
+                yield f"{_OWN_FACTORS[block.factor]}_res"
+            elif isinstance(block, ShuffleUpsampleSpec | StridedDownsampleSpec):
+                yield _OWN_FACTORS[block.factor]
         if run:
             yield _with_number("res_x", run)
 

@@ -1,7 +1,7 @@
 """Where the blocks of LTX-Video live in foreign checkpoints, as data, and what must be made of their tensors first.
 
 `ltx-VERSION-original`: LTX's single files (`vae.` before every name, beside the diffusion model's) and the released
-`Flash_VAED_LTX.pth`. `ltx-VERSION-diffusers`: `AutoencoderKLLTXVideo`.
+`Flash_VAED_LTX.pth`. `ltx-VERSION-diffusers`: `AutoencoderKLLTXVideo`, LTX-2: `AutoencoderKLLTX2Video`.
 
 Reference: the key names of those files (facts only).
 """
@@ -19,7 +19,7 @@ from flashvaed_cli.decoders.spec.coders import CoderSpec
 from flashvaed_cli.families.family import Family
 from flashvaed_cli.families.layout import Layout
 from flashvaed_cli.families.ltx.config import SEPARABLE_CAUSAL
-from flashvaed_cli.families.ltx.spec import DECODE_TIMESTEP, LTX_090, LTX_091, LTX_095, LTX_2
+from flashvaed_cli.families.ltx.spec import DECODE_TIMESTEP, LTX_2_CLASS, LTX_VIDEO
 from flashvaed_cli.families.ltx.timestep import CONDITION, fold_timestep, unfold_timestep
 
 ARGUMENTS = (
@@ -168,7 +168,7 @@ def implied(names: Iterable[str]) -> dict[str, Any]:
 
 
 def _class_of(family: Family) -> dict[str, Any]:
-    if family is not LTX_2:
+    if family not in LTX_2_CLASS:
         return {"config_class": "AutoencoderKLLTXVideo", "arguments": ARGUMENTS}
     blocks = family.config_keys.fixed["down_block_types"][-1]  # that class has blocks of its own name
     return {
@@ -205,5 +205,5 @@ def _layout(family: Family, style: str) -> Layout:
     )
 
 
-LTX_ORIGINALS = tuple(_layout(family, "original") for family in (LTX_090, LTX_091, LTX_095, LTX_2))
-LTX_DIFFUSERS = tuple(_layout(family, "diffusers") for family in (LTX_090, LTX_091, LTX_095, LTX_2))
+LTX_ORIGINALS = tuple(_layout(family, "original") for family in (*LTX_VIDEO, *LTX_2_CLASS))
+LTX_DIFFUSERS = tuple(_layout(family, "diffusers") for family in (*LTX_VIDEO, *LTX_2_CLASS))

@@ -1,4 +1,4 @@
-"""LTX-Video 0.9.0, 0.9.1, 0.9.5 (also 0.9.6 to 0.9.8) and LTX-2: the originals' specs, the paper's layout.
+"""LTX-Video 0.9.0, 0.9.1, 0.9.5 (also 0.9.6 to 0.9.8), LTX-2 and LTX-2.3: the originals' specs, the paper's layout.
 
 Patches of 4x4 pixels, no attention, norms without gain. A resampler leads each stage of the decoder: a convolution
 whose channels become frames, rows and columns. Before a kernel the first frame of the video stands again; released
@@ -6,7 +6,8 @@ decoders are centred in time and repeat the last frame too.
 
 From 0.9.1 on the decoder is conditioned on a timestep, the share of noise in the latents. At one timestep that is a
 gain and a shift per channel of every norm, and so it stands in the spec: `decode_timestep` says for which one.
-The noise that 0.9.1 injects is left out unless asked for (`decoders/variants/noise.py`).
+The noise that 0.9.1 injects is left out: the frames are the same every time, which measuring, surgery and
+distillation need. Its scales are read, kept and written.
 
 Reference: LTX-Video, arXiv 2501.00103; arXiv 2602.19161, table of the operator layout.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 
 from flashvaed_cli.decoders.spec.blocks import (
     BlockSpec,
@@ -44,11 +46,14 @@ CONDITIONED_NORM = NormSpec(eps=1e-8, gain=True, shift=True)
 
 @dataclass(frozen=True)
 class _UpStage:
-    """Blocks behind the resampler, width in base widths; `noise`: the release has scales for it."""
+    """Blocks behind the resampler, width in base widths; `noise`: the release has scales for it.
+
+    `enlarges` is what the resampler makes of a position: frames, rows, columns; None: there is no resampler.
+    """
 
     num_blocks: int
     multiplier: int
-    enlarges: bool = True
+    enlarges: Factor | None = (2, 2, 2)
     noise: bool = False
 
 
@@ -64,7 +69,11 @@ class _DownStage:
 
 @dataclass(frozen=True)
 class _Version:
-    """What differs between the releases. `divides`: an upsampler halves the width; else a block before it does."""
+    """What differs between the releases.
+
+    `divides`: an upsampler halves the width; else a block before it does. `residual`: its input is added to what it
+    gives. `encoder_mid_multiplier`: width of the encoder's last blocks in base widths.
+    """
 
     name: str
     mid_blocks: int
@@ -74,6 +83,9 @@ class _Version:
     conditioned: bool
     down: tuple[_DownStage, ...]
     encoder_mid_blocks: int
+    encoder_mid_multiplier: int
+    residual: bool = True
+    second_class: bool = False  # LTX-2's own class in diffusers
     space_padding: SpacePadding = "zeros"
 
 
@@ -88,11 +100,13 @@ V090 = _Version(
     "ltx-video-0.9.0",
     mid_blocks=4,
     mid_multiplier=4,
-    up=(_UpStage(3, 4, enlarges=False), _UpStage(3, 4), _UpStage(3, 2), _UpStage(4, 1)),
+    up=(_UpStage(3, 4, enlarges=None), _UpStage(3, 4), _UpStage(3, 2), _UpStage(4, 1)),
     divides=False,
+    residual=False,
     conditioned=False,
     down=_STRIDED_ENCODER,
     encoder_mid_blocks=4,
+    encoder_mid_multiplier=4,
 )
 V091 = _Version(
     "ltx-video-0.9.1",
@@ -103,6 +117,7 @@ V091 = _Version(
     conditioned=True,
     down=_STRIDED_ENCODER,
     encoder_mid_blocks=4,
+    encoder_mid_multiplier=4,
 )
 V095 = _Version(
     "ltx-video-0.9.5",
@@ -113,9 +128,23 @@ V095 = _Version(
     conditioned=True,
     down=_FOLDING_ENCODER,
     encoder_mid_blocks=2,
+    encoder_mid_multiplier=16,
 )
 # LTX-2 has the blocks of 0.9.5, not conditioned, and mirrors frames at their borders.
-V2 = replace(V095, name="ltx-2", conditioned=False, space_padding="reflect")
+V2 = replace(V095, name="ltx-2", conditioned=False, second_class=True, space_padding="reflect")
+V23 = _Version(
+    "ltx-2.3",
+    mid_blocks=2,
+    mid_multiplier=8,
+    up=(_UpStage(2, 4), _UpStage(4, 4), _UpStage(6, 2, (2, 1, 1)), _UpStage(4, 1, (1, 2, 2))),
+    divides=True,
+    residual=False,
+    conditioned=False,
+    down=(*_FOLDING_ENCODER[:2], _DownStage(4, 4, (2, 2, 2)), _DownStage(2, 8, (2, 2, 2))),
+    encoder_mid_blocks=2,
+    encoder_mid_multiplier=8,
+    second_class=True,
+)
 
 
 def _conv(in_width: int, out_width: int, padding: TimePadding) -> ConvSpec:
@@ -153,9 +182,9 @@ def _decoder_spec(version: _Version, base_width: int, latent_width: int) -> Deco
         if width != next_width and not version.divides:
             blocks.append(_resblock(width, next_width, padding, norm, noise=stage.noise))
             width = next_width
-        if stage.enlarges:
-            conv = _conv(width, 8 * next_width, padding)
-            blocks.append(ShuffleUpsampleSpec(conv=conv, residual=version.divides))
+        if stage.enlarges is not None:
+            conv = _conv(width, prod(stage.enlarges) * next_width, padding)
+            blocks.append(ShuffleUpsampleSpec(conv=conv, factor=stage.enlarges, residual=version.residual))
         width = next_width
         blocks += [_resblock(width, width, padding, norm, noise=stage.noise) for _ in range(stage.num_blocks)]
         stages.append(StageSpec(name=f"up{index}", blocks=tuple(blocks)))
@@ -175,14 +204,13 @@ def _encoder_spec(version: _Version, base_width: int, latent_width: int) -> Enco
     """The original encoder at a base width (128: the releases)."""
     width = base_width * version.down[0].multiplier
     stages = [StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=_conv(3 * PATCH**2, width, "first")),))]
-    behind = [*(stage.multiplier for stage in version.down[1:])]
-    behind.append(version.down[-1].multiplier * (1 if version.down[-1].fold is None else 2))
+    behind = (*(stage.multiplier for stage in version.down[1:]), version.encoder_mid_multiplier)
     for index, (stage, multiplier) in enumerate(zip(version.down, behind, strict=True)):
         next_width = multiplier * base_width
         blocks: list[BlockSpec] = [_resblock(width, width, "first") for _ in range(stage.num_blocks)]
         if stage.fold is not None:
-            cell = stage.fold[0] * stage.fold[1] * stage.fold[2]
-            blocks.append(UnshuffleDownsampleSpec(conv=_conv(width, next_width // cell, "first"), factor=stage.fold))
+            conv = _conv(width, next_width // prod(stage.fold), "first")
+            blocks.append(UnshuffleDownsampleSpec(conv=conv, factor=stage.fold))
         elif stage.shrinks:
             blocks.append(StridedDownsampleSpec(conv=_conv(width, width, "first")))
             blocks += [_resblock(width, next_width, "first")] if next_width != width else []
@@ -202,11 +230,13 @@ def _encoder_spec(version: _Version, base_width: int, latent_width: int) -> Enco
 
 def _listed_widths(version: _Version) -> dict[str, tuple[int, ...]]:
     """The multiples of the base width that diffusers' configurations list."""
-    up = tuple(stage.multiplier * (2 if version.divides else 1) for stage in reversed(version.up))
+    up = [stage.multiplier for stage in version.up]
+    if version.divides:  # what enters an upsampler is listed
+        up = [version.mid_multiplier, *up[:-1]]
     down = tuple(stage.multiplier for stage in version.down)
     if version.down[-1].fold is not None:
-        down = (*down, 2 * down[-1])
-    return {"decoder": up, "encoder": down[1:] if version is V2 else down}
+        down = (*down, version.encoder_mid_multiplier)
+    return {"decoder": tuple(reversed(up)), "encoder": down[1:] if version.second_class else down}
 
 
 def _family(version: _Version, operators: Mapping[str, Operator], shallow_stages: tuple[str, ...]) -> Family:
@@ -226,7 +256,7 @@ def _family(version: _Version, operators: Mapping[str, Operator], shallow_stages
             _decoder_spec(version, 8, LATENT_WIDTH),
             _encoder_spec(version, 8, LATENT_WIDTH),
             _listed_widths(version),
-            entry_is_latent=version is V2,  # diffusers' class
+            entry_is_latent=version.second_class,
         ),
         configured=configured,  # type: ignore[arg-type]
         described=described,
@@ -236,16 +266,23 @@ def _family(version: _Version, operators: Mapping[str, Operator], shallow_stages
 
 def _elsewhere(version: _Version) -> OtherPrograms:
     return OtherPrograms(
-        repository="Lightricks/LTX-2" if version is V2 else "Lightricks/LTX-Video",
+        repository={V2.name: "Lightricks/LTX-2", V23.name: "Lightricks/LTX-2.3"}.get(
+            version.name, "Lightricks/LTX-Video"
+        ),
         licence="other",
-        reads_single_file=True,
+        reads_single_file=version is not V23,  # the converter has LTX-2's blocks
         tells_by_released_encoder=version is V095,  # from 0.9.1, by the encoder's last width
-        comfyui=None if version is V2 else ComfyUIReader(config=comfyui_config),
+        comfyui=None if version.second_class else ComfyUIReader(config=comfyui_config),
     )
 
 
-# The paper's table for 0.9.0 has four up stages; the later versions, which have three, get it from the end.
+# The paper's table for 0.9.0 has four up stages; later versions, most of which have three, get it from the end.
 LTX_090 = _family(V090, {"mid": "dwsep3d", "up0": "dwsep3d", "up1": "dwsep3d", "up3": "frame2d"}, ("up2", "up3"))
 LTX_091 = _family(V091, {"mid": "dwsep3d", "up0": "dwsep3d", "up2": "frame2d"}, ("up1", "up2"))
 LTX_095 = _family(V095, {"mid": "dwsep3d", "up0": "dwsep3d", "up2": "frame2d"}, ("up1", "up2"))
 LTX_2 = _family(V2, {"mid": "dwsep3d", "up0": "dwsep3d", "up2": "frame2d"}, ("up1", "up2"))
+LTX_23 = _family(V23, {"mid": "dwsep3d", "up0": "dwsep3d", "up1": "dwsep3d", "up3": "frame2d"}, ("up2", "up3"))
+
+LTX_VIDEO = (LTX_090, LTX_091, LTX_095)
+LTX_2_CLASS = (LTX_2, LTX_23)
+"""Those that diffusers has a class of its own for."""

@@ -8,7 +8,7 @@ from flashvaed_cli.decoders.spec.blocks import ResBlockSpec
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.decoders.spec.groups import channel_groups
 from flashvaed_cli.errors import SpecError
-from flashvaed_cli.families.registry import get_family
+from flashvaed_cli.families.registry import has_family_blocks, shallow_stages
 from flashvaed_cli.recipe.convert_ops import ConvertOpsRecipe
 from flashvaed_cli.recipe.settings import RatioFields
 
@@ -20,7 +20,7 @@ def require_known_ratios(recipe: RatioFields, spec: DecoderSpec) -> None:
         SpecError: names who asked (a recipe file and its key, or the flag), what there is, and how to mend it.
     """
     groups = channel_groups(spec)
-    shallow = get_family(spec.family).shallow_stages
+    shallow = shallow_stages(spec)
     stages = [stage.name for stage in spec.stages if any(group.stage == stage.name for group in groups)]
     for field, kind, known in (
         ("stage_keep_ratios", "stage", stages),
@@ -52,6 +52,19 @@ def require_known_operators(recipe: ConvertOpsRecipe, spec: DecoderSpec) -> None
         fault = f"stage '{name}' has no residual block to convert" if exists else f"this decoder has no stage '{name}'"
         mending = "give one of these" if origin is None else "change it there, or leave it to the profile"
         raise SpecError(f"{asked}: {fault}, but {', '.join(stages)}: {mending}")
+
+
+def require_own_blocks(spec: DecoderSpec, location: str) -> None:
+    """Refuse to convert the operators of a decoder that is not made of its family's blocks.
+
+    Raises:
+        SpecError: says what there is instead.
+    """
+    if not has_family_blocks(spec):
+        raise SpecError(
+            f"{location}: --profile paper lays out the operators of {spec.family}'s own blocks, and this decoder has "
+            "others, which are light already. For the same frames in less time: --profile exact"
+        )
 
 
 def _unknown(names: Iterable[str], known: Collection[str]) -> list[str]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flashvaed_cli.decoders.modules.coder import Coder, Decoder
 from flashvaed_cli.decoders.spec.groups import Kept, compose_kept, tensor_widths
+from flashvaed_cli.decoders.spec.light import has_same_blocks
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.settings import ReconstructingRecipe
 from flashvaed_cli.report.tables import Column, TableData
@@ -29,12 +30,15 @@ def fit_settings(recipe: ReconstructingRecipe, *, num_separable_iterations: int 
 def choose_reference(inputs: Inputs, kept: Kept, progress: Progress) -> tuple[Decoder, Kept]:
     """What to solve against, and the channels of it that are left: the original.
 
-    A decoder pruned elsewhere does not say what it kept of the original: then it is its own reference.
+    A decoder pruned elsewhere does not say what it kept of the original, and one of another shape has kept nothing of
+    it: then it is its own reference.
 
     Args:
         kept: channels of the input decoder that this step leaves.
     """
     decoder, original = inputs.checkpoint.require_decoder(), inputs.reference()
+    if not has_same_blocks(decoder.spec, original.spec):
+        return decoder, kept
     before = inputs.checkpoint.kept_channels
     widths = tensor_widths(original.spec) | {tensor: len(channels) for tensor, channels in before.items()}
     if tensor_widths(decoder.spec) == widths:

@@ -19,6 +19,7 @@ from flashvaed_cli.calibrate.statistics import collect_statistics
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.run.streaming import decode
 from flashvaed_cli.decoders.spec.groups import Kept
+from flashvaed_cli.decoders.spec.light import has_same_blocks
 from flashvaed_cli.decoders.variants.exact import exact_decoder
 from flashvaed_cli.distill.loop import train
 from flashvaed_cli.distill.losses import LossWeights
@@ -26,6 +27,7 @@ from flashvaed_cli.distill.objective import Perceptual
 from flashvaed_cli.distill.phases import (
     PhasePlan,
     Projection,
+    plan_other_shape,
     plan_phase_1,
     plan_phase_2,
     plan_phase_3,
@@ -52,6 +54,7 @@ from flashvaed_cli.stages.distill.clip_source import NUM_STATISTICS_CLIPS
 from flashvaed_cli.stages.distill.data import TrainingData, training_data
 from flashvaed_cli.stages.distill.files import TrainingFiles, describe_checkpoints
 from flashvaed_cli.stages.distill.report import PhaseResult, draw_curves, phase_record, phase_table, same_clips_table
+from flashvaed_cli.stages.distill.student import give_first_weights, with_new_student
 from flashvaed_cli.stages.distill.validation import Validation, open_validation
 from flashvaed_cli.stages.distill.watch import SampleStrips, TensorBoardLog, TrainingLog, TrainingWatch
 from flashvaed_cli.stages.info.next_step import next_commands
@@ -122,6 +125,9 @@ def _run_alone(run: Run[DistillRecipe], ranks: Ranks, device: torch.device, file
         "prepared_channels": prepared,
         "same_clips": {"num_clips": len(clips), "psnr_db_before": before, "psnr_db_after": after},
     }
+    if recipe.student is not None:
+        width = job.student.spec.stage("head").blocks[0].in_width
+        measured["student"] = {"shape": recipe.student, "width": width, "start": job.start or "random"}
     header = run.header(job.inputs, measured, files=job.data.files)
     curves = ranks.from_main(lambda: _finish(files, header, job, results, force=run.force))
     tables = (phase_table(results), same_clips_table(before, after, len(clips)))
@@ -148,7 +154,7 @@ def _note_what_is_kept(error: KeyboardInterrupt, recipe: DistillRecipe, files: T
 
 @dataclass(frozen=True)
 class _Job:
-    """All that the phases share."""
+    """All that the phases share; `start` is what the first weights of a new student miss."""
 
     recipe: DistillRecipe
     ranks: Ranks
@@ -159,11 +165,17 @@ class _Job:
     data: TrainingData
     perceptual: Perceptual | None
     validation: Validation | None
+    start: dict[str, float] | None
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Terms of the loss that cannot be computed here; said once, not by every phase."""
+        return ("lpips",) if self.recipe.loss_weights.lpips and self.perceptual is None else ()
 
 
 def _prepare(run: Run[DistillRecipe], ranks: Ranks, device: torch.device) -> _Job:
     recipe, progress = run.recipe, run.progress
-    inputs = run.load(device)
+    inputs = with_new_student(recipe, run.load(device), progress)
     student, teacher = inputs.checkpoint.require_decoder(), inputs.reference()
     if next(teacher.parameters()) is next(student.parameters()):
         teacher = copy.deepcopy(teacher)  # an original is trained towards itself: phase 2 prepares it for pruning
@@ -186,8 +198,9 @@ def _prepare(run: Run[DistillRecipe], ranks: Ranks, device: torch.device) -> _Jo
         wait=ranks.wait,
         num_drawn=clips_per_step * sum(phase.num_steps for phase in phases),
     )
+    start = give_first_weights(recipe, student, teacher, data, progress) if ranks.is_main else None
     perceptual = _perceptual(recipe, ranks, device, progress)
-    return _Job(recipe, ranks, inputs, student, teacher, phases, data, perceptual, validation)
+    return _Job(recipe, ranks, inputs, student, teacher, phases, data, perceptual, validation, start)
 
 
 def _train_phases(job: _Job, files: TrainingFiles, progress: Progress) -> tuple[list[PhaseResult], Kept]:
@@ -221,6 +234,7 @@ def _train_phases(job: _Job, files: TrainingFiles, progress: Progress) -> tuple[
             replaces=[path for path in given_up if path != files.checkpoint(index)],
             run_key=_run_key(job, index),
             perceptual=job.perceptual,
+            told_absent=job.left_out,
             progress=progress,
             ranks=ranks,
             validate=job.validation,
@@ -277,9 +291,12 @@ def choose_phases(recipe: DistillRecipe, inputs: Inputs, progress: Progress) -> 
     """
     schedule = recipe.schedule()
     family = get_family(inputs.checkpoint.family)
-    swapped = swapped_stages(inputs.checkpoint.require_decoder().spec, inputs.reference().spec)
-    misfits = {}
-    if not set(swapped) - set(family.shallow_stages):
+    student, teacher = inputs.checkpoint.require_decoder().spec, inputs.reference().spec
+    swapped = swapped_stages(student, teacher)
+    misfits: dict[int, str] = {}
+    if not has_same_blocks(student, teacher):
+        misfits = dict.fromkeys((1, 2), "the decoder is of another shape than the original, and only frames compare")
+    elif not set(swapped) - set(family.shallow_stages):
         misfits[1] = "no deep stage has another operator than the original's (run convert-ops first)"
     if inputs.checkpoint.kept_channels:
         misfits[2] = "the decoder is pruned already, and phase 2 prepares for pruning"
@@ -306,7 +323,7 @@ def _perceptual(recipe: DistillRecipe, ranks: Ranks, device: torch.device, progr
 
     missing = ranks.from_main(lambda: _what_is_missing(load))
     if missing is not None:
-        progress.warn(f"the LPIPS loss term is left out. {missing}")
+        progress.warn(missing)
         return None
     return load()
 
@@ -315,13 +332,15 @@ def _what_is_missing(load: Callable[[], object]) -> str | None:
     try:
         load()
     except MetricUnavailableError as error:
-        return str(error)
+        return f"no LPIPS in the loss: {error.short or error}"
     return None
 
 
 def _plan(phase: int, job: _Job, progress: Progress) -> PhasePlan:
     recipe, student, teacher = job.recipe, job.student, job.teacher
     family, kept = get_family(job.inputs.checkpoint.family), job.inputs.checkpoint.kept_channels
+    if not has_same_blocks(student.spec, teacher.spec):
+        return plan_other_shape(student.spec)
     if phase == 1:
         return plan_phase_1(student.spec, teacher.spec, shallow_stages=family.shallow_stages, kept_channels=kept)
     sample = [latents.to(job.inputs.device) for latents in job.data.first(NUM_STATISTICS_CLIPS)]
@@ -356,6 +375,7 @@ def _settings(recipe: DistillRecipe, phase: PhaseRecipe) -> TrainSettings:
         checkpoint_activations=recipe.checkpoint_activations,
         compile=recipe.compile,
         loss_weights=LossWeights(**recipe.loss_weights.model_dump()),
+        adversarial_start=recipe.adversarial_start,
         validate_every_steps=recipe.validate_every_steps,
         checkpoint_every_steps=recipe.checkpoint_every_steps,
         checkpoint_every_s=None if every_minutes is None else 60 * every_minutes,
@@ -384,8 +404,12 @@ _NO_PART_OF_THE_RUN = {
 def _run_key(job: _Job, index: int) -> str:
     """Equal for runs that would give the same weights: recipe, decoder and data, wherever they are written."""
     settings = job.recipe.model_dump(mode="json", exclude=_NO_PART_OF_THE_RUN)
-    if settings["weights"] is None:  # trainings that version 0.3 began have no such setting, and go on
-        del settings["weights"]
+    for later in ("weights", "student", "student_width", "student_start", "adversarial_start"):
+        if not settings[later]:  # trainings that version 0.3 began have no such setting, and go on
+            del settings[later]
+    for later in ("wavelet", "adversarial"):
+        if not settings["loss_weights"][later]:
+            del settings["loss_weights"][later]
     has_lpips = job.perceptual is not None
     parts = [settings, job.inputs.checkpoint.sha256, job.inputs.original.sha256, job.data.key, has_lpips, index]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -29,7 +29,7 @@ from flashvaed_cli.media.cuts import none_usable
 from flashvaed_cli.media.latent_files import is_latent_file
 from flashvaed_cli.media.video import probe_video
 from flashvaed_cli.metrics.frechet import load_extractor
-from flashvaed_cli.metrics.lpips_metric import LpipsMetric, load_lpips, lpips_checkpoint_path
+from flashvaed_cli.metrics.lpips_metric import LpipsMetric, load_lpips
 from flashvaed_cli.metrics.quality import QualityResult, mean_quality
 from flashvaed_cli.metrics.vmaf import find_ffmpeg
 from flashvaed_cli.ownership import has_own_header
@@ -320,6 +320,8 @@ def _settings(
         "dtype": recipe.dtype,
         "speed": f"in alternation, {recipe.num_speed_rounds} rounds at most, latents {list(latents.shape)}",
     }
+    if recipe.pipeline_seconds is not None:
+        settings["pipeline"] = f"its other steps take {recipe.pipeline_seconds:g} s for a clip of these latents"
     if recipe.protocol is not None:
         settings["protocol"] = f"{recipe.protocol}: {recipe.num_frames} frames, middle {recipe.center_crop} px square"
     if recipe.features is not None:
@@ -363,9 +365,7 @@ def _lpips(recipe: EvalRecipe, device: torch.device, notes: list[str]) -> LpipsM
     except MetricUnavailableError as error:
         if recipe.lpips == "on":
             raise
-        is_absent = not recipe.allow_download and not lpips_checkpoint_path("alex").is_file()
-        short = "LPIPS is left out: its backbone's weights are not here (--allow-download gets them, 233 MB)."
-        notes.append(short if is_absent else f"LPIPS is left out. {error}")
+        notes.append(f"LPIPS is left out: {error.short}." if error.short else f"LPIPS is left out. {error}")
         return None
 
 

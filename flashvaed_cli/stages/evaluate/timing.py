@@ -18,6 +18,7 @@ from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.evaluate import EvalRecipe
 from flashvaed_cli.recipe.quantities import parse_memory
 from flashvaed_cli.report.evaluation import DecoderFigures, Spread
+from flashvaed_cli.report.pipeline import PipelineShare
 from flashvaed_cli.stages.common.loading import DTYPES
 from flashvaed_cli.stages.evaluate.compare import ORIGINAL
 
@@ -60,12 +61,17 @@ def timed(
         progress=progress,
     )
     num_frames = original.spec.num_frames(latents.shape[2])
-    return [_with_speed(one, speeds, num_frames) for one in figures]
+    return [_with_speed(one, speeds, num_frames, recipe.pipeline_seconds) for one in figures]
 
 
-def _with_speed(figures: DecoderFigures, speeds: dict[str, SpeedResult], num_frames: int) -> DecoderFigures:
+def _with_speed(
+    figures: DecoderFigures, speeds: dict[str, SpeedResult], num_frames: int, rest_s: float | None
+) -> DecoderFigures:
     speed = speeds[figures.name]
     ratio = speed_ratio(speeds[ORIGINAL], speed)
     num_rounds = len(ratio.ratios)
     spread = None if figures.name == ORIGINAL else Spread(ratio.median, ratio.min, ratio.max, num_rounds)
-    return replace(figures, frames_per_second=speed.per_second(num_frames), speedup=spread)
+    per_second = speed.per_second(num_frames)
+    original_s = num_frames / speeds[ORIGINAL].per_second(num_frames)
+    pipeline = None if rest_s is None else PipelineShare(rest_s, num_frames / per_second, original_s)
+    return replace(figures, frames_per_second=per_second, speedup=spread, pipeline=pipeline)

@@ -10,17 +10,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flashvaed_cli.artifact.checkpoint import FAMILY_KEY, Checkpoint, load_checkpoint, load_original
+from flashvaed_cli.artifact.checkpoint import (
+    FAMILY_KEY,
+    Checkpoint,
+    derived_header,
+    load_checkpoint,
+    load_original,
+    save_checkpoint,
+)
 from flashvaed_cli.artifact.foreign.writing import to_program
 from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
 from flashvaed_cli.decoders.variants.expansion import expanded_decoder
 from flashvaed_cli.errors import ArtifactError, ExportError
-from flashvaed_cli.export.checkpoint_file import Reference, export_diffusers, export_safetensors
+from flashvaed_cli.export.checkpoint_file import READ_BACK, Reference, export_diffusers, export_safetensors, read_back
 from flashvaed_cli.export.diffusers_config import diffusers_config, encoder_fault, single_file_note
 from flashvaed_cli.export.parity import seeded_latents
 from flashvaed_cli.export.result import ExportResult
 from flashvaed_cli.families.layout import Layout
-from flashvaed_cli.families.registry import LAYOUTS, get_family, original_layout, original_like
+from flashvaed_cli.families.registry import LAYOUTS, get_family, has_family_blocks, original_layout, original_like
 from flashvaed_cli.families.uniform_layout import fits_uniform_layout
 from flashvaed_cli.recipe.export import ExportRecipe
 from flashvaed_cli.stages.common.loading import DTYPES
@@ -68,9 +75,13 @@ class Prepared:
 def export_original_layout(checkpoint: Checkpoint, path: Path, recipe: ExportRecipe) -> ExportResult:
     """The family's own key layout, with the encoder where the checkpoint holds one, and the latent statistics.
 
+    A decoder that is not made of the family's blocks has no such layout: its file is an artifact.
+
     Raises:
         ExportError: the file does not reproduce the decoder.
     """
+    if not has_family_blocks(checkpoint.require_decoder().spec):
+        return _export_artifact(checkpoint, path, recipe)
     written, encoder = prepared(checkpoint), checkpoint.encoder
     family, decoder = get_family(checkpoint.family), written.decoder
     tensors, exact = written.tensors(written.original, encoder)
@@ -91,6 +102,20 @@ def export_original_layout(checkpoint: Checkpoint, path: Path, recipe: ExportRec
         exact=exact,
         notes=(*written.notes("safetensors"), note),
     )
+
+
+def _export_artifact(checkpoint: Checkpoint, path: Path, recipe: ExportRecipe) -> ExportResult:
+    header = derived_header(checkpoint) if checkpoint.header is None else checkpoint.header
+    decoder, dtype = checkpoint.require_decoder(), DTYPES[recipe.dtype]
+    save_checkpoint(path, header, decoder=decoder, dtype=dtype)
+    difference, allowed = read_back(
+        Reference(decoder, _check_latents(checkpoint, recipe.seed), _reload_decoder), path, dtype, path.name
+    )
+    note = (
+        f"safetensors: under flashvaed's own names, with its header: {checkpoint.family} has no names for a decoder of "
+        "other blocks than its own"
+    )
+    return ExportResult("safetensors", (path,), path.stat().st_size, difference, allowed, READ_BACK, notes=(note,))
 
 
 def export_diffusers_folder(checkpoint: Checkpoint, folder: Path, recipe: ExportRecipe) -> ExportResult:

@@ -15,8 +15,9 @@ from flashvaed_cli.calibrate.statistics import collect_statistics
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.decoders.spec.groups import ChannelGroup, Kept, channel_groups, compose_kept, tensor_widths
+from flashvaed_cli.decoders.spec.light import has_same_blocks
 from flashvaed_cli.errors import ArtifactError, SpecError
-from flashvaed_cli.families.registry import get_family
+from flashvaed_cli.families.registry import shallow_stages
 from flashvaed_cli.numerics.covariance import TensorStatistics
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.fields import ANALYSIS_FILE
@@ -105,7 +106,7 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
     header = run.header(
         inputs,
         measured,
-        kept_channels=compose_kept(inputs.checkpoint.kept_channels, kept),
+        kept_channels=_kept_of_original(inputs, kept),
         parents=parents,
         files=clips.files,
         speedup=judged.speedup,
@@ -122,6 +123,13 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
     )
 
 
+def _kept_of_original(inputs: Inputs, kept: Kept) -> Kept:
+    """The original's channels that are left; none of a decoder of another shape, whose channels are its own."""
+    if not has_same_blocks(inputs.checkpoint.require_decoder().spec, inputs.reference().spec):
+        return {}
+    return compose_kept(inputs.checkpoint.kept_channels, kept)
+
+
 def _choose_free(
     recipe: PruneRecipe,
     inputs: Inputs,
@@ -133,7 +141,7 @@ def _choose_free(
     """Kept channels, each group with a width of its own: by ratios, by a target, or as a distillation prepared."""
     decoder = inputs.checkpoint.require_decoder()
     budget = None
-    ratios, round_to = recipe.ratios(get_family(inputs.checkpoint.family).shallow_stages), recipe.round_to
+    ratios, round_to = recipe.ratios(shallow_stages(decoder.spec)), recipe.round_to
     prepared = _prepared_channels(inputs.checkpoint)
     if prepared and not recipe.names_widths:
         ratios, round_to = _ratios_of(prepared, decoder.spec), 1

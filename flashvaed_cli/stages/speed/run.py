@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -13,7 +14,16 @@ from flashvaed_cli.metrics.autotune import device_name
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.evaluate import EvalRecipe
 from flashvaed_cli.recipe.quantities import parse_memory, parse_size
-from flashvaed_cli.report.speed import SPEED_JSON, SpeedReport, all_notes, save_speed, speed_document, speed_tables
+from flashvaed_cli.report.pipeline import PipelineShare
+from flashvaed_cli.report.speed import (
+    SPEED_JSON,
+    SpeedReport,
+    SpeedTable,
+    all_notes,
+    save_speed,
+    speed_document,
+    speed_tables,
+)
 from flashvaed_cli.stages.common.compared import derived_decoders
 from flashvaed_cli.stages.common.loading import DTYPES
 from flashvaed_cli.stages.common.outputs import filled_at_the_end, moved
@@ -53,7 +63,7 @@ def run_speed(recipe: EvalRecipe, *, progress: Progress, force: bool, command_li
             except DecodeError as error:
                 misfits.append(error)
                 continue
-            tables.append(table)
+            tables.append(_in_pipeline(table, recipe.pipeline_seconds))
             notes += remarks
     if not tables:
         raise misfits[0]
@@ -102,6 +112,16 @@ def _whole(asked: ClipSize, original: Decoder, progress: Progress) -> ClipSize:
         progress.warn(f"{asked} are timed as {size}: what whole latents decode to")
     progress.log(f"timing {size}")
     return size
+
+
+def _in_pipeline(table: SpeedTable, rest_s: float | None) -> SpeedTable:
+    """The table with what each decoder means for a pipeline whose other steps take `rest_s`."""
+    eager = table.rows[0].seconds
+    if rest_s is None or eager is None:
+        return table
+    shares = [one.seconds and PipelineShare(rest_s, one.seconds.median, eager.median) for one in table.rows]
+    rows = tuple(replace(row, pipeline=share) for row, share in zip(table.rows, shares, strict=True))
+    return replace(table, rows=rows)
 
 
 def _settings(recipe: EvalRecipe) -> SpeedSettings:

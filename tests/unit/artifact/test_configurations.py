@@ -116,7 +116,7 @@ def ltx_tensors(version: str, style: str, *, with_encoder: bool = True) -> dict:
 
 
 def ltx_folder(folder: Path, version: str, **changes: Any) -> Path:
-    config = {"_class_name": "AutoencoderKLLTX2Video" if version == "2" else "AutoencoderKLLTXVideo"}
+    config = {"_class_name": "AutoencoderKLLTX2Video" if version.startswith("2") else "AutoencoderKLLTXVideo"}
     statistics = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
     return write_folder(
         folder, ltx_tensors(version, "diffusers"), {**config, **ltx_config(version, 4, 4), **statistics, **changes}

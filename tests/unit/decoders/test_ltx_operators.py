@@ -23,10 +23,10 @@ from flashvaed_cli.decoders.spec.groups import channel_groups
 from flashvaed_cli.decoders.spec.layers import ConvSpec, NormSpec, SpacePadding, TimePadding
 from flashvaed_cli.decoders.variants import exact
 from flashvaed_cli.decoders.variants.exact import exact_changes, exact_decoder
-from flashvaed_cli.decoders.variants.noise import injected_noise
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.families.registry import get_family
 from flashvaed_cli.surgery.rows import gather_patches
+from tests.injected_noise import injected_noise
 from tests.ltx_toy import VERSIONS, flash_ltx_spec, ltx_decoder, ltx_spec
 from tests.toy import toy_latents
 

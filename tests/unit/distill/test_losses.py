@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
+from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from flashvaed_cli.decoders.modules.operators import frames_as_batch
@@ -17,6 +19,7 @@ from flashvaed_cli.distill.losses import (
     sharpness_loss,
     ssim_loss,
     temporal_loss,
+    wavelet_loss,
 )
 
 
@@ -38,6 +41,7 @@ def test_equal_frames_cost_nothing_and_others_something(name: str, side: int, nu
         (name == "temporal" and num_frames == 1)
         or (name == "sharpness" and side == 1)
         or (name == "energy" and side < 3)
+        or (name == "wavelet" and side < 2)
     )
     assert (float(loss.detach()) > 0) is not silent
 
@@ -137,3 +141,38 @@ def test_energy_is_what_a_blur_loses_and_a_shift_keeps() -> None:
     sharper = (blurred - 20 * gradient).detach()
     assert float(energy_loss(sharper, teacher)) < float(loss.detach()) - 0.01
     assert float(loss.detach()) > 0.3
+
+
+def test_wavelet_bands_are_sums_and_differences_of_neighbours() -> None:
+    frames = torch.randn(2, 3, 5, 6, 8)
+    first, later = frames[:, :, :1], frames[:, :, 1:]
+
+    def bands(x: Tensor, dims: tuple[int, ...]) -> dict[tuple[int, ...], Tensor]:
+        found: dict[tuple[int, ...], Tensor] = {}
+        for signs in itertools.product((1, -1), repeat=len(dims)):
+            band = x
+            for sign, dim in zip(signs, dims, strict=True):
+                even, odd = (band.index_select(dim, torch.arange(i, band.shape[dim], 2)) for i in (0, 1))
+                band = even + sign * odd
+            found[signs] = band
+        return found
+
+    image, video = bands(first, (3, 4)), bands(later, (2, 3, 4))
+    low = [image.pop((1, 1)), video.pop((1, 1, 1))]
+    high = [*image.values(), *video.values()]
+    expected = (
+        torch.stack([b.abs().mean() for b in high]).mean() + 0.5 * torch.stack([b.abs().mean() for b in low]).mean()
+    )
+    torch.testing.assert_close(wavelet_loss(frames, torch.zeros_like(frames)), expected)
+    assert wavelet_loss(frames, frames) == 0
+    assert wavelet_loss(frames[..., :1], torch.zeros(2, 3, 5, 6, 1)) == 0  # a column has no pairs
+
+
+def test_every_haar_band_feels_its_own_detail() -> None:
+    checker = torch.ones(1, 3, 1, 4, 4)
+    checker[..., 0::2, 1::2] = checker[..., 1::2, 0::2] = -1
+    flat = torch.ones(1, 3, 1, 4, 4)
+    still = torch.zeros(1, 3, 1, 4, 4)
+    # One of three high bands is 4; the flat picture is in the low band alone, which counts half.
+    assert wavelet_loss(checker, still) == pytest.approx(4 / 3)
+    assert wavelet_loss(flat, still) == pytest.approx(0.5 * 4)

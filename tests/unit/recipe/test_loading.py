@@ -84,7 +84,7 @@ steps:
         "line 7: round_to: this key is given twice",
         "line 8: steps[1].distil = {}: unknown command; did you mean distill?",
         "line 9: steps[2].distill.loss_weights.l3 = 2: unknown key "
-        "(known: l1, mse, lpips, feature, ssim, l_ce, sharpness, energy, temporal)",
+        "(known: l1, mse, lpips, feature, ssim, l_ce, sharpness, energy, temporal, wavelet, adversarial)",
         "line 9: steps[2].distill.phases[0].num_step = 3: unknown key; did you mean num_steps?",
     ]
 

@@ -12,8 +12,8 @@ from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
 from flashvaed_cli.decoders.modules.operators import ChannelRMSNorm
 from flashvaed_cli.errors import DistillationError, SpecError
 from flashvaed_cli.families.wan21.spec import wan_decoder_spec, wan_encoder_spec
-from flashvaed_cli.zoo.linear_start import start_linear
-from flashvaed_cli.zoo.training import (
+from tests.teacher.linear_start import start_linear
+from tests.teacher.training import (
     Autoencoder,
     ImagePath,
     RunState,

@@ -1,6 +1,6 @@
 """Train `builtin:tiny-wan`: data, held-out measurement and the files that come out.
 
-`python -m flashvaed_cli.stages.teacher --data DIR --hold-out NAME --minutes 85 --work-dir DIR --output PATH`;
+`python -m tests.teacher --data DIR --hold-out NAME --minutes 85 --work-dir DIR --output PATH`;
 the same command continues a run that was killed.
 """
 
@@ -28,8 +28,8 @@ from flashvaed_cli.media.procedural import render_frames
 from flashvaed_cli.media.sources import find_clips
 from flashvaed_cli.media.video import iter_frames, read_clip, scaled_size
 from flashvaed_cli.metrics.quality import psnr_db
-from flashvaed_cli.zoo.linear_start import start_linear
-from flashvaed_cli.zoo.training import Autoencoder, RunState, TrainingPlan, start_state, train
+from tests.teacher.linear_start import start_linear
+from tests.teacher.training import Autoencoder, RunState, TrainingPlan, start_state, train
 
 NUM_EVAL_FRAMES = 17
 EVAL_MAX_SIDE, CROP_MAX_SIDE, CROP = 256, 512, 64
@@ -193,7 +193,7 @@ def save_weights(path: Path, encoder: Encoder, decoder: Decoder) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m flashvaed_cli.stages.teacher", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.teacher", description=__doc__)
     parser.add_argument("--data", nargs="+", required=True, help="videos, photos or folders of them")
     parser.add_argument("--hold-out", nargs="+", default=[], help="file names never trained on, measured instead")
     parser.add_argument("--minutes", type=float, default=85.0, help="wall clock of training")

@@ -147,7 +147,7 @@ def _fit_encoder_head(head: Head, x: Clips, path: int) -> None:
 def _fit_norm(head: Head, x: Clips) -> None:
     """Make the norm about the identity on all channels but the constant, which comes out as 1."""
     typical = x.square().sum(1).mean().sqrt()
-    gamma = head.norm.get_parameter("gamma")
+    gamma = head.get_submodule("norm").get_parameter("gamma")
     gamma.fill_(float(typical) / x.shape[1] ** 0.5)
     gamma[-1] = float(typical / x[:, -1].mean()) / x.shape[1] ** 0.5
 

@@ -1,8 +1,7 @@
-"""The noise that some decoders add behind their convolutions, which is left out unless asked for.
+"""The noise of LTX-Video 0.9.1, which the program leaves out: to compare the scales that it reads with diffusers'.
 
-LTX-Video 0.9.1 draws a map of noise per convolution, one for all frames, and adds it times a learned scale per
-channel. Without it the frames are the same every time, which measuring, surgery and distillation need; with it, a
-seed gives the same frames for every chunk size (of a causal decoder).
+The original draws a map of noise per convolution, one for all frames, and adds it times a learned scale per channel.
+Here a seed gives the same frames for every chunk size (of a causal decoder).
 """
 
 from __future__ import annotations

@@ -1,0 +1,236 @@
+"""Light decoders for the latents of another network: three shapes, each fitted to the grid of a given original.
+
+They have few norms and no attention, and are trained from the original's frames alone. Where the original doubles the
+frames, so do they: 1 + f (T - 1) frames come out. Time is seen by causal layers only, so chunks follow each other by a
+state. Imports no torch.
+
+Shapes:
+    tae: chains of three convolutions and nearest upsampling, one width throughout, latents clamped at the entry. For
+        video, the first layer of every chain reads the previous frame too.
+    temporal-tae: chains on frames; time is seen by causal residual layers of (3, 1, 1) behind the first upsampling.
+        Departs from the published one, which is not causal, has GroupNorm over all frames of a clip, attention in each
+        frame and bilinear upsampling.
+    efficientvit: chains of two convolutions, pixel shuffles with copies past them, one RMS norm before the last layer.
+        The published decoder of this name has no attention either.
+
+Reference: TAESD and TAEHV (madebyollin); arXiv 2503.04871 (TAE-192, its temporal form and the "EfficientViT" decoder);
+DC-AE, arXiv 2410.10733.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from flashvaed_cli.decoders.spec.blocks import (
+    BlockSpec,
+    ChainSpec,
+    ConvBlockSpec,
+    HeadSpec,
+    ResBlockSpec,
+    ShuffleUpsampleSpec,
+    UpsampleSpec,
+)
+from flashvaed_cli.decoders.spec.coders import BypassSpec, DecoderSpec, StageSpec
+from flashvaed_cli.decoders.spec.layers import ConvSpec, LatentEntrySpec, NormSpec
+from flashvaed_cli.errors import SpecError
+from flashvaed_cli.recipe.fields import StudentShape
+
+LightShape = StudentShape
+
+LATENT_LIMIT = 3.0
+"""Normalized latents are clamped softly within this, as TAESD does."""
+_COLOURS = 3
+_ROUND_TO = 8
+_TAE_DEPTHS, _TEMPORAL_DEPTHS = (3, 3, 3, 1), (3, 2, 2, 1)
+_EFFICIENT_DEPTHS = (10, 5)
+_HEAD_NORM = NormSpec(eps=1e-5, gain=True, shift=True)
+
+
+@dataclass(frozen=True)
+class _Ground:
+    """What a light decoder takes over from the original: its grid, and the scale of its latents."""
+
+    original: DecoderSpec
+    doubles_frames: tuple[bool, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def latent_width(self) -> int:
+        return self.original.latent_width
+
+    @property
+    def has_time(self) -> bool:
+        return self.original.temporal_factor > 1 and not self.original.still
+
+    def decoder(self, stages: Sequence[StageSpec], *, patch: int) -> DecoderSpec:
+        """The whole, with the original's family and factors."""
+        original = self.original
+        return DecoderSpec(
+            family=original.family,
+            stages=tuple(stages),
+            temporal_factor=original.temporal_factor,
+            spatial_factor=original.spatial_factor,
+            patch=patch,
+            still=original.still,
+        )
+
+
+def light_spec(
+    shape: LightShape,
+    original: DecoderSpec,
+    width: int | None = None,
+    *,
+    mean: tuple[float, ...] = (),
+    std: tuple[float, ...] = (),
+) -> DecoderSpec:
+    """A light decoder for the latents of `original`.
+
+    Args:
+        width: channels; None: see `default_width`.
+        mean, std: of the raw latents, per channel; empty: the decoder reads them raw.
+    Raises:
+        SpecError: the original grows otherwise than by doublings of the size, or the width does not suit the shape.
+    """
+    ground = _Ground(original, _doublings(original), mean, std)
+    return _BUILDERS[shape](ground, default_width(shape, original) if width is None else width)
+
+
+def default_width(shape: LightShape, original: DecoderSpec) -> int:
+    """Half (efficientvit: a third) of the original's widest stream, a multiple of 8: the published widths, for Wan."""
+    widest = max(block.out_width for _, block in original.blocks())
+    width = max(round(widest / (3 if shape == "efficientvit" else 2) / _ROUND_TO), 1) * _ROUND_TO
+    step = _latent_step(original.latent_width) if shape == "efficientvit" else 1
+    return -(-width // step) * step
+
+
+def has_same_blocks(first: DecoderSpec, second: DecoderSpec) -> bool:
+    """Whether two decoders have blocks of the same kinds at the same addresses; else one is of another shape."""
+    return [(address, block.kind) for address, block in first.blocks()] == [
+        (address, block.kind) for address, block in second.blocks()
+    ]
+
+
+def _doublings(original: DecoderSpec) -> tuple[bool, ...]:
+    """For every doubling of the size in the original, whether it doubles the frames too.
+
+    Frames that the original doubles by themselves are doubled with the next size that has no doubling of frames.
+    """
+    found, pending = [], 0
+    for address, block in original.blocks():
+        frames, *size = block.growth
+        if frames > 2 or size not in ([1, 1], [2, 2]):
+            raise SpecError(
+                f"no light decoder for {original.family}: {address} makes {block.growth} frames, rows and columns of "
+                "one, and light decoders double what they enlarge"
+            )
+        if size == [1, 1]:
+            pending += frames == 2
+            continue
+        takes_pending = frames == 1 and pending > 0
+        pending -= takes_pending
+        found.append(frames == 2 or takes_pending)
+    if pending:
+        raise SpecError(f"no light decoder for {original.family}: it doubles the frames behind the last size")
+    return tuple(found)
+
+
+def _frame(in_width: int, out_width: int) -> ConvSpec:
+    return ConvSpec(operator="frame2d", in_width=in_width, out_width=out_width, kernel=(1, 3, 3))
+
+
+def _point(in_width: int, out_width: int) -> ConvSpec:
+    return ConvSpec(operator="pointwise", in_width=in_width, out_width=out_width, kernel=(1, 1, 1))
+
+
+def _with_previous_frame(width: int) -> ConvSpec:
+    return ConvSpec(operator="causal3d", in_width=width, out_width=width, kernel=(2, 3, 3))
+
+
+def _chain(width: int, *, num_layers: int, sees_past: bool, activates: bool) -> ChainSpec:
+    first = _with_previous_frame(width) if sees_past else _frame(width, width)
+    return ChainSpec(
+        conv1=first,
+        conv2=_frame(width, width),
+        conv3=_frame(width, width) if num_layers == 3 else None,
+        activation="relu" if activates else "none",
+    )
+
+
+def _tae(ground: _Ground, width: int) -> DecoderSpec:
+    return _tae_like(ground, width, _TAE_DEPTHS, sees_past=ground.has_time, bottleneck=None)
+
+
+def _temporal_tae(ground: _Ground, width: int) -> DecoderSpec:
+    if not ground.has_time:
+        raise SpecError("temporal-tae sees several frames, and this decoder is of single images: take tae")
+    on_frame = ResBlockSpec(conv1=_frame(width, width), conv2=_frame(width, width))
+    taps = ConvSpec(operator="causal3d", in_width=width, out_width=width, kernel=(3, 1, 1))
+    over_time = ResBlockSpec(conv1=taps, conv2=taps)
+    middle = StageSpec(name="mid", blocks=(on_frame, over_time) * 2)
+    return _tae_like(ground, width, _TEMPORAL_DEPTHS, sees_past=False, bottleneck=middle)
+
+
+def _tae_like(
+    ground: _Ground, width: int, depths: Sequence[int], *, sees_past: bool, bottleneck: StageSpec | None
+) -> DecoderSpec:
+    """The entry, chains before each upsampling and after the last, the head; `bottleneck` follows the first."""
+    entry = LatentEntrySpec(mean=ground.mean, std=ground.std, limit=LATENT_LIMIT)
+    conv_in = ConvBlockSpec(conv=_frame(ground.latent_width, width), activation="relu", entry=entry)
+    stages = [StageSpec(name="conv_in", blocks=(conv_in,))]
+    chain = _chain(width, num_layers=3, sees_past=sees_past, activates=True)
+    for index, doubles in enumerate(ground.doubles_frames):
+        temporal = _point(width, 2 * width) if doubles and ground.has_time else None
+        upsample = UpsampleSpec(temporal=temporal, spatial=_frame(width, width))
+        blocks: list[BlockSpec] = [chain] * depths[min(index, len(depths) - 2)]
+        stages.append(StageSpec(name=f"up{index}", blocks=(*blocks, upsample)))
+        if index == 0 and bottleneck is not None:
+            stages.append(bottleneck)
+    stages.append(StageSpec(name=f"up{len(ground.doubles_frames)}", blocks=(chain,) * depths[-1]))
+    head = HeadSpec(conv=_frame(width, _COLOURS * ground.original.patch**2), norm=None, activation="none")
+    return ground.decoder([*stages, StageSpec(name="head", blocks=(head,))], patch=ground.original.patch)
+
+
+def _efficientvit(ground: _Ground, width: int) -> DecoderSpec:
+    """A 1x1 that normalizes the latents, the entry, shuffles and chains; the last doubling is in the patches."""
+    latent_width, step = ground.latent_width, _latent_step(ground.latent_width)
+    if width % step:
+        raise SpecError(
+            f"efficientvit repeats each of the {latent_width} latent channels a whole number of times: its width is a "
+            f"multiple of {step}, not {width}"
+        )
+    doublings, patch = ground.doubles_frames, ground.original.patch
+    if doublings and not (doublings[-1] and ground.has_time):
+        doublings, patch = doublings[:-1], 2 * patch
+    entry = BypassSpec(kind="duplicate", in_width=latent_width, out_width=2 * width)
+    stages = [
+        StageSpec(name="post_quant", blocks=(ConvBlockSpec(conv=_point(latent_width, latent_width)),)),
+        StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=_frame(latent_width, 2 * width)),), bypass=entry),
+    ]
+    chain = _chain(width, num_layers=2, sees_past=ground.has_time, activates=False)
+    before = 2 * width
+    for index, doubles in enumerate(doublings):
+        frames = 2 if doubles and ground.has_time else 1
+        shuffle = ShuffleUpsampleSpec(conv=_frame(before, 4 * frames * width), factor=(frames, 2, 2))
+        copies = BypassSpec(
+            kind="duplicate", in_width=before, out_width=width, temporal_factor=frames, spatial_factor=2
+        )
+        depth = _EFFICIENT_DEPTHS[min(index, len(_EFFICIENT_DEPTHS) - 1)]
+        stages.append(StageSpec(name=f"shuffle{index + 1}", blocks=(shuffle,), bypass=copies))
+        stages.append(StageSpec(name=f"up{index + 1}", blocks=(chain,) * depth))
+        before = width
+    head = HeadSpec(conv=_frame(before, _COLOURS * patch**2), norm=_HEAD_NORM, activation="relu")
+    return ground.decoder([*stages, StageSpec(name="head", blocks=(head,))], patch=patch)
+
+
+def _latent_step(latent_width: int) -> int:
+    """What the width of an efficientvit is a multiple of, so that twice the width is one of the latent channels."""
+    return latent_width // 2 if latent_width % 2 == 0 else latent_width
+
+
+_BUILDERS: dict[LightShape, Callable[[_Ground, int], DecoderSpec]] = {
+    "tae": _tae,
+    "temporal-tae": _temporal_tae,
+    "efficientvit": _efficientvit,
+}
