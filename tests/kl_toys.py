@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def kl_config(name: str, base_width: int = 8, num_groups: int = 4, **more: Any) 
 
 def random_kl(config: dict[str, Any], seed: int = 0) -> nn.Module:
     """Random weights; norms and biases are drawn too, so that a swap of two shows, and few pixels are clamped."""
-    import diffusers
+    diffusers: Any = importlib.import_module("diffusers")
 
     torch.manual_seed(seed)
     model = diffusers.AutoencoderKL(**config).eval().requires_grad_(False)

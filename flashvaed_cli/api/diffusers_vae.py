@@ -139,6 +139,7 @@ class AutoencoderFlash(ModelMixin, ConfigMixin):
         *,
         temb: Tensor | None = None,
         causal: bool | None = None,
+        generator: object = None,
     ) -> DecoderOutput | tuple[Tensor]:
         """The frames of raw latents, in [-1, 1].
 
@@ -146,15 +147,14 @@ class AutoencoderFlash(ModelMixin, ConfigMixin):
             z: of a family of images also `[B, C, Hz, Wz]`, which gives images `[B, 3, H, W]`.
             timestep, temb: of a decoder that follows timesteps; others were made for one and leave it aside.
             causal: must be as the decoder is, if it is given.
+            generator: left aside: nothing is drawn.
         Raises:
             SpecError: latents of another shape, or another `causal`.
             DecodeError: no plan fits `max_memory_bytes`, or frames that are not finite.
         """
-        if z.ndim == 4 and self._own_decoder.spec.temporal_factor == 1:
-            clip = self.decode(z.unsqueeze(2), timestep, False, temb=temb, causal=causal)
-            images = cast(tuple[Tensor], clip)[0].squeeze(2)
-            return DecoderOutput(sample=images) if return_dict else (images,)
         spec = self._own_decoder.spec
+        are_images = z.ndim == 4 and spec.temporal_factor == 1
+        z = z.unsqueeze(2) if are_images else z
         if causal is not None and causal != spec.is_causal:
             raise SpecError(f"causal is {causal}, and this decoder was made with {spec.is_causal}: leave it out")
         timestep = temb if timestep is None else timestep
@@ -163,6 +163,7 @@ class AutoencoderFlash(ModelMixin, ConfigMixin):
             frames = torch.cat([self._at(time)._decode(part) for time, part in zip(times, z.split(1), strict=True)])
         else:
             frames = torch.cat([self._decode(part) for part in z.split(1)]) if self.use_slicing else self._decode(z)
+        frames = frames.squeeze(2) if are_images else frames
         return DecoderOutput(sample=frames) if return_dict else (frames,)
 
     def forward(self, sample: Float[Tensor, "B 3 F H W"], return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:

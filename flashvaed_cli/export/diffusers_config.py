@@ -104,8 +104,10 @@ def _known(class_name: str, decoder: DecoderSpec, encoder: EncoderSpec | None) -
     yield "downsample_type", family.config_keys.fixed.get("downsample_type", (("conv",) * 4,))[0]
     noise = [any(isinstance(b, ResBlockSpec) and b.noise for b in stage.blocks) for stage in decoder.stages[1:-1]]
     yield "decoder_inject_noise", noise[::-1]
-    for spec in (decoder, encoder):
-        yield from () if spec is None else family.described(spec).items()
+    # The class is built for the encoder that is there; without one the decoder's word counts.
+    released = family.encoder_spec(family.released_base_width, decoder.latent_width)
+    for spec in (released, decoder) if encoder is None else (decoder, encoder):
+        yield from family.described(spec).items()
     for role, spec in (("encoder", encoder), ("decoder", decoder)):
         yield f"{role}_causal", spec is None or spec.is_causal
         yield f"{role}_spatial_padding_mode", "reflect" if spec is not None and _mirrors(spec) else "zeros"

@@ -9,7 +9,7 @@ only dead ones are such.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -40,7 +40,7 @@ class ChannelEvidence:
     second_moment: Float64[Tensor, "C C"] | None = None
     producer_l1: Float64[Tensor, " C"] | None = None
     consumer_metric: Float64[Tensor, "C C"] | None = None
-    run: int = 1
+    run: int = field(default=1, kw_only=True)
 
 
 @dataclass(frozen=True)

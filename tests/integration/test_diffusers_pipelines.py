@@ -99,7 +99,8 @@ def test_every_pipeline(case: Case, tmp_path: Path, capsys: pytest.CaptureFixtur
     flashvaed.accelerate(pipe, place)
     seen = recorded(pipe.vae)
     found = case.call(pipe)
-    expected = decode(load_checkpoint(place, builtins={}).require_decoder(), seen[0])
+    clip = seen[0] if seen[0].ndim == 5 else seen[0].unsqueeze(2)  # those of images have no axis of time
+    expected = decode(load_checkpoint(place, builtins={}).require_decoder(), clip)
     error = difference(found, as_shown(expected, found.shape))
     assert error <= FLASH_BOUND and difference(found, frames) > 0.05
     assert difference(torch.from_numpy(case.call(pipe, "np")).movedim(-1, -3), found) <= 1e-6
@@ -193,7 +194,7 @@ def test_mistakes(wan: Any, flash: Path, tmp_path: Path, monkeypatch: pytest.Mon
             flashvaed.accelerate(wan, *given, exact=bool(given))
     with pytest.raises(FlashVaedError, match="has no model as vae"):
         flashvaed.accelerate(SimpleNamespace(), exact=True)
-    with pytest.raises(FlashVaedError, match="of the class Linear; this version reads AutoencoderKLLTX2Video"):
+    with pytest.raises(FlashVaedError, match=r"of the class Linear; this version reads .*AutoencoderKLLTX2Video"):
         flashvaed.accelerate(SimpleNamespace(vae=nn.Linear(1, 1)), exact=True)
     with pytest.raises(FlashVaedError, match=r"is a decoder of wan2\.1, and pipe.vae is of ltx-video-0\.9\.0"):
         flashvaed.accelerate(SimpleNamespace(vae=CASES["ltx-0.9.0"].vae()), flash)

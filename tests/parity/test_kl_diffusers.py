@@ -12,14 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from flashvaed_cli.artifact.checkpoint import Checkpoint, load_checkpoint
+from flashvaed_cli.artifact.checkpoint import Checkpoint, derived_header, load_checkpoint, save_checkpoint
 from flashvaed_cli.artifact.foreign.writing import to_program
 from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.decoders.run.streaming import decode, encode
 from flashvaed_cli.errors import ArtifactError, SpecError
 from flashvaed_cli.families.registry import class_layout, get_family, original_layout
+from flashvaed_cli.surgery.respec import narrowed_spec
+from tests.commands import invoke, succeed
 from tests.kl_toys import VARIANTS, kl_config, random_kl
 from tests.parity.oracles import share_of_range
+from tests.toy import kept_of, toy_decoder
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle; pip install '.[dev]'")
 
@@ -221,3 +224,52 @@ def test_the_class_of_every_variant_is_known() -> None:
     for name in VARIANTS:
         layout = class_layout(name)
         assert layout is not None and layout.config_class == "AutoencoderKL"
+
+
+# --- what `export` writes, in diffusers' own loaders --------------------------------------------
+
+
+@torch.no_grad()
+def test_exports_load_in_diffusers(tmp_path: Path) -> None:
+    """The original as diffusers' class, from a folder and from a single file; a pruned one as `AutoencoderFlash`."""
+    oracle = random_kl(kl_config("flux.1"))
+    found = saved(oracle, tmp_path / "vae")
+    spec = found.require_decoder().spec
+    narrow = toy_decoder(narrowed_spec(spec, kept_of(spec, ("mid", "up0", "up1", "up2", "up3"))))
+    save_checkpoint(tmp_path / "narrow.safetensors", derived_header(found), decoder=narrow)
+    for name in ("vae", "narrow.safetensors"):
+        succeed(f"export {name} -t diffusers -t safetensors --output out-{name}", cwd=tmp_path)
+    latents, pixels = torch.randn(2, 16, 4, 6), torch.rand(1, 3, 16, 24)
+    whole = diffusers.AutoencoderKL.from_pretrained(tmp_path / "out-vae" / "diffusers")
+    single = diffusers.AutoencoderKL.from_single_file(
+        str(tmp_path / "out-vae" / "vae.safetensors"), config=str(tmp_path / "out-vae" / "diffusers")
+    )
+    for model in (whole, single):
+        assert (model.config.scaling_factor, model.config.shift_factor) == (0.3611, 0.1159)
+        assert torch.equal(model.decode(latents).sample, oracle.decode(latents).sample)
+        assert torch.equal(model.encode(pixels).latent_dist.mode(), oracle.encode(pixels).latent_dist.mode())
+    flash = diffusers.AutoModel.from_pretrained(
+        str(tmp_path / "out-narrow.safetensors" / "diffusers"), trust_remote_code=True
+    )
+    assert flash.config["scaling_factor"] == 0.3611
+    images = flash.decode(latents).sample
+    assert share_of_range(images, decode(narrow, latents.unsqueeze(2)).squeeze(2)) < 1e-5
+    assert torch.equal(flash.encode(pixels).latent_dist.mode(), oracle.encode(pixels).latent_dist.mode())
+    again = load_checkpoint(tmp_path / "out-narrow.safetensors" / "narrow.safetensors", builtins={})
+    assert again.require_decoder().spec == narrow.spec and again.family == "flux.1"
+
+
+def test_what_makes_no_sense_says_why(tmp_path: Path) -> None:
+    saved(random_kl(kl_config("sdxl")), tmp_path / "vae")
+    for words, why in (
+        ("convert-ops vae --profile image", "decodes every frame by itself already"),
+        ("convert-ops vae --time-rank 0.5", "no temporal upsampler"),
+        ("convert-ops vae --operator up2=causal3d", "is frame2d: it converts to dwsep3d"),
+        ("prune vae --layout native --ratio 0.5 --dry-run", "one block_out_channels and one norm_num_groups"),
+        ("export vae -t comfyui", "no axis of time"),
+    ):
+        refused = invoke(words, cwd=tmp_path)
+        assert refused.exit_code == 2 and why in " ".join(refused.stderr.split()), refused.stderr
+    torch.save(torch.randn(1, 4, 2, 4, 4), tmp_path / "latents.pt")
+    refused = invoke("decode latents.pt -d vae -o video.mp4 --tile 2", cwd=tmp_path)
+    assert refused.exit_code == 2 and "no tiles: head.0" in refused.stderr

@@ -23,6 +23,7 @@ SPECS = {
     "wan2.2": get_family("wan2.2").decoder_spec(4, 16),
     "ltx": flash_ltx_spec(),
     "ltx-2": get_family("ltx-2").decoder_spec(4, 16),
+    "sdxl": get_family("sdxl").decoder_spec(4, 4),
 }
 
 

@@ -16,7 +16,9 @@ from flashvaed_cli.export.diffusers_config import (
     single_file_note,
 )
 from flashvaed_cli.families.ltx.config import with_space_padding
-from flashvaed_cli.families.registry import FAMILIES, get_family
+from flashvaed_cli.families.registry import FAMILIES, get_family, original_like
+from flashvaed_cli.surgery.respec import narrowed_spec
+from tests.toy import kept_of
 
 CLASSES = {
     "wan2.1": "AutoencoderKLWan",
@@ -28,7 +30,10 @@ CLASSES = {
     "ltx-video-0.9.5": "AutoencoderKLLTXVideo",
     "ltx-2": "AutoencoderKLLTX2Video",
     "ltx-2.3": "AutoencoderKLLTX2Video",
+    **dict.fromkeys(("stable-diffusion", "sdxl", "sd3", "flux.1"), "AutoencoderKL"),
 }
+# What the class itself has as None: latent statistics are factors there where all channels have the same.
+ABSENT = {"AutoencoderKL": {"shift_factor", "latents_mean", "latents_std"}}
 STATISTICS = ((0.0,) * 8, (1.0,) * 8)
 
 
@@ -39,7 +44,24 @@ def test_every_argument_has_a_value_that_json_holds(family: str) -> None:
     assert set(config) == {"_class_name", *ARGUMENTS[name]} and config["_class_name"] == name
     json.dumps(config, allow_nan=False)
     absent = {key for key, value in config.items() if value is None}
-    assert absent <= {"patch_size"}
+    assert absent <= ABSENT.get(name, {"patch_size"})
+
+
+def test_the_class_is_built_for_the_encoder_that_is_there() -> None:
+    """A decoder that is pruned everywhere has few groups in most norms; the encoder beside it has them all."""
+    family = get_family("flux.1")
+    spec, encoder = family.decoder_spec(32, 16), family.encoder_spec(32, 16)
+    statistics = (family.latent_mean, family.latent_std)
+    narrow = narrowed_spec(spec, kept_of(spec, ("mid", "up0", "up1", "up2", "up3")))
+    assert family.described(narrow)["norm_num_groups"] == 24
+    base = original_like(narrow)(32, 16)
+    config = diffusers_config("AutoencoderKL", base, encoder, statistics)
+    assert (config["norm_num_groups"], config["use_quant_conv"], config["use_post_quant_conv"]) == (32, False, False)
+    assert (config["scaling_factor"], config["shift_factor"]) == (0.3611, 0.1159)
+    alone = diffusers_config("AutoencoderKL", family.decoder_spec(4, 16), None, statistics)
+    assert (alone["norm_num_groups"], alone["block_out_channels"]) == (4, [4, 8, 16, 16])
+    by_channel = diffusers_config("AutoencoderKL", spec, encoder, ((0.0, 0.1) * 8, (1.0,) * 16))
+    assert by_channel["scaling_factor"] == 1.0 and by_channel["latents_mean"] == [0.0, 0.1] * 8
 
 
 def test_decoder_and_encoder_may_have_widths_of_their_own() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -247,4 +248,16 @@ def test_missing_or_broken_evidence_is_named(rule: str, field: str, what: str) -
         SELECTION_RULES[rule](ChannelEvidence(evidence.covariance), 2)
     nan = torch.full_like(getattr(evidence, field), float("nan"))
     with pytest.raises(CalibrationError, match=f"{rule} needs the {what}.* NaN"):
-        SELECTION_RULES[rule](ChannelEvidence(evidence.covariance, **{field: nan}), 2)
+        SELECTION_RULES[rule](ChannelEvidence(evidence.covariance, **{field: nan}), 2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rule", SELECTION_RULES)
+def test_runs_are_picked_whole_and_by_the_sum_of_their_scores(rule: str) -> None:
+    evidence = replace(full_evidence(dependent_rows(0, 12, 12)), run=3)
+    order = SELECTION_RULES[rule](evidence, 12).kept
+    assert sorted(order) == list(range(12))
+    assert all(order[i : i + 3] == list(range(order[i], order[i] + 3)) for i in range(0, 12, 3))
+    assert SELECTION_RULES[rule](evidence, 6).kept == order[:6]
+    if rule == "variance":
+        sums = evidence.covariance.diagonal().unflatten(0, (-1, 3)).sum(1)
+        assert [first // 3 for first in order[::3]] == sums.argsort(descending=True).tolist()
