@@ -90,6 +90,7 @@ class DecoderFigures:
         gflops: per decoded frame; a multiplication with addition counts 2.
         peak_memory_bytes: while decoding.
         frechet: over all clips together.
+        shape: of a light decoder; None: the family's own blocks.
     """
 
     name: str
@@ -102,6 +103,7 @@ class DecoderFigures:
     gflops: float | None = None
     peak_memory_bytes: int | None = None
     frechet: FrechetDistances | None = None
+    shape: str | None = None
 
     @property
     def frame_ms(self) -> float | None:
@@ -268,6 +270,8 @@ def summary_table(report: EvaluationReport, *, full: bool = False) -> TableData:
             rows.append((f"its range in {max(counts)} rounds" if counts else "speed-up, range of rounds", *ranges))
         elif counts:
             rows.append(("rounds of timing", *("1" if decoder.speedup else None for decoder in report.decoders)))
+    if any(decoder.shape for decoder in report.decoders):
+        rows.append(("shape, of a light decoder", *(decoder.shape for decoder in report.decoders)))
     add("parameters, million", ".3f", [_scaled(decoder.num_parameters, 1e6) for decoder in report.decoders])
     add("file, MB", ".2f", [_scaled(decoder.file_bytes, 1e6) for decoder in report.decoders])
     add("GFLOPs per frame", ".2f", [decoder.gflops for decoder in report.decoders])
@@ -412,6 +416,7 @@ def _decoder_document(report: EvaluationReport, decoder: DecoderFigures) -> dict
         "gflops_per_frame": _number(decoder.gflops),
         "peak_memory_bytes": decoder.peak_memory_bytes,
         "frechet": decoder.frechet and asdict(decoder.frechet),
+        **({} if decoder.shape is None else {"shape": decoder.shape}),
     }
 
 
