@@ -30,6 +30,9 @@ from flashvaed_cli.recipe.fields import (
 from flashvaed_cli.recipe.settings import ClipFields, FrozenModel, RatioFields
 
 _FEWEST_WARMUP_STEPS = 20
+NEW_STUDENT_LEARNING_RATE = 3e-3
+"""Of a decoder that begins with random weights. Measured with soap on builtin:tiny-wan, tae of width 16, 80 steps of
+four 5x64x64 clips: 1e-3 gives 23.8 dB to the original, 3e-3 27.5, 1e-2 27.8, where a random start gives 25.1 at 3e-3."""
 
 
 class LossWeights(FrozenModel):
@@ -106,7 +109,9 @@ class DistillRecipe(ClipFields, RatioFields):
         default=None, description="Optimizer steps of every phase, in place of the phases' own."
     )
     learning_rate: Positive | None = Field(
-        default=None, description="Learning rate of every phase, in place of the phases' own."
+        default=None,
+        description="Learning rate of every phase, in place of the phases' own; of a new decoder "
+        f"{NEW_STUDENT_LEARNING_RATE:g}, unless the recipe lists phases.",
     )
     optimizer: Literal["soap", "adamw"] = Field(
         default="soap",
@@ -208,6 +213,8 @@ class DistillRecipe(ClipFields, RatioFields):
     def schedule(self) -> tuple[PhaseRecipe, ...]:
         """The phases to train, with `phase`, `num_steps` and `learning_rate` applied."""
         overrides = {"num_steps": self.num_steps, "learning_rate": self.learning_rate}
+        if self.student is not None and self.learning_rate is None and "phases" not in self.model_fields_set:
+            overrides["learning_rate"] = NEW_STUDENT_LEARNING_RATE
         given = {name: value for name, value in overrides.items() if value is not None}
         return tuple(phase.model_copy(update=given) for phase in self.phases if self.phase in ("all", str(phase.phase)))
 

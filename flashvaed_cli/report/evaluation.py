@@ -92,6 +92,7 @@ class DecoderFigures:
         peak_memory_bytes: while decoding.
         frechet: over all clips together.
         pipeline: what its speed means for a whole pipeline.
+        shape: of a light decoder; None: the family's own blocks.
     """
 
     name: str
@@ -105,6 +106,7 @@ class DecoderFigures:
     peak_memory_bytes: int | None = None
     frechet: FrechetDistances | None = None
     pipeline: PipelineShare | None = None
+    shape: str | None = None
 
     @property
     def frame_ms(self) -> float | None:
@@ -275,6 +277,8 @@ def summary_table(report: EvaluationReport, *, full: bool = False) -> TableData:
     add("whole pipeline, s", ".1f", [one and one.total_s for one in pipelines])
     add("decoding's share of it, %", ".1f", [one and one.decoding_percent for one in pipelines])
     add("times as fast as a whole", ".2f", [one and one.speedup for one in pipelines])
+    if any(decoder.shape for decoder in report.decoders):
+        rows.append(("shape, of a light decoder", *(decoder.shape for decoder in report.decoders)))
     add("parameters, million", ".3f", [_scaled(decoder.num_parameters, 1e6) for decoder in report.decoders])
     add("file, MB", ".2f", [_scaled(decoder.file_bytes, 1e6) for decoder in report.decoders])
     add("GFLOPs per frame", ".2f", [decoder.gflops for decoder in report.decoders])
@@ -420,6 +424,7 @@ def _decoder_document(report: EvaluationReport, decoder: DecoderFigures) -> dict
         "peak_memory_bytes": decoder.peak_memory_bytes,
         "frechet": decoder.frechet and asdict(decoder.frechet),
         "pipeline": decoder.pipeline and decoder.pipeline.as_dict(),
+        **({} if decoder.shape is None else {"shape": decoder.shape}),
     }
 
 

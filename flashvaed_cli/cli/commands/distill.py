@@ -31,7 +31,6 @@ COMMAND = Command(
     run=distill,
     options=("phase", "num_steps", "learning_rate", "original", "output"),
     panels={
-        "A new, light decoder": ("student", "student_width", "student_start"),
         "Clips": (
             "data",
             "latent_scale",
@@ -60,6 +59,7 @@ COMMAND = Command(
             "compile",
         ),
         "What phase 2 prepares for pruning": ("keep_ratio", "rule"),
+        "A new, light decoder": ("student", "student_width", "student_start"),
         "Validation, checkpoints, logs": (
             "validation_data",
             "validate_every_steps",

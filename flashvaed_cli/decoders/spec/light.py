@@ -105,6 +105,16 @@ def default_width(shape: LightShape, original: DecoderSpec) -> int:
     return -(-width // step) * step
 
 
+def light_shape(spec: DecoderSpec) -> LightShape | None:
+    """Which light decoder this is, by its blocks; None for any other decoder."""
+    blocks = [block for _, block in spec.blocks()]
+    if not any(isinstance(block, ChainSpec) for block in blocks):
+        return None
+    if any(isinstance(block, ShuffleUpsampleSpec) for block in blocks):
+        return "efficientvit"
+    return "temporal-tae" if any(isinstance(block, ResBlockSpec) for block in blocks) else "tae"
+
+
 def has_same_blocks(first: DecoderSpec, second: DecoderSpec) -> bool:
     """Whether two decoders have blocks of the same kinds at the same addresses; else one is of another shape."""
     return [(address, block.kind) for address, block in first.blocks()] == [

@@ -20,6 +20,7 @@ from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.artifact.store import read_header, sha256_of_files
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.predict.cost import total_gflop
+from flashvaed_cli.decoders.spec.light import light_shape
 from flashvaed_cli.decoders.variants.exact import exact_decoder
 from flashvaed_cli.decoders.variants.half_range import cast_decoder
 from flashvaed_cli.distill.ranks import Ranks, joined_ranks
@@ -396,4 +397,5 @@ def _figures(name: str, decoder: Decoder, course: _Course, features: FeatureJudg
         file_bytes=decoder.parameter_count * torch.float32.itemsize,
         gflops=total_gflop(decoder.spec, (latents.shape[2], latents.shape[3], latents.shape[4])) / num_frames,
         frechet=None if features is None else features.distances(name, video=VIDEO, original=ORIGINAL),
+        shape=light_shape(decoder.spec),
     )

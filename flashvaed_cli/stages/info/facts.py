@@ -16,7 +16,8 @@ from flashvaed_cli.artifact.store import content_sha256, read_header, sha256_of
 from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
 from flashvaed_cli.decoders.predict.cost import stage_costs
 from flashvaed_cli.decoders.spec.addresses import stage_of
-from flashvaed_cli.decoders.spec.coders import CoderSpec
+from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec
+from flashvaed_cli.decoders.spec.light import light_shape
 from flashvaed_cli.errors import FlashVaedError
 from flashvaed_cli.ownership import has_own_header
 from flashvaed_cli.progress import Progress
@@ -45,9 +46,13 @@ class StageFacts:
 
 @dataclass(frozen=True)
 class CoderFacts:
-    """A decoder or an encoder. `gflop` and the stages' are None and 0 for encoders, which are not counted."""
+    """A decoder or an encoder. `gflop` and the stages' are None and 0 for encoders, which are not counted.
+
+    `shape` is that of a light decoder; None: the family's own blocks.
+    """
 
     parameters: int
+    shape: str | None
     latent_channels: int
     temporal_factor: int
     spatial_factor: int
@@ -219,6 +224,7 @@ def _coder_facts(coder: Decoder | Encoder | None, size: tuple[int, int, int] | N
     )
     return CoderFacts(
         parameters=coder.parameter_count,
+        shape=light_shape(spec) if isinstance(spec, DecoderSpec) else None,
         latent_channels=coder.spec.latent_width,
         temporal_factor=spec.temporal_factor,
         spatial_factor=spec.spatial_factor,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint
 from flashvaed_cli.artifact.header import ArtifactHeader
+from flashvaed_cli.decoders.spec.light import light_shape
 
 _USES = ("eval {file} --data clips/", "decode latents.pt -d {file} -o video.mp4", "export {file} -t diffusers")
 _BEGINNING = (
@@ -40,6 +41,8 @@ def next_commands(
             templates = ("decode latents.pt -d {file} -o video.mp4",)
     else:
         templates = _USES if _is_finished(header) else _AFTER[made_by]
+        if made_by == "prune" and header.decoder is not None and light_shape(header.decoder) is not None:
+            templates = _AFTER["convert-ops"]  # its operators are light already
     if data is not None:
         fitting = "".join(f" --data {shlex.quote(place)}" for place in data).replace("{", "{{").replace("}", "}}")
         judging = " --data held-out/" if data else ""

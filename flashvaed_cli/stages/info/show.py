@@ -121,6 +121,7 @@ _ROWS: dict[str, Callable[[FileFacts], str | None]] = {
     "size": lambda facts: f"{facts.size_bytes / 1e6:,.2f} MB",
     "number formats": lambda facts: ", ".join(f"{count} x {name}" for name, count in facts.number_formats.items()),
     "decoder": _of_decoder(lambda decoder: f"{decoder.parameters:,d} parameters"),
+    "shape": _of_decoder(lambda decoder: decoder.shape and f"{decoder.shape}, a light decoder of other blocks"),
     "GFLOP for {size}": _of_decoder(lambda decoder: None if decoder.gflop is None else f"{decoder.gflop:,.1f}"),
     "encoder": lambda facts: f"{facts.encoder.parameters:,d} parameters" if facts.encoder else None,
     "latents": _of_decoder(
