@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from flashvaed_cli.cli.flags import ARGUMENTS, SOURCES, SWITCHES, Overrides, flag_of, shown_flags
 from flashvaed_cli.cli.help import COMMON_PANEL, GroupedCommand, table
 from flashvaed_cli.cli.running import CommandRecipeT, resolve_settings
-from flashvaed_cli.recipe.settings import SELECTION_RULES
+from flashvaed_cli.recipe.settings import RULE_MEANINGS
 
 COMMON = ("family", "weights", "allow_download", "device", "dtype", "seed")
 """Settings that every command of the pipeline has; they stand last in its help."""
@@ -72,7 +72,7 @@ class Command(Generic[CommandRecipeT]):
 
     def add_to(self, app: typer.Typer) -> None:
         """Make it a command of the program."""
-        rules = table(SELECTION_RULES) if "rule" in self.fields else []
+        rules = table(RULE_MEANINGS) if "rule" in self.fields else []
         notes = ["Rules, by the channels that they keep, and when to use them:", *rules] if rules else []
         epilog = "\n\n".join(["Examples:", *self.examples, *notes])
         add = app.command(self.recipe.command, cls=GroupedCommand, epilog=epilog, rich_help_panel=self.help_panel)

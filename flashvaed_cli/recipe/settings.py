@@ -126,7 +126,7 @@ class ReconstructingRecipe(CalibratedRecipe):
     dampening_frac: Positive = Field(default=1e-4, description="Ridge term, as a fraction of the gram's mean diagonal.")
 
 
-SELECTION_RULES: Mapping[SelectionRule, str] = {
+RULE_MEANINGS: Mapping[SelectionRule, str] = {
     "greedy-energy": "explain most of the energy of all, means included; best in most trials",
     "greedy-r2": "explain most of the variance of all; the paper's rule, to reproduce it",
     "next-layer": "explain most of what the next layers compute; where those ignore much of what they get",
