@@ -1,0 +1,91 @@
+"""Narrowed decoders beside new, light ones: the same latents, the same minutes of training, one evaluation.
+
+Prints a table for `builtin:tiny-wan` on the shipped clip that nothing is fitted to. `FLASHVAED_BENCH_SECONDS` is what
+each student trains for (120).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from flashvaed_cli.report.tables import Column, TableData, to_rich
+
+SECONDS = float(os.environ.get("FLASHVAED_BENCH_SECONDS", "120"))
+CLIPS = "--num-clips 40 --num-frames 9 --crop-size 96 --batch-size 1 --cache-latents latents"
+LOSS = "--loss-weight mse=1 --loss-weight energy=0.002 --loss-weight l1=0 --loss-weight lpips=0 "
+LOSS += "--loss-weight feature=0 --loss-weight ssim=0 --ema-decay 0.98"
+CALIBRATION = "--num-calibration-clips 10 --num-frames 9 --crop-size 96"
+PROBE_STEPS = 12
+NARROWED = {"flash-2": 0.5, "flash-4": 0.25}
+SHAPES = ("tae", "temporal-tae", "efficientvit")
+
+
+def flashvaed(words: str, folder: Path) -> dict[str, Any]:
+    """Run the program with all cores; what it prints as JSON."""
+    command = [sys.executable, "-m", "flashvaed_cli", *words.split(), "--json", "--quiet", "--force"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def trained(words: str, output: str, folder: Path) -> int:
+    """Train for `SECONDS`, as many steps as a short run has shown to fit; returns their number."""
+    probe = flashvaed(f"distill {words} --num-steps {PROBE_STEPS} --output probe.safetensors", folder)
+    (phase,) = probe["phases"]
+    num_steps = round(SECONDS * PROBE_STEPS / phase["seconds"])
+    flashvaed(f"distill {words} --num-steps {num_steps} --output {output}.safetensors", folder)
+    return num_steps
+
+
+@pytest.mark.bench
+def test_shapes_of_students(tmp_path: Path) -> None:
+    steps: dict[str, int] = {}
+    for name, ratio in NARROWED.items():
+        flashvaed(f"prune --ratio {ratio} {CALIBRATION} --output {name}-pruned.safetensors", tmp_path)
+        converted = f"{name}-solved.safetensors"
+        flashvaed(f"convert-ops {name}-pruned.safetensors {CALIBRATION} --output {converted}", tmp_path)
+        steps[name] = trained(f"{converted} --phase 3 --learning-rate 1e-4 {CLIPS} {LOSS}", name, tmp_path)
+    for shape in SHAPES:
+        steps[shape] = trained(f"builtin:tiny-wan --student {shape} {CLIPS} {LOSS}", shape, tmp_path)
+    first, *others = steps
+    compared = " ".join(f"--compare {name}.safetensors" for name in others)
+    report = flashvaed(
+        f"eval {first}.safetensors {compared} --lpips off --vmaf off --no-video --num-frames 33", tmp_path
+    )
+    columns = (
+        Column("decoder", align="left"),
+        Column("steps", "d"),
+        Column("PSNR to the original, dB", ".2f"),
+        Column("PSNR kept, %", ".1f"),
+        Column("sharpness kept, %", ".1f"),
+        Column("frames/s", ".2f"),
+        Column("× eager", ".2f"),
+        Column("GFLOP a frame", ".2f"),
+        Column("million parameters", ".3f"),
+    )
+    rows = tuple(
+        (
+            one["name"],
+            steps.get(one["name"]),
+            one["to_original"] and one["to_original"]["psnr_db"],
+            one["retention_percent"]["psnr_db"],
+            one["retention_percent"]["sharpness_ratio"],
+            one["frames_per_second"],
+            one["speedup"] and one["speedup"]["median"],
+            one["gflops_per_frame"],
+            one["num_parameters"] and one["num_parameters"] / 1e6,
+        )
+        for one in report["decoders"]
+    )
+    Console(width=160).print(
+        to_rich(TableData(f"Students of builtin:tiny-wan, {SECONDS:g} s of training", columns, rows))
+    )
+    assert {row[0] for row in rows} >= set(steps)
