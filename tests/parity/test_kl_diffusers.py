@@ -6,6 +6,7 @@ The bound of 1e-4 of the output's range leaves room for float32 sums in another 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -232,7 +233,7 @@ def test_the_class_of_every_variant_is_known() -> None:
 @torch.no_grad()
 def test_exports_load_in_diffusers(tmp_path: Path) -> None:
     """The original as diffusers' class, from a folder and from a single file; a pruned one as `AutoencoderFlash`."""
-    oracle = random_kl(kl_config("flux.1"))
+    oracle: Any = random_kl(kl_config("flux.1"))
     found = saved(oracle, tmp_path / "vae")
     spec = found.require_decoder().spec
     narrow = toy_decoder(narrowed_spec(spec, kept_of(spec, ("mid", "up0", "up1", "up2", "up3"))))
