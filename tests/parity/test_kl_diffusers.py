@@ -6,6 +6,7 @@ The bound of 1e-4 of the output's range leaves room for float32 sums in another 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from flashvaed_cli.artifact.checkpoint import Checkpoint, derived_header, load_c
 from flashvaed_cli.artifact.foreign.writing import to_program
 from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.decoders.run.streaming import decode, encode
+from flashvaed_cli.decoders.spec.light import LightShape, light_spec
 from flashvaed_cli.errors import ArtifactError, SpecError
-from flashvaed_cli.families.registry import class_layout, get_family, original_layout
+from flashvaed_cli.families.registry import class_layout, get_family, original_layout, original_like
 from flashvaed_cli.surgery.respec import narrowed_spec
 from tests.commands import invoke, succeed
 from tests.kl_toys import VARIANTS, kl_config, random_kl
@@ -232,7 +234,7 @@ def test_the_class_of_every_variant_is_known() -> None:
 @torch.no_grad()
 def test_exports_load_in_diffusers(tmp_path: Path) -> None:
     """The original as diffusers' class, from a folder and from a single file; a pruned one as `AutoencoderFlash`."""
-    oracle = random_kl(kl_config("flux.1"))
+    oracle: Any = random_kl(kl_config("flux.1"))
     found = saved(oracle, tmp_path / "vae")
     spec = found.require_decoder().spec
     narrow = toy_decoder(narrowed_spec(spec, kept_of(spec, ("mid", "up0", "up1", "up2", "up3"))))
@@ -273,3 +275,13 @@ def test_what_makes_no_sense_says_why(tmp_path: Path) -> None:
     torch.save(torch.randn(1, 4, 2, 4, 4), tmp_path / "latents.pt")
     refused = invoke("decode latents.pt -d vae -o video.mp4 --tile 2", cwd=tmp_path)
     assert refused.exit_code == 2 and "no tiles: head.0" in refused.stderr
+
+
+@pytest.mark.parametrize("shape", ["tae", "efficientvit"])
+def test_light_decoders_for_these_latents_have_no_groups_to_describe(shape: LightShape) -> None:
+    """And so the original beside which they are exported has those of its release."""
+    family = get_family("sdxl")
+    original = family.decoder_spec(32, 4)
+    light = light_spec(shape, original, 16)
+    assert family.described(light) == {}
+    assert original_like(light)(32, 4) == original

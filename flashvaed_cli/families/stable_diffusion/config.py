@@ -54,8 +54,10 @@ def configured(spec: SpecT, config: Mapping[str, Any]) -> SpecT:
 
 
 def described(spec: CoderSpec) -> dict[str, Any]:
-    """What `configured` needs to give back what shapes do not tell of a coder."""
+    """What `configured` needs to give back what shapes do not tell of a coder; nothing of one without GroupNorm."""
     groups = _norm_groups(spec)
+    if not groups:  # a light decoder for the same latents
+        return {}
     found: dict[str, Any] = {
         "norm_num_groups": Counter(groups).most_common(1)[0][0],
         _QUANT_KEYS[spec.role]: _has_quant(spec),
@@ -119,8 +121,9 @@ def _is_count(value: object) -> bool:
 
 
 def _norm_groups(spec: CoderSpec) -> list[int]:
-    """The groups of every norm in forward order."""
-    return [norm.groups or 1 for _, block in spec.blocks() for norm, _ in block.norms.values()]
+    """The groups of every GroupNorm in forward order."""
+    norms = [norm for _, block in spec.blocks() for norm, _ in block.norms.values()]
+    return [norm.groups for norm in norms if norm.groups is not None]
 
 
 def _with_groups(spec: SpecT, groups: Sequence[int]) -> SpecT:
