@@ -28,6 +28,7 @@ from flashvaed_cli.artifact.foreign.configuration import check_keys, check_width
 from flashvaed_cli.artifact.foreign.flash_folder import FLASH_CLASS, flash_coders, flash_header
 from flashvaed_cli.artifact.foreign.mismatch import compare_shapes
 from flashvaed_cli.artifact.foreign.recognition import recognise, twins
+from flashvaed_cli.artifact.foreign.taehv import TAEHV, is_taehv, taehv_decoder
 from flashvaed_cli.artifact.foreign.weights import ForeignWeights, checkpoint_files, read_foreign
 from flashvaed_cli.artifact.header import ArtifactHeader, Lineage
 from flashvaed_cli.artifact.hub import SCHEME, fetch_hub_file
@@ -232,6 +233,8 @@ def _from_weights(location: str, weights: ForeignWeights, family: str | None) ->
     if config_class == FLASH_CLASS:
         return _from_flash_folder(location, weights)
     shapes = shapes_of(weights.tensors)
+    if config_class is None and is_taehv(shapes):
+        return _from_taehv(location, weights, family)
     layout = recognise(shapes, location, family=family, config_class=config_class, config=weights.config)
     config = configuration(weights, get_family(layout.family), location)
     with _odd_values_named(location):
@@ -258,6 +261,22 @@ def _from_weights(location: str, weights: ForeignWeights, family: str | None) ->
         latent_std=std,
         twins=() if family or config_class else twins(layout),
         notes=tuple(notes),
+    )
+
+
+def _from_taehv(location: str, weights: ForeignWeights, family_name: str | None) -> Checkpoint:
+    decoder, family = taehv_decoder(weights.tensors, family_name, location)
+    has_encoder = any(name.startswith("encoder.") for name in weights.tensors)
+    return Checkpoint(
+        location=location,
+        sha256=_sha256(weights),
+        layout=TAEHV,
+        family=family.name,
+        decoder=decoder,
+        encoder=None,
+        latent_mean=family.latent_mean,
+        latent_std=family.latent_std,
+        notes=("its encoder is left aside: this program encodes with the family's own",) if has_encoder else (),
     )
 
 

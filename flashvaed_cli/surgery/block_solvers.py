@@ -369,7 +369,7 @@ def _solve_upsample(pair: BlockPair, address: str) -> list[LayerError]:
                 pair.fit_of("temporal", pair.before, both_halves),
                 pair,
                 "temporal",
-                lambda y: [y[:, :, 1:]],
+                lambda y: [y if new.grows_first else y[:, :, 1:]],
                 lambda _, rows: pair.targets(rows, "temporal", both_halves),
             )
         )

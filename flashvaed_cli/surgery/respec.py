@@ -127,7 +127,8 @@ def _narrow_attention(block: Block, widths: _Widths) -> AttentionSpec:
 def _narrow_upsample(block: Block, widths: _Widths) -> UpsampleSpec:
     assert isinstance(block, UpsampleSpec)
     temporal = block.temporal and _resized(block.temporal, widths.before, widths.before and 2 * widths.before)
-    return UpsampleSpec(temporal=temporal, spatial=_resized(block.spatial, widths.before, widths.after))
+    changed = {"temporal": temporal, "spatial": _resized(block.spatial, widths.before, widths.after)}
+    return block.model_copy(update=changed)
 
 
 def _narrow_shuffle(block: Block, widths: _Widths) -> ShuffleUpsampleSpec:

@@ -122,11 +122,13 @@ class Attention(nn.Module):
 class Upsample(nn.Module):
     """Double the frames (all but the first of the video), then the size of each frame.
 
-    The first frame of a video skips `temporal`, and `temporal` does not see it: frames 1 + 2 (T - 1).
+    The first frame of a video skips `temporal`, and `temporal` does not see it: frames 1 + 2 (T - 1). With
+    `grows_first` it is a frame like any other: frames 2 T.
     """
 
     def __init__(self, spec: UpsampleSpec, address: str) -> None:
         super().__init__()
+        self.grows_first = spec.grows_first
         self.temporal = None if spec.temporal is None else build_conv(spec.temporal, f"{address}.temporal")
         self.spatial = build_conv(spec.spatial, f"{address}.spatial")
 
@@ -139,9 +141,9 @@ class Upsample(nn.Module):
         return self.spatial(batch_as_frames(frames, x.shape[0]), past, future)
 
     def double_frames(self, x: Clip, past: Past = None, future: Future = None) -> MappedClip:
-        """The temporal part alone: frames 1 + 2 (T - 1) for a first chunk, 2 T for a later one."""
+        """The temporal part alone: frames 1 + 2 (T - 1) for a first chunk (unless it grows), 2 T for a later one."""
         assert self.temporal is not None
-        if past is not None:
+        if past is not None or self.grows_first:
             return self._interleave(self.temporal(x, past, future))
         first, rest = x[:, :, :1], x[:, :, 1:]
         if rest.shape[2] == 0:
@@ -191,7 +193,7 @@ class Downsample(nn.Module):
 
 
 class Head(nn.Module):
-    """norm (if the spec has one), activation, conv."""
+    """norm (if the spec has one), activation, conv, on the frames that are not dropped."""
 
     def __init__(self, spec: HeadSpec, address: str) -> None:
         super().__init__()
@@ -200,10 +202,12 @@ class Head(nn.Module):
         self.conv = build_conv(spec.conv, f"{address}.conv")
 
     def forward(self, x: Clip, past: Past = None, future: Future = None) -> MappedClip:
-        return self.conv(self.before_conv(x), past, future)
+        return self.conv(self.before_conv(x, is_first=past is None), past, future)
 
-    def before_conv(self, x: Clip) -> Clip:
-        """What the convolution reads."""
+    def before_conv(self, x: Clip, *, is_first: bool = True) -> MappedClip:
+        """What the convolution reads; `is_first`: the video begins with this chunk."""
+        if is_first and self.spec.lead_frames:
+            x = x[:, :, self.spec.lead_frames :]
         if self.norm is None:  # the input is not the head's own to overwrite
             return activate(x, self.spec.activation, in_place=False)
         if self.spec.activation == "silu":

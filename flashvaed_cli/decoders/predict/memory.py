@@ -83,8 +83,7 @@ def passages(spec: DecoderSpec, grid: Grid, *, streams: bool) -> list[Passage]:
     frames, rows, columns = grid
     found = []
     for address, block in spec.blocks():
-        growth = block.growth[0]
-        frames_after = growth * frames - (0 if streams else growth - 1)
+        frames_after = block.growth[0] * frames if streams else block.grid_after((frames, 1, 1))[0]
         found.append(Passage(address, block, frames, rows, columns, frames_after))
         after = found[-1].after()
         frames, rows, columns = after.frames, after.rows, after.columns

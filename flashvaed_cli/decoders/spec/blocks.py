@@ -24,6 +24,7 @@ from flashvaed_cli.decoders.spec.layers import (
     OmittingSpec,
     Width,
 )
+from flashvaed_cli.limits import MAX_FACTOR
 
 Grid = tuple[int, int, int]
 """Frames, height, width of a tensor."""
@@ -363,12 +364,22 @@ class AttentionSpec(Block):
 class UpsampleSpec(Block):
     """Optional doubling in time, then nearest x2 in space and `spatial`.
 
-    `temporal` gives 2 x width channels, which become two frames each: 1 + 2 (T - 1) frames.
+    `temporal` gives 2 x width channels, which become two frames each: 1 + 2 (T - 1) frames. With `grows_first` the
+    first frame of a video is doubled too: 2 T frames, of which the head drops those that stand before the first.
     """
+
+    omitted_defaults: ClassVar[tuple[str, ...]] = ("grows_first",)
 
     kind: Literal["upsample"] = "upsample"
     temporal: ConvSpec | None = None
     spatial: ConvSpec
+    grows_first: bool = False
+
+    @model_validator(mode="after")
+    def _grows(self) -> UpsampleSpec:
+        if self.grows_first and self.temporal is None:
+            raise ValueError("an upsampler without a temporal layer doubles no frame, the first neither")
+        return self
 
     @property
     def in_width(self) -> int:
@@ -400,9 +411,16 @@ class UpsampleSpec(Block):
         """Its output begins a stage of another size."""
         return True
 
+    def grid_after(self, grid: Grid) -> Grid:
+        """The first frame of a video is doubled only with `grows_first`."""
+        frames, height, width = super().grid_after(grid)
+        return (2 * grid[0] if self.grows_first else frames, height, width)
+
     def layer_grid(self, name: str, grid: Grid) -> Grid:
-        """`temporal` runs on small frames, and the first frame of a video passes it."""
-        return (grid[0] - 1, *grid[1:]) if name == "temporal" else self.grid_after(grid)
+        """`temporal` runs on small frames, and the first frame of a video passes it unless it is doubled too."""
+        if name != "temporal":
+            return self.grid_after(grid)
+        return grid if self.grows_first else (grid[0] - 1, *grid[1:])
 
 
 class DownsampleSpec(Block):
@@ -544,14 +562,19 @@ def _cell(factor: Factor) -> int:
 
 
 class HeadSpec(Block):
-    """norm (if not None), activation, conv."""
+    """norm (if not None), activation, conv; the first `lead_frames` frames of a video are dropped before them."""
 
-    omitted_defaults: ClassVar[tuple[str, ...]] = ("activation",)
+    omitted_defaults: ClassVar[tuple[str, ...]] = ("activation", "lead_frames")
 
     kind: Literal["head"] = "head"
     conv: ConvSpec
     norm: NormSpec | None = NormSpec()
     activation: Activation = "silu"
+    lead_frames: Annotated[int, Field(ge=0, lt=MAX_FACTOR)] = 0
+
+    def grid_after(self, grid: Grid) -> Grid:
+        """Fewer frames by those that are dropped."""
+        return (grid[0] - self.lead_frames, *grid[1:])
 
     @property
     def norms(self) -> dict[str, tuple[NormSpec, int]]:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import Field, FiniteFloat, model_validator
 
-from flashvaed_cli.decoders.spec.blocks import BlockSpec, UpsampleSpec
+from flashvaed_cli.decoders.spec.blocks import BlockSpec, HeadSpec, UpsampleSpec
 from flashvaed_cli.decoders.spec.layers import ConvSpec, FrozenSpec, Width
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.limits import MAX_FACTOR, MAX_STAGE_BLOCKS, MAX_STAGES
@@ -130,6 +130,18 @@ class CoderSpec(FrozenSpec):
             for name, layer in block.layers.items():
                 if layer.enlarges and not (isinstance(block, UpsampleSpec) and name == "spatial"):
                     raise ValueError(f"{address}.{name} cannot be {layer.operator}: only an upsampler's spatial layer")
+        return self
+
+    @model_validator(mode="after")
+    def _lead_frames_are_dropped(self) -> CoderSpec:
+        blocks = [block for _, block in self.blocks()]
+        doubling = [block for block in blocks if isinstance(block, UpsampleSpec) and block.temporal is not None]
+        lead = sum(block.lead_frames for block in blocks if isinstance(block, HeadSpec))
+        grows_first = any(block.grows_first for block in doubling)
+        if grows_first and not all(block.grows_first for block in doubling):
+            raise ValueError("either every upsampler doubles the first frame of a video, or none does")
+        if lead != (self.temporal_factor - 1 if grows_first else 0):
+            raise ValueError(f"{lead} lead frames are dropped, which do not fit the frames that the upsamplers make")
         return self
 
     def num_latents(self, num_frames: int) -> int:

@@ -42,6 +42,10 @@ def still_decoder(decoder: Decoder) -> Decoder:
         )
     if unknown := [f"{address} ({block.kind})" for address, block in spec.blocks() if block.kind not in _KINDS]:
         raise SpecError(f"no profile of single images for {spec.family}: {', '.join(unknown[:4])} works in time too")
+    if any(isinstance(block, UpsampleSpec) and block.grows_first for _, block in spec.blocks()):
+        raise SpecError(
+            "no profile of single images for a decoder that drops lead frames: its first frame has seen those before it"
+        )
     bypasses = {stage: _still_bypass(decoder.bypass_of(stage)) for stage in decoder.bypasses}
     still = Decoder(still_spec(spec, bypasses)).to(next(decoder.parameters()))
     still.eval().requires_grad_(False)

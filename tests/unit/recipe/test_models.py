@@ -138,3 +138,20 @@ def test_loss_weights_are_the_papers() -> None:
 def test_recipe_imports_no_torch() -> None:
     code = "import sys, flashvaed_cli.recipe; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_new_student_learns_faster_unless_told() -> None:
+    new = DistillRecipe(student="tae")
+    assert {phase.learning_rate for phase in new.schedule()} == {3e-3} and new.start_of_student() == "least-squares"
+    assert {phase.learning_rate for phase in DistillRecipe().schedule()} == {3e-4}
+    assert {phase.learning_rate for phase in DistillRecipe(student="tae", learning_rate=1e-3).schedule()} == {1e-3}
+    listed = DistillRecipe(student="tae", phases=(PhaseRecipe(phase=3, learning_rate=2e-3),))
+    assert [phase.learning_rate for phase in listed.schedule()] == [2e-3]
+
+
+def test_what_a_new_student_is_like_needs_one() -> None:
+    for fields in ({"student_width": 8}, {"student_start": "random"}):
+        with pytest.raises(ValidationError, match="none is asked for; give --student too"):
+            DistillRecipe.model_validate(fields)
+    with pytest.raises(ValidationError, match="student"):
+        DistillRecipe.model_validate({"student": "taesd"})

@@ -1,0 +1,157 @@
+"""Files of TAEHV: light decoders for the latents of another family, which the file does not name.
+
+Three resolutions of three chains each, whose first layer reads the previous frame too. Every frame is doubled, the
+first as well, and the frames before the first are dropped at the end. The decoder takes normalized latents and gives
+frames in [0, 1]; here it takes raw ones and gives [-1, 1], as all decoders do.
+
+Reference: madebyollin/taehv (MIT): names and shapes of its files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from flashvaed_cli.artifact.foreign.coders import empty_coder, fill_coder
+from flashvaed_cli.artifact.foreign.mismatch import Shape
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.spec.blocks import BlockSpec, ChainSpec, ConvBlockSpec, HeadSpec, UpsampleSpec
+from flashvaed_cli.decoders.spec.coders import DecoderSpec, StageSpec
+from flashvaed_cli.decoders.spec.layers import ConvSpec, LatentEntrySpec
+from flashvaed_cli.decoders.spec.light import LATENT_LIMIT
+from flashvaed_cli.errors import ArtifactError
+from flashvaed_cli.families.family import Family
+from flashvaed_cli.families.registry import FAMILIES, families_named
+
+TAEHV = "taehv"
+_Put = Callable[[str, Tensor, Tensor | None], tuple[int, int]]
+_ENTRY, _HEAD = "decoder.1", "decoder.22"
+_CHAINS, _GROWTHS, _CONVS = ((3, 4, 5), (9, 10, 11), (15, 16, 17)), (7, 13, 19), (8, 14, 20)
+_SUPER = "decoder.1.conv.0.weight"
+_NUM_STAGES, _SPATIAL_FACTOR = 3, 8
+
+
+def is_taehv(shapes: Mapping[str, Shape]) -> bool:
+    """Whether these are the tensors of a TAEHV, of whichever size."""
+    names = {f"decoder.{index}.conv.weight" for index in _GROWTHS}
+    return names <= set(shapes) or (_SUPER in shapes and "decoder.0.weight" in shapes)
+
+
+def taehv_decoder(tensors: Mapping[str, Tensor], family_name: str | None, location: str) -> tuple[Decoder, Family]:
+    """The decoder of a TAEHV, and the family whose latents it reads.
+
+    Args:
+        family_name: what the user says; None: told from the number of latent channels, if one family alone fits.
+    Raises:
+        ArtifactError: tensors are missing, the family is not clear or does not fit, or its latents have no statistics.
+    """
+    if _SUPER in tensors:
+        raise ArtifactError(f"{location}: a TAEHV of the larger (super) kind, which this version does not read.")
+    needed = [f"{_ENTRY}.weight", f"{_HEAD}.weight", *(f"decoder.{i}.conv.0.weight" for row in _CHAINS for i in row)]
+    if missing := [name for name in needed if name not in tensors]:
+        raise ArtifactError(f"{location}: a TAEHV without {', '.join(missing[:4])}: download it again.")
+    latent_width = tensors[f"{_ENTRY}.weight"].shape[1]
+    patch = math.isqrt(tensors[f"{_HEAD}.weight"].shape[0] // 3)
+    family = _family(family_name, latent_width, patch, location)
+    try:
+        spec, state = _translated(tensors, family, patch)
+    except (KeyError, RuntimeError, ValueError, IndexError) as error:
+        raise ArtifactError(f"{location}: a TAEHV whose tensors do not fit each other ({error!s:.200}).") from error
+    decoder = empty_coder(spec)
+    fill_coder(decoder, state, location)
+    assert isinstance(decoder, Decoder)
+    return decoder, family
+
+
+def _family(name: str | None, latent_width: int, patch: int, location: str) -> Family:
+    """The family that is named, or the only one that fits."""
+    fitting = [one for one in FAMILIES.values() if _fits(one, latent_width, patch)]
+    listed = ", ".join(one.name for one in fitting) or "none that this version knows"
+    asked = fitting if name is None else [FAMILIES[one] for one in families_named(name) if FAMILIES[one] in fitting]
+    if name is not None and not asked:
+        raise ArtifactError(
+            f"{location}: a TAEHV for {latent_width} latent channels with patches of {patch}, which those of {name} "
+            f"are not; it fits {listed}."
+        )
+    if len(asked) != 1:
+        raise ArtifactError(
+            f"{location}: a TAEHV, and its file does not say whose latents it decodes. Name the family with --family; "
+            f"by its shapes it fits {listed}."
+        )
+    if not asked[0].latent_mean:
+        raise ArtifactError(
+            f"{location}: a TAEHV takes normalized latents, and the statistics of those of {asked[0].name} stand in "
+            "that model's own files only. This version does not read it."
+        )
+    return asked[0]
+
+
+def _fits(family: Family, latent_width: int, patch: int) -> bool:
+    spec = family.decoder_spec(8, family.latent_width)
+    is_video = not spec.still and spec.temporal_factor in (2, 4, 8)
+    return is_video and (family.latent_width, spec.spatial_factor) == (latent_width, _SPATIAL_FACTOR * patch)
+
+
+def _translated(tensors: Mapping[str, Tensor], family: Family, patch: int) -> tuple[DecoderSpec, dict[str, Tensor]]:
+    """The spec, and the weights under our names."""
+    original = family.decoder_spec(8, family.latent_width)
+    num_doublings = int(math.log2(original.temporal_factor))
+    state: dict[str, Tensor] = {}
+
+    def put(address: str, weight: Tensor, bias: Tensor | None = None) -> tuple[int, int]:
+        state[f"stages.{address}.weight"] = weight
+        state[f"stages.{address}.bias"] = torch.zeros(len(weight)) if bias is None else bias
+        return weight.shape[1], weight.shape[0]
+
+    entry = LatentEntrySpec(mean=family.latent_mean, std=family.latent_std, limit=LATENT_LIMIT)
+    widths = put("conv_in.0.conv", tensors[f"{_ENTRY}.weight"], tensors[f"{_ENTRY}.bias"])
+    stages = [StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=_frame(*widths), activation="relu", entry=entry),))]
+    for stage in range(_NUM_STAGES):
+        blocks: list[BlockSpec] = []
+        for index, place in enumerate(_CHAINS[stage]):
+            blocks.append(_chain(tensors, f"up{stage}.{index}", f"decoder.{place}.conv", put))
+        growth = tensors[f"decoder.{_GROWTHS[stage]}.conv.weight"].float()  # [n * frames, n, 1, 1]
+        spatial = tensors[f"decoder.{_CONVS[stage]}.weight"].float()
+        address, width = f"up{stage}.{len(blocks)}", growth.shape[1]
+        doubles = stage >= _NUM_STAGES - num_doublings
+        growth = growth[-width * (2 if doubles else 1) :]  # files may hold a growth that the model does not use
+        if doubles:
+            put(f"{address}.temporal", growth[:, :, 0, 0])
+            temporal = ConvSpec(operator="pointwise", in_width=width, out_width=2 * width, kernel=(1, 1, 1))
+        else:  # a 1x1 that grows nothing, with no bias before a kernel: one kernel
+            spatial, temporal = torch.einsum("omhw,mc->ochw", spatial, growth[:, :, 0, 0]), None
+        conv = _frame(*put(f"{address}.spatial", spatial))
+        blocks.append(UpsampleSpec(temporal=temporal, spatial=conv, grows_first=doubles))
+        stages.append(StageSpec(name=f"up{stage}", blocks=tuple(blocks)))
+    order = [c * patch**2 + i * patch + j for c in range(3) for j in range(patch) for i in range(patch)]
+    weight, bias = (tensors[f"{_HEAD}.{key}"].float()[order] for key in ("weight", "bias"))
+    conv = _frame(*put("head.0.conv", 2 * weight, 2 * bias - 1))  # [0, 1] to [-1, 1]
+    head = HeadSpec(conv=conv, norm=None, activation="relu", lead_frames=original.temporal_factor - 1)
+    spec = DecoderSpec(
+        family=family.name,
+        stages=(*stages, StageSpec(name="head", blocks=(head,))),
+        temporal_factor=original.temporal_factor,
+        spatial_factor=original.spatial_factor,
+        patch=patch,
+    )
+    return spec, state
+
+
+def _chain(tensors: Mapping[str, Tensor], address: str, place: str, put: _Put) -> ChainSpec:
+    """The first layer reads the frame and the one before it, side by side: taps in time, the earlier one first."""
+    first = tensors[f"{place}.0.weight"]
+    current, previous = first.chunk(2, dim=1)
+    width, out_width = put(f"{address}.conv1", torch.stack([previous, current], dim=2), tensors[f"{place}.0.bias"])
+    conv1 = ConvSpec(operator="causal3d", in_width=width, out_width=out_width, kernel=(2, 3, 3))
+    conv2, conv3 = (
+        _frame(*put(f"{address}.conv{n}", tensors[f"{place}.{2 * n - 2}.weight"], tensors[f"{place}.{2 * n - 2}.bias"]))
+        for n in (2, 3)
+    )
+    return ChainSpec(conv1=conv1, conv2=conv2, conv3=conv3)
+
+
+def _frame(in_width: int, out_width: int) -> ConvSpec:
+    return ConvSpec(operator="frame2d", in_width=in_width, out_width=out_width, kernel=(1, 3, 3))
