@@ -163,12 +163,14 @@ def _flags(families: list[str]) -> str:
 
 
 def _why(candidates: list[Layout], fits: Mapping[str, _Fit]) -> str:
-    """A line for each layout; one for those of families that share all names, where they fail alike."""
-    lines: dict[tuple[str, str], list[str]] = {}
+    """A line for each layout; one for all that fail alike."""
+    alike: dict[str, list[str]] = {}
     for layout in candidates:
-        fault = fits[layout.name].fault or "fits"
-        lines.setdefault((fault, layout.name if layout.denied is None else ""), []).append(layout.name)
-    return "\n".join(f"  {', '.join(names)}: {fault}" for (fault, _), names in lines.items())
+        alike.setdefault(fits[layout.name].fault or "fits", []).append(layout.name)
+    return "\n".join(
+        f"  {first}: {fault}" + (f" ({', '.join(others)} alike)" if others else "")
+        for fault, (first, *others) in alike.items()
+    )
 
 
 def _what_is_read() -> str:
