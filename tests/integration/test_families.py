@@ -22,6 +22,7 @@ from flashvaed_cli.decoders.predict.cost import total_gflop
 from flashvaed_cli.decoders.run.streaming import decode
 from flashvaed_cli.decoders.spec.blocks import ResBlockSpec
 from flashvaed_cli.decoders.spec.groups import channel_groups
+from flashvaed_cli.decoders.spec.light import light_shape
 from flashvaed_cli.families.layout import Layout
 from flashvaed_cli.families.qwen_image.names import QWEN_DIFFUSERS, QWEN_ORIGINAL
 from flashvaed_cli.families.qwen_image2.names import QWEN2_DIFFUSERS
@@ -156,16 +157,37 @@ def table() -> Iterator[Table]:
     Console(width=110).print(rows)
 
 
+def write_inputs(toy: Toy, folder: Path) -> None:
+    """The VAE, made for single images if need be, and clips or images."""
+    toy.write(folder / "vae")
+    if toy.frames == 1:
+        write_images(folder, toy.side)
+    else:
+        write_toy_clip(folder / "clip.mp4", toy.frames, toy.side, toy.side)
+    if toy.vae != "vae":
+        succeed("convert-ops vae --profile image --output images.safetensors", cwd=folder)
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_a_light_student(name: str, tmp_path: Path) -> None:
+    toy = TOYS[name]
+    write_inputs(toy, tmp_path)
+    words = f"{toy.sentences()['distill']} --loss-weight feature=0 --student tae --student-width 4"
+    succeed(f"distill {toy.vae} {words}", cwd=tmp_path)
+    vae, student = (loaded(tmp_path, place) for place in (toy.vae, "flash.safetensors"))
+    spec, original = student.require_decoder().spec, vae.require_decoder().spec
+    assert (student.family, light_shape(spec), spec.still) == (name, "tae", original.still)
+    assert student.latent_mean == vae.latent_mean and student.encoder is None
+    succeed(f"eval {toy.sentences()['eval']}", cwd=tmp_path)
+    assert {row["num_frames"] for row in read_report(tmp_path / "report")["clips"]} == {toy.frames}
+    succeed("export --target safetensors", cwd=tmp_path)
+    assert loaded(tmp_path, "export/flash.safetensors").require_decoder().spec == spec
+
+
 @pytest.mark.parametrize("name", TOYS)
 def test_six_commands(name: str, tmp_path: Path, table: Table) -> None:
     toy, family = TOYS[name], get_family(name)
-    toy.write(tmp_path / "vae")
-    if toy.frames == 1:
-        write_images(tmp_path, toy.side)
-    else:
-        write_toy_clip(tmp_path / "clip.mp4", toy.frames, toy.side, toy.side)
-    if toy.vae != "vae":
-        succeed("convert-ops vae --profile image --output images.safetensors", cwd=tmp_path)
+    write_inputs(toy, tmp_path)
     printed, seconds = {}, []
     for command, words in toy.sentences().items():
         start = time.perf_counter()

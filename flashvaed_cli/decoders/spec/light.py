@@ -7,7 +7,7 @@ state. Imports no torch.
 Shapes:
     tae: chains of three convolutions and nearest upsampling, one width throughout, latents clamped at the entry. For
         video, the first layer of every chain reads the previous frame too.
-    temporal-tae: chains on frames; time is seen by causal residual layers of (3, 1, 1) behind the first upsampling.
+    temporal-tae: chains on frames; time is seen by causal residual layers of (3, 1, 1) after the first upsampling.
         Departs from the published one, which is not causal, has GroupNorm over all frames of a clip, attention in each
         frame and bilinear upsampling.
     efficientvit: chains of two convolutions, pixel shuffles with copies past them, one RMS norm before the last layer.
