@@ -55,6 +55,7 @@ class ConfigKeys:
             dense ones do; raises SpecError at a value that is not supported.
         entry_is_latent: the encoder's first width is the number of latent channels, whatever the base width.
         in_metadata: the family's own files carry a configuration in their metadata.
+        in_arguments: the arguments of the trainer stand beside the weights, and are one.
     """
 
     fixed: Mapping[str, tuple[Any, ...]]
@@ -67,6 +68,7 @@ class ConfigKeys:
     separable_padding: Callable[[Mapping[str, Any]], TimePadding | None] = _no_separable_padding
     entry_is_latent: bool = False
     in_metadata: bool = False
+    in_arguments: bool = False
 
     @property
     def known(self) -> frozenset[str]:
@@ -118,7 +120,8 @@ class Family:
     `paper_operators` the operator of each stage's residual blocks after conversion. `configured` puts what a
     checkpoint's configuration says, and its shapes do not, into a spec; `described` gives it back. `config_keys` are
     what a configuration may say. `native_obstacle` says why no stock class builds a narrower decoder that this
-    program makes; None where one does. `frames_per_second` is the rate that the family's models are trained at.
+    program makes; None where one does. `latents_are_raw`: of any number of channels, whose mean is 0 and deviation 1.
+    `frames_per_second` is the rate that the family's models are trained at.
     """
 
     name: str
@@ -135,5 +138,6 @@ class Family:
     configured: Callable[[DecoderSpec | EncoderSpec, Mapping[str, Any]], DecoderSpec | EncoderSpec] = _as_it_is
     described: Callable[[CoderSpec], dict[str, Any]] = _no_description
     native_obstacle: str | None = None
+    latents_are_raw: bool = False
     frames_per_second: int = 16
     elsewhere: OtherPrograms = field(default_factory=OtherPrograms)

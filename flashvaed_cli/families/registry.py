@@ -8,13 +8,13 @@ from typing import TypeVar
 
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
 from flashvaed_cli.errors import SpecError
-from flashvaed_cli.families import ltx, qwen_image, qwen_image2, wan21, wan22
+from flashvaed_cli.families import leanvae, ltx, qwen_image, qwen_image2, wan21, wan22
 from flashvaed_cli.families.family import Family
 from flashvaed_cli.families.layout import Layout
 
 SpecT = TypeVar("SpecT", DecoderSpec, EncoderSpec)
 
-_FOLDERS = (wan21, wan22, qwen_image, qwen_image2, ltx)
+_FOLDERS = (wan21, wan22, qwen_image, qwen_image2, ltx, leanvae)
 """Where two layouts have the same keys, the first is taken unless the user or a configuration names the other's
 family."""
 

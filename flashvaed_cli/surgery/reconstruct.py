@@ -121,7 +121,10 @@ class _Pairing:
             self.reference.at(address),
             self.student.at(address),
             self._channels_before(address),
-            channel_index(self.kept, f"{address}.conv1"),
+            {
+                name: channel_index(self.kept, f"{address}.{name}")
+                for name in self.student.spec_of(address).inner_tensors
+            },
             channel_index(self.kept, address),
             self.settings,
             self.store,

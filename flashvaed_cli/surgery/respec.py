@@ -19,6 +19,7 @@ from flashvaed_cli.decoders.spec.blocks import (
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.decoders.spec.groups import Kept, channel_groups, input_tensors, tensor_widths
 from flashvaed_cli.decoders.spec.layers import ConvSpec, NormSpec, Operator
+from flashvaed_cli.decoders.spec.naf_blocks import IstaSpec, NafSpec
 from flashvaed_cli.errors import SpecError
 
 
@@ -42,9 +43,10 @@ def narrowed_spec(spec: DecoderSpec, kept: Kept) -> DecoderSpec:
     for address, block in spec.blocks():
         source = inputs[address]
         before = kept.get(source) if source else None
-        inner, after = kept.get(f"{address}.conv1"), kept.get(address)
+        after = kept.get(address)
+        inner = {name: len(kept[at]) for name in block.inner_tensors if (at := f"{address}.{name}") in kept}
         if before or inner or after:
-            changed[address] = NARROWED[block.kind](block, _Widths(_count(before), _count(inner), _count(after)))
+            changed[address] = NARROWED[block.kind](block, _Widths(_count(before), inner, _count(after)))
     return spec.with_blocks(changed)
 
 
@@ -71,17 +73,18 @@ def _count(kept: tuple[int, ...] | None) -> int | None:
 
 
 class _Widths(NamedTuple):
-    """Channels that are left before a block, inside it (of a residual block) and after it; None: all."""
+    """Channels that are left before a block, in the tensors inside it and after it; None or absent: all."""
 
     before: int | None
-    inner: int | None
+    inner: Mapping[str, int]
     after: int | None
 
 
 def _narrow_resblock(block: Block, widths: _Widths) -> ResBlockSpec:
     assert isinstance(block, ResBlockSpec)
-    conv1 = _resized(block.conv1, widths.before, widths.inner)
-    conv2 = _resized(block.conv2, widths.inner, widths.after)
+    inner = widths.inner.get("conv1")
+    conv1 = _resized(block.conv1, widths.before, inner)
+    conv2 = _resized(block.conv2, inner, widths.after)
     shortcut = block.shortcut
     if widths.before or widths.after:
         shortcut = ConvSpec(operator="pointwise", in_width=conv1.in_width, out_width=conv2.out_width, kernel=(1, 1, 1))
@@ -117,6 +120,21 @@ def _narrow_single(block: Block, widths: _Widths) -> ConvBlockSpec:
     return ConvBlockSpec(conv=_resized(block.conv, widths.before, widths.after))
 
 
+def _narrow_gates(block: Block, widths: _Widths) -> BlockSpec:
+    """Fewer values with their gates; the channels of the stream stay."""
+    assert isinstance(block, NafSpec | IstaSpec)
+    layers: dict[str, ConvSpec] = {}
+    for name, width in widths.inner.items():
+        inner = block.inner_tensors[name]
+        layers[inner.producer] = _resized(block.layers[inner.producer], None, 2 * width)
+        layers[inner.reader.layer] = _resized(block.layers[inner.reader.layer], width, None)
+    return block.with_layers(layers)
+
+
+def _refuse_cells(block: Block, widths: _Widths) -> NoReturn:
+    raise SpecError("the ends of this decoder keep their channels")
+
+
 def _refuse(block: Block, widths: _Widths) -> NoReturn:
     raise SpecError("encoders are not pruned")
 
@@ -131,6 +149,10 @@ NARROWED: dict[str, Callable[[Block, _Widths], BlockSpec]] = {
     "strided_downsample": _refuse,
     "unshuffle_downsample": _refuse,
     "head": _narrow_head,
+    "naf": _narrow_gates,
+    "ista": _narrow_gates,
+    "cell_stem": _refuse,
+    "cell_head": _refuse_cells,
 }
 """A block of each kind with the channels that are left."""
 

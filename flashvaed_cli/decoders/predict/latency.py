@@ -57,6 +57,9 @@ def block_axes(spec: CoderSpec, groups: Sequence[ChannelGroup]) -> dict[str, tup
         stream = tuple(dict.fromkeys(name for name in (before, after) if name))
         if isinstance(block, ResBlockSpec):
             axes = (stream, (inner,) if inner else ())
+        elif block.inner_tensors:
+            inside = (owner.get(f"{address}.{name}") for name in block.inner_tensors)
+            axes = (tuple(name for name in inside if name),)
         elif past and past != before:
             axes = (tuple(name for name in (before, past) if name), (after,) if after else ())
         else:

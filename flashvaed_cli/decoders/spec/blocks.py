@@ -13,107 +13,9 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from flashvaed_cli.decoders.spec.layers import ConvSpec, Factor, FrozenSpec, NormSpec, Width
-
-Grid = tuple[int, int, int]
-"""Frames, height, width of a tensor."""
-
-
-class Reader(FrozenSpec):
-    """A layer that reads what enters its block: its name, and that of the norm before it."""
-
-    layer: str
-    norm: str | None = None
-
-
-class Block(FrozenSpec):
-    """What every kind of block tells. As it stands here: of a block with a single convolution, `conv`."""
-
-    @property
-    def layers(self) -> dict[str, ConvSpec]:
-        """The convolutions by name, in forward order (attention projections excepted)."""
-        named = {name: getattr(self, name) for name in type(self).model_fields}
-        return {name: layer for name, layer in named.items() if isinstance(layer, ConvSpec)}
-
-    @property
-    def paths(self) -> tuple[tuple[str, ...], ...]:
-        """The layers from the block's input to its output, one run for each way."""
-        return (tuple(self.layers),)
-
-    @property
-    def in_width(self) -> int:
-        """Width of the tensor that enters."""
-        return next(iter(self.layers.values())).in_width
-
-    @property
-    def out_width(self) -> int:
-        """Width of the tensor that leaves."""
-        return list(self.layers.values())[-1].out_width
-
-    @property
-    def widest_output(self) -> int:
-        """Width of the widest tensor at the output's size."""
-        return max([self.out_width, *(layer.out_width for layer in self.layers.values())])
-
-    @property
-    def growth(self) -> Factor:
-        """Frames (all but the first of the video), rows and columns that a block of a decoder makes of each."""
-        return (1, 1, 1)
-
-    @property
-    def shrinkage(self) -> Factor:
-        """Frames (all but the first of the video), rows and columns that a block of an encoder makes one."""
-        return (1, 1, 1)
-
-    @property
-    def enlarges_first(self) -> bool:
-        """Whether the enlarged input is written out before a layer reads it."""
-        return False
-
-    @property
-    def norm_parameters(self) -> int:
-        """Gains and shifts of its norms."""
-        return 0
-
-    @property
-    def writers(self) -> tuple[str, ...]:
-        """Names of the layers whose sum leaves the block; an identity adds none."""
-        return (list(self.layers)[-1],)
-
-    @property
-    def readers(self) -> tuple[Reader, ...]:
-        """The layers that read the tensor that enters."""
-        return (Reader(layer=next(iter(self.layers))),)
-
-    @property
-    def carries_input(self) -> bool:
-        """Whether an identity adds the input, or copies of it, to the output."""
-        return False
-
-    @property
-    def keeps_channels(self) -> bool:
-        """Whether the channels that leave are those that enter: such a block cannot have other kept ones."""
-        return self.carries_input and self.growth == (1, 1, 1)
-
-    @property
-    def sees_whole_frames(self) -> bool:
-        """Whether every position reads its whole frame, so that the block cannot run in tiles."""
-        return False
-
-    @property
-    def ends_stream(self) -> bool:
-        """Whether a stage that it ends hands its channels to the next stage."""
-        return False
-
-    def grid_after(self, grid: Grid) -> Grid:
-        """The grid that leaves where `grid` enters; the first frame of a video is neither doubled nor halved."""
-        (t, h, w), growth, shrinkage = grid, self.growth, self.shrinkage
-        frames = 1 + growth[0] * (t - 1) // shrinkage[0]
-        return (frames, growth[1] * h // shrinkage[1], growth[2] * w // shrinkage[2])
-
-    def layer_grid(self, name: str, grid: Grid) -> Grid:
-        """The positions at which a layer is evaluated where `grid` enters the block."""
-        return self.grid_after(grid)
+from flashvaed_cli.decoders.spec.block import Block, Grid, InnerTensor, Reader
+from flashvaed_cli.decoders.spec.layers import ConvSpec, Factor, NormSpec, Width
+from flashvaed_cli.decoders.spec.naf_blocks import CellHeadSpec, CellStemSpec, IstaSpec, NafSpec
 
 
 class ConvBlockSpec(Block):
@@ -156,6 +58,12 @@ class ResBlockSpec(Block):
         if self.shortcut_norm and self.shortcut is None:
             raise ValueError("a norm before the shortcut needs a shortcut that is no identity")
         return self
+
+    @property
+    def inner_tensors(self) -> dict[str, InnerTensor]:
+        """What stands between both convolutions."""
+        reader = Reader(layer="conv2", norm="norm2")
+        return {"conv1": InnerTensor(group="inner", width=self.conv1.out_width, producer="conv1", reader=reader)}
 
     @property
     def paths(self) -> tuple[tuple[str, ...], ...]:
@@ -441,6 +349,10 @@ _Blocks = (
     | StridedDownsampleSpec
     | UnshuffleDownsampleSpec
     | HeadSpec
+    | NafSpec
+    | IstaSpec
+    | CellStemSpec
+    | CellHeadSpec
 )
 BlockSpec = Annotated[_Blocks, Field(discriminator="kind")]
 KINDS: dict[str, type[Block]] = {one.model_fields["kind"].default: one for one in get_args(_Blocks)}
