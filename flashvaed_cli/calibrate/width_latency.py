@@ -187,8 +187,8 @@ def _odd_groups(spec: DecoderSpec, groups: Sequence[ChannelGroup]) -> set[str]:
     known: set[str] = set()
     for (source, _), (address, block) in itertools.pairwise(spec.blocks()):
         before, after = owner.get(source), owner.get(address)
-        inner = [owner[tensor] for layer in block.inner if (tensor := f"{address}.{layer}") in owner]
-        if before and after and after not in known and (before in odd) == bool(block.inner):
+        inner = [owner[tensor] for name in block.inner_tensors if (tensor := f"{address}.{name}") in owner]
+        if before and after and after not in known and (before in odd) == bool(block.inner_tensors):
             odd.add(after)
         known |= {name for name in (before, after) if name}
         if inner and (after or before) not in odd:

@@ -57,6 +57,7 @@ class ConfigKeys:
         in_metadata: the family's own files carry a configuration in their metadata.
         has_factors: `scaling_factor` and `shift_factor` of a configuration are the statistics of all channels, in
             place of the release's.
+        in_arguments: the arguments of the trainer stand beside the weights, and are one.
     """
 
     fixed: Mapping[str, tuple[Any, ...]]
@@ -70,6 +71,7 @@ class ConfigKeys:
     entry_is_latent: bool = False
     in_metadata: bool = False
     has_factors: bool = False
+    in_arguments: bool = False
 
     @property
     def known(self) -> frozenset[str]:
@@ -123,7 +125,8 @@ class Family:
     `paper_operators` the operator of each stage's residual blocks after conversion. `configured` puts what a
     checkpoint's configuration says, and its shapes do not, into a spec; `described` gives it back. `config_keys` are
     what a configuration may say. `native_obstacle` says why no stock class builds a narrower decoder that this
-    program makes; None where one does. `frames_per_second` is the rate that the family's models are trained at.
+    program makes; None where one does. `latents_are_raw`: of any number of channels, whose mean is 0 and deviation 1.
+    `frames_per_second` is the rate that the family's models are trained at.
     """
 
     name: str
@@ -140,5 +143,6 @@ class Family:
     configured: Callable[[DecoderSpec | EncoderSpec, Mapping[str, Any]], DecoderSpec | EncoderSpec] = _as_it_is
     described: Callable[[CoderSpec], dict[str, Any]] = _no_description
     native_obstacle: str | None = None
+    latents_are_raw: bool = False
     frames_per_second: int = 16
     elsewhere: OtherPrograms = field(default_factory=OtherPrograms)

@@ -36,6 +36,7 @@ class Layout:
         model: what messages call a model of these names, of whatever version; "" if no name tells it.
         model_names: names that tell it.
         condition: names of what a norm's gain and shift are conditioned on.
+        landmarks: by role, names that every variant has, where they are not those of norms and resamplers.
         arguments: what the constructor of `config_class` takes, of the keys that the family knows.
         settings: values of those that the class has under a key of another class too.
     """
@@ -59,6 +60,7 @@ class Layout:
     model: str = ""
     model_names: re.Pattern[str] | None = None
     condition: re.Pattern[str] | None = None
+    landmarks: Mapping[Role, tuple[str, ...]] = field(default_factory=dict)
     arguments: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
 

@@ -20,6 +20,7 @@ from flashvaed_cli.decoders.spec.blocks import (
     UpsampleSpec,
 )
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
+from flashvaed_cli.decoders.spec.naf_blocks import CellHeadSpec, IstaSpec, NafSpec
 from flashvaed_cli.metrics.speed import synchronizer
 
 _CPU_COPY_BYTES = 128 * 2**20  # well beyond the caches
@@ -130,4 +131,11 @@ def _block_traffic(block: BlockSpec, grid: tuple[int, int, int]) -> int:
         return positions * (sum(layer.in_width + layer.out_width for layer in layers) + shortcut)
     if isinstance(block, ShuffleUpsampleSpec):  # a residual is added where the layer writes
         return positions * (block.conv.in_width * (2 if block.residual else 1) + block.conv.out_width)
+    if isinstance(block, NafSpec | IstaSpec):
+        layers = block.layers.items()
+        inner = sum(one.width for one in block.inner_tensors.values())
+        return positions * (sum((one.in_width + one.out_width) * block.num_uses(name) for name, one in layers) - inner)
+    if isinstance(block, CellHeadSpec):
+        frames, height, width = block.grid_after(grid)
+        return positions * block.in_width + frames * height * width * block.out_width
     return positions * (block.in_width + block.out_width)

@@ -8,7 +8,7 @@ Reference: flashvaed_cli/README.md, "Method".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flashvaed_cli.decoders.modules.blocks import Attention, Chain, ConvBlock, Downsample, Head, ResBlock, Upsample
+from flashvaed_cli.decoders.modules.naf_blocks import Branch, CellHead, CellStem, Ista, Naf
 from flashvaed_cli.decoders.modules.norms import FrameGroupNorm, Norm
 from flashvaed_cli.decoders.modules.operators import (
     Conv,
@@ -70,7 +71,7 @@ class BlockPair:
     reference: nn.Module
     student: nn.Module
     before: Channels
-    inner: tuple[Channels, ...]
+    inner: Mapping[str, Channels]
     after: Channels
     settings: FitSettings
     store: ActivationStore
@@ -118,6 +119,11 @@ class BlockPair:
 
 def rows_by_layer(pair: BlockPair) -> dict[str, int]:
     """Positions of a clip by layer: what the neediest fit wants; a temporal upsampler has a grid of its own."""
+    if isinstance(pair.student, CellStem | CellHead):
+        return {}
+    if isinstance(pair.student, Naf | Ista):
+        parts = [part.contract for part in pair.student.modules() if isinstance(part, Branch)]
+        return {BLOCK: max(rows_for([layer], pair.num_clips) for layer in parts)}
     layers = {name: layer for name, layer in pair.student.named_children() if isinstance(layer, Conv)}
     main = [layer for name, layer in layers.items() if name not in ("temporal", "shortcut")]
     groups = [[layer] for layer in main]
@@ -209,7 +215,7 @@ def _solve_resblock(pair: BlockPair, address: str) -> list[LayerError]:
     def hidden(y: Clip) -> Clip:
         return F.silu(new.norm2(inner(y)))
 
-    (kept_inside,) = pair.inner
+    kept_inside = pair.inner["conv1"]
     _solve_entering_gain("norm1", old.norm1, new.norm1, pair)
     errors = [
         _solve_layer(
@@ -268,7 +274,7 @@ def _solve_chain(pair: BlockPair, address: str) -> list[LayerError]:
     """Every layer for what the original's gave before its activation; the last one and the shortcut for their sum."""
     old, new = pair.reference, pair.student
     assert isinstance(old, Chain) and isinstance(new, Chain)
-    path, ends = new.spec.path, (pair.before, *pair.inner, pair.after)
+    path, ends = new.spec.path, (pair.before, *pair.inner.values(), pair.after)
 
     def reads(y: Clip, depth: int) -> Clip:
         for conv in new.convolutions()[:depth]:
@@ -466,6 +472,72 @@ def _with_gap(wanted: Tensor, pair: BlockPair, rows: RecordedRows) -> Tensor:
     return wanted + rows.outputs[BYPASS_GAP] if owes else wanted
 
 
+def _solve_naf(pair: BlockPair, address: str) -> list[LayerError]:
+    """Each branch's last layer gives what the original's block gave, less what else the new block adds up."""
+    new = pair.student
+    assert isinstance(new, Naf)
+    return _solve_gates(new, pair, lambda y, rows: (y, rows.outputs[BLOCK]))
+
+
+def _solve_ista(pair: BlockPair, address: str) -> list[LayerError]:
+    """One naf block after another; the latents enter both decoders alike, so the original can be run beside."""
+    old, new = pair.reference, pair.student
+    assert isinstance(old, Ista) and isinstance(new, Ista)
+
+    def reading(place: str) -> Callable[[Clip, RecordedRows], tuple[Clip, Tensor]]:
+        def read(y: Clip, rows: RecordedRows) -> tuple[Clip, Tensor]:
+            entering = next(given for at, given, _ in new.walk(y) if at == place)
+            wanted = next(given for at, given in _unit_outputs(old, y) if at == place)
+            return entering, gather_rows(wanted, rows.positions[BLOCK])
+
+        return read
+
+    errors = []
+    for place in new.spec.units:
+        unit = new.get_submodule(place)
+        assert isinstance(unit, Naf)
+        errors += _solve_gates(unit, pair, reading(place))
+    return errors
+
+
+def _unit_outputs(block: Ista, y: Clip) -> Iterator[tuple[str, Clip]]:
+    """What each naf block of a bottleneck gives by itself."""
+    for place, entering, _ in block.walk(y):
+        yield place, block.get_submodule(place)(entering)
+
+
+def _solve_gates(
+    unit: Naf, pair: BlockPair, read: Callable[[Clip, RecordedRows], tuple[Clip, Tensor]]
+) -> list[LayerError]:
+    """Fit the last layer of every branch of a naf block.
+
+    Args:
+        read: of a clip, the block's input in the new decoder, and the original block's output at the recorded rows.
+    """
+    if pair.settings.mode == "channel":
+        return []
+    errors, start = [], 0
+    for index, width in enumerate(branch.width for branch in unit.spec.branches):
+        branch = unit.branches[index]
+        assert isinstance(branch, Branch) and isinstance(branch.contract, Conv)
+        fit = DenseFit([branch.contract], settings=pair.settings)
+        for y, rows in pair.clips():
+            entering, wanted = read(y, rows)
+            mixed, at = unit.mixed(entering), rows.positions[BLOCK]
+            target = wanted[:, start : start + width]
+            if unit.spec.residual:
+                target = target - gather_rows(mixed, at)[:, start : start + width]
+            fit.update([branch.inner(unit.parts(mixed)[index])], target, at)
+        errors.append(fit.solve_())
+        start += width
+    return errors
+
+
+def _solve_cells(pair: BlockPair, address: str) -> list[LayerError]:
+    """The pixels' layers keep their weights: what they read has been fitted to what they were made for."""
+    return []
+
+
 BLOCK_SOLVERS: dict[str, Callable[[BlockPair, str], list[LayerError]]] = {
     "resblock": _solve_resblock,
     "chain": _solve_chain,
@@ -475,4 +547,8 @@ BLOCK_SOLVERS: dict[str, Callable[[BlockPair, str], list[LayerError]]] = {
     "downsample": _solve_downsample,
     "head": _solve_head,
     "conv": _solve_conv,
+    "naf": _solve_naf,
+    "ista": _solve_ista,
+    "cell_stem": _solve_cells,
+    "cell_head": _solve_cells,
 }

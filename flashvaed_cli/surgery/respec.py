@@ -20,6 +20,7 @@ from flashvaed_cli.decoders.spec.blocks import (
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.decoders.spec.groups import Kept, channel_groups, input_tensors, tensor_widths
 from flashvaed_cli.decoders.spec.layers import ConvSpec, NormSpec, Operator
+from flashvaed_cli.decoders.spec.naf_blocks import IstaSpec, NafSpec
 from flashvaed_cli.errors import SpecError
 
 
@@ -49,10 +50,10 @@ def narrowed_spec(spec: DecoderSpec, kept: Kept) -> DecoderSpec:
     for address, block in spec.blocks():
         source = inputs[address]
         before = kept.get(source) if source else None
-        inner, after = [kept.get(f"{address}.{layer}") for layer in block.inner], kept.get(address)
-        if before or any(inner) or after:
-            widths = _Widths(_count(before), tuple(map(_count, inner)), _count(after))
-            changed[address] = NARROWED[block.kind](block, widths)
+        after = kept.get(address)
+        inner = {name: len(kept[at]) for name in block.inner_tensors if (at := f"{address}.{name}") in kept}
+        if before or inner or after:
+            changed[address] = NARROWED[block.kind](block, _Widths(_count(before), inner, _count(after)))
     return spec.with_blocks(changed)
 
 
@@ -86,16 +87,16 @@ def _count(kept: tuple[int, ...] | None) -> int | None:
 
 
 class _Widths(NamedTuple):
-    """Channels that are left before a block, after each of its inner layers, and after it; None: all."""
+    """Channels that are left before a block, in the tensors inside it and after it; None or absent: all."""
 
     before: int | None
-    inner: tuple[int | None, ...]
+    inner: Mapping[str, int]
     after: int | None
 
 
 def _narrow_resblock(block: Block, widths: _Widths) -> ResBlockSpec:
     assert isinstance(block, ResBlockSpec)
-    (inner,) = widths.inner
+    inner = widths.inner.get("conv1")
     conv1 = _resized(block.conv1, widths.before, inner)
     conv2 = _resized(block.conv2, inner, widths.after)
     shortcut = block.shortcut
@@ -108,7 +109,7 @@ def _narrow_resblock(block: Block, widths: _Widths) -> ResBlockSpec:
 
 def _narrow_chain(block: Block, widths: _Widths) -> ChainSpec:
     assert isinstance(block, ChainSpec)
-    ends = (widths.before, *widths.inner, widths.after)
+    ends = (widths.before, *(widths.inner.get(name) for name in block.inner_tensors), widths.after)
     convs = {name: _resized(block.layers[name], *ends[i : i + 2]) for i, name in enumerate(block.path)}
     shortcut = block.shortcut
     if widths.before or widths.after:
@@ -150,6 +151,21 @@ def _narrow_single(block: Block, widths: _Widths) -> ConvBlockSpec:
     return block.model_copy(update={"conv": _resized(block.conv, widths.before, widths.after)})
 
 
+def _narrow_gates(block: Block, widths: _Widths) -> BlockSpec:
+    """Fewer values with their gates; the channels of the stream stay."""
+    assert isinstance(block, NafSpec | IstaSpec)
+    layers: dict[str, ConvSpec] = {}
+    for name, width in widths.inner.items():
+        inner = block.inner_tensors[name]
+        layers[inner.producer] = _resized(block.layers[inner.producer], None, 2 * width)
+        layers[inner.reader.layer] = _resized(block.layers[inner.reader.layer], width, None)
+    return block.with_layers(layers)
+
+
+def _refuse_cells(block: Block, widths: _Widths) -> NoReturn:
+    raise SpecError("the ends of this decoder keep their channels")
+
+
 def _refuse(block: Block, widths: _Widths) -> NoReturn:
     raise SpecError("encoders are not pruned")
 
@@ -165,6 +181,10 @@ NARROWED: dict[str, Callable[[Block, _Widths], BlockSpec]] = {
     "strided_downsample": _refuse,
     "unshuffle_downsample": _refuse,
     "head": _narrow_head,
+    "naf": _narrow_gates,
+    "ista": _narrow_gates,
+    "cell_stem": _refuse,
+    "cell_head": _refuse_cells,
 }
 """A block of each kind with the channels that are left."""
 

@@ -8,7 +8,7 @@ Reference: arXiv 2602.19161, sections 3.1 and 3.2.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from flashvaed_cli.decoders.modules.coder import CoderT
 from flashvaed_cli.decoders.modules.norms import ChannelLayerNorm, Norm
 from flashvaed_cli.decoders.modules.operators import OPERATORS, Conv, LowRankConv3d, SeparableConv3d, dense_kernel
 from flashvaed_cli.decoders.modules.shuffle_blocks import ShuffleUpsample
+from flashvaed_cli.decoders.spec.block import Block
 from flashvaed_cli.decoders.spec.blocks import BlockSpec, ShuffleUpsampleSpec
 from flashvaed_cli.decoders.spec.coders import CoderSpec
 from flashvaed_cli.decoders.spec.groups import Kept, input_tensors
@@ -39,9 +40,9 @@ def channel_index(kept: Kept, tensor: str | None) -> Channels:
     return None if channels is None else torch.tensor(channels)
 
 
-def inner_channels(kept: Kept, address: str, block: BlockSpec) -> tuple[Channels, ...]:
-    """Kept channels after each inner layer of a block."""
-    return tuple(channel_index(kept, f"{address}.{layer}") for layer in block.inner)
+def inner_channels(kept: Kept, address: str, block: BlockSpec) -> dict[str, Channels]:
+    """Kept channels of the tensors inside a block."""
+    return {name: channel_index(kept, f"{address}.{name}") for name in block.inner_tensors}
 
 
 def pick(x: Tensor, channels: Channels, dim: int) -> Tensor:
@@ -50,10 +51,10 @@ def pick(x: Tensor, channels: Channels, dim: int) -> Tensor:
 
 
 class Cut(NamedTuple):
-    """The kept channels that enter a block, that each of its inner layers gives, and that leave it."""
+    """The kept channels that enter a block, those of the tensors inside it, and those that leave it."""
 
     before: Channels
-    inner: tuple[Channels, ...]
+    inner: Mapping[str, Channels]
     after: Channels
 
 
@@ -108,7 +109,7 @@ def doubled(channels: Channels, temporal: Conv) -> Channels:
 
 def _transfer_resblock(source: nn.Module, block: nn.Module, cut: Cut) -> None:
     assert isinstance(source, ResBlock) and isinstance(block, ResBlock)
-    before, (inner,), after = cut
+    before, inner, after = cut.before, cut.inner["conv1"], cut.after
     _transfer_norm(source.norm1, block.norm1, before)
     _transfer_conv(source.conv1, block.conv1, before, inner)
     _transfer_norm(source.norm2, block.norm2, inner)
@@ -123,7 +124,7 @@ def _transfer_resblock(source: nn.Module, block: nn.Module, cut: Cut) -> None:
 
 def _transfer_chain(source: nn.Module, block: nn.Module, cut: Cut) -> None:
     assert isinstance(source, Chain) and isinstance(block, Chain)
-    ends = (cut.before, *cut.inner, cut.after)
+    ends = (cut.before, *cut.inner.values(), cut.after)
     for i, (theirs, ours) in enumerate(zip(source.convolutions(), block.convolutions(), strict=True)):
         _transfer_conv(theirs, ours, ends[i], ends[i + 1])
     _transfer_shortcut(source.shortcut, block.shortcut, source.spec.in_width, cut)
@@ -184,6 +185,29 @@ def _transfer_single(source: nn.Module, block: nn.Module, cut: Cut) -> None:
     _transfer_conv(theirs, ours, cut.before, cut.after)
 
 
+def gated(channels: Channels, width: int) -> Channels:
+    """Kept outputs of the layer before gates: the same channels of the values and of their gates."""
+    return None if channels is None else torch.cat([channels, channels + width])
+
+
+def _transfer_parts(source: nn.Module, block: nn.Module, cut: Cut) -> None:
+    """Of a block that names its parts by paths: all as they are, but for the layers around pruned inner tensors."""
+    spec, old = block.spec, source.spec
+    assert isinstance(spec, Block) and isinstance(old, Block)
+    ends: dict[str, list[Channels]] = {name: [None, None] for name in spec.layers}
+    for name, inner in old.inner_tensors.items():
+        ends[inner.producer][1] = gated(cut.inner[name], inner.width)
+        ends[inner.reader.layer][0] = cut.inner[name]
+    for name, parameter in source.named_parameters():
+        place = name.rpartition(".")[0]
+        if place not in ends:
+            block.get_parameter(name).copy_(parameter)
+    for name, (before, after) in ends.items():
+        theirs, ours = source.get_submodule(name), block.get_submodule(name)
+        assert isinstance(theirs, Conv) and isinstance(ours, Conv)
+        _transfer_conv(theirs, ours, before, after)
+
+
 def _transfer_norm(source: AnyNorm, norm: AnyNorm, before: Channels) -> None:
     """Gain and shift of the channels that are left; a norm that had no gain begins with one of 1."""
     if norm.gamma is not None and source.gamma is not None:
@@ -230,6 +254,10 @@ TRANSFERS: dict[str, Callable[[nn.Module, nn.Module, Cut], None]] = {
     "strided_downsample": _transfer_single,
     "unshuffle_downsample": _transfer_single,
     "head": _transfer_head,
+    "naf": _transfer_parts,
+    "ista": _transfer_parts,
+    "cell_stem": _transfer_parts,
+    "cell_head": _transfer_parts,
 }
 """How a block of each kind gets its weights: from the reference's block, for the channels that are left."""
 

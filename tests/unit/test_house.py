@@ -52,7 +52,18 @@ def test_every_family_folder_is_registered() -> None:
     assert {layout.name for folder in found for layout in folder.LAYOUTS} == set(LAYOUTS)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+CLASSLESS = {"leanvae"}
+"""Families that diffusers has no class for."""
+
+
+@pytest.mark.parametrize("name", CLASSLESS)
+def test_a_family_without_a_class_says_so(name: str) -> None:
+    assert original_layout(name).family == name
+    assert class_layout(name) is None
+    assert "no class" in str(FAMILIES[name].native_obstacle)
+
+
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - CLASSLESS))
 def test_every_family_has_files_of_its_own_and_a_class_in_diffusers(name: str) -> None:
     assert original_layout(name).family == name
     layout = class_layout(name)

@@ -36,9 +36,9 @@ def coders_from_foreign(
     """
     config = {**(config or {}), **({} if layout.implied is None else layout.implied(tensors))}
     prepared = tensors if layout.prepare is None else layout.prepare(tensors, config)
-    tensors = fold_separable(prepared)
+    raw, tensors = tensors, fold_separable(prepared)
     shapes = shapes_of(tensors)
-    roles = present_roles(shapes, layout)
+    roles = present_roles(shapes_of(raw) if layout.landmarks else shapes, layout)
     specs = {role: spec_from_shapes(shapes, layout, role, location, config) for role in roles}
     places = {role: slots(spec, layout) for role, spec in specs.items()}
     expected = {slot.foreign: slot.shape for slots_of_role in places.values() for slot in slots_of_role}

@@ -39,6 +39,8 @@ def latent_statistics(
     """
     latent_width = _latent_width(specs)
     source, mean, std = f"the {family.name} release", family.latent_mean, family.latent_std
+    if family.latents_are_raw:
+        mean, std = (0.0,) * latent_width, (1.0,) * latent_width
     config = weights.config or {}
     if _has_both(config, CONFIG_NAME, location):
         source, mean, std = CONFIG_NAME, config["latents_mean"], config["latents_std"]
@@ -119,6 +121,8 @@ def configuration(weights: ForeignWeights, family: Family, location: str) -> dic
             found = None  # a note of another program
         if isinstance(found, dict):
             config = dict(found.get("vae", found)) if isinstance(found.get("vae", found), dict) else {}
+    if family.config_keys.in_arguments:
+        config |= {key: value for key, value in weights.arguments.items() if key in family.config_keys.known}
     config |= weights.config or {}
     timestep = weights.metadata.get("decode_timestep", config.get("decode_timestep"))
     if timestep is not None:

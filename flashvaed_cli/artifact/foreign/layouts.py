@@ -23,10 +23,11 @@ from flashvaed_cli.decoders.spec.blocks import (
 )
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
 from flashvaed_cli.decoders.spec.layers import ConvSpec
+from flashvaed_cli.decoders.spec.naf_blocks import IstaSpec
 from flashvaed_cli.families.layout import Layout, Role
 from flashvaed_cli.families.registry import get_family
 
-# The convolutions of each kind of block.
+# The convolutions of each kind of block; none of those that name their parts by paths, which their layouts take over.
 CONVS: dict[str, tuple[str, ...]] = {
     "conv": ("conv",),
     "resblock": ("conv1", "conv2", "shortcut"),
@@ -37,6 +38,7 @@ CONVS: dict[str, tuple[str, ...]] = {
     "strided_downsample": ("conv",),
     "unshuffle_downsample": ("conv",),
     "head": ("conv",),
+    **dict.fromkeys(("naf", "ista", "cell_stem", "cell_head"), ()),
 }
 # Each norm with the layer that reads it.
 _NORMS: dict[str, dict[str, str]] = {"resblock": {"norm1": "conv1", "norm2": "conv2"}, "head": {"norm": "conv"}}
@@ -74,6 +76,9 @@ def slots(spec: CoderSpec, layout: Layout) -> list[Slot]:
 def _block_slots(role: Role, address: str, block: BlockSpec, layout: Layout) -> Iterator[Slot]:
     stage, index = split_block(address)
     ours = f"stages.{stage}.{index}"
+    if not CONVS.get(block.kind, True):
+        yield from _path_slots(ours, layout.places[role][address], block)
+        return
     places = {layer: layout.layer_place(role, address, block.kind, layer) for layer in layout.layers[block.kind]}
     if isinstance(block, AttentionSpec):
         inner, width = block.inner_width, block.width
@@ -100,6 +105,21 @@ def _block_slots(role: Role, address: str, block: BlockSpec, layout: Layout) -> 
         conv = getattr(block, layer)
         if conv is not None:
             yield from _conv_slots(f"{ours}.{layer}", places[layer], conv, on_frames and layer != "temporal")
+
+
+def _path_slots(ours: str, place: str, block: BlockSpec) -> Iterator[Slot]:
+    """Of a block that names its parts by paths: the same paths under its place."""
+    for name, layer in block.layers.items():
+        widths = (layer.out_width, 1 if layer.operator == "depthwise3d" else layer.in_width)
+        kernel = layer.kernel if layer.operator == "depthwise3d" else ()
+        yield Slot(f"{ours}.{name}.weight", f"{place}.{name}.weight", (*widths, *kernel))
+        yield Slot(f"{ours}.{name}.bias", f"{place}.{name}.bias", (layer.out_width,))
+    for name, width in block.layer_norms.items():
+        yield Slot(f"{ours}.{name}.gamma", f"{place}.{name}.weight", (width,))
+        yield Slot(f"{ours}.{name}.beta", f"{place}.{name}.bias", (width,))
+    if isinstance(block, IstaSpec):
+        for name in ("steps", "thresholds"):
+            yield Slot(f"{ours}.{name}", f"{place}.{name}", (len(block.analysis),))
 
 
 def _norm_slots(ours: str, block: ResBlockSpec | HeadSpec, places: Mapping[str, str], gain: str) -> Iterator[Slot]:

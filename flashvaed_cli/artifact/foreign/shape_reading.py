@@ -167,6 +167,8 @@ def _read_block(
     Args:
         in_separable: how depthwise-separable layers pad in time, where it is not as planned.
     """
+    if not CONVS.get(planned.kind, True):
+        return _read_paths(reader, layout.places[role][address], planned)
     places = {layer: layout.layer_place(role, address, planned.kind, layer) for layer in layout.layers[planned.kind]}
     if isinstance(planned, AttentionSpec):
         qkv, proj = reader.weight(places["qkv"]), reader.weight(places["proj"])
@@ -186,6 +188,17 @@ def _read_block(
         for layer, conv in layers.items()
     }
     return _BLOCK_SPECS[planned.kind](**{**_read_extras(reader, layout, planned, places), **padded})
+
+
+def _read_paths(reader: _ShapeReader, place: str, planned: BlockSpec) -> BlockSpec | None:
+    """A block that names its parts by paths: as planned, with the widths that the shapes show."""
+    layers: dict[str, ConvSpec] = {}
+    for name, layer in planned.layers.items():
+        found = reader.weight(f"{place}.{name}")
+        if found is not None:
+            in_width = found[0] if layer.operator == "depthwise3d" else found[1]
+            layers[name] = ConvSpec(operator=layer.operator, in_width=in_width, out_width=found[0], kernel=found[2])
+    return planned.with_layers(layers) if len(layers) == len(planned.layers) else None
 
 
 def _with_planned_padding(found: ConvSpec, planned: ConvSpec | None, in_separable: TimePadding | None) -> ConvSpec:

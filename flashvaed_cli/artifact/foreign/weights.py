@@ -25,13 +25,15 @@ class ForeignWeights:
     """Weights as found, less the wrapper that all names share.
 
     `config` is that of a diffusers folder, `metadata` that of the safetensors file, `files` all that was read.
-    `whole_folder`: the folder was given, so its config must fit the weights. `note`: which of several sets was read.
+    `arguments`: what the file's trainer was called with, where it says so. `whole_folder`: the folder was given, so its
+    config must fit the weights. `note`: which of several sets was read.
     """
 
     tensors: dict[str, Tensor]
     files: tuple[Path, ...]
     config: Mapping[str, Any] | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     whole_folder: bool = False
     note: str | None = None
 
@@ -50,7 +52,9 @@ def read_foreign(path: Path, wanted: str | None = None) -> ForeignWeights:
     tensors, note = choose_weights(content, str(path), wanted)
     files = checkpoint_files(path)
     config = read_config(files[1]) if len(files) > 1 else None
-    return ForeignWeights(tensors, files, config, metadata, note=note)
+    arguments = content.get("args") if isinstance(content, Mapping) else None
+    arguments = {str(key): value for key, value in arguments.items()} if isinstance(arguments, Mapping) else {}
+    return ForeignWeights(tensors, files, config, metadata, arguments, note=note)
 
 
 def checkpoint_files(path: Path, wanted: str | None = None) -> tuple[Path, ...]:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flashvaed_cli.decoders.modules.naf_blocks import CellHead, CellStem, Ista, Naf
 from flashvaed_cli.decoders.modules.norms import ChannelLayerNorm, activate, build_norm, norm_silu
 from flashvaed_cli.decoders.modules.operators import (
     Conv,
@@ -241,6 +242,10 @@ BLOCKS: dict[str, type[nn.Module]] = {
     "strided_downsample": StridedDownsample,
     "unshuffle_downsample": UnshuffleDownsample,
     "head": Head,
+    "naf": Naf,
+    "ista": Ista,
+    "cell_stem": CellStem,
+    "cell_head": CellHead,
 }
 
 

@@ -67,9 +67,9 @@ class ChannelRMSNorm(nn.Module):
 class ChannelLayerNorm(nn.Module):
     """Subtract the mean over the channels, divide by the standard deviation, times `gamma` `[C]`, plus `beta` `[C]`."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, eps: float = LAYER_NORM_EPS) -> None:
         super().__init__()
-        self.eps = LAYER_NORM_EPS
+        self.eps = eps
         self.gamma = nn.Parameter(torch.ones(width))
         self.beta = nn.Parameter(torch.zeros(width))
 

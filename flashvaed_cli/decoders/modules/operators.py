@@ -76,6 +76,19 @@ class SeparableConv3d(Conv):
         return pointwise_conv(mixed, self.weight, self.bias)
 
 
+class DepthwiseConv3d(Conv):
+    """Depthwise convolution alone, padded as its spec says. Weight `[C, 1, kt, kh, kw]`."""
+
+    def __init__(self, spec: ConvSpec, address: str) -> None:
+        super().__init__(spec, address, (spec.in_width, 1, *spec.kernel))
+
+    def forward(
+        self, x: Float[Tensor, "B C T H W"], past: Past = None, future: Future = None
+    ) -> Float[Tensor, "B C T H W"]:
+        window, margins = space_window(time_window(x, self.spec, self.address, past, future), self.spec)
+        return F.conv3d(window, self.weight, self.bias, padding=(0, *margins), groups=self.spec.in_width)
+
+
 class FrameConv2d(Conv):
     """Dense 2D convolution on each frame by itself. Weight `[O, C, kh, kw]`. Keeps no state."""
 
@@ -161,6 +174,7 @@ OPERATORS: dict[Operator, Callable[[ConvSpec, str], Conv]] = {
     "stacked3d": StackedConv3d,
     "winograd3d": WinogradConv3d,
     "subpixel2d": SubpixelConv2d,
+    "depthwise3d": DepthwiseConv3d,
 }
 
 

@@ -6,7 +6,7 @@ One multiply-add counts as two operations. Norms, activations and interpolation 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flashvaed_cli.decoders.spec.blocks import AttentionSpec, BlockSpec, Grid
 from flashvaed_cli.decoders.spec.coders import CoderSpec
@@ -76,7 +76,8 @@ def _block_cost(address: str, block: BlockSpec, grid: Grid) -> list[LayerCost]:
         return [_attention_cost(address, block, grid)]
     costs = []
     for name, layer in block.layers.items():
-        costs.append(_layer_cost(f"{address}.{name}", layer, block.layer_grid(name, grid)))
+        cost = _layer_cost(f"{address}.{name}", layer, block.layer_grid(name, grid))
+        costs.append(replace(cost, flop=cost.flop * block.num_uses(name)))
     if block.norm_parameters:
         costs.append(LayerCost(f"{address}.norm", "norm", 0, block.norm_parameters))
     return costs

@@ -52,10 +52,12 @@ def block_axes(spec: CoderSpec, groups: Sequence[ChannelGroup]) -> dict[str, tup
     bypassed = spec.bypassed()
     for address, block in spec.blocks():
         before, after = owner.get(sources[address] or ""), owner.get(address)
-        inner = tuple(owner[tensor] for layer in block.inner if (tensor := f"{address}.{layer}") in owner)
+        inner = tuple(owner[tensor] for name in block.inner_tensors if (tensor := f"{address}.{name}") in owner)
         past = owner.get(sources[f"{bypassed[address].name}.0"] or "") if address in bypassed else None
         stream = tuple(dict.fromkeys(name for name in (before, after) if name))
-        if block.inner:
+        if block.holds_channels and inner:
+            axes = (inner,)
+        elif block.inner_tensors:
             axes = (stream, inner)
         elif past and past != before:
             axes = (tuple(name for name in (before, past) if name), (after,) if after else ())

@@ -30,6 +30,7 @@ from flashvaed_cli.decoders.spec.blocks import (
 )
 from flashvaed_cli.decoders.spec.coders import BypassSpec, DecoderSpec
 from flashvaed_cli.decoders.spec.layers import ConvSpec
+from flashvaed_cli.decoders.spec.naf_blocks import COLOURS, CellHeadSpec, IstaSpec, NafSpec
 
 DType = Literal["float16", "bfloat16", "float32", "float64"]
 ITEM_BYTES: dict[DType, int] = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
@@ -246,6 +247,13 @@ def _block_bytes(passage: Passage, form: MemoryFormat) -> int:
         return entering + (_normed_conv_bytes if reads_copy else _conv_bytes)(block.conv, passage, form)
     if isinstance(block, ConvBlockSpec) and block.entry is not None:
         return entering + 2 * entering + _conv_bytes(block.conv, passage, form)  # normalized, then clamped
+    if isinstance(block, NafSpec | IstaSpec):
+        return entering + _naf_bytes(block, passage, form)
+    if isinstance(block, CellHeadSpec):
+        # both kinds of bands, joined; three stages of sums; the pixels in order, and joined to the first frame's
+        after = passage.after()
+        pixels = after.frames * after.area * COLOURS * item
+        return 2 * entering + 5 * pixels
     return entering + sum(_conv_bytes(layer, passage, form) for layer in block.layers.values())
 
 
@@ -269,6 +277,25 @@ def _chain_bytes(block: ChainSpec, passage: Passage, form: MemoryFormat) -> int:
         worst = max(worst, (positions * layer.in_width if index else 0) + _conv_bytes(layer, passage, form))
     around = 0 if block.shortcut is None else _conv_bytes(block.shortcut, passage, form)
     return max(worst, positions * block.out_width + around)
+
+
+def _naf_bytes(block: NafSpec | IstaSpec, passage: Passage, form: MemoryFormat) -> int:
+    """The widest naf block: its input, mixed and normed; values and gates, gated; the output and the sum.
+
+    A bottleneck holds the latents, and what its step began with, meanwhile.
+    """
+    units = [block] if isinstance(block, NafSpec) else list(block.units.values())
+    positions = passage.frames * passage.area * form.item_bytes
+    held = 0 if isinstance(block, NafSpec) else 3 * positions * block.out_width
+    worst = 0
+    for unit in units:
+        inner = max(branch.contract.in_width for branch in unit.branches)
+        mixing = _conv_bytes(unit.depthwise, passage, form) + positions * unit.out_width
+        gating = positions * (4 * unit.out_width + 4 * inner)
+        if not form.has_kernels:
+            gating += positions * (unit.out_width + 2 * inner)
+        worst = max(worst, mixing, gating)
+    return held + worst
 
 
 def _upsample_bytes(passage: Passage, block: UpsampleSpec, form: MemoryFormat) -> int:
@@ -324,6 +351,8 @@ def _reading_bytes(layer: ConvSpec, passage: Passage, form: MemoryFormat, window
     reordered = 0 if form.channels_last else max(window, entering)
     if not form.has_kernels:
         return window + 2 * leaving + reordered + _patch_bytes(layer, passage, form)
+    if layer.operator == "depthwise3d":
+        return window + 2 * leaving + reordered
     if layer.operator == "dwsep3d":
         return max(window + entering + reordered, entering + leaving + window)
     if layer.rank is not None:

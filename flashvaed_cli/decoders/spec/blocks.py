@@ -14,135 +14,17 @@ from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
+from flashvaed_cli.decoders.spec.block import Block, Grid, InnerTensor, Reader
 from flashvaed_cli.decoders.spec.layers import (
     Activation,
     ConvSpec,
     Factor,
-    FrozenSpec,
     LatentEntrySpec,
     NormSpec,
-    OmittingSpec,
     Width,
 )
+from flashvaed_cli.decoders.spec.naf_blocks import CellHeadSpec, CellStemSpec, IstaSpec, NafSpec
 from flashvaed_cli.limits import MAX_FACTOR
-
-Grid = tuple[int, int, int]
-"""Frames, height, width of a tensor."""
-
-
-class Reader(FrozenSpec):
-    """A layer that reads what enters its block: its name, and that of the norm before it."""
-
-    layer: str
-    norm: str | None = None
-
-
-class Block(OmittingSpec):
-    """What every kind of block tells. As it stands here: of a block with a single convolution, `conv`."""
-
-    @property
-    def layers(self) -> dict[str, ConvSpec]:
-        """The convolutions by name, in forward order (attention projections excepted)."""
-        named = {name: getattr(self, name) for name in type(self).model_fields}
-        return {name: layer for name, layer in named.items() if isinstance(layer, ConvSpec)}
-
-    @property
-    def paths(self) -> tuple[tuple[str, ...], ...]:
-        """The layers from the block's input to its output, one run for each way."""
-        return (tuple(self.layers),)
-
-    @property
-    def in_width(self) -> int:
-        """Width of the tensor that enters."""
-        return next(iter(self.layers.values())).in_width
-
-    @property
-    def out_width(self) -> int:
-        """Width of the tensor that leaves."""
-        return list(self.layers.values())[-1].out_width
-
-    @property
-    def widest_output(self) -> int:
-        """Width of the widest tensor at the output's size."""
-        return max([self.out_width, *(layer.out_width for layer in self.layers.values())])
-
-    @property
-    def growth(self) -> Factor:
-        """Frames (all but the first of the video), rows and columns that a block of a decoder makes of each."""
-        return (1, 1, 1)
-
-    @property
-    def shrinkage(self) -> Factor:
-        """Frames (all but the first of the video), rows and columns that a block of an encoder makes one."""
-        return (1, 1, 1)
-
-    @property
-    def enlarges_first(self) -> bool:
-        """Whether the enlarged input is written out before a layer reads it."""
-        return False
-
-    @property
-    def norms(self) -> dict[str, tuple[NormSpec, int]]:
-        """Its norms by name, each with its number of channels."""
-        return {}
-
-    @property
-    def norm_parameters(self) -> int:
-        """Gains and shifts of its norms."""
-        return sum(width * (norm.gain + norm.shift) for norm, width in self.norms.values())
-
-    @property
-    def group_fault(self) -> str | None:
-        """The GroupNorm whose groups do not divide its channels; None if all do. Blueprints may have such."""
-        for name, (norm, width) in self.norms.items():
-            if norm.groups is not None and width % norm.groups:
-                return f"{name} cannot part {width} channels into {norm.groups} equal groups"
-        return None
-
-    @property
-    def writers(self) -> tuple[str, ...]:
-        """Names of the layers whose sum leaves the block; an identity adds none."""
-        return (list(self.layers)[-1],)
-
-    @property
-    def inner(self) -> tuple[str, ...]:
-        """Layers whose outputs only the next layer of the block reads: their widths are the block's own affair."""
-        return ()
-
-    @property
-    def readers(self) -> tuple[Reader, ...]:
-        """The layers that read the tensor that enters."""
-        return (Reader(layer=next(iter(self.layers))),)
-
-    @property
-    def carries_input(self) -> bool:
-        """Whether an identity adds the input, or copies of it, to the output."""
-        return False
-
-    @property
-    def keeps_channels(self) -> bool:
-        """Whether the channels that leave are those that enter: such a block cannot have other kept ones."""
-        return self.carries_input and self.growth == (1, 1, 1)
-
-    @property
-    def sees_whole_frames(self) -> bool:
-        """Whether every position reads its whole frame, so that the block cannot run in tiles; GroupNorm does."""
-        return any(norm.groups is not None for norm, _ in self.norms.values())
-
-    @property
-    def ends_stream(self) -> bool:
-        """Whether a stage that it ends hands its channels to the next stage."""
-        return False
-
-    def grid_after(self, grid: Grid) -> Grid:
-        """The grid that leaves where `grid` enters; the first frame of a video is neither doubled nor halved."""
-        (t, h, w), growth, shrinkage = grid, self.growth, self.shrinkage
-        frames = 1 + growth[0] * (t - 1) // shrinkage[0]
-        return (frames, growth[1] * h // shrinkage[1], growth[2] * w // shrinkage[2])
-
-    def layer_grid(self, name: str, grid: Grid) -> Grid:
-        """The positions at which a layer is evaluated where `grid` enters the block."""
-        return self.grid_after(grid)
 
 
 class ConvBlockSpec(Block):
@@ -206,6 +88,12 @@ class ResBlockSpec(Block):
         return self
 
     @property
+    def inner_tensors(self) -> dict[str, InnerTensor]:
+        """What stands between both convolutions."""
+        reader = Reader(layer="conv2", norm="norm2")
+        return {"conv1": InnerTensor(group="inner", width=self.conv1.out_width, producer="conv1", reader=reader)}
+
+    @property
     def paths(self) -> tuple[tuple[str, ...], ...]:
         """The main path, and the shortcut."""
         return (("conv1", "conv2"), ()) if self.shortcut is None else (("conv1", "conv2"), ("shortcut",))
@@ -229,11 +117,6 @@ class ResBlockSpec(Block):
     def writers(self) -> tuple[str, ...]:
         """The end of the main path, and the shortcut."""
         return ("conv2",) if self.shortcut is None else ("conv2", "shortcut")
-
-    @property
-    def inner(self) -> tuple[str, ...]:
-        """The first convolution."""
-        return ("conv1",)
 
     @property
     def readers(self) -> tuple[Reader, ...]:
@@ -300,9 +183,14 @@ class ChainSpec(Block):
         return (self.path[-1],) if self.shortcut is None else (self.path[-1], "shortcut")
 
     @property
-    def inner(self) -> tuple[str, ...]:
-        """All convolutions of the main path but the last."""
-        return self.path[:-1]
+    def inner_tensors(self) -> dict[str, InnerTensor]:
+        """What every convolution of the main path but the last gives."""
+        found = {}
+        for index, (name, following) in enumerate(pairwise(self.path), start=1):
+            group = "inner" if index == 1 else f"inner{index}"
+            width, reader = self.layers[name].out_width, Reader(layer=following)
+            found[name] = InnerTensor(group=group, width=width, producer=name, reader=reader)
+        return found
 
     @property
     def readers(self) -> tuple[Reader, ...]:
@@ -598,6 +486,10 @@ _Blocks = (
     | StridedDownsampleSpec
     | UnshuffleDownsampleSpec
     | HeadSpec
+    | NafSpec
+    | IstaSpec
+    | CellStemSpec
+    | CellHeadSpec
 )
 BlockSpec = Annotated[_Blocks, Field(discriminator="kind")]
 KINDS: dict[str, type[Block]] = {one.model_fields["kind"].default: one for one in get_args(_Blocks)}

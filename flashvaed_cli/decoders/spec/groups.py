@@ -10,11 +10,12 @@ Reference: arXiv 2602.19161, section 3.1; the residual stream of a stage is one 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from flashvaed_cli.decoders.spec.addresses import stage_of
+from flashvaed_cli.decoders.spec.block import InnerTensor
 from flashvaed_cli.decoders.spec.blocks import BlockSpec, ChainSpec, ResBlockSpec, ShuffleUpsampleSpec
 from flashvaed_cli.decoders.spec.coders import CoderSpec, StageSpec
 from flashvaed_cli.decoders.spec.layers import ConvSpec
@@ -51,9 +52,8 @@ def channel_groups(spec: CoderSpec) -> list[ChannelGroup]:
     blocks = list(spec.blocks())
     for i, (address, block) in enumerate(blocks):
         stage = stage_of(address)
-        for index, layer in enumerate(block.inner):
-            name = f"{address}.inner" if index == 0 else f"{address}.inner{index + 1}"
-            add(name, stage, block.layers[layer].out_width, f"{address}.{layer}")
+        for name, inner in block.inner_tensors.items():
+            add(f"{address}.{inner.group}", stage, inner.width, f"{address}.{name}")
         if i + 1 < len(blocks):
             owner = _stream_owner(stage, block, *blocks[i + 1])
             if owner is not None:
@@ -75,8 +75,8 @@ def _run_of(spec: CoderSpec, group: ChannelGroup) -> int:
 
 def _stream_owner(stage: str, block: BlockSpec, next_address: str, following: BlockSpec) -> str | None:
     """The group of the tensor between two blocks; None where it cannot be pruned."""
-    if following.kind == "conv":
-        return None  # the latent's own channels
+    if following.kind == "conv" or block.holds_channels or following.holds_channels:
+        return None  # the latent's own channels, or those that a layer norm reads in branches
     next_stage = stage_of(next_address)
     if (
         isinstance(block, ResBlockSpec | ChainSpec)
@@ -114,10 +114,21 @@ def producers(spec: CoderSpec, group: ChannelGroup) -> list[str]:
     found: list[str] = []
     for tensor in group.tensors:
         inside_a_block = tensor not in blocks
-        found += [tensor] if inside_a_block else [f"{tensor}.{name}" for name in blocks[tensor].writers]
+        if inside_a_block:
+            address, inner = _inner_tensor(blocks, tensor)
+            found.append(f"{address}.{inner.producer}")
+        else:
+            found += [f"{tensor}.{name}" for name in blocks[tensor].writers]
         if tensor in bypassed and _bypass_conv(bypassed[tensor]) is not None:
             found.append(f"{tensor}.bypass")
     return found
+
+
+def _inner_tensor(blocks: Mapping[str, BlockSpec], tensor: str) -> tuple[str, InnerTensor]:
+    """The address of the block that a tensor is inside of, and what is known of it there."""
+    stage, index, name = tensor.split(".", 2)
+    address = f"{stage}.{index}"
+    return address, blocks[address].inner_tensors[name]
 
 
 def _bypass_conv(stage: StageSpec) -> ConvSpec | None:
@@ -132,7 +143,11 @@ def consumers(spec: CoderSpec, group: ChannelGroup) -> list[Consumer]:
     """
     blocks = list(spec.blocks())
     if group.tensors[0] not in dict(blocks):
-        return [_inner_consumer(spec, tensor) for tensor in group.tensors]
+        insides = [_inner_tensor(dict(blocks), tensor) for tensor in group.tensors]
+        return [
+            Consumer(f"{address}.{inner.reader.layer}", inner.reader.norm and f"{address}.{inner.reader.norm}")
+            for address, inner in insides
+        ]
     found: list[Consumer] = []
     beginning = {f"{stage.name}.0": (end, stage) for end, stage in spec.bypassed().items()}
     for (tensor, _), (address, block) in pairwise(blocks):
@@ -142,14 +157,6 @@ def consumers(spec: CoderSpec, group: ChannelGroup) -> list[Consumer]:
                 end, stage = beginning[address]
                 found.append(Consumer(None if _bypass_conv(stage) is None else f"{end}.bypass", None))
     return found
-
-
-def _inner_consumer(spec: CoderSpec, tensor: str) -> Consumer:
-    """The layer after one inside a block: conv2 after conv1; a chain has no norms."""
-    address, _, layer = tensor.rpartition(".")
-    block = dict(spec.blocks())[address]
-    following = f"conv{block.inner.index(layer) + 2}"
-    return Consumer(f"{address}.{following}", None if isinstance(block, ChainSpec) else f"{address}.norm2")
 
 
 def _readers(address: str, block: BlockSpec, *, leaves_group: bool) -> Iterator[Consumer]:

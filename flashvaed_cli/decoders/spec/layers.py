@@ -24,6 +24,7 @@ Operator = Literal[
     "stacked3d",
     "winograd3d",
     "subpixel2d",
+    "depthwise3d",
 ]
 Width = Annotated[int, Field(gt=0, le=MAX_WIDTH)]
 """Channels."""
@@ -142,6 +143,7 @@ class ConvSpec(OmittingSpec):
         frame2d: dense `(1, kh, kw)` on every frame by itself.
         pointwise: `(1, 1, 1)`.
         lowrank3d: causal `(kt, 1, 1)` to `rank` channels, then pointwise.
+        depthwise3d: depthwise causal `(kt, kh, kw)` alone; as many channels leave as enter.
     Exact twins (the same parameters and, up to rounding, the same outputs as the operator in brackets):
         tapwise3d [causal3d]: a sum over temporal taps of 2D convolutions; no window, no products with zeros.
         stacked3d [causal3d]: one 2D convolution to `kt` times as many channels, added up over time: few outputs.
@@ -169,6 +171,8 @@ class ConvSpec(OmittingSpec):
             raise ValueError(f"a kernel has an odd number of taps in space, not {self.kernel}")
         if self.operator == "pointwise" and self.kernel != (1, 1, 1):
             raise ValueError(f"a pointwise layer has kernel (1, 1, 1), not {self.kernel}")
+        if self.operator == "depthwise3d" and self.in_width != self.out_width:
+            raise ValueError(f"a depthwise3d layer gives the {self.in_width} channels it takes, not {self.out_width}")
         if self.plain_operator == "frame2d" and self.kernel[0] != 1:
             raise ValueError(f"a {self.operator} layer has one temporal tap, not kernel {self.kernel}")
         if self.operator in _ONLY_3X3 and self.kernel[1:] != (3, 3):
@@ -213,6 +217,8 @@ class ConvSpec(OmittingSpec):
         kt, kh, kw = self.kernel
         if self.rank is not None:
             return self.rank * (self.in_width * kt + self.out_width) + self.out_width
+        if self.operator == "depthwise3d":
+            return self.in_width * (kt * kh * kw + 1)
         if self.operator == "dwsep3d":
             return self.in_width * kt * kh * kw + self.in_width * self.out_width + self.out_width
         return self.in_width * self.out_width * kt * kh * kw + self.out_width

@@ -112,7 +112,7 @@ def _with_operators(spec: DecoderSpec, choose: Choice) -> DecoderSpec:
         for name, layer in block.layers.items():
             plain = layer.model_copy(update={"operator": layer.plain_operator})
             layers[name] = plain.model_copy(update={"operator": choose(block, name, plain)})
-        changed[address] = block.model_copy(update=layers)
+        changed[address] = block.with_layers(layers)
     return spec.with_blocks(changed)
 
 

@@ -48,6 +48,8 @@ def fit_half_range(decoder: Decoder) -> dict[str, int]:
     """
     if any(getattr(block, "noise1", None) is not None for block in _blocks(decoder)):
         return {}
+    if any(block.holds_channels for _, block in decoder.spec.blocks()):
+        return {}  # gates and thresholds do not scale with what enters them
     peaks = _peaks(decoder)
     exponents = {place: round(math.log2(_WANTED / peak)) for place, peak in peaks.items() if LARGEST < peak < math.inf}
     for place, exponent in exponents.items():

@@ -45,6 +45,11 @@ def require_known_operators(recipe: ConvertOpsRecipe, spec: DecoderSpec) -> None
         SpecError: as above.
     """
     stages = [stage.name for stage in spec.stages if any(isinstance(b, ResBlockSpec) for b in stage.blocks)]
+    if not stages:
+        raise SpecError(
+            f"the decoder of {spec.family} has no dense residual blocks to convert: its layers are depthwise and "
+            "pointwise already. `flashvaed prune` narrows what is inside its blocks"
+        )
     for name in _unknown(recipe.operators, stages):
         origin = recipe.origin("operators", name)
         asked = origin or f"--operator {name}={recipe.operators[name]}"

@@ -118,7 +118,7 @@ def test_the_entry_normalizes_and_clamps() -> None:
 
 def test_a_chain_says_what_it_is() -> None:
     chain = ChainSpec(conv1=conv(4, 6, (2, 3, 3)), conv2=conv(6, 5), conv3=conv(5, 4))
-    assert (chain.in_width, chain.out_width, chain.inner) == (4, 4, ("conv1", "conv2"))
+    assert (chain.in_width, chain.out_width, tuple(chain.inner_tensors)) == (4, 4, ("conv1", "conv2"))
     assert chain.keeps_channels and chain.writers == ("conv3",)
     wider = ChainSpec(conv1=conv(4, 6), conv2=conv(6, 8), shortcut=conv(4, 8, (1, 1, 1)))
     assert wider.out_width == 8 and wider.writers == ("conv2", "shortcut") and not wider.carries_input

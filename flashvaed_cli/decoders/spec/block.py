@@ -1,0 +1,161 @@
+"""What every kind of block tells of itself; the kinds are in `blocks.py` and `naf_blocks.py`. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from flashvaed_cli.decoders.spec.layers import ConvSpec, Factor, FrozenSpec, NormSpec, OmittingSpec
+
+BlockT = TypeVar("BlockT", bound="Block")
+Grid = tuple[int, int, int]
+"""Frames, height, width of a tensor."""
+
+
+class Reader(FrozenSpec):
+    """A layer that reads what enters its block: its name, and that of the norm before it."""
+
+    layer: str
+    norm: str | None = None
+
+
+class InnerTensor(FrozenSpec):
+    """A tensor inside a block whose channels can be pruned without any other block noticing.
+
+    Attributes:
+        group: name of its channel group, less the block's address.
+        width: channels.
+        producer: the layer that gives it; of a gated one with two outputs per channel, all values before all gates.
+        reader: the layer that reads it.
+    """
+
+    group: str
+    width: int
+    producer: str
+    reader: Reader
+
+
+class Block(OmittingSpec):
+    """What every kind of block tells. As it stands here: of a block with a single convolution, `conv`."""
+
+    @property
+    def layers(self) -> dict[str, ConvSpec]:
+        """The convolutions by name, in forward order (attention projections excepted)."""
+        named = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: layer for name, layer in named.items() if isinstance(layer, ConvSpec)}
+
+    def with_layers(self: BlockT, layers: Mapping[str, ConvSpec]) -> BlockT:
+        """A copy with other layers under the names of `layers`."""
+        return self.model_copy(update=dict(layers))
+
+    def num_uses(self, name: str) -> int:
+        """How often a layer is evaluated at each of its positions."""
+        return 1
+
+    @property
+    def norms(self) -> dict[str, tuple[NormSpec, int]]:
+        """Its norms by name, each with its number of channels."""
+        return {}
+
+    @property
+    def layer_norms(self) -> dict[str, int]:
+        """Widths of the layer norms of a block that names its parts by paths; see `naf_blocks`."""
+        return {}
+
+    @property
+    def group_fault(self) -> str | None:
+        """The GroupNorm whose groups do not divide its channels; None if all do. Blueprints may have such."""
+        for name, (norm, width) in self.norms.items():
+            if norm.groups is not None and width % norm.groups:
+                return f"{name} cannot part {width} channels into {norm.groups} equal groups"
+        return None
+
+    @property
+    def inner_tensors(self) -> dict[str, InnerTensor]:
+        """The tensors inside the block that can be pruned, by the name of the module that gives them."""
+        return {}
+
+    @property
+    def holds_channels(self) -> bool:
+        """Whether neither the channels that enter nor those that leave can be pruned."""
+        return False
+
+    @property
+    def paths(self) -> tuple[tuple[str, ...], ...]:
+        """The layers from the block's input to its output, one run for each way."""
+        return (tuple(self.layers),)
+
+    @property
+    def in_width(self) -> int:
+        """Width of the tensor that enters."""
+        return next(iter(self.layers.values())).in_width
+
+    @property
+    def out_width(self) -> int:
+        """Width of the tensor that leaves."""
+        return list(self.layers.values())[-1].out_width
+
+    @property
+    def widest_output(self) -> int:
+        """Width of the widest tensor at the output's size."""
+        return max([self.out_width, *(layer.out_width for layer in self.layers.values())])
+
+    @property
+    def growth(self) -> Factor:
+        """Frames (all but the first of the video), rows and columns that a block of a decoder makes of each."""
+        return (1, 1, 1)
+
+    @property
+    def shrinkage(self) -> Factor:
+        """Frames (all but the first of the video), rows and columns that a block of an encoder makes one."""
+        return (1, 1, 1)
+
+    @property
+    def enlarges_first(self) -> bool:
+        """Whether the enlarged input is written out before a layer reads it."""
+        return False
+
+    @property
+    def norm_parameters(self) -> int:
+        """Gains and shifts of its norms."""
+        return sum(width * (norm.gain + norm.shift) for norm, width in self.norms.values())
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """Names of the layers whose sum leaves the block; an identity adds none."""
+        return (list(self.layers)[-1],)
+
+    @property
+    def readers(self) -> tuple[Reader, ...]:
+        """The layers that read the tensor that enters."""
+        return (Reader(layer=next(iter(self.layers))),)
+
+    @property
+    def carries_input(self) -> bool:
+        """Whether an identity adds the input, or copies of it, to the output."""
+        return False
+
+    @property
+    def keeps_channels(self) -> bool:
+        """Whether the channels that leave are those that enter: such a block cannot have other kept ones."""
+        return self.carries_input and self.growth == (1, 1, 1)
+
+    @property
+    def sees_whole_frames(self) -> bool:
+        """Whether every position reads its whole frame, so that the block cannot run in tiles; GroupNorm does."""
+        return any(norm.groups is not None for norm, _ in self.norms.values())
+
+    @property
+    def ends_stream(self) -> bool:
+        """Whether a stage that it ends hands its channels to the next stage."""
+        return False
+
+    def grid_after(self, grid: Grid) -> Grid:
+        """The grid that leaves where `grid` enters; the first frame of a video is neither doubled nor halved."""
+        (t, h, w), growth, shrinkage = grid, self.growth, self.shrinkage
+        frames = 1 + growth[0] * (t - 1) // shrinkage[0]
+        return (frames, growth[1] * h // shrinkage[1], growth[2] * w // shrinkage[2])
+
+    def layer_grid(self, name: str, grid: Grid) -> Grid:
+        """The positions at which a layer is evaluated where `grid` enters the block."""
+        return self.grid_after(grid)

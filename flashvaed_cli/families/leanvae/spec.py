@@ -1,0 +1,183 @@
+"""LeanVAE: a light VAE on the grid of Wan, 4 x 8 x 8 pixels per latent, with latents of its own.
+
+Pixels become Haar bands, low and high ones in branches of their own (base width, and three times that), joined, and
+squeezed to the latents by a linear map that the decoder inverts step by step. Released with 4 and with 16 channels, at
+base width 128. Latents are raw: mean 0 and deviation 1 stand for no scale. (The diffusion models trained on them
+multiply them by 0.7744, with 4 channels, or 1, with 16: that is theirs, and no part of the VAE.)
+
+Reference: LeanVAE, arXiv 2503.14325. The paper of Flash-VAED has no layout for it: all stages are pruned inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from flashvaed_cli.decoders.spec.blocks import ConvBlockSpec
+from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec, StageSpec
+from flashvaed_cli.decoders.spec.layers import ConvSpec
+from flashvaed_cli.decoders.spec.naf_blocks import (
+    PARTS,
+    BranchSpec,
+    CellHeadSpec,
+    CellStemSpec,
+    IstaSpec,
+    NafSpec,
+    band_width,
+)
+from flashvaed_cli.errors import SpecError
+from flashvaed_cli.families.family import ConfigKeys, Contradiction, Family, OtherPrograms
+from flashvaed_cli.limits import MAX_STAGE_BLOCKS
+
+NAME = "leanvae"
+LATENT_WIDTH = 4
+RELEASED_BASE_WIDTH = 128
+TEMPORAL_FACTOR, SPATIAL_FACTOR = 4, 8
+HIGH_SHARE = 3
+"""Width of the high branch in base widths; the low one has one."""
+
+
+class Depths(NamedTuple):
+    """Layers of each stage, under the names of the release's arguments."""
+
+    sep_num_layer: int = 2
+    fusion_num_layer: int = 4
+    ista_iter_num: int = 2
+    ista_layer_num: int = 2
+
+
+def inner_width(width: int) -> int:
+    """Values of the gated layer of a branch: two thirds of four times its width, rounded down."""
+    return int(4 * (2 / 3) * width)
+
+
+def point_conv(in_width: int, out_width: int) -> ConvSpec:
+    """A pointwise layer."""
+    return ConvSpec(operator="pointwise", in_width=in_width, out_width=out_width, kernel=(1, 1, 1))
+
+
+def naf(*widths: int, residual: bool = True) -> NafSpec:
+    """A naf block with branches of the given widths."""
+    width = sum(widths)
+    depthwise = ConvSpec(operator="depthwise3d", in_width=width, out_width=width, kernel=(3, 3, 3))
+    branches = tuple(
+        BranchSpec(expand=point_conv(one, 2 * inner_width(one)), contract=point_conv(inner_width(one), one))
+        for one in widths
+    )
+    return NafSpec(depthwise=depthwise, branches=branches, residual=residual)
+
+
+def leanvae_decoder_spec(
+    base_width: int, latent_width: int = LATENT_WIDTH, depths: Depths | None = None
+) -> DecoderSpec:
+    """The original decoder at a base width (128: the release)."""
+    depths = depths or Depths()
+    low, high = base_width, HIGH_SHARE * base_width
+    width = low + high
+    steps = ((naf(width, residual=False),) * depths.ista_layer_num,) * depths.ista_iter_num
+    bottleneck = IstaSpec(
+        start=point_conv(latent_width, width),
+        measure=point_conv(width, latent_width),
+        analysis=steps,
+        synthesis=steps,
+    )
+    head = CellHeadSpec(
+        **{
+            f"{medium}_{part}": point_conv(one, band_width(medium, part))
+            for medium in ("video", "image")
+            for part, one in zip(PARTS, (low, high), strict=True)
+        }
+    )
+    stages = (
+        StageSpec(name="bottleneck", blocks=(bottleneck,)),
+        StageSpec(name="fusion", blocks=(naf(width),) * depths.fusion_num_layer),
+        StageSpec(name="branches", blocks=(naf(low, high),) * depths.sep_num_layer),
+        StageSpec(name="head", blocks=(head,)),
+    )
+    return DecoderSpec(family=NAME, stages=stages, temporal_factor=TEMPORAL_FACTOR, spatial_factor=SPATIAL_FACTOR)
+
+
+def leanvae_encoder_spec(
+    base_width: int, latent_width: int = LATENT_WIDTH, depths: Depths | None = None
+) -> EncoderSpec:
+    """The original encoder at a base width (128: the release)."""
+    depths = depths or Depths()
+    low, high = base_width, HIGH_SHARE * base_width
+    stem = CellStemSpec(
+        **{
+            f"{medium}_{part}": point_conv(band_width(medium, part), one)
+            for medium in ("video", "image")
+            for part, one in zip(PARTS, (low, high), strict=True)
+        }
+    )
+    stages = (
+        StageSpec(name="stem", blocks=(stem,)),
+        StageSpec(name="branches", blocks=(naf(low, high),) * depths.sep_num_layer),
+        StageSpec(name="fusion", blocks=(naf(low + high),) * depths.fusion_num_layer),
+        StageSpec(name="quant", blocks=(ConvBlockSpec(conv=point_conv(low + high, 2 * latent_width)),)),
+    )
+    return EncoderSpec(family=NAME, stages=stages, temporal_factor=TEMPORAL_FACTOR, spatial_factor=SPATIAL_FACTOR)
+
+
+def described(spec: CoderSpec) -> dict[str, Any]:
+    """The depths of a spec, under the names of the release's arguments."""
+    found: dict[str, Any] = {
+        "sep_num_layer": len(spec.stage("branches").blocks),
+        "fusion_num_layer": len(spec.stage("fusion").blocks),
+    }
+    first = spec.stages[0].blocks[0]
+    if isinstance(first, IstaSpec):
+        found |= {"ista_iter_num": len(first.analysis), "ista_layer_num": len(first.analysis[0])}
+    return found
+
+
+def configured(spec: DecoderSpec | EncoderSpec, config: Mapping[str, Any]) -> DecoderSpec | EncoderSpec:
+    """The spec with the depths that a configuration, or the names of the tensors, say.
+
+    Raises:
+        SpecError: a depth that is no number of layers.
+    """
+    said = {name: config[name] for name in Depths._fields if config.get(name) is not None}
+    for name, depth in said.items():
+        if not isinstance(depth, int) or isinstance(depth, bool) or not 0 < depth <= MAX_STAGE_BLOCKS:
+            raise SpecError(f"{name} is {depth!r:.40}, which is no number of layers")
+    build = leanvae_decoder_spec if isinstance(spec, DecoderSpec) else leanvae_encoder_spec
+    base_width = spec.stage("fusion").blocks[0].in_width // (1 + HIGH_SHARE)
+    return build(base_width, spec.latent_width, Depths(**said))
+
+
+def contradictions(spec: CoderSpec, config: Mapping[str, Any]) -> Iterable[Contradiction]:
+    """Widths and depths that a configuration says otherwise than the tensors."""
+    branches, fusion = spec.stage("branches").blocks[0], spec.stage("fusion").blocks[0]
+    assert isinstance(branches, NafSpec)
+    found = {**described(spec), "embedding_dim": fusion.in_width}
+    found |= dict(zip(("l_dim", "h_dim"), (branch.width for branch in branches.branches), strict=True))
+    for key, value in found.items():
+        if config.get(key) not in (None, value):
+            yield Contradiction(key, config[key], value)
+
+
+LEANVAE = Family(
+    name=NAME,
+    decoder_spec=leanvae_decoder_spec,
+    encoder_spec=leanvae_encoder_spec,
+    latent_width=LATENT_WIDTH,
+    latent_mean=(0.0,) * LATENT_WIDTH,
+    latent_std=(1.0,) * LATENT_WIDTH,
+    latents_are_raw=True,
+    released_base_width=RELEASED_BASE_WIDTH,
+    shallow_stages=("bottleneck", "fusion", "branches"),
+    paper_keep_ratio=0.5,
+    paper_operators={},
+    config_keys=ConfigKeys(
+        fixed={},
+        read=frozenset((*Depths._fields, "embedding_dim", "l_dim", "h_dim")),
+        latent_key="latent_dim",
+        contradictions=contradictions,
+        in_arguments=True,
+    ),
+    configured=configured,
+    described=described,
+    native_obstacle="diffusers has no class for LeanVAE",
+    elsewhere=OtherPrograms(repository="Yumic/LeanVAE", licence="mit"),
+)
