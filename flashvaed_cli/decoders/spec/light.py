@@ -127,20 +127,19 @@ def _doublings(original: DecoderSpec) -> tuple[bool, ...]:
 
     Frames that the original doubles by themselves are doubled with the next size that has no doubling of frames.
     """
-    found, pending = [], 0
+    found: list[bool] = []
+    pending = 0
     for address, block in original.blocks():
-        frames, *size = block.growth
-        if frames > 2 or size not in ([1, 1], [2, 2]):
+        frames, height, width = block.growth
+        if height != width or any(side.bit_count() != 1 for side in block.growth):
             raise SpecError(
                 f"no light decoder for {original.family}: {address} makes {block.growth} frames, rows and columns of "
                 "one, and light decoders double what they enlarge"
             )
-        if size == [1, 1]:
-            pending += frames == 2
-            continue
-        takes_pending = frames == 1 and pending > 0
-        pending -= takes_pending
-        found.append(frames == 2 or takes_pending)
+        pending += frames.bit_length() - 1
+        for _ in range(height.bit_length() - 1):
+            found.append(pending > 0)
+            pending -= pending > 0
     if pending:
         raise SpecError(f"no light decoder for {original.family}: it doubles the frames behind the last size")
     return tuple(found)
