@@ -43,7 +43,7 @@ class _AnyLengthUpsample(Upsample):
     def double_frames(
         self, x: Float[Tensor, "B C T H W"], past: Past = None, future: Future = None
     ) -> Float[Tensor, "B C Td H W"]:
-        if past is not None:
+        if past is not None or self.grows_first:
             return super().double_frames(x, past, future)
         first = x[:, :, :1]
         later = (torch.arange(x.shape[2], device=x.device) > 0).to(x.dtype)

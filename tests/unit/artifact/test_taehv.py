@@ -19,6 +19,7 @@ from flashvaed_cli.decoders.spec.light import light_shape
 from flashvaed_cli.decoders.variants.exact import exact_decoder
 from flashvaed_cli.decoders.variants.still import still_decoder
 from flashvaed_cli.errors import ArtifactError, SpecError
+from flashvaed_cli.export.onnx_graph import OnnxOptions, export_onnx
 from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.surgery.layer_fit import FitSettings
 from flashvaed_cli.surgery.reconstruct import reconstruct_coder
@@ -172,3 +173,13 @@ def test_what_cannot_be_read_says_why(tmp_path: Path) -> None:
 def test_its_first_frame_alone_is_no_image_decoder(taehv: Checkpoint) -> None:
     with pytest.raises(SpecError, match="drops lead frames"):
         still_decoder(taehv.require_decoder())
+
+
+def test_the_graph_of_a_clip_drops_the_lead_frames_too(taehv: Checkpoint, tmp_path: Path) -> None:
+    """The export compares it with PyTorch and raises where they differ."""
+    decoder = taehv.require_decoder()
+    decoder.get_parameter("stages.head.0.conv.weight").mul_(0.02)
+    (result,) = export_onnx(
+        decoder, tmp_path / "tae.onnx", options=OnnxOptions(), kinds=("clip",), progress=SilentProgress()
+    )
+    assert result.max_abs_difference <= result.tolerance
