@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.spec.addresses import stage_of
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
-from flashvaed_cli.decoders.spec.groups import ChannelGroup, producers
+from flashvaed_cli.decoders.spec.groups import ChannelGroup, is_gated, producers
 from flashvaed_cli.errors import DistillationError, SpecError
 
 Channels = tuple[int, ...]
@@ -181,7 +181,10 @@ def gradient_masks(student: Decoder, plan: PhasePlan) -> dict[str, Tensor]:
             for parameter in (layer.get_parameter("weight"), layer.get_parameter("bias")):
                 cell = len(parameter) // tensor.width  # outputs per channel, of a bypass or before a shuffle
                 mask = torch.zeros(parameter.shape[0], *([1] * (parameter.ndim - 1)), device=parameter.device)
-                mask.unflatten(0, (tensor.width, cell))[list(kept)] = 1
+                if is_gated(student.spec, address):
+                    mask.unflatten(0, (cell, tensor.width))[:, list(kept)] = 1
+                else:
+                    mask.unflatten(0, (tensor.width, cell))[list(kept)] = 1
                 masks[names[id(parameter)]] = mask
     return masks
 
@@ -203,6 +206,7 @@ def _tensor_widths(spec: DecoderSpec) -> dict[str, int]:
     for address, block in spec.blocks():
         widths[address] = block.out_width
         widths.update({f"{address}.{name}": layer.out_width for name, layer in block.layers.items()})
+        widths.update({f"{address}.{name}": inner.width for name, inner in block.inner_tensors.items()})
     return widths
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from flashvaed_cli.decoders.spec.blocks import AttentionSpec, BlockSpec, ConvBlockSpec, HeadSpec
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
 from flashvaed_cli.decoders.spec.layers import ConvSpec
+from flashvaed_cli.decoders.spec.naf_blocks import CellHeadSpec
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.families.registry import encoder_like
 
@@ -27,9 +28,12 @@ def fits_uniform_layout(spec: DecoderSpec, original: Callable[[int, int], Decode
         original: the family's builder, base width and latent width to spec.
     """
     head = spec.stages[-1].blocks[-1]
-    if not isinstance(head, HeadSpec):
+    if isinstance(head, CellHeadSpec):
+        base_width = head.video_low.in_width
+    elif isinstance(head, HeadSpec):
+        base_width = head.conv.in_width
+    else:
         return UniformFit(None, f"the last block is a {head.kind}, not a head")
-    base_width = head.conv.in_width
     try:
         uniform = original(base_width, spec.latent_width)
     except ValueError:  # widths that do not divide as its blocks need

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flashvaed_cli.decoders.modules.coder import Coder
 from flashvaed_cli.decoders.modules.operators import Conv, dense_kernel
-from flashvaed_cli.decoders.spec.groups import ChannelGroup, consumers, producers
+from flashvaed_cli.decoders.spec.groups import ChannelGroup, consumers, is_gated, producers
 from flashvaed_cli.errors import CalibrationError
 from flashvaed_cli.numerics.covariance import TensorStatistics
 from flashvaed_cli.numerics.selection import ChannelEvidence
@@ -71,8 +71,11 @@ def channel_evidence(
 def _producer_l1(decoder: Coder, group: ChannelGroup) -> Float64[Tensor, " C"]:
     """Sum of the absolute weights that produce each channel, over all layers that write to the group."""
     kernels = [_kernel(decoder, address) for address in producers(decoder.spec, group)]
+    rows = [kernel.abs().flatten(1).sum(dim=1) for kernel in kernels]
+    if is_gated(decoder.spec, group.tensors[0]):  # all values, then all gates
+        return torch.stack([row.reshape(-1, group.width).sum(dim=0) for row in rows]).sum(dim=0)
     # A bypass has several rows per channel, one after another.
-    return torch.stack([kernel.abs().reshape(group.width, -1).sum(dim=1) for kernel in kernels]).sum(dim=0)
+    return torch.stack([row.reshape(group.width, -1).sum(dim=1) for row in rows]).sum(dim=0)
 
 
 def _consumer_metric(decoder: Coder, group: ChannelGroup, covariance: Float64[Tensor, "C C"]) -> Float64[Tensor, "C C"]:

@@ -210,13 +210,12 @@ class CellHead(_CellBlock):
     """Channels to cells of pixels; keeps no state."""
 
     def forward(self, x: Clip, past: Past = None, future: Future = None) -> MappedClip:
-        found = []
-        if past is None:
-            found.append(self._of(x[:, :, :1], _IMAGE_CELL, "image"))
-            x = x[:, :, 1:]
-        if x.shape[2]:
-            found.append(self._of(x, CELL, "video"))
-        return found[0] if len(found) == 1 else torch.cat(found, dim=2)
+        if past is not None:
+            return self._of(x, CELL, "video")
+        first = self._of(x[:, :, :1], _IMAGE_CELL, "image")
+        if torch.compiler.is_exporting():  # a graph for one latent and more: no layer may meet none
+            return torch.cat([first, self._of(x, CELL, "video")[:, :, CELL[0] :]], dim=2)
+        return first if x.shape[2] == 1 else torch.cat([first, self._of(x[:, :, 1:], CELL, "video")], dim=2)
 
     def _of(self, x: Clip, factor: Factor, medium: str) -> MappedClip:
         return channels_to_cells(haar_cells(self.mapped(x, medium), factor), factor)

@@ -25,14 +25,16 @@ class InnerTensor(FrozenSpec):
     Attributes:
         group: name of its channel group, less the block's address.
         width: channels.
-        producer: the layer that gives it; of a gated one with two outputs per channel, all values before all gates.
+        producer: the layer that gives it.
         reader: the layer that reads it.
+        gated: the producer has two outputs per channel: all values, then all gates.
     """
 
     group: str
     width: int
     producer: str
     reader: Reader
+    gated: bool = False
 
 
 class Block(OmittingSpec):

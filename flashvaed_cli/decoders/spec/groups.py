@@ -131,6 +131,12 @@ def _inner_tensor(blocks: Mapping[str, BlockSpec], tensor: str) -> tuple[str, In
     return address, blocks[address].inner_tensors[name]
 
 
+def is_gated(spec: CoderSpec, tensor: str) -> bool:
+    """Whether the layer that gives a tensor has all values, then all gates, instead of a channel's outputs in turn."""
+    blocks = dict(spec.blocks())
+    return tensor not in blocks and _inner_tensor(blocks, tensor)[1].gated
+
+
 def _bypass_conv(stage: StageSpec) -> ConvSpec | None:
     return None if stage.bypass is None else stage.bypass.conv
 

@@ -107,6 +107,7 @@ class NafSpec(Block):
                 width=branch.contract.in_width,
                 producer=f"{place}.expand",
                 reader=Reader(layer=f"{place}.contract"),
+                gated=True,
             )
         return found
 
@@ -221,6 +222,7 @@ class IstaSpec(Block):
                     width=inner.width,
                     producer=f"{place}.{inner.producer}",
                     reader=Reader(layer=f"{place}.{inner.reader.layer}"),
+                    gated=inner.gated,
                 )
         return found
 

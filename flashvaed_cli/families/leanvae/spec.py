@@ -18,6 +18,7 @@ from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSp
 from flashvaed_cli.decoders.spec.layers import ConvSpec
 from flashvaed_cli.decoders.spec.naf_blocks import (
     PARTS,
+    PATCH,
     BranchSpec,
     CellHeadSpec,
     CellStemSpec,
@@ -170,7 +171,8 @@ LEANVAE = Family(
     paper_keep_ratio=0.5,
     paper_operators={},
     config_keys=ConfigKeys(
-        fixed={},
+        fixed={"patch_size": (PATCH,)},
+        widths={"decoder": (("l_dim", None),), "encoder": (("l_dim", None),)},
         read=frozenset((*Depths._fields, "embedding_dim", "l_dim", "h_dim")),
         latent_key="latent_dim",
         contradictions=contradictions,
