@@ -38,7 +38,7 @@ def leanvae_weights(latent_width: int) -> dict[str, Tensor]:
         noise = torch.randn(shape, generator=generator)
         if "threshold" in name:
             found[name] = 0.02 + 0.01 * noise.abs()
-        elif ".weights." in name or name.endswith(".0.weight") and len(shape) == 1:
+        elif ".weights." in name or (name.endswith(".0.weight") and len(shape) == 1):
             found[name] = 1 + 0.2 * noise
         else:
             fan_in = shape[1:].numel() if len(shape) > 1 else 25
