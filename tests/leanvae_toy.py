@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -46,10 +47,12 @@ def leanvae_weights(latent_width: int) -> dict[str, Tensor]:
     return found
 
 
-def write_leanvae(path: Path, latent_width: int = 4, prefix: str = "", **changed: object) -> None:
+def write_leanvae(
+    path: Path, latent_width: int = 4, prefix: str = "", changed: Mapping[str, object] | None = None
+) -> None:
     """A file as its release, or with a prefix its trainer, writes it."""
     state = {f"{prefix}{name}": tensor for name, tensor in leanvae_weights(latent_width).items()}
-    torch.save({"args": {**leanvae_arguments(latent_width), **changed}, "state_dict": state}, path)
+    torch.save({"args": {**leanvae_arguments(latent_width), **(changed or {})}, "state_dict": state}, path)
 
 
 def leanvae_pixels() -> Tensor:

@@ -32,6 +32,7 @@ from flashvaed_cli.families.wan22.names import WAN22_DIFFUSERS
 from flashvaed_cli.media.procedural import render_frames
 from tests.commands import JUDGING, invoke, read_report, succeed
 from tests.kl_toys import kl_config, random_kl
+from tests.leanvae_toy import write_leanvae
 from tests.ltx_configs import ltx_config, random_ltx
 from tests.toy import fill_, write_toy_clip
 
@@ -215,6 +216,39 @@ def test_six_commands(name: str, tmp_path: Path, table: Table) -> None:
         ].operator == "pointwise"
     if name == "ltx-video-0.9.5":
         assert not after.is_causal and after.decode_timestep == 0.05
+
+
+@pytest.mark.parametrize("latent_width", [4, 16])
+def test_commands_on_leanvae(latent_width: int, tmp_path: Path) -> None:
+    """Five commands work on it; there is nothing to convert, and the sixth says so."""
+    write_leanvae(tmp_path / "vae.ckpt", latent_width)
+    write_toy_clip(tmp_path / "clip.mp4", 9, 48, 48)
+    toy = Toy(lambda _: None, 9, 48)
+    words = toy.sentences()
+    succeed(f"analyze {words['analyze'].replace('vae', 'vae.ckpt', 1)}", cwd=tmp_path)
+    pruned = succeed(f"prune {words['prune'].replace('vae', 'vae.ckpt', 1)}", cwd=tmp_path)
+    assert {"bottleneck.0.analysis.0.0.inner", "fusion.1.inner", "branches.0.inner1"} <= set(str(pruned).split("'"))
+    refused = {
+        "": "no dense residual blocks to convert",
+        "--profile exact": "every layer has its fastest exact operator",
+        "--profile image": "no profile of single images for leanvae",
+    }
+    for profile, why in refused.items():
+        converted = invoke(f"convert-ops pruned.safetensors {profile} {words['convert-ops']}", cwd=tmp_path)
+        assert converted.exit_code == 2 and why in " ".join(converted.stderr.split())
+    succeed(f"distill pruned.safetensors --output flash.safetensors {words['distill']}", cwd=tmp_path)
+    succeed(f"eval {words['eval']}", cwd=tmp_path)
+    succeed("export --target safetensors", cwd=tmp_path)
+    before, after = loaded(tmp_path, "vae.ckpt"), loaded(tmp_path, "flash.safetensors")
+    old, new = (one.require_decoder().spec for one in (before, after))
+    assert total_gflop(new, toy.grid) < 0.75 * total_gflop(old, toy.grid)  # its head, which stays, is a fifth
+    assert {group.name for group in channel_groups(old)} == {group.name for group in channel_groups(new)}
+    again = loaded(tmp_path, "export/flash.safetensors")
+    assert again.family == "leanvae" and again.require_decoder().spec == new
+    latents = torch.randn(1, latent_width, 3, 2, 3)
+    assert torch.equal(decode(again.require_decoder(), latents), decode(after.require_decoder(), latents))
+    folder = invoke("export --target diffusers --output folder", cwd=tmp_path)
+    assert folder.exit_code == 2 and "diffusers: it has no class for leanvae" in folder.stderr
 
 
 def test_images_of_a_video_decoder(tmp_path: Path) -> None:

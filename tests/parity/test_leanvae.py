@@ -71,7 +71,7 @@ def test_a_trainers_file_is_read_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("key", "value"), [("ista_iter_num", 3), ("fusion_num_layer", 4), ("l_dim", 8)])
 def test_arguments_that_deny_the_tensors_are_refused(tmp_path: Path, key: str, value: int) -> None:
-    write_leanvae(tmp_path / "LeanVAE.ckpt", **{key: value})
+    write_leanvae(tmp_path / "LeanVAE.ckpt", changed={key: value})
     with pytest.raises(ArtifactError, match=f"{key} is {value}; the weights have"):
         load_checkpoint(tmp_path / "LeanVAE.ckpt", builtins={})
 

@@ -192,7 +192,9 @@ class IstaSpec(Block):
                 )
                 for step, run in enumerate(planned)
             )
-        return IstaSpec(start=found["start"], measure=found["measure"], **runs)
+        return IstaSpec(
+            start=found["start"], measure=found["measure"], analysis=runs["analysis"], synthesis=runs["synthesis"]
+        )
 
     def num_uses(self, name: str) -> int:
         """`measure` is used both ways in every step."""

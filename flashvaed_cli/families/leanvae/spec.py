@@ -82,8 +82,8 @@ def leanvae_decoder_spec(
         analysis=steps,
         synthesis=steps,
     )
-    head = CellHeadSpec(
-        **{
+    head = CellHeadSpec.model_validate(
+        {
             f"{medium}_{part}": point_conv(one, band_width(medium, part))
             for medium in ("video", "image")
             for part, one in zip(PARTS, (low, high), strict=True)
@@ -104,8 +104,8 @@ def leanvae_encoder_spec(
     """The original encoder at a base width (128: the release)."""
     depths = depths or Depths()
     low, high = base_width, HIGH_SHARE * base_width
-    stem = CellStemSpec(
-        **{
+    stem = CellStemSpec.model_validate(
+        {
             f"{medium}_{part}": point_conv(band_width(medium, part), one)
             for medium in ("video", "image")
             for part, one in zip(PARTS, (low, high), strict=True)
