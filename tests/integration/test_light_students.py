@@ -21,7 +21,7 @@ from tests.commands import CALIBRATION, JUDGING, TRAINING, invoke, read_report, 
 from tests.light_toy import SHAPES
 from tests.toy import write_toy_clip, write_toy_vae
 
-NEW = f"distill vae.safetensors --data clip.mp4 {TRAINING} --loss-weight feature=0"
+NEW = f"distill vae.safetensors --data clip.mp4 {TRAINING}"
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,7 @@ def test_training_comes_nearer_to_the_original(tmp_path: Path, folder: Path) -> 
     )
     same = figures["same_clips"]
     assert same["psnr_db_after"] > same["psnr_db_before"] + 2
+    assert "without the loss terms" not in figures["stderr"]  # features, which the shapes do not share, are no gap
     assert figures["student"]["start"] == "random"
 
 

@@ -169,8 +169,9 @@ class _Job:
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """Terms of the loss that cannot be computed here; said once, not by every phase."""
-        return ("lpips",) if self.recipe.loss_weights.lpips and self.perceptual is None else ()
+        """Terms of the loss that need no warning of each phase: said once, or no part of a student of another shape."""
+        absent = ("lpips",) if self.recipe.loss_weights.lpips and self.perceptual is None else ()
+        return absent if has_same_blocks(self.student.spec, self.teacher.spec) else (*absent, "feature")
 
 
 def _prepare(run: Run[DistillRecipe], ranks: Ranks, device: torch.device) -> _Job:
