@@ -101,9 +101,10 @@ $(DEMO)/report/report.json: $(DEMO)/flash.safetensors
 
 # --- checks -----------------------------------------------------------------------------------------------
 
-# Two workers with one thread each: more threads than cores make torch slower, not faster.
+# Two workers with one thread each: more threads than cores make torch slower, not faster. A file stays with one worker,
+# so that what its tests share is made once.
 test: $(INSTALLED_DEV)
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile $(PYTEST_FLAGS)
 
 check: format-check lint types imports test
 

@@ -80,7 +80,7 @@ def original_like(spec: DecoderSpec) -> Callable[[int, int], DecoderSpec]:
 
 def has_family_blocks(spec: DecoderSpec) -> bool:
     """Whether a decoder has the blocks of its family's original, at whatever widths; light decoders do not."""
-    return has_same_blocks(spec, get_family(spec.family).decoder_spec(_ANY_WIDTH, get_family(spec.family).latent_width))
+    return has_same_blocks(spec, original_like(spec)(_ANY_WIDTH, get_family(spec.family).latent_width))
 
 
 def shallow_stages(spec: DecoderSpec) -> tuple[str, ...]:

@@ -112,7 +112,17 @@ def test_help_has_examples(runner: CliRunner, command: str) -> None:
     [
         ("", ("Options", "Commands", "Using a result")),
         ("prune", ("Arguments", "Options", "A target in place of ratios", "New weights", "Clips", "Common")),
-        ("distill", ("Arguments", "Options", "A new, light decoder", "Clips", "Optimization")),
+        (
+            "distill",
+            (
+                "Arguments",
+                "Options",
+                "Clips",
+                "Optimization",
+                "What phase 2 prepares for pruning",
+                "A new, light decoder",
+            ),
+        ),
         ("decode", ("Arguments", "Options", "Video", "Running", "Common")),
     ],
 )

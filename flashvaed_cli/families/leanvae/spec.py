@@ -121,7 +121,9 @@ def leanvae_encoder_spec(
 
 
 def described(spec: CoderSpec) -> dict[str, Any]:
-    """The depths of a spec, under the names of the release's arguments."""
+    """The depths of a spec, under the names of the release's arguments; none of a decoder of other blocks."""
+    if {"fusion", "branches"} - {stage.name for stage in spec.stages}:
+        return {}
     found: dict[str, Any] = {
         "sep_num_layer": len(spec.stage("branches").blocks),
         "fusion_num_layer": len(spec.stage("fusion").blocks),

@@ -342,5 +342,8 @@ def test_recorded_places_that_are_no_files(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
 def test_every_familys_originals_fit_their_own_factors(family: Family) -> None:
     decoder = family.decoder_spec(8, family.latent_width)
-    for spec in (decoder, still_spec(decoder), family.encoder_spec(8, family.latent_width)):
+    specs = [decoder, family.encoder_spec(8, family.latent_width)]
+    if family.name != "leanvae":  # whose layers see time
+        specs.append(still_spec(decoder))
+    for spec in specs:
         check_factors(spec)

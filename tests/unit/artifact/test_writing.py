@@ -19,7 +19,7 @@ from tests.toy import toy_decoder
 STATISTICS = ((0.1, 0.2, 0.3, 0.4), (1.0, 2.0, 3.0, 4.0))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "leanvae"])  # see parity/test_leanvae
 def test_what_is_written_is_read(family: str, tmp_path: Path) -> None:
     spec = get_family(family).decoder_spec(4, 4)
     decoder = ltx_decoder(spec) if family in VERSIONS else toy_decoder(spec)

@@ -38,6 +38,7 @@ KERNELS: dict[Operator, Kernel] = {
     "stacked3d": (3, 3, 3),
     "winograd3d": (3, 3, 3),
     "subpixel2d": (1, 3, 3),
+    "depthwise3d": (3, 3, 3),
 }
 ROUNDING = 1e-12
 
@@ -45,6 +46,7 @@ ROUNDING = 1e-12
 def layer(operator: Operator, in_width: int = 3, out_width: int = 5, kernel: Kernel | None = None) -> Conv:
     rank = 2 if operator == "lowrank3d" else None
     kernel = kernel or KERNELS[operator]
+    out_width = in_width if operator == "depthwise3d" else out_width
     spec = ConvSpec(operator=operator, in_width=in_width, out_width=out_width, kernel=kernel, rank=rank)
     built = build_conv(spec, "here.0.conv").double().requires_grad_(False)
     built.bias.normal_()
