@@ -10,6 +10,8 @@ from flashvaed_cli.decoders.spec.light import LightShape, light_spec
 from tests.toy import LATENT_WIDTH, original_spec
 
 SHAPES: tuple[LightShape, ...] = ("tae", "temporal-tae", "efficientvit")
+ALL_SHAPES: tuple[LightShape, ...] = (*SHAPES, "lean")
+"""With the one that only originals on its own grid have, and whose streams cannot be pruned."""
 WIDTH = 8
 
 
@@ -31,7 +33,9 @@ def filled(spec: DecoderSpec, seed: int = 0) -> Decoder:
             parameter.normal_(std=0.1, generator=generator)
         else:
             parameter.normal_(std=(1.3 / parameter[0].numel()) ** 0.5, generator=generator)
-    decoder.get_parameter("stages.head.0.conv.weight").mul_(0.2)
+    for name, parameter in decoder.get_submodule("stages.head.0").named_parameters():
+        if name.endswith("weight"):
+            parameter.mul_(0.2)
     return decoder
 
 

@@ -29,6 +29,7 @@ from flashvaed_cli.artifact.foreign.flash_folder import FLASH_CLASS, flash_coder
 from flashvaed_cli.artifact.foreign.mismatch import compare_shapes
 from flashvaed_cli.artifact.foreign.recognition import recognise, twins
 from flashvaed_cli.artifact.foreign.taehv import TAEHV, is_taehv, taehv_decoder
+from flashvaed_cli.artifact.foreign.taesd import TAESD, is_taesd, taesd_decoder
 from flashvaed_cli.artifact.foreign.weights import ForeignWeights, checkpoint_files, read_foreign
 from flashvaed_cli.artifact.header import ArtifactHeader, Lineage
 from flashvaed_cli.artifact.hub import SCHEME, fetch_hub_file
@@ -39,6 +40,7 @@ from flashvaed_cli.decoders.modules.coder import Coder, Decoder, Encoder
 from flashvaed_cli.decoders.spec.coders import CoderSpec
 from flashvaed_cli.decoders.spec.groups import tensor_widths
 from flashvaed_cli.errors import ArtifactError, FlashVaedError
+from flashvaed_cli.families.family import Family
 from flashvaed_cli.families.layout import Role
 from flashvaed_cli.families.registry import families_named, get_family
 from flashvaed_cli.limits import MAX_LISTED_MISTAKES, MAX_QUOTED_CHARS
@@ -234,7 +236,9 @@ def _from_weights(location: str, weights: ForeignWeights, family: str | None) ->
         return _from_flash_folder(location, weights)
     shapes = shapes_of(weights.tensors)
     if config_class is None and is_taehv(shapes):
-        return _from_taehv(location, weights, family)
+        return _from_tiny(location, weights, TAEHV, taehv_decoder(weights.tensors, family, location))
+    if is_taesd(shapes, config_class):
+        return _from_tiny(location, weights, TAESD, taesd_decoder(weights.tensors, family, location))
     layout = recognise(shapes, location, family=family, config_class=config_class, config=weights.config)
     config = configuration(weights, get_family(layout.family), location)
     with _odd_values_named(location):
@@ -264,13 +268,14 @@ def _from_weights(location: str, weights: ForeignWeights, family: str | None) ->
     )
 
 
-def _from_taehv(location: str, weights: ForeignWeights, family_name: str | None) -> Checkpoint:
-    decoder, family = taehv_decoder(weights.tensors, family_name, location)
+def _from_tiny(location: str, weights: ForeignWeights, layout: str, read: tuple[Decoder, Family]) -> Checkpoint:
+    """A light decoder of another project, for the latents of a family."""
+    decoder, family = read
     has_encoder = any(name.startswith("encoder.") for name in weights.tensors)
     return Checkpoint(
         location=location,
         sha256=_sha256(weights),
-        layout=TAEHV,
+        layout=layout,
         family=family.name,
         decoder=decoder,
         encoder=None,

@@ -7,6 +7,7 @@ from functools import cache
 from typing import TypeVar
 
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
+from flashvaed_cli.decoders.spec.groups import channel_groups
 from flashvaed_cli.decoders.spec.light import has_same_blocks
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.families import leanvae, ltx, qwen_image, qwen_image2, stable_diffusion, wan21, wan22
@@ -84,9 +85,11 @@ def has_family_blocks(spec: DecoderSpec) -> bool:
 
 
 def shallow_stages(spec: DecoderSpec) -> tuple[str, ...]:
-    """The stages that `--ratio` speaks of: the family's shallow ones, as far as the decoder has them."""
+    """The stages that `--ratio` speaks of: the family's shallow ones, as far as the decoder has them; of one that has
+    none, all that can be pruned."""
     names = {stage.name for stage in spec.stages}
-    return tuple(name for name in get_family(spec.family).shallow_stages if name in names)
+    found = tuple(name for name in get_family(spec.family).shallow_stages if name in names)
+    return found or tuple(dict.fromkeys(group.stage for group in channel_groups(spec)))
 
 
 def encoder_like(spec: CoderSpec) -> Callable[[int, int], EncoderSpec]:

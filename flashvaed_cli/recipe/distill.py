@@ -87,11 +87,13 @@ class DistillRecipe(ClipFields, RatioFields):
         default=None,
         description="Train a new, light decoder for the latents of the input's original in place of the input: tae "
         "(as TAESD: no norms, no attention), temporal-tae (with causal layers over three frames and RMS norms, where "
-        "the published one is not causal) or efficientvit (as DC-AE's, without attention). Phase 3 alone fits it.",
+        "the published one is not causal), efficientvit (as DC-AE's, without attention) or lean (as LeanVAE's, for "
+        "the grid of Wan 2.1). Phase 3 alone fits it.",
     )
     student_width: Count | None = Field(
         default=None,
-        description="Channels of the new decoder; by default half of the original's widest (efficientvit: a third).",
+        description="Channels of the new decoder; by default half of the original's widest (efficientvit: a third, "
+        "lean: four thirds).",
     )
     student_start: StudentStart | None = Field(
         default=None,

@@ -18,7 +18,7 @@ from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.decoders.spec.light import LATENT_LIMIT, light_shape
 from flashvaed_cli.families.wan21.spec import LATENT_MEAN, LATENT_STD
 from tests.commands import CALIBRATION, JUDGING, TRAINING, invoke, read_report, succeed
-from tests.light_toy import SHAPES
+from tests.light_toy import ALL_SHAPES
 from tests.toy import write_toy_clip, write_toy_vae
 
 NEW = f"distill vae.safetensors --data clip.mp4 {TRAINING}"
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("light")
     write_toy_vae(folder / "vae.safetensors")
     write_toy_clip(folder / "clip.mp4")
-    for shape in SHAPES:
+    for shape in ALL_SHAPES:
         succeed(f"{NEW} --student {shape} --student-width 8 --num-steps 3 -o {shape}.safetensors", cwd=folder)
     return folder
 
@@ -41,7 +41,7 @@ def spec_of(path: Path) -> DecoderSpec:
     return spec
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ALL_SHAPES)
 def test_the_artifact_names_the_original_that_taught_it(folder: Path, shape: str) -> None:
     header = read_header(folder / f"{shape}.safetensors")
     assert header.kind == "decoder" and header.family == "wan2.1" and header.kept_channels == {}
@@ -72,7 +72,7 @@ def test_training_comes_nearer_to_the_original(tmp_path: Path, folder: Path) -> 
     assert figures["student"]["start"] == "random"
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ALL_SHAPES)
 def test_eval_info_and_decode_take_it(folder: Path, shape: str) -> None:
     succeed(f"eval {shape}.safetensors --data clip.mp4 {JUDGING} -o report-{shape}", cwd=folder)
     judged = {one["name"]: one for one in read_report(folder / f"report-{shape}")["decoders"]}
@@ -85,7 +85,7 @@ def test_eval_info_and_decode_take_it(folder: Path, shape: str) -> None:
     assert np.load(folder / f"{shape}.npy").shape == (3, 5, 32, 32)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ALL_SHAPES)
 def test_exported_weights_give_its_frames(folder: Path, shape: str) -> None:
     succeed(f"export {shape}.safetensors -t safetensors -t diffusers -t comfyui -o export-{shape}", cwd=folder)
     latents = torch.randn(1, 16, 2, 4, 4)
@@ -95,7 +95,7 @@ def test_exported_weights_give_its_frames(folder: Path, shape: str) -> None:
         assert torch.equal(decode(again, latents), expected)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ALL_SHAPES)
 def test_it_is_pruned_and_trained_on(folder: Path, shape: str) -> None:
     figures = succeed(
         f"prune {shape}.safetensors --ratio 0.5 --data clip.mp4 {CALIBRATION} -o {shape}-half.safetensors", cwd=folder

@@ -10,11 +10,13 @@ Shapes:
     temporal-tae: chains on frames; time is seen by causal residual layers of (3, 1, 1) after the first upsampling.
         Departs from the published one, which is not causal, has GroupNorm over all frames of a clip, attention in each
         frame and bilinear upsampling.
+    lean: LeanVAE's gated layers on the grid of the latents, without its iterations, and cells of pixels by a Haar
+        transform; for originals on that grid, 4 x 8 x 8, alone.
     efficientvit: chains of two convolutions, pixel shuffles with copies past them, one RMS norm before the last layer.
         The published decoder of this name has no attention either.
 
 Reference: TAESD and TAEHV (madebyollin); arXiv 2503.04871 (TAE-192, its temporal form and the "EfficientViT" decoder);
-DC-AE, arXiv 2410.10733.
+DC-AE, arXiv 2410.10733; LeanVAE, arXiv 2503.14325.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from flashvaed_cli.decoders.spec.blocks import (
 )
 from flashvaed_cli.decoders.spec.coders import BypassSpec, DecoderSpec, StageSpec
 from flashvaed_cli.decoders.spec.layers import ConvSpec, LatentEntrySpec, NormSpec
+from flashvaed_cli.decoders.spec.naf_blocks import CELL, CellHeadSpec, IstaSpec, cell_head_spec, naf_spec
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.recipe.fields import StudentShape
 
@@ -44,6 +47,9 @@ _COLOURS = 3
 _ROUND_TO = 8
 _TAE_DEPTHS, _TEMPORAL_DEPTHS = (3, 3, 3, 1), (3, 2, 2, 1)
 _EFFICIENT_DEPTHS = (10, 5)
+_SHARES: dict[LightShape, float] = {"efficientvit": 1 / 3, "lean": 4 / 3}
+_LEAN_BRANCHES = 4  # a quarter of the channels is for low bands, the rest for high ones
+_LEAN_FUSION, _LEAN_SEPARATE = 4, 2
 _HEAD_NORM = NormSpec(eps=1e-5, gain=True, shift=True)
 
 
@@ -98,9 +104,10 @@ def light_spec(
 
 
 def default_width(shape: LightShape, original: DecoderSpec) -> int:
-    """Half (efficientvit: a third) of the original's widest stream, a multiple of 8: the published widths, for Wan."""
+    """A half (efficientvit: a third, lean: four thirds) of the original's widest stream, a multiple of 8: the published
+    widths, for Wan."""
     widest = max(block.out_width for _, block in original.blocks())
-    width = max(round(widest / (3 if shape == "efficientvit" else 2) / _ROUND_TO), 1) * _ROUND_TO
+    width = max(round(widest * _SHARES.get(shape, 1 / 2) / _ROUND_TO), 1) * _ROUND_TO
     step = _latent_step(original.latent_width) if shape == "efficientvit" else 1
     return -(-width // step) * step
 
@@ -108,6 +115,8 @@ def default_width(shape: LightShape, original: DecoderSpec) -> int:
 def light_shape(spec: DecoderSpec) -> LightShape | None:
     """Which light decoder this is, by its blocks; None for any other decoder."""
     blocks = [block for _, block in spec.blocks()]
+    if isinstance(blocks[-1], CellHeadSpec) and not any(isinstance(block, IstaSpec) for block in blocks):
+        return "lean"
     if not any(isinstance(block, ChainSpec) for block in blocks):
         return None
     if any(isinstance(block, ShuffleUpsampleSpec) for block in blocks):
@@ -233,6 +242,28 @@ def _efficientvit(ground: _Ground, width: int) -> DecoderSpec:
     return ground.decoder([*stages, StageSpec(name="head", blocks=(head,))], patch=patch)
 
 
+def _lean(ground: _Ground, width: int) -> DecoderSpec:
+    """A 1x1 that normalizes the latents, the entry, gated layers on all channels, then on low and high ones, cells."""
+    original, latent_width = ground.original, ground.latent_width
+    grid = (original.temporal_factor, original.spatial_factor, original.spatial_factor)
+    if grid != CELL or original.still:
+        raise SpecError(
+            f"lean decodes cells of {CELL} frames, rows and columns, and a latent of {original.family} stands for "
+            f"{grid}: take tae"
+        )
+    if width % _LEAN_BRANCHES:
+        raise SpecError(f"lean has a branch of a quarter of its channels: its width is a multiple of 4, not {width}")
+    low = width // _LEAN_BRANCHES
+    stages = (
+        StageSpec(name="post_quant", blocks=(ConvBlockSpec(conv=_point(latent_width, latent_width)),)),
+        StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=_point(latent_width, width)),)),
+        StageSpec(name="fusion", blocks=(naf_spec(width),) * _LEAN_FUSION),
+        StageSpec(name="branches", blocks=(naf_spec(low, width - low),) * _LEAN_SEPARATE),
+        StageSpec(name="head", blocks=(cell_head_spec(low, width - low),)),
+    )
+    return ground.decoder(stages, patch=1)
+
+
 def _latent_step(latent_width: int) -> int:
     """What the width of an efficientvit is a multiple of, so that twice the width is one of the latent channels."""
     return latent_width // 2 if latent_width % 2 == 0 else latent_width
@@ -242,4 +273,5 @@ _BUILDERS: dict[LightShape, Callable[[_Ground, int], DecoderSpec]] = {
     "tae": _tae,
     "temporal-tae": _temporal_tae,
     "efficientvit": _efficientvit,
+    "lean": _lean,
 }

@@ -337,3 +337,44 @@ class CellHeadSpec(_CellSpec):
     def layer_grid(self, name: str, grid: Grid) -> Grid:
         """The first frame has layers of its own."""
         return (1 if name.startswith("image") else grid[0] - 1, *grid[1:])
+
+
+def inner_width(width: int) -> int:
+    """Values of the gated layer of a branch: two thirds of four times its width, rounded down."""
+    return int(4 * (2 / 3) * width)
+
+
+def naf_spec(*widths: int, residual: bool = True) -> NafSpec:
+    """A naf block with branches of the given widths."""
+    width = sum(widths)
+    depthwise = ConvSpec(operator="depthwise3d", in_width=width, out_width=width, kernel=(3, 3, 3))
+    branches = tuple(
+        BranchSpec(expand=point_spec(one, 2 * inner_width(one)), contract=point_spec(inner_width(one), one))
+        for one in widths
+    )
+    return NafSpec(depthwise=depthwise, branches=branches, residual=residual)
+
+
+def point_spec(in_width: int, out_width: int) -> ConvSpec:
+    """A pointwise layer."""
+    return ConvSpec(operator="pointwise", in_width=in_width, out_width=out_width, kernel=(1, 1, 1))
+
+
+def cell_head_spec(low: int, high: int) -> CellHeadSpec:
+    """The head behind low and high branches of the given widths."""
+    return CellHeadSpec(
+        video_low=point_spec(low, band_width("video", "low")),
+        video_high=point_spec(high, band_width("video", "high")),
+        image_low=point_spec(low, band_width("image", "low")),
+        image_high=point_spec(high, band_width("image", "high")),
+    )
+
+
+def cell_stem_spec(low: int, high: int) -> CellStemSpec:
+    """The stem before low and high branches of the given widths."""
+    return CellStemSpec(
+        video_low=point_spec(band_width("video", "low"), low),
+        video_high=point_spec(band_width("video", "high"), high),
+        image_low=point_spec(band_width("image", "low"), low),
+        image_high=point_spec(band_width("image", "high"), high),
+    )

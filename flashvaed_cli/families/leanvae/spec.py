@@ -15,16 +15,14 @@ from typing import Any, NamedTuple
 
 from flashvaed_cli.decoders.spec.blocks import ConvBlockSpec
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec, StageSpec
-from flashvaed_cli.decoders.spec.layers import ConvSpec
 from flashvaed_cli.decoders.spec.naf_blocks import (
-    PARTS,
     PATCH,
-    BranchSpec,
-    CellHeadSpec,
-    CellStemSpec,
     IstaSpec,
     NafSpec,
-    band_width,
+    cell_head_spec,
+    cell_stem_spec,
+    naf_spec,
+    point_spec,
 )
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.families.family import ConfigKeys, Contradiction, Family, OtherPrograms
@@ -47,27 +45,6 @@ class Depths(NamedTuple):
     ista_layer_num: int = 2
 
 
-def inner_width(width: int) -> int:
-    """Values of the gated layer of a branch: two thirds of four times its width, rounded down."""
-    return int(4 * (2 / 3) * width)
-
-
-def point_conv(in_width: int, out_width: int) -> ConvSpec:
-    """A pointwise layer."""
-    return ConvSpec(operator="pointwise", in_width=in_width, out_width=out_width, kernel=(1, 1, 1))
-
-
-def naf(*widths: int, residual: bool = True) -> NafSpec:
-    """A naf block with branches of the given widths."""
-    width = sum(widths)
-    depthwise = ConvSpec(operator="depthwise3d", in_width=width, out_width=width, kernel=(3, 3, 3))
-    branches = tuple(
-        BranchSpec(expand=point_conv(one, 2 * inner_width(one)), contract=point_conv(inner_width(one), one))
-        for one in widths
-    )
-    return NafSpec(depthwise=depthwise, branches=branches, residual=residual)
-
-
 def leanvae_decoder_spec(
     base_width: int, latent_width: int = LATENT_WIDTH, depths: Depths | None = None
 ) -> DecoderSpec:
@@ -75,24 +52,18 @@ def leanvae_decoder_spec(
     depths = depths or Depths()
     low, high = base_width, HIGH_SHARE * base_width
     width = low + high
-    steps = ((naf(width, residual=False),) * depths.ista_layer_num,) * depths.ista_iter_num
+    steps = ((naf_spec(width, residual=False),) * depths.ista_layer_num,) * depths.ista_iter_num
     bottleneck = IstaSpec(
-        start=point_conv(latent_width, width),
-        measure=point_conv(width, latent_width),
+        start=point_spec(latent_width, width),
+        measure=point_spec(width, latent_width),
         analysis=steps,
         synthesis=steps,
     )
-    head = CellHeadSpec.model_validate(
-        {
-            f"{medium}_{part}": point_conv(one, band_width(medium, part))
-            for medium in ("video", "image")
-            for part, one in zip(PARTS, (low, high), strict=True)
-        }
-    )
+    head = cell_head_spec(low, high)
     stages = (
         StageSpec(name="bottleneck", blocks=(bottleneck,)),
-        StageSpec(name="fusion", blocks=(naf(width),) * depths.fusion_num_layer),
-        StageSpec(name="branches", blocks=(naf(low, high),) * depths.sep_num_layer),
+        StageSpec(name="fusion", blocks=(naf_spec(width),) * depths.fusion_num_layer),
+        StageSpec(name="branches", blocks=(naf_spec(low, high),) * depths.sep_num_layer),
         StageSpec(name="head", blocks=(head,)),
     )
     return DecoderSpec(family=NAME, stages=stages, temporal_factor=TEMPORAL_FACTOR, spatial_factor=SPATIAL_FACTOR)
@@ -104,18 +75,12 @@ def leanvae_encoder_spec(
     """The original encoder at a base width (128: the release)."""
     depths = depths or Depths()
     low, high = base_width, HIGH_SHARE * base_width
-    stem = CellStemSpec.model_validate(
-        {
-            f"{medium}_{part}": point_conv(band_width(medium, part), one)
-            for medium in ("video", "image")
-            for part, one in zip(PARTS, (low, high), strict=True)
-        }
-    )
+    stem = cell_stem_spec(low, high)
     stages = (
         StageSpec(name="stem", blocks=(stem,)),
-        StageSpec(name="branches", blocks=(naf(low, high),) * depths.sep_num_layer),
-        StageSpec(name="fusion", blocks=(naf(low + high),) * depths.fusion_num_layer),
-        StageSpec(name="quant", blocks=(ConvBlockSpec(conv=point_conv(low + high, 2 * latent_width)),)),
+        StageSpec(name="branches", blocks=(naf_spec(low, high),) * depths.sep_num_layer),
+        StageSpec(name="fusion", blocks=(naf_spec(low + high),) * depths.fusion_num_layer),
+        StageSpec(name="quant", blocks=(ConvBlockSpec(conv=point_spec(low + high, 2 * latent_width)),)),
     )
     return EncoderSpec(family=NAME, stages=stages, temporal_factor=TEMPORAL_FACTOR, spatial_factor=SPATIAL_FACTOR)
 

@@ -23,7 +23,7 @@ from flashvaed_cli.decoders.variants.half_range import fit_half_range
 from flashvaed_cli.decoders.variants.still import still_decoder
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.families.registry import FAMILIES
-from tests.light_toy import SHAPES, WIDTH, filled, light_toy, light_toy_spec
+from tests.light_toy import ALL_SHAPES, SHAPES, WIDTH, filled, light_toy, light_toy_spec
 from tests.toy import original_spec, toy_latents
 
 ROUNDING = 3e-6
@@ -35,13 +35,17 @@ def conv(in_width: int, out_width: int, kernel: tuple[int, int, int] = (1, 3, 3)
     return ConvSpec(operator=operator, in_width=in_width, out_width=out_width, kernel=kernel)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ALL_SHAPES)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_has_a_light_decoder_on_its_own_grid(name: str, shape: LightShape) -> None:
     family = FAMILIES[name]
     original = family.decoder_spec(8, family.latent_width)
     if (original.still or original.temporal_factor == 1) and shape == "temporal-tae":
         with pytest.raises(SpecError, match="single images: take tae"):
+            light_spec(shape, original)
+        return
+    if shape == "lean" and (original.temporal_factor, original.spatial_factor, original.still) != (4, 8, False):
+        with pytest.raises(SpecError, match=r"lean decodes cells of .* take tae"):
             light_spec(shape, original)
         return
     spec = light_spec(shape, original, mean=family.latent_mean, std=family.latent_std)
@@ -54,7 +58,9 @@ def test_every_family_has_a_light_decoder_on_its_own_grid(name: str, shape: Ligh
     assert frames.shape == (1, 3, original.num_frames(num_latents), factor, 2 * factor)
 
 
-@pytest.mark.parametrize(("shape", "width"), [("tae", 192), ("temporal-tae", 192), ("efficientvit", 128)])
+@pytest.mark.parametrize(
+    ("shape", "width"), [("tae", 192), ("temporal-tae", 192), ("efficientvit", 128), ("lean", 512)]
+)
 def test_for_the_released_wan_the_default_width_is_the_published_one(shape: LightShape, width: int) -> None:
     assert default_width(shape, FAMILIES["wan2.1"].decoder_spec(96, 16)) == width
 
