@@ -25,7 +25,7 @@ LOSS += "--loss-weight feature=0 --loss-weight ssim=0 --ema-decay 0.98"
 CALIBRATION = "--num-calibration-clips 10 --num-frames 9 --crop-size 96"
 PROBE_STEPS = 12
 NARROWED = {"flash-2": 0.5, "flash-4": 0.25}
-SHAPES = ("tae", "temporal-tae", "efficientvit")
+SHAPES = ("tae", "temporal-tae", "efficientvit", "lean")
 
 
 def flashvaed(words: str, folder: Path) -> dict[str, Any]:
