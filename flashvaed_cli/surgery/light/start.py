@@ -62,12 +62,13 @@ def random_light_decoder(
             block.temporal.weight.copy_(torch.eye(width).repeat(2, 1).reshape(block.temporal.weight.shape))
         elif isinstance(block, Naf):
             for layer in (block.depthwise, *(branch.get_submodule("contract") for branch in block.branches)):
+                assert isinstance(layer, Conv)
                 layer.weight.div_(math.sqrt(2.0 * num_adding))
         elif isinstance(block, Head):
             block.conv.weight.mul_(_HEAD_SHARE)
         elif isinstance(block, CellHead):
             for name in block.spec.layers:
-                block.get_submodule(name).weight.mul_(_HEAD_SHARE)
+                block.get_submodule(name).get_parameter("weight").mul_(_HEAD_SHARE)
     return decoder
 
 
