@@ -81,7 +81,11 @@ def original_like(spec: DecoderSpec) -> Callable[[int, int], DecoderSpec]:
 
 def has_family_blocks(spec: DecoderSpec) -> bool:
     """Whether a decoder has the blocks of its family's original, at whatever widths; light decoders do not."""
-    return has_same_blocks(spec, original_like(spec)(_ANY_WIDTH, get_family(spec.family).latent_width))
+    try:
+        original = original_like(spec)(_ANY_WIDTH, get_family(spec.family).latent_width)
+    except SpecError:  # what it says of itself no original of the family does
+        return False
+    return has_same_blocks(spec, original)
 
 
 def shallow_stages(spec: DecoderSpec) -> tuple[str, ...]:
