@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from flashvaed_cli.artifact.foreign.coders import empty_coder, fill_coder
+from flashvaed_cli.artifact.foreign.latents_of import family_of_latents
 from flashvaed_cli.artifact.foreign.mismatch import Shape
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.spec.blocks import BlockSpec, ChainSpec, ConvBlockSpec, HeadSpec, UpsampleSpec
@@ -24,7 +25,6 @@ from flashvaed_cli.decoders.spec.layers import ConvSpec, LatentEntrySpec
 from flashvaed_cli.decoders.spec.light import LATENT_LIMIT
 from flashvaed_cli.errors import ArtifactError
 from flashvaed_cli.families.family import Family
-from flashvaed_cli.families.registry import FAMILIES, families_named
 
 TAEHV = "taehv"
 _Put = Callable[[str, Tensor, Tensor | None], tuple[int, int]]
@@ -67,26 +67,15 @@ def taehv_decoder(tensors: Mapping[str, Tensor], family_name: str | None, locati
 
 
 def _family(name: str | None, latent_width: int, patch: int, location: str) -> Family:
-    """The family that is named, or the only one that fits."""
-    fitting = [one for one in FAMILIES.values() if _fits(one, latent_width, patch)]
-    listed = ", ".join(one.name for one in fitting) or "none that this version knows"
-    asked = fitting if name is None else [FAMILIES[one] for one in families_named(name) if FAMILIES[one] in fitting]
-    if name is not None and not asked:
+    """The family whose latents it reads, which must have statistics."""
+    shape = f"{latent_width} latent channels with patches of {patch}"
+    family = family_of_latents("TAEHV", shape, name, lambda one: _fits(one, latent_width, patch), location)
+    if not family.latent_mean:
         raise ArtifactError(
-            f"{location}: a TAEHV for {latent_width} latent channels with patches of {patch}, which those of {name} "
-            f"are not; it fits {listed}."
-        )
-    if len(asked) != 1:
-        raise ArtifactError(
-            f"{location}: a TAEHV, and its file does not say whose latents it decodes. Name the family with --family; "
-            f"by its shapes it fits {listed}."
-        )
-    if not asked[0].latent_mean:
-        raise ArtifactError(
-            f"{location}: a TAEHV takes normalized latents, and the statistics of those of {asked[0].name} stand in "
+            f"{location}: a TAEHV takes normalized latents, and the statistics of those of {family.name} stand in "
             "that model's own files only. This version does not read it."
         )
-    return asked[0]
+    return family
 
 
 def _fits(family: Family, latent_width: int, patch: int) -> bool:

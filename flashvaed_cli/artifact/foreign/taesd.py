@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from flashvaed_cli.artifact.foreign.coders import empty_coder, fill_coder
+from flashvaed_cli.artifact.foreign.latents_of import family_of_latents
 from flashvaed_cli.artifact.foreign.mismatch import Shape
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.spec.blocks import BlockSpec, ChainSpec, ConvBlockSpec, HeadSpec, UpsampleSpec
@@ -24,7 +25,6 @@ from flashvaed_cli.decoders.spec.layers import ConvSpec, LatentEntrySpec
 from flashvaed_cli.decoders.spec.light import LATENT_LIMIT
 from flashvaed_cli.errors import ArtifactError
 from flashvaed_cli.families.family import Family
-from flashvaed_cli.families.registry import FAMILIES, families_named
 
 TAESD = "taesd"
 TINY_CLASS = "AutoencoderTiny"
@@ -52,7 +52,8 @@ def taesd_decoder(tensors: Mapping[str, Tensor], family_name: str | None, locati
     layers = _numbered(tensors)
     try:
         latent_width = layers[min(layers)]["weight"].shape[1]
-        family = _family(family_name, latent_width, location)
+        shape = f"{latent_width} latent channels"
+        family = family_of_latents("TAESD", shape, family_name, lambda one: _fits(one, latent_width), location)
         spec, state = _translated(layers, family)
         decoder = empty_coder(spec)
     except (KeyError, RuntimeError, ValueError, IndexError) as error:
@@ -70,23 +71,6 @@ def _numbered(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
         if match is not None:
             found.setdefault(int(match[1]), {})[match[2]] = tensor.float()
     return dict(sorted(found.items()))
-
-
-def _family(name: str | None, latent_width: int, location: str) -> Family:
-    """The family that is named, or the only one that fits."""
-    fitting = [one for one in FAMILIES.values() if _fits(one, latent_width)]
-    listed = ", ".join(one.name for one in fitting) or "none that this version knows"
-    asked = fitting if name is None else [FAMILIES[one] for one in families_named(name) if FAMILIES[one] in fitting]
-    if name is not None and not asked:
-        raise ArtifactError(
-            f"{location}: a TAESD for {latent_width} latent channels, which those of {name} are not; it fits {listed}."
-        )
-    if len(asked) != 1:
-        raise ArtifactError(
-            f"{location}: a TAESD, and its file does not say whose latents it decodes. Name the family with --family; "
-            f"by its shapes it fits {listed}."
-        )
-    return asked[0]
 
 
 def _fits(family: Family, latent_width: int) -> bool:

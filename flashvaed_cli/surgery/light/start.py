@@ -135,11 +135,8 @@ def _last_layers(
     if isinstance(head, Head):
         yield head.conv, head.before_conv(entering), patchify(frames, patch)
         return
-    for medium, factor, latents, pixels in (
-        ("image", (1, *CELL[1:]), slice(0, 1), slice(0, 1)),
-        ("video", CELL, slice(1, None), slice(1, None)),
-    ):
-        given = frames[:, :, pixels]
+    for medium, factor, at in (("image", (1, *CELL[1:]), slice(0, 1)), ("video", CELL, slice(1, None))):
+        given = frames[:, :, at]
         if not given.shape[2]:
             continue
         bands = haar_bands(cells_to_channels(given, factor), factor)
@@ -148,5 +145,5 @@ def _last_layers(
             layer = head.get_submodule(f"{medium}_{part}")
             assert isinstance(layer, Conv)
             width, num_bands = layer.spec.in_width, layer.spec.out_width
-            yield layer, entering[:, read : read + width, latents], bands[:, band : band + num_bands]
+            yield layer, entering[:, read : read + width, at], bands[:, band : band + num_bands]
             read, band = read + width, band + num_bands
