@@ -30,14 +30,15 @@ def atomic_path(target: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `target` (same suffix); when the block ends well it becomes `target`.
 
     Parent folders are made. A link is followed: the file that it names is replaced, and the link stays. When the block
-    raises, the sibling is removed and `target` stays as it was. A killed process can leave the sibling behind, never a
-    half-written `target`; see `remove_leftovers`.
+    raises, the sibling is removed and `target` stays as it was. A killed process can leave the sibling, never a
+    half-written `target`; who writes `target` next removes it.
 
     Raises:
         OSError: the disk refuses, in whatever words a library puts it.
     """
     target = real_target(target)
     target.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(target)
 
     def make() -> Path:
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=_prefix(target), suffix=target.suffix)
@@ -129,14 +130,14 @@ def open_to_all_allowed(folder: Path) -> None:
 
 @contextmanager
 def _disk_speaks(place: Path) -> Iterator[None]:
-    """Raise OSError of `place` for a full disk, whatever a library makes of it: torch, for one, a RuntimeError."""
+    """Raise OSError of `place` where the disk refuses, whatever a library makes of it (torch: a RuntimeError)."""
     try:
         yield
     except FlashVaedError:
         raise
     except Exception as error:
         number = _disk_error(error)
-        if number is None:
+        if number is None or (isinstance(error, OSError) and number not in _FULL):
             raise
         raise OSError(number, os.strerror(number), str(place)) from error
 
@@ -144,7 +145,7 @@ def _disk_speaks(place: Path) -> Iterator[None]:
 def _disk_error(error: BaseException | None) -> int | None:
     """The number of the system's error that a library's own stands for, or None."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _FULL:
+        if isinstance(error, OSError) and error.errno is not None:
             return error.errno
         if found := _RUST_OS_ERROR.search(str(error)):
             return int(found[1])

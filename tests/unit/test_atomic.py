@@ -154,3 +154,22 @@ def test_other_errors_keep_their_kind(tmp_path: Path) -> None:
         (tmp_path / "missing").read_bytes()
     with pytest.raises(RuntimeError, match="another"), atomic_path(tmp_path / "x"):
         raise RuntimeError("another")
+
+
+def test_what_a_killed_run_left_goes_when_the_file_is_written_again(tmp_path: Path) -> None:
+    target = tmp_path / "flash.phase1.ckpt"
+    (tmp_path / ".flash.phase1.partial-dead.ckpt").touch()
+    (tmp_path / ".flash.phase2.partial-other.ckpt").touch()
+    with atomic_path(target) as sibling:
+        sibling.write_bytes(b"new")
+    assert hidden(tmp_path) == [".flash.phase2.partial-other.ckpt"]
+
+
+def test_an_error_of_the_disk_inside_that_of_a_library_is_an_oserror(tmp_path: Path) -> None:
+    target = tmp_path / "flash.phase1.ckpt"
+    with pytest.raises(OSError, match="Input/output error") as caught, atomic_path(target):  # noqa: PT012
+        try:
+            raise OSError(errno.EIO, "Input/output error")
+        finally:
+            raise RuntimeError("unexpected pos 64 vs 0")
+    assert caught.value.filename == str(target) and not any(tmp_path.iterdir())

@@ -41,10 +41,12 @@ def claim_file(
         raise FlashVaedError(f"{path} is a folder; give the name of a file with --output.")
     if not force and any(_is_same(path, place) for place in reads):
         raise FlashVaedError(f"{path} is the input itself. Choose another --output, or replace it with --force.")
+    beside = tuple(beside)
     for place in (path, *beside):
         _refuse_foreign_file(place, force=force)
     _require_writable(real_target(path).parent)
-    remove_leftovers(path)
+    for place in (path, *beside):
+        remove_leftovers(place)
     return path
 
 

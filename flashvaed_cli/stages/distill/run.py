@@ -16,6 +16,7 @@ from torch import Tensor
 from flashvaed_cli.artifact.checkpoint import save_checkpoint
 from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.artifact.measured import DistillRecord, NewStudent, SameClips
+from flashvaed_cli.atomic import remove_leftovers
 from flashvaed_cli.calibrate.statistics import collect_statistics
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.run.streaming import decode
@@ -268,8 +269,9 @@ def _finish(
     encoder = job.inputs.checkpoint.own_encoder
     save_checkpoint(files.output, header, decoder=job.student, encoder=encoder, force=force)
     curves = draw_curves(files.output, results)
-    for path in files.checkpoints(len(results)):
-        path.unlink(missing_ok=True)
+    for index in range(1, len(results) + 1):
+        files.checkpoint(index).unlink(missing_ok=True)
+        remove_leftovers(files.checkpoint(index))
     return curves
 
 

@@ -1,0 +1,241 @@
+"""Every call that changes a file fails, in every command: `python -m tests.faults --cases 1000 --seed 1`.
+
+A process imports the program once and forks for every case: a copy of a folder with outputs of an earlier run, one
+command that replaces one of them, one fault. Afterwards the inputs and all other outputs must be as they were, the
+command's output the old one or a whole new one, the exit status right and the message one error; and the command run
+again without a fault must succeed and leave nothing behind. Prints what was tried, by command and by fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import errno
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("inject.c")
+KILL = -1
+FAULTS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "EACCES": errno.EACCES, "EINTR": errno.EINTR, "SIGKILL": KILL}
+LASTING = ("ENOSPC", "EACCES")
+"""Faults that stay: a disk that is full stays full."""
+_LIBRARY = "FLASHVAED_FAULTS_LIBRARY"
+_WORDS = {
+    "ENOSPC": "No space left on device",
+    "EIO": "Input/output error",
+    "EACCES": "Permission denied",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """The nth changing call of a command fails."""
+
+    command: int
+    fault: str
+    nth: int
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a forked run ended: status, stderr, how many changing calls it made, and which of them failed."""
+
+    status: int
+    stderr: str
+    num_calls: int
+    hit: str
+
+
+def build(folder: Path) -> Path:
+    """Compile the library that makes calls fail.
+
+    Raises:
+        FileNotFoundError: no C compiler.
+    """
+    library = folder / "inject.so"
+    command = ["cc", "-shared", "-fPIC", "-O1", "-o", str(library), str(SOURCE), "-ldl"]
+    subprocess.run(command, check=True)
+    return library
+
+
+def start(arguments: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run this module with the library loaded."""
+    library = build(folder)
+    package = Path(__file__).resolve().parents[2]
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": str(library),
+        _LIBRARY: str(library),
+        "PYTHONPATH": str(package),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "tests.faults", *arguments]
+    return subprocess.run(
+        command, env=environment, text=True, capture_output=False, check=False, stdout=subprocess.PIPE
+    )
+
+
+class Bench:
+    """Runs commands in forks of this process, whose changing calls can be made to fail."""
+
+    def __init__(self, folder: Path) -> None:
+        self._library = ctypes.CDLL(os.environ[_LIBRARY])
+        self._library.faults_count.restype = ctypes.c_long
+        self._library.faults_hit.restype = ctypes.c_char_p
+        self._library.faults_arm.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_int, ctypes.c_int]
+        self._outcome = folder / "outcome"
+        self._stderr = folder / "stderr"
+
+    def run(self, words: str, world: Path, *, nth: int = 0, fault: str | None = None) -> Ended:
+        """A command in a folder, in a process of its own."""
+        self._outcome.unlink(missing_ok=True)
+        child = os.fork()
+        if child == 0:
+            self._run_here(words, world, nth, fault)
+        _, status = os.waitpid(child, 0)
+        calls, hit = self._outcome.read_text().split("\n") if self._outcome.exists() else ("0", "")
+        code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+        return Ended(code, self._stderr.read_text(errors="replace"), int(calls), hit)
+
+    def _run_here(self, words: str, world: Path, nth: int, fault: str | None) -> None:
+        from flashvaed_cli.cli.app import main
+
+        code = 70
+        try:
+            os.chdir(world)
+            stderr = os.open(self._stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(stderr, 2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+            sys.argv = ["flashvaed", *words.split(), "--device", "cpu"]
+            number = 0 if fault is None else FAULTS[fault]
+            self._library.faults_arm(f"{world}/".encode(), nth, number, fault in LASTING)
+            try:
+                main()
+                code = 0
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+            except BaseException:
+                traceback.print_exc()
+            count, hit = self._library.faults_count(), self._library.faults_hit().decode()
+            self._library.faults_arm(b"", 0, 0, 0)
+            sys.stderr.flush()
+            self._outcome.write_text(f"{count}\n{hit}")
+        finally:
+            os._exit(code)
+
+
+def check(bench: Bench, case: Case, old: Path, names: set[str], place: Path) -> tuple[str, list[str]]:
+    """Run a case; returns the call that failed and what was wrong afterwards."""
+    from tests.faults.world import COMMANDS, copy_world, fault_of_output, files_of, is_leftover, is_part_of
+
+    command = COMMANDS[case.command]
+    copy_world(old, place)
+    before = files_of(place)
+    ended = bench.run(command.with_seed(2), place, nth=case.nth, fault=case.fault)
+    after = files_of(place)
+    wrong = []
+    lost = [path for path in before if not is_part_of(path, command.output) and after.get(path) != before[path]]
+    added = [path for path in after if path not in before and not is_part_of(path, command.output)]
+    if lost or added:
+        wrong.append(f"other files were touched: {[*lost, *added][:4]}")
+    mine = {
+        path: digest
+        for path, digest in before.items()
+        if path == command.output or path.startswith(f"{command.output}/")
+    }
+    now = {path: after.get(path) for path in mine}
+    if now != mine and (fault := fault_of_output(place, command.output, names)) is not None:
+        wrong.append(f"the output is neither old nor whole: {fault}")
+    if case.fault == "SIGKILL":
+        if ended.status not in (0, -signal.SIGKILL):
+            wrong.append(f"status {ended.status} of a killed run")
+    elif ended.status == 2:
+        if ended.stderr.count("Error:") != 1 or "Traceback" in ended.stderr:
+            wrong.append(f"not one error: {ended.stderr[-300:]!r}")
+        elif case.fault in _WORDS and _WORDS[case.fault] not in ended.stderr:
+            wrong.append(f"the message does not say {_WORDS[case.fault]!r}: {ended.stderr[-300:]!r}")
+        if case.fault == "EINTR":
+            wrong.append(f"interrupted calls are to be made again: {ended.stderr[-300:]!r}")
+    elif ended.status == 0:
+        if fault := fault_of_output(place, command.output, names):
+            wrong.append(f"success, and the output is not whole: {fault}")
+    else:
+        wrong.append(f"status {ended.status}: {ended.stderr[-300:]!r}")
+    again = bench.run(command.with_seed(2), place)
+    if again.status != 0:
+        wrong.append(f"run again: status {again.status}: {again.stderr[-300:]!r}")
+    left = [str(path.relative_to(place)) for path in place.rglob(".*") if is_leftover(path.relative_to(place))]
+    if left := [path for path in left if ".partial-" in path]:
+        wrong.append(f"left behind after the next run: {left[:4]}")
+    return ended.hit or ("killed" if case.fault == "SIGKILL" else "none"), wrong
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the cases; returns 1 if anything was wrong."""
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("--cases", type=int, default=1000, help="how many, drawn evenly over commands and faults")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
+    arguments = parser.parse_args(argv)
+    folder = Path(os.path.realpath(tempfile.mkdtemp(prefix="flashvaed-faults-")))
+    try:
+        if _LIBRARY not in os.environ:
+            passed_on = ["--cases", arguments.cases, "--seed", arguments.seed, "--seconds", arguments.seconds]
+            done = start([str(word) for word in passed_on], folder)
+            print(done.stdout, end="")
+            return done.returncode
+        return _run(arguments.cases, arguments.seed, arguments.seconds, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run(num_cases: int, seed: int, seconds: float, folder: Path) -> int:
+    from tests.faults.world import COMMANDS, copy_world, files_of, make_world
+
+    bench = Bench(folder)
+    old, place = folder / "old", folder / "world"
+    make_world(old)
+    num_calls, names = [], []
+    for command in COMMANDS:
+        copy_world(old, place)
+        ended = bench.run(command.with_seed(2), place)
+        assert ended.status == 0, ended.stderr
+        num_calls.append(ended.num_calls)
+        names.append({path for path in files_of(place) if path.startswith(f"{command.output}/")})
+    rng, began = random.Random(seed), time.monotonic()
+    hits: Counter[tuple[str, str]] = Counter()
+    tried: Counter[str] = Counter()
+    findings = []
+    for index in range(num_cases):
+        if time.monotonic() - began > seconds:
+            break
+        number = index % len(COMMANDS)
+        case = Case(number, list(FAULTS)[index // len(COMMANDS) % len(FAULTS)], rng.randint(1, num_calls[number]))
+        hit, wrong = check(bench, case, old, names[number], place)
+        hits[case.fault, hit] += 1
+        tried[COMMANDS[number].name] += 1
+        findings += [f"{COMMANDS[number].name}, call {case.nth} ({hit}) {case.fault}: {one}" for one in wrong]
+        if wrong:
+            print(f"{COMMANDS[number].name}, call {case.nth} ({hit}) {case.fault}: {wrong}", flush=True)
+    calls = ", ".join(f"{command.name} {count}" for command, count in zip(COMMANDS, num_calls, strict=True))
+    print(f"{sum(tried.values())} faults, seed {seed}, {time.monotonic() - began:.0f} s; changing calls a run: {calls}")
+    print("by command: " + ", ".join(f"{name} {count}" for name, count in sorted(tried.items())))
+    print("by fault: " + ", ".join(f"{fault} in {call} {count}" for (fault, call), count in sorted(hits.items())))
+    print(f"{len(findings)} findings")
+    return bool(findings)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,24 @@
+"""A few faults of each kind in each command; `make faults` tries a thousand."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.faults.__main__ import start
+
+NUM_CASES = 10
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="calls are made to fail by LD_PRELOAD, which Linux has"),
+    pytest.mark.skipif(shutil.which("cc") is None, reason="the library that makes calls fail needs a C compiler, cc"),
+]
+
+
+def test_nothing_is_lost_where_calls_fail(tmp_path: Path) -> None:
+    done = start(["--cases", str(NUM_CASES), "--seed", "5"], tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert f"{NUM_CASES} faults" in done.stdout and "0 findings" in done.stdout
