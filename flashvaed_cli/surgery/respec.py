@@ -122,7 +122,7 @@ def _narrow_attention(block: Block, widths: _Widths) -> AttentionSpec:
     assert isinstance(block, AttentionSpec)
     width = widths.after or block.width
     norm = block.norm if block.norm.groups is None else block.norm.narrowed(block.width, width)
-    return AttentionSpec(width=width, inner_width=block.inner_width, norm=norm)
+    return block.model_copy(update={"width": width, "norm": norm})
 
 
 def _narrow_upsample(block: Block, widths: _Widths) -> UpsampleSpec:

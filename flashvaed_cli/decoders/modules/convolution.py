@@ -92,8 +92,9 @@ def space_window(x: Float[Tensor, "B C T H W"], spec: ConvSpec) -> tuple[Float[T
     margins = spec.kernel[1] // 2, spec.kernel[2] // 2
     if spec.space_padding == "zeros" or margins == (0, 0):
         return x, margins
-    require_mirrored(x, margins)
-    return F.pad(x, (margins[1], margins[1], margins[0], margins[0], 0, 0), mode="reflect"), (0, 0)
+    if spec.space_padding == "reflect":
+        require_mirrored(x, margins)
+    return F.pad(x, (margins[1], margins[1], margins[0], margins[0], 0, 0), mode=spec.space_padding), (0, 0)
 
 
 def require_mirrored(x: Float[Tensor, "B C T H W"], margins: tuple[int, int]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from flashvaed_cli.decoders.predict.cost import Grid, stage_costs
-from flashvaed_cli.decoders.predict.lookahead import widest_window
+from flashvaed_cli.decoders.predict.lookahead import latents_per_step, widest_window
 from flashvaed_cli.decoders.predict.memory import DType, MemoryFormat, MemoryModel
 from flashvaed_cli.decoders.predict.tiling import TileLayout, require_tiles, split_addresses, tile_layout
 from flashvaed_cli.decoders.spec.addresses import block_of
@@ -28,7 +28,8 @@ SPLIT_SLACK = 1.1  # without a limit, a split may need this much more memory tha
 class DecodePlan:
     """How a clip is decoded: `chunk` latent frames per step; tiles of `tile` latents from block `split` on.
 
-    `tile` and `split` are None for whole frames. `relative_cost` is the estimated time; whole frames in one
+    Of a decoder that sees whole clips, `chunk` is its tile in time, whatever was asked for. `tile` and `split` are None
+    for whole frames. `relative_cost` is the estimated time; whole frames in one
     step take a little over 1.
     """
 
@@ -163,7 +164,7 @@ class _Planner:
 
     def plan(self, chunk: int, layout: TileLayout | None, tile: int | None) -> DecodePlan:
         """The plan with its predicted memory and cost."""
-        chunk = min(chunk, self.grid[0])
+        chunk = latents_per_step(self.spec, self.grid[0], chunk)
         num_bytes = self.memory.predict(chunk, layout)
         split = None if layout is None else layout.split
         overlap = widest_window(self.spec, self.grid[0], chunk) / chunk  # what chunks that see frames ahead share

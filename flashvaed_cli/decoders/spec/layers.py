@@ -33,8 +33,8 @@ Kernel = tuple[_Taps, _Taps, _Taps]
 _Cells = Annotated[int, Field(gt=0, le=MAX_FACTOR)]
 Factor = tuple[_Cells, _Cells, _Cells]
 """Frames, rows and columns that one position becomes, or that become one."""
-SpacePadding = Literal["zeros", "reflect"]
-"""What a kernel reads beyond a frame: zeros, or the frame mirrored at its outermost pixels."""
+SpacePadding = Literal["zeros", "reflect", "replicate"]
+"""What a kernel reads beyond a frame: zeros, the frame mirrored at its outermost pixels, or those pixels again."""
 TimePadding = Literal["zeros", "first", "edges"]
 """What a kernel reads beyond a video: zeros before it, its first frame again, or (centred) both edge frames again."""
 Activation = Literal["none", "relu", "silu"]
@@ -102,15 +102,16 @@ class NormSpec(OmittingSpec):
         gain: a factor per channel, `gamma`.
         shift: a summand per channel, `beta`.
         groups: runs of equally many channels that are normalised by their own mean and variance, each over a whole
-            frame; None: no GroupNorm.
+            frame, or over all frames of a clip; None: no GroupNorm.
     """
 
-    omitted_defaults: ClassVar[tuple[str, ...]] = ("groups",)
+    omitted_defaults: ClassVar[tuple[str, ...]] = ("groups", "over")
 
     eps: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     gain: bool = True
     shift: bool = False
     groups: Width | None = None
+    over: Literal["frame", "clip"] = "frame"
 
     @model_validator(mode="after")
     def _groups_have_an_eps(self) -> NormSpec:

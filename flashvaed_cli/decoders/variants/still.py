@@ -17,7 +17,7 @@ from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.modules.operators import Conv
 from flashvaed_cli.decoders.spec.blocks import AttentionSpec, BlockSpec, UpsampleSpec
 from flashvaed_cli.decoders.spec.coders import BypassSpec, DecoderSpec, StageSpec
-from flashvaed_cli.decoders.spec.layers import ConvSpec
+from flashvaed_cli.decoders.spec.layers import ConvSpec, NormSpec
 from flashvaed_cli.errors import SpecError
 
 _KINDS = ("conv", "resblock", "chain", "attention", "upsample", "head")
@@ -85,22 +85,32 @@ def still_spec(spec: DecoderSpec, bypasses: Mapping[str, BypassSpec] | None = No
     for stage in spec.stages:
         bypass = None if stage.bypass is None else (bypasses or {}).get(stage.name, _plain_copies(stage.bypass))
         stages.append(StageSpec(name=stage.name, blocks=tuple(map(_still_block, stage.blocks)), bypass=bypass))
-    return DecoderSpec(**{**dict(spec), "stages": tuple(stages), "still": True})
+    return DecoderSpec(**{**dict(spec), "stages": tuple(stages), "still": True, "temporal_tiles": None})
 
 
 def _still_block(block: BlockSpec) -> BlockSpec:
+    norms = {
+        name: norm.model_copy(update={"over": "frame"})
+        for name in type(block).model_fields
+        if isinstance(norm := getattr(block, name), NormSpec)
+    }
     if isinstance(block, AttentionSpec):
-        return block
+        return block.model_copy(update={**norms, "context": "frame"})
     layers = {name: _still_layer(layer) for name, layer in block.layers.items() if name != "temporal"}
     if isinstance(block, UpsampleSpec):
         return UpsampleSpec(spatial=layers["spatial"])
-    return block.model_copy(update=layers)
+    return block.model_copy(update={**norms, **layers})
 
 
 def _still_layer(layer: ConvSpec) -> ConvSpec:
-    kernel = (1, *layer.kernel[1:])
     operator = "frame2d" if layer.operator == "causal3d" else layer.operator
-    return ConvSpec(operator=operator, in_width=layer.in_width, out_width=layer.out_width, kernel=kernel)
+    return ConvSpec(
+        operator=operator,
+        in_width=layer.in_width,
+        out_width=layer.out_width,
+        kernel=(1, *layer.kernel[1:]),
+        space_padding=layer.space_padding,
+    )
 
 
 def _plain_copies(bypass: BypassSpec) -> BypassSpec:

@@ -80,7 +80,7 @@ def paddings(operator: Operator, kernel: Kernel) -> list[tuple[TimePadding, Spac
         in_time = ["zeros"]
     elif kernel[0] % 2 == 0:
         in_time = ["zeros", "first"]
-    in_space: list[SpacePadding] = ["zeros"] if operator == "subpixel2d" else ["zeros", "reflect"]
+    in_space: list[SpacePadding] = ["zeros"] if operator == "subpixel2d" else ["zeros", "reflect", "replicate"]
     return [(time, space) for time in in_time for space in in_space]
 
 
@@ -160,7 +160,7 @@ def test_frames_too_small_to_be_mirrored_are_refused(operator: Operator) -> None
 
 
 @pytest.mark.parametrize("few", [0, 1000])
-@pytest.mark.parametrize("space_padding", ["zeros", "reflect"])
+@pytest.mark.parametrize("space_padding", ["zeros", "reflect", "replicate"])
 def test_wide_kernels_are_not_laid_out_again(
     monkeypatch: pytest.MonkeyPatch, space_padding: SpacePadding, few: int
 ) -> None:
@@ -210,7 +210,7 @@ def test_bfloat16(operator: Operator, kernel: Kernel) -> None:
 
 
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("space_padding", ["zeros", "reflect"])
+@pytest.mark.parametrize("space_padding", ["zeros", "reflect", "replicate"])
 @pytest.mark.parametrize("height", [9, 12, 25, 27])
 def test_strips_do_not_show(
     monkeypatch: pytest.MonkeyPatch, height: int, space_padding: SpacePadding, grad: bool

@@ -51,11 +51,11 @@ def padded(x: Tensor, time_padding: TimePadding, space_padding: SpacePadding) ->
     t = x.shape[2]
     at = {"first": range(-2, t), "edges": range(-1, t + 1)}[time_padding]
     x = x[:, :, [min(max(i, 0), t - 1) for i in at]]
-    mode = "reflect" if space_padding == "reflect" else "constant"
+    mode = "constant" if space_padding == "zeros" else space_padding
     return F.pad(x, (1, 1, 1, 1, 0, 0), mode=mode)
 
 
-@pytest.mark.parametrize("space_padding", ["zeros", "reflect"])
+@pytest.mark.parametrize("space_padding", ["zeros", "reflect", "replicate"])
 @pytest.mark.parametrize("time_padding", ["first", "edges"])
 def test_padding_by_hand(time_padding: TimePadding, space_padding: SpacePadding) -> None:
     x = torch.randn(2, 3, 4, 5, 6, dtype=torch.float64)
@@ -70,7 +70,7 @@ def test_padding_by_hand(time_padding: TimePadding, space_padding: SpacePadding)
 
 
 @pytest.mark.parametrize("operator", ["tapwise3d", "winograd3d"])
-@pytest.mark.parametrize("space_padding", ["zeros", "reflect"])
+@pytest.mark.parametrize("space_padding", ["zeros", "reflect", "replicate"])
 @pytest.mark.parametrize("time_padding", ["first", "edges"])
 def test_exact_twins_know_the_padding(time_padding: TimePadding, space_padding: SpacePadding, operator: str) -> None:
     plain, twin = (layer(time_padding, space_padding, operator=name) for name in ("causal3d", operator))
