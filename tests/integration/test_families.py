@@ -31,6 +31,7 @@ from flashvaed_cli.families.wan21.names import WAN_DIFFUSERS
 from flashvaed_cli.families.wan22.names import WAN22_DIFFUSERS
 from flashvaed_cli.media.procedural import render_frames
 from tests.commands import JUDGING, invoke, read_report, succeed
+from tests.hunyuan_toy import hunyuan_config, random_hunyuan
 from tests.kl_toys import kl_config, random_kl
 from tests.leanvae_toy import write_leanvae
 from tests.ltx_configs import ltx_config, random_ltx
@@ -72,6 +73,11 @@ def write_ltx(path: Path, version: str) -> None:
 def write_kl(path: Path, name: str) -> None:
     pytest.importorskip("diffusers", reason="it writes the toys of Stable Diffusion's VAE")
     random_kl(kl_config(name)).save_pretrained(path)  # type: ignore[operator]
+
+
+def write_hunyuan(path: Path) -> None:
+    pytest.importorskip("diffusers", reason="it writes the toy of HunyuanVideo")
+    random_hunyuan(hunyuan_config()).save_pretrained(path)  # type: ignore[operator]
 
 
 def write_images(folder: Path, side: int) -> None:
@@ -147,6 +153,7 @@ TOYS = {
     "sdxl": Toy(lambda path: write_kl(path, "sdxl"), 3, 48),
     "sd3": Toy(lambda path: write_kl(path, "sd3"), 3, 48),
     "flux.1": Toy(lambda path: write_kl(path, "flux.1"), 1, 48, is_still=True),
+    "hunyuanvideo": Toy(write_hunyuan, 9, 48),
 }
 
 
