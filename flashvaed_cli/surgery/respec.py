@@ -275,10 +275,14 @@ _CONVERSIONS = {("causal3d", "dwsep3d"), ("causal3d", "frame2d"), ("frame2d", "d
 def _with_operator(layer: ConvSpec, operator: Operator, address: str) -> ConvSpec:
     if layer.operator == operator:
         return layer
+    if operator == "frame2d" and layer.operator == "pointwise":
+        return layer
     if (layer.operator, operator) not in _CONVERSIONS:
         possible = ", ".join(sorted(to for source, to in _CONVERSIONS if source == layer.operator)) or "nothing"
         raise SpecError(f"{address} is {layer.operator}: it converts to {possible}, not to {operator}")
     if operator != "frame2d":
         return layer.model_copy(update={"operator": operator})
+    if layer.kernel[1:] == (1, 1):  # what is left of a kernel in time alone
+        operator = "pointwise"
     changed = {"operator": operator, "kernel": (1, *layer.kernel[1:]), "time_padding": "zeros"}
     return ConvSpec(**{**dict(layer), **changed})

@@ -61,6 +61,8 @@ def gather_patches(
     _, c, t, h, w = x.shape
     if time_padding == "edges":
         x = torch.cat([x[:, :, :1].expand(-1, -1, kt // 2, -1, -1), x, x[:, :, -1:].expand(-1, -1, kt // 2, -1, -1)], 2)
+    elif time_padding == "zeros_around":
+        x = F.pad(x, (0, 0, 0, 0, kt // 2, kt // 2))
     elif time_padding == "first":
         x = torch.cat([x[:, :, :1].expand(-1, -1, kt - 1, -1, -1), x], dim=2)
     before = kt - 1 if time_padding == "zeros" else 0

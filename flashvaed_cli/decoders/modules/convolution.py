@@ -75,7 +75,11 @@ def time_window(
 def time_clips(
     x: Float[Tensor, "B C T H W"], spec: ConvSpec, address: str, past: Past = None
 ) -> list[Float[Tensor, "B C _ H W"]]:
-    """The frames of `time_window` as clips that follow each other, none of them copied; zeros are left out."""
+    """The frames of `time_window` as clips that follow each other, none of them copied; zeros before causal kernels
+    are left out."""
+    if spec.time_padding == "zeros_around":
+        zeros = torch.zeros_like(x[:, :, :1])
+        return [_repeated(zeros, spec.num_past), x, _repeated(zeros, spec.num_ahead)]
     if spec.num_ahead:
         return [_repeated(x[:, :, :1], spec.num_past), x, _repeated(x[:, :, -1:], spec.num_ahead)]
     if spec.num_past == 0 or (past is None and spec.time_padding == "zeros"):

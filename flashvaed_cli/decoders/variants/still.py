@@ -1,7 +1,7 @@
 """A video decoder as one for single images: the same pixels for T = 1, by layers on frames alone.
 
-Before the first frame of a video a kernel reads zeros (or that frame again), and temporal upsamplers let it pass. So
-of each kernel only its last temporal tap counts (or the sum of all taps), and time is gone from the network.
+Around the only frame of a video a kernel reads zeros (or that frame again), and temporal upsamplers let it pass. So of
+each kernel only the temporal tap on that frame counts (or the sum of all taps), and time is gone from the network.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ def _at_first_frame(layer: ConvSpec, key: str, kernel: Tensor) -> Tensor:
     has_time = kernel.ndim == 5 and not (layer.operator == "dwsep3d" and key == "weight")
     if not has_time or kernel.shape[2] == 1:
         return kernel
-    return kernel[:, :, -1:] if layer.time_padding == "zeros" else kernel.sum(2, keepdim=True)
+    if layer.time_padding in ("zeros", "zeros_around"):
+        return kernel[:, :, layer.num_past : layer.num_past + 1]
+    return kernel.sum(2, keepdim=True)
 
 
 def still_spec(spec: DecoderSpec, bypasses: Mapping[str, BypassSpec] | None = None) -> DecoderSpec:
@@ -104,6 +106,7 @@ def _still_block(block: BlockSpec) -> BlockSpec:
 
 def _still_layer(layer: ConvSpec) -> ConvSpec:
     operator = "frame2d" if layer.operator == "causal3d" else layer.operator
+    operator = "pointwise" if operator == "frame2d" and layer.kernel[1:] == (1, 1) else operator
     return ConvSpec(
         operator=operator,
         in_width=layer.in_width,
