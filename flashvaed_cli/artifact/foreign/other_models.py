@@ -53,10 +53,6 @@ _OTHERS: tuple[tuple[str, Callable[[Shapes], bool]], ...] = (
         _has(r"^decoder\.mid\.block_1\.conv1\.conv\.weight$", num_axes=5),
     ),
     (
-        "the VAE of Stable Video Diffusion, whose decoder mixes frames",
-        _has(r"^decoder\..*\.spatial_res_block\.norm1\."),
-    ),
-    (
         "a VAE for images with fewer resolutions than Stable Diffusion's",
         _all_of(
             _has(r"^decoder\.mid(_block\.resnets\.0|\.block_1)\.norm1\.weight$"),

@@ -97,12 +97,14 @@ def spec_from_shapes(
 
 
 def _is_still(shapes: Mapping[str, Shape], layout: Layout, plan: DecoderSpec) -> bool:
-    """Whether nothing of a decoder works in time: its temporal resamplers are absent and its entry has a 2D kernel."""
-    if all(layer.kernel[0] == 1 for _, layer in plan.layers()):
+    """Whether nothing of a decoder works in time: its temporal resamplers are absent and its entry has a 2D kernel (its
+    last layer, where the entry never works in time)."""
+    in_time = [address for address, layer in plan.layers() if layer.kernel[0] > 1]
+    if not in_time:
         return False  # nor does the original
     temporal = [address for address, _ in plan.layers() if address.endswith(".temporal")]
     names = []
-    for address in (*temporal, "conv_in.0.conv"):
+    for address in (*temporal, "conv_in.0.conv" if "conv_in.0.conv" in in_time else in_time[-1]):
         place, _, layer = address.rpartition(".")
         if place not in layout.places["decoder"]:
             return False
