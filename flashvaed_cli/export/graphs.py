@@ -33,6 +33,24 @@ def trace_grid(spec: DecoderSpec) -> tuple[int, int, int]:
     return (1, *TRACE_GRID[1:]) if spec.still else TRACE_GRID
 
 
+def check_grid(spec: DecoderSpec, grid: tuple[int, int, int]) -> tuple[int, int, int]:
+    """A grid to compare a graph on: of no more latents than the decoder takes as one clip."""
+    most = 1 if spec.still else grid[0] if spec.temporal_tiles is None else spec.temporal_tiles.length
+    return min(grid[0], most), grid[1], grid[2]
+
+
+def clip_notes(spec: DecoderSpec) -> tuple[str, ...]:
+    """What to know of graphs of a decoder that sees whole clips: they take what they are given as one clip."""
+    tiles = spec.temporal_tiles
+    if tiles is None:
+        return ()
+    shared = f", of which neighbours share {tiles.overlap} and are blended" if tiles.overlap else ""
+    return (
+        f"the graph takes all latents as one clip; the decoder itself takes {tiles.length} at a time, each time a clip "
+        f"of its own{shared}: cut longer ones so, or the frames are others",
+    )
+
+
 MAX_SIZE = 2**31 - 1
 """Of a batch, and of frames; without a bound older torch guards against one of 2^63 - 1, and refuses its own guard."""
 

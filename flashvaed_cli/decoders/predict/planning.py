@@ -87,22 +87,24 @@ def choose_plan(
     if best is not None:
         return best
     least = min(found, key=lambda plan: plan.predicted_bytes)
-    raise DecodeError(
-        _nothing_fits(least, grid, dtype, max_memory_bytes, settled=chunk is not None or tile is not None)
-    )
+    settled = chunk is not None or tile is not None
+    advice = "choose smaller chunks or tiles, or leave them open" if settled else "decode fewer or smaller frames"
+    if spec.sees_whole_clip:
+        advice = "take a shorter clip length, which gives other frames"
+    raise DecodeError(_nothing_fits(least, grid, dtype, max_memory_bytes, advice, is_clip=spec.sees_whole_clip))
 
 
 def _fastest(plans: list[DecodePlan]) -> DecodePlan:
     return min(plans, key=lambda plan: (plan.relative_cost, plan.predicted_bytes))
 
 
-def _nothing_fits(least: DecodePlan, grid: Grid, dtype: str, limit: int, *, settled: bool) -> str:
+def _nothing_fits(least: DecodePlan, grid: Grid, dtype: str, limit: int, advice: str, *, is_clip: bool) -> str:
+    steps = f"clips of {least.chunk} latents are decoded at once" if is_clip else f"chunks of {least.chunk}"
     tiles = "whole frames" if least.tile is None else f"tiles of {least.tile} latents from {least.split} on"
-    advice = "choose smaller chunks or tiles, or leave them open" if settled else "decode fewer or smaller frames"
     narrower = "" if dtype in ("float16", "bfloat16") else ", a half-precision dtype"
     return (
         f"{grid[0]} x {grid[1]} x {grid[2]} latents do not decode within {limit / 1e9:.3g} GB in {dtype}: "
-        f"the least is {_ceil_gigabytes(least.predicted_bytes)} GB (chunks of {least.chunk}, {tiles}). "
+        f"the least is {_ceil_gigabytes(least.predicted_bytes)} GB ({steps}, {tiles}). "
         f"Allow that much{narrower}, or {advice}"
     )
 

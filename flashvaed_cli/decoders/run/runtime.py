@@ -46,7 +46,7 @@ _ENDLESS = 1 << 20  # latent frames of a clip of unknown length: more than any c
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """How to decode; every choice but `whole_clip` gives the same frames up to the rounding of `dtype`.
+    """How to decode; but for `whole_clip` and `clip_length` every choice gives the same frames, up to rounding.
 
     Attributes:
         chunk: latent frames per step; None: all at once, or what `max_memory_bytes` allows.
@@ -60,6 +60,7 @@ class DecodeSettings:
         compile_backend: `inductor` generates code; others are for debugging.
         whole_clip: of a decoder that sees whole clips, and whose spec cuts longer ones into tiles in time: take clips
             of any length at once, which gives other frames than the original's.
+        clip_length: of such a decoder, latents that are a clip of their own, in place of its spec's.
     """
 
     chunk: int | None = None
@@ -70,6 +71,7 @@ class DecodeSettings:
     max_memory_bytes: int | None = None
     compile_backend: str = "inductor"
     whole_clip: bool = False
+    clip_length: int | None = None
 
 
 class DecodeRuntime:
@@ -82,11 +84,12 @@ class DecodeRuntime:
             shares_weights: run the decoder itself, laid out and cast in place, instead of a copy.
         Raises:
             DecodeError: `compile` is set and this machine has no compiler for it.
+            SpecError: a clip length for a decoder that has none, or one that does not fit.
         """
         parameter = next(decoder.parameters())
         self.spec, self.settings = decoder.spec, settings
-        if settings.whole_clip:
-            self.spec = decoder.spec.model_copy(update={"temporal_tiles": None})
+        if settings.whole_clip or settings.clip_length is not None:
+            self.spec = decoder.spec.with_clip_length(settings.clip_length)
         self.device, self.dtype = parameter.device, settings.dtype or parameter.dtype
         if settings.compile and settings.compile_backend == "inductor":
             require_compiler(self.device)

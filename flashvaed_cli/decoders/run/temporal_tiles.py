@@ -50,17 +50,17 @@ class TileBuffer:
         """Read a part; the latents of the tiles that it completes, and their windows."""
         self._held = part if self._held is None else torch.cat([self._held, part], dim=2)
         self._read += part.shape[2]
-        while self._tiles is not None and (following := next_tile(self._tiles, self._start, self._read)) is not None:
-            stop = self._start + self._tiles.length
-            if stop > self._read:
-                return
-            window = tile_window(self._tiles, self._start, stop, self._factor, is_last=False)
-            yield self._held[:, :, : self._tiles.length], window
-            self._held, self._start = self._held[:, :, following[0] - self._start :], following[0]
+        tiles = self._tiles
+        while tiles is not None and self._start + tiles.length <= self._read:
+            if tiles.overlap and next_tile(tiles, self._start, self._read) is None:
+                return  # whether its last frames are blended is not known yet
+            window = tile_window(tiles, self._start, self._start + tiles.length, self._factor, is_last=False)
+            yield self._held[:, :, : tiles.length], window
+            self._held, self._start = self._held[:, :, tiles.stride :], self._start + tiles.stride
 
     def finish(self) -> Iterator[tuple[Float[Tensor, "B C n Hz Wz"], LatentWindow]]:
         """The tiles that are left: the clip has ended."""
-        if self._held is None:
+        if self._held is None or self._start >= self._read:
             return
         while (following := next_tile(self._tiles, self._start, self._read)) is not None:
             assert self._tiles is not None

@@ -105,6 +105,14 @@ class TemporalTiles(FrozenSpec):
         """Latents that two tiles share."""
         return self.length - self.stride
 
+    def resized(self, length: int) -> TemporalTiles:
+        """Tiles of another length with the same overlap. Raises SpecError where that leaves nothing beside it."""
+        if length < 1:
+            raise SpecError(f"a clip holds at least 1 latent, not {length}")
+        if length <= self.overlap:
+            raise SpecError(f"clips of {length} latents leave nothing beside the {self.overlap} that they share")
+        return TemporalTiles(length=length, stride=length - self.overlap)
+
 
 class CoderSpec(OmittingSpec):
     """A whole encoder or decoder: stages in forward order, each a run of blocks.
@@ -259,6 +267,20 @@ class DecoderSpec(CoderSpec):
     def with_blocks(self, changed: dict[str, BlockSpec]) -> DecoderSpec:
         """A copy with the blocks at the given addresses replaced; checked as a whole."""
         return DecoderSpec(**dict(super().with_blocks(changed)))
+
+    def with_clip_length(self, length: int | None) -> DecoderSpec:
+        """A copy that takes `length` latents at a time, which gives other frames; None: clips of any length at once.
+
+        Raises:
+            SpecError: the decoder gives the same frames whatever it takes at a time, or `length` does not fit.
+        """
+        if not self.sees_whole_clip:
+            raise SpecError(
+                f"no clip length: the decoder of {self.family} gives the same frames whatever it takes at a time"
+            )
+        whole = TemporalTiles(length=1, stride=1)
+        tiles = None if length is None else (self.temporal_tiles or whole).resized(length)
+        return self.model_copy(update={"temporal_tiles": tiles})
 
     @property
     def latent_width(self) -> int:

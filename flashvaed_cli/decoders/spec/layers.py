@@ -117,6 +117,8 @@ class NormSpec(OmittingSpec):
     def _groups_have_an_eps(self) -> NormSpec:
         if self.groups is not None and self.eps is None:
             raise ValueError("a GroupNorm needs an eps, as frames without contrast have no variance")
+        if self.over == "clip" and self.groups is None:
+            raise ValueError("only GroupNorm has statistics over clips; the other norms are of single positions")
         return self
 
     def narrowed(self, width: int, kept: int) -> NormSpec:
