@@ -145,11 +145,13 @@ def traceable_copy(decoder: Decoder, dtype: torch.dtype) -> Decoder:
             replacement: nn.Module = _AnyLengthUpsample(block, address)
         elif isinstance(block, AttentionSpec) and block.context == "clip":
             replacement = _AnyLengthAttention(block, address)
-            replacement.norm.eps = traceable.at(address).norm.eps
         else:
             continue
         stage, index = split_block(address)
-        replacement.load_state_dict(traceable.at(address).state_dict())
+        original = traceable.at(address)
+        replacement.load_state_dict(original.state_dict())
+        if isinstance(original, Attention):
+            replacement.norm = original.norm  # whose eps may be its own, where the decoder was scaled for float16
         traceable.blocks_of(stage)[index] = replacement.to(dtype).eval().requires_grad_(False)
     for parent in list(traceable.modules()):
         for name, layer in list(parent.named_children()):

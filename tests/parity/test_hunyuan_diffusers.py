@@ -37,10 +37,11 @@ def saved(oracle: nn.Module, folder: Path) -> Checkpoint:
     return load_checkpoint(folder, builtins={})
 
 
-def whole(coder: Any) -> Any:
-    """The coder without tiles in time."""
-    coder.spec = coder.spec.model_copy(update={"temporal_tiles": None})
-    return coder
+def take_whole_clips(found: Checkpoint) -> None:
+    """Both coders without tiles in time."""
+    coders: list[Any] = [found.require_encoder(), found.require_decoder()]
+    for coder in coders:
+        coder.spec = coder.spec.model_copy(update={"temporal_tiles": None})
 
 
 @torch.no_grad()
@@ -72,7 +73,7 @@ def test_the_same_function(mode: str, tmp_path: Path) -> None:
     assert found.latent_std == pytest.approx((1 / 0.476986,) * 16)
     oracle.use_framewise_encoding = oracle.use_framewise_decoding = mode == "tiles"
     if mode == "whole clip":
-        whole(found.require_encoder()), whole(found.require_decoder())
+        take_whole_clips(found)
     assert max(differences(oracle, found, num_frames=9, height=32, width=48)) <= RANGE_BOUND
     oracle.double()
     for num_frames in LENGTHS:
@@ -88,7 +89,7 @@ def test_full_size(mode: str, tmp_path: Path) -> None:
     assert found.require_encoder().spec == hunyuan_encoder_spec(128)
     oracle.use_framewise_encoding = oracle.use_framewise_decoding = mode == "tiles"
     if mode == "whole clip":
-        whole(found.require_encoder()), whole(found.require_decoder())
+        take_whole_clips(found)
     assert max(differences(oracle, found, num_frames=21, height=32, width=48)) <= RANGE_BOUND
 
 

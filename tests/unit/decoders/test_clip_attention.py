@@ -160,10 +160,12 @@ def test_half_precision_follows_a_scaled_norm() -> None:
     """The norm before attention over a clip keeps the eps that a graph for float16 gives it."""
     decoder = Decoder(attending_decoder().spec.with_blocks({"mid.1": normed_attention()})).requires_grad_(False)
     fill_small(decoder)
-    decoder.at("mid.1").norm.eps = 0.25
+    block = decoder.at("mid.1")
+    assert isinstance(block, Attention)
+    block.norm.eps = 0.25
     traced = traceable_copy(decoder, torch.float32).at("mid.1")
     x = torch.randn(1, 4, 2, 2, 2)
-    torch.testing.assert_close(traced(x), decoder.at("mid.1")(x))
+    torch.testing.assert_close(traced(x), block(x))
 
 
 def normed_attention() -> AttentionSpec:
