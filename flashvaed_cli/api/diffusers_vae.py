@@ -6,6 +6,7 @@ Needs diffusers; nothing but `accelerate` and folders of this class import it.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +23,7 @@ from flashvaed_cli.artifact.foreign.coders import empty_coder
 from flashvaed_cli.artifact.foreign.flash_folder import CODE, CODE_NAME, FLASH_CLASS, flash_config, flash_header
 from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.predict.tiling import split_addresses
 from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.decoders.variants.exact import exact_spec, plain_decoder, with_spec
 from flashvaed_cli.decoders.variants.half_range import cast_decoder
@@ -207,7 +209,8 @@ class AutoencoderFlash(ModelMixin, ConfigMixin):
     def _runtime(self, *, whole_clip: bool = False) -> DecodeRuntime:
         decoder = self._own_decoder
         parameter = next(decoder.parameters())
-        tile = max(self._tile_pixels // decoder.spec.spatial_factor, 1) if self.use_tiling else None
+        tiles = self.use_tiling and split_addresses(decoder.spec)
+        tile = max(self._tile_pixels // decoder.spec.spatial_factor, 1) if tiles else None
         settings = DecodeSettings(
             chunk=self.chunk,
             tile=tile,
@@ -232,8 +235,15 @@ class AutoencoderFlash(ModelMixin, ConfigMixin):
     ) -> None:
         """Decode in tiles of at most so many pixels a side; of the encoder, as the family's class does.
 
-        Strides are for the encoder alone: these tiles overlap by what their frames depend on.
+        Strides are for the encoder alone: these tiles overlap by what their frames depend on. A decoder whose norms
+        span whole frames up to its last block decodes whole frames all the same, and a warning says so.
         """
+        if not split_addresses(self._own_decoder.spec):
+            warnings.warn(
+                "enable_tiling: this decoder normalises whole frames up to its last block, so tiles would give other "
+                "pixels. It decodes whole frames; set max_memory to be told where that takes too much memory",
+                stacklevel=2,
+            )
         self.use_tiling = True
         sides = [side for side in (tile_sample_min_height, tile_sample_min_width) if side]
         self._tile_pixels = min(sides) if sides else self._tile_pixels

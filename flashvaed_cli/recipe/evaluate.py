@@ -23,14 +23,14 @@ from flashvaed_cli.recipe.fields import (
     Switch,
 )
 from flashvaed_cli.recipe.quantities import NAMED_SIZES
-from flashvaed_cli.recipe.settings import ClipFields
+from flashvaed_cli.recipe.settings import ClipFields, StageRecipe
 
 _PROTOCOLS = {"ucf101": (17, 256), "davis": (17, 256), "panda": (33, 256)}
 _SPEED_ONLY = ("sizes", "frames", "compile", "autotune")
 _JUDGING_ONLY = ("require", "junit", "features", "protocol", "center_crop")
 
 
-class EvalRecipe(ClipFields):
+class EvalRecipe(ClipFields, StageRecipe):
     """Settings of `flashvaed eval`."""
 
     command: ClassVar[str] = "eval"
@@ -38,9 +38,6 @@ class EvalRecipe(ClipFields):
 
     input: Name | None = Field(
         default=None, description="Decoder to judge: a file, folder, hf:// address or builtin:NAME."
-    )
-    original: Name | None = Field(
-        default=None, description="The original VAE, where it is not the one that the input remembers."
     )
     compare: Names = Field(
         default=(), description="Further decoders of the same original, for more columns in the tables; repeatable."

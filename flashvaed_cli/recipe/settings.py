@@ -84,6 +84,16 @@ class CommandRecipe(FrozenModel):
     dtype: DType = Field(default="float32", description="Number format of weights and activations.")
 
 
+class StageRecipe(CommandRecipe):
+    """What commands have that read a decoder and write what they make of it."""
+
+    input: Name | None = Field(default=None, description="Decoder to read.")
+    original: Name | None = Field(
+        default=None, description="The original VAE, where it is not the one that the input remembers."
+    )
+    output: Name = Field(description="What to write.")
+
+
 class ClipFields(CommandRecipe):
     data: Names = Field(
         default=(),
@@ -112,12 +122,9 @@ class CalibratedRecipe(ClipFields):
     )
 
 
-class ReconstructingRecipe(CalibratedRecipe):
+class ReconstructingRecipe(CalibratedRecipe, StageRecipe):
     """What commands have that change layers and solve their weights anew."""
 
-    original: Name | None = Field(
-        default=None, description="The original VAE, where it is not the one that the input remembers."
-    )
     reconstruct: ReconstructMode = Field(
         default="full",
         description="full solves whole kernels by least squares, channel only the map from the channels that are left "

@@ -123,9 +123,8 @@ class Attention(nn.Module):
         y = self.proj(mixed).transpose(1, 2).unflatten(2, (h, w))  # [BT, C, H, W]
         return x + batch_as_frames(y, b)
 
-    @staticmethod
     def _over_clip(
-        q: Float[Tensor, "BT P C"], k: Float[Tensor, "BT P C"], v: Float[Tensor, "BT P C"], batch: int
+        self, q: Float[Tensor, "BT P C"], k: Float[Tensor, "BT P C"], v: Float[Tensor, "BT P C"], batch: int
     ) -> Float[Tensor, "BT P C"]:
         """Frame after frame, each with the keys up to its own: half the products of a mask, which is not built."""
         positions = q.shape[1]

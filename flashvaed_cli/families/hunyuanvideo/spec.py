@@ -22,7 +22,7 @@ from flashvaed_cli.decoders.spec.blocks import (
 )
 from flashvaed_cli.decoders.spec.coders import DecoderSpec, EncoderSpec, StageSpec, TemporalTiles
 from flashvaed_cli.decoders.spec.layers import ConvSpec, Factor, NormSpec
-from flashvaed_cli.families.family import ConfigKeys, Family, OtherPrograms
+from flashvaed_cli.families.family import ComfyUIReader, ConfigKeys, Family, OtherPrograms
 from flashvaed_cli.families.stable_diffusion.config import (
     EACH_GROUPS,
     MULTIPLIERS,
@@ -167,5 +167,5 @@ HUNYUAN_VIDEO = Family(
         "decoder's own"
     ),
     frames_per_second=24,
-    elsewhere=OtherPrograms(repository="hunyuanvideo-community/HunyuanVideo", licence="other"),
+    elsewhere=OtherPrograms(repository="hunyuanvideo-community/HunyuanVideo", licence="other", comfyui=ComfyUIReader()),
 )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flashvaed_cli.artifact.checkpoint import save_checkpoint
 from flashvaed_cli.artifact.header import ArtifactHeader
+from flashvaed_cli.artifact.measured import DistillRecord, NewStudent, SameClips
 from flashvaed_cli.calibrate.statistics import collect_statistics
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.run.streaming import decode
@@ -118,21 +119,23 @@ def _run_alone(run: Run[DistillRecipe], ranks: Ranks, device: torch.device, file
     before = _psnr_db(job, clips)
     results, prepared = _train_phases(job, files, progress)
     after = _psnr_db(job, clips)
-    measured = {
-        "data": job.data.record(),
-        "phases": [phase_record(phase, result) for phase, result in results],
-        "num_processes": ranks.count,
-        "prepared_channels": prepared,
-        "same_clips": {"num_clips": len(clips), "psnr_db_before": before, "psnr_db_after": after},
-    }
+    student = None
     if recipe.student is not None:
         width = job.student.spec.stage("head").blocks[0].in_width
-        measured["student"] = {"shape": recipe.student, "width": width, "start": job.start or "random"}
-    header = run.header(job.inputs, measured, files=job.data.files)
+        student = NewStudent(shape=recipe.student, width=width, start=job.start or "random")
+    record = DistillRecord(
+        data=job.data.record(),
+        phases=tuple(phase_record(phase, result) for phase, result in results),
+        num_processes=ranks.count,
+        prepared_channels=dict(prepared),
+        same_clips=SameClips(num_clips=len(clips), psnr_db_before=before, psnr_db_after=after),
+        student=student,
+    )
+    header = run.header(job.inputs, record, files=job.data.files)
     curves = ranks.from_main(lambda: _finish(files, header, job, results, force=run.force))
     tables = (phase_table(results), same_clips_table(before, after, len(clips)))
     following = next_commands(recipe.output, header, None, data=recipe.data)
-    return StageOutcome((files.output, curves, files.log), tables, measured, next_commands=following)
+    return StageOutcome((files.output, curves, files.log), tables, record.as_json(), next_commands=following)
 
 
 @torch.no_grad()

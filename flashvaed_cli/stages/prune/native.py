@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
+from flashvaed_cli.artifact.measured import WidthTimes
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.predict.cost import total_gflop
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
@@ -35,7 +35,7 @@ def choose_native(
     recipe: PruneRecipe,
     decoder: Decoder,
     statistics: Mapping[str, TensorStatistics],
-    stored: Mapping[str, Any] | None,
+    stored: WidthTimes | None,
     device: torch.device,
     progress: Progress,
 ) -> tuple[Budget | None, DecoderSpec, Kept, list[GroupSelection]]:
