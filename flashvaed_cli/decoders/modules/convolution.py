@@ -80,7 +80,7 @@ def time_clips(
     are left out."""
     if spec.time_padding == "zeros_around":
         zeros = torch.zeros_like(x[:, :, :1])
-        return [_repeated(zeros, spec.num_past), x, _repeated(zeros, spec.num_ahead)]
+        return [*_repeated(zeros, spec.num_past), x, *_repeated(zeros, spec.num_ahead)]
     if spec.num_ahead:
         return [*_repeated(x[:, :, :1], spec.num_past), x, *_repeated(x[:, :, -1:], spec.num_ahead)]
     if spec.num_past == 0 or (past is None and spec.time_padding == "zeros"):

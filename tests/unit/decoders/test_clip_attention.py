@@ -148,7 +148,7 @@ def test_frames_are_doubled_in_one_way() -> None:
 # --- what goes with it -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("time_padding", ["first", "edges"])
+@pytest.mark.parametrize("time_padding", ["first", "edges", "zeros_around"])
 def test_a_window_has_the_layout_of_its_clip(time_padding: str) -> None:
     conv = {"operator": "causal3d", "in_width": 8, "out_width": 8, "kernel": (3, 3, 3), "time_padding": time_padding}
     clip = torch.randn(1, 8, 4, 6, 6).contiguous(memory_format=torch.channels_last_3d)

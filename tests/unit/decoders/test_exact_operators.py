@@ -17,7 +17,15 @@ from flashvaed_cli.decoders.modules.exact_operators import fold_phases
 from flashvaed_cli.decoders.modules.memory_format import channels_last, use_channels_last
 from flashvaed_cli.decoders.modules.operators import Conv, Future, Past, batch_as_frames, build_conv, frames_as_batch
 from flashvaed_cli.decoders.predict import winograd_strips
-from flashvaed_cli.decoders.spec.layers import PLAIN_OPERATORS, ConvSpec, Kernel, Operator, SpacePadding, TimePadding
+from flashvaed_cli.decoders.spec.layers import (
+    CENTRED,
+    PLAIN_OPERATORS,
+    ConvSpec,
+    Kernel,
+    Operator,
+    SpacePadding,
+    TimePadding,
+)
 from flashvaed_cli.errors import SpecError
 
 TWINS: list[tuple[Operator, Kernel]] = [
@@ -75,7 +83,7 @@ def pair(
 
 def paddings(operator: Operator, kernel: Kernel) -> list[tuple[TimePadding, SpacePadding]]:
     """All that a twin knows."""
-    in_time: list[TimePadding] = ["zeros", "first", "edges"]
+    in_time: list[TimePadding] = ["zeros", "first", "edges", "zeros_around"]
     if kernel[0] == 1 or operator == "stacked3d":
         in_time = ["zeros"]
     elif kernel[0] % 2 == 0:
@@ -121,7 +129,7 @@ def test_same_frames_and_state(
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last_3d)
     past: dict[str, Tensor] | None = None
-    if later_chunk and in_time != "edges":
+    if later_chunk and in_time not in CENTRED:
         past = {"here": torch.randn(b, widths[0], kernel[0] - 1, h, w, dtype=torch.float64)}
     expected_future: dict[str, Tensor] = {}
     future: dict[str, Tensor] = {}
@@ -133,7 +141,7 @@ def test_same_frames_and_state(
 
 
 @given(
-    twin=st.sampled_from([twin for twin in PADDED if twin[2] != "edges"]),
+    twin=st.sampled_from([twin for twin in PADDED if twin[2] not in CENTRED]),
     chunks=st.lists(st.integers(1, 4), min_size=1, max_size=4),
 )
 def test_chunks_give_the_frames_of_the_whole(
