@@ -42,6 +42,9 @@ MAX_TAPS = 63
 MAX_FACTOR = 64
 """Frames, rows or columns that one position becomes, in one block or one decoder."""
 
+MAX_TILE_LATENTS = 4_096
+"""Latent frames that are decoded at once as a clip of their own."""
+
 MAX_LATENT = 1e6
 """Magnitude of a latent value; diffusion models give about 10. Squares of 2e19 and more overflow float32 in a norm,
 which then gives zeros: a flat picture instead of an error."""

@@ -6,6 +6,7 @@ Needs diffusers; nothing but `accelerate` and folders of this class import it.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +23,7 @@ from flashvaed_cli.artifact.foreign.coders import empty_coder
 from flashvaed_cli.artifact.foreign.flash_folder import CODE, CODE_NAME, FLASH_CLASS, flash_config, flash_header
 from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.predict.tiling import split_addresses
 from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.decoders.variants.exact import exact_spec, plain_decoder, with_spec
 from flashvaed_cli.decoders.variants.half_range import cast_decoder
@@ -103,9 +105,11 @@ class AutoencoderFlash(ModelMixin, ConfigMixin):
 
     @property
     def config(self) -> FrozenDict:
-        """That of the family's class and of this one. A decoder for one timestep is not conditioned on it."""
-        own = self._internal_dict
-        given = {key: value for key, value in own["base_config"].items() if key not in own}
+        """That of the family's class, with its defaults, and of this one. A decoder for one timestep is not conditioned
+        on it."""
+        own, base = self._internal_dict, self.__dict__.get("_modules", {}).get("base")
+        whole = {**({} if base is None else base.config), **own["base_config"]}
+        given = {key: value for key, value in whole.items() if key not in own and not key.startswith("_")}
         if "timestep_conditioning" in given:
             given["timestep_conditioning"] = self._decoder_at is not None
         return FrozenDict({**given, **own})
@@ -137,6 +141,7 @@ class AutoencoderFlash(ModelMixin, ConfigMixin):
         timestep: Tensor | None = None,
         return_dict: bool = True,
         *,
+        num_frames: int | None = None,
         temb: Tensor | None = None,
         causal: bool | None = None,
         generator: object = None,
@@ -145,15 +150,23 @@ class AutoencoderFlash(ModelMixin, ConfigMixin):
 
         Args:
             z: of a family of images also `[B, C, Hz, Wz]`, which gives images `[B, 3, H, W]`.
+            num_frames: of clips whose latents follow each other as images, `[BT, C, Hz, Wz]`: T. Each is decoded at
+                once, as the family's class does, and the frames `[BT, 3, H, W]` follow each other too.
             timestep, temb: of a decoder that follows timesteps; others were made for one and leave it aside.
             causal: must be as the decoder is, if it is given.
             generator: left aside: nothing is drawn.
         Raises:
-            SpecError: latents of another shape, or another `causal`.
+            SpecError: latents of another shape, another `causal`, or images without `num_frames` for a decoder that
+                sees whole clips.
             DecodeError: no plan fits `max_memory_bytes`, or frames that are not finite.
         """
         spec = self._own_decoder.spec
+        if num_frames is not None and z.ndim == 4:
+            frames = self._decode_clips(z, num_frames)
+            return DecoderOutput(sample=frames) if return_dict else (frames,)
         are_images = z.ndim == 4 and spec.temporal_factor == 1
+        if are_images and spec.sees_whole_clip:
+            raise SpecError("this decoder sees whole clips: say how many latents are one with num_frames")
         z = z.unsqueeze(2) if are_images else z
         if causal is not None and causal != spec.is_causal:
             raise SpecError(f"causal is {causal}, and this decoder was made with {spec.is_causal}: leave it out")
@@ -166,9 +179,19 @@ class AutoencoderFlash(ModelMixin, ConfigMixin):
         frames = frames.squeeze(2) if are_images else frames
         return DecoderOutput(sample=frames) if return_dict else (frames,)
 
-    def forward(self, sample: Float[Tensor, "B 3 F H W"], return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        """Encode (the mean of the posterior) and decode."""
-        return self.decode(self.encode(sample).latent_dist.mode(), return_dict=return_dict)
+    def _decode_clips(self, z: Float[Tensor, "BT C Hz Wz"], num_frames: int) -> Float[Tensor, "BT 3 H W"]:
+        """Clips whose latents follow each other; each as one, however long."""
+        if num_frames < 1 or z.shape[0] % num_frames:
+            raise SpecError(f"{z.shape[0]} latents are no clips of {num_frames} frames")
+        clips = z.unflatten(0, (-1, num_frames)).transpose(1, 2)  # [B, C, T, Hz, Wz]
+        frames = self._runtime(whole_clip=self._own_decoder.spec.sees_whole_clip).decode(clips)
+        return frames.transpose(1, 2).flatten(0, 1)
+
+    def forward(
+        self, sample: Float[Tensor, "B 3 F H W"], return_dict: bool = True, num_frames: int | None = None
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Encode (the mean of the posterior) and decode. `num_frames` as `decode` takes it."""
+        return self.decode(self.encode(sample).latent_dist.mode(), return_dict=return_dict, num_frames=num_frames)
 
     @property
     def _own_decoder(self) -> Decoder:
@@ -183,12 +206,17 @@ class AutoencoderFlash(ModelMixin, ConfigMixin):
     def _decode(self, z: Tensor) -> Tensor:
         return self._runtime().decode(z)
 
-    def _runtime(self) -> DecodeRuntime:
+    def _runtime(self, *, whole_clip: bool = False) -> DecodeRuntime:
         decoder = self._own_decoder
         parameter = next(decoder.parameters())
-        tile = max(self._tile_pixels // decoder.spec.spatial_factor, 1) if self.use_tiling else None
+        tiles = self.use_tiling and split_addresses(decoder.spec)
+        tile = max(self._tile_pixels // decoder.spec.spatial_factor, 1) if tiles else None
         settings = DecodeSettings(
-            chunk=self.chunk, tile=tile, compile=self.compiles, max_memory_bytes=self.max_memory_bytes
+            chunk=self.chunk,
+            tile=tile,
+            compile=self.compiles,
+            max_memory_bytes=self.max_memory_bytes,
+            whole_clip=whole_clip,
         )
         fastest = exact_spec(decoder.spec, device_type=parameter.device.type)
         if fastest != decoder.spec:
@@ -207,8 +235,15 @@ class AutoencoderFlash(ModelMixin, ConfigMixin):
     ) -> None:
         """Decode in tiles of at most this many pixels a side; of the encoder, as the family's class does.
 
-        Strides are for the encoder alone: these tiles overlap by what their frames depend on.
+        Strides are for the encoder alone: these tiles overlap by what their frames depend on. A decoder whose norms
+        span whole frames up to its last block decodes whole frames all the same, and a warning says so.
         """
+        if not split_addresses(self._own_decoder.spec):
+            warnings.warn(
+                "enable_tiling: this decoder normalises whole frames up to its last block, so tiles would give other "
+                "pixels. It decodes whole frames; set max_memory to be told where that takes too much memory",
+                stacklevel=2,
+            )
         self.use_tiling = True
         sides = [side for side in (tile_sample_min_height, tile_sample_min_width) if side]
         self._tile_pixels = min(sides) if sides else self._tile_pixels

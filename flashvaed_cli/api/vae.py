@@ -31,6 +31,7 @@ def load(
     dtype: str | torch.dtype = "float32",
     chunk: int | None = None,
     tile: int | None = None,
+    clip_length: int | None = None,
     max_memory: str | int | None = None,
     compile: bool = False,
     original: str | Path | None = None,
@@ -51,6 +52,8 @@ def load(
         dtype: of weights, activations and frames: `float32`, `bfloat16` or `float16`.
         chunk: latent frames per step; None: all at once, or what `max_memory` allows.
         tile: side of a tile in latents; None: whole frames, or what `max_memory` asks for. Tiles do not show.
+        clip_length: latent frames that are one clip to a decoder that sees whole clips; None: its own. Other lengths
+            give other frames.
         max_memory: limit of the predicted peak, such as "8GiB", or bytes.
         compile: decode with `torch.compile`; every clip size compiles once, at its first use.
         original: the VAE that the decoder was made for, whose encoder `encode` takes; None: the one recorded.
@@ -59,6 +62,7 @@ def load(
     Raises:
         ArtifactError: not found, not readable or of another model.
         FlashVaedError: this machine has no such device, or an unknown dtype or amount of memory.
+        SpecError: a clip length for a decoder that has none, or one that does not fit.
     """
     target = _device(device)
     settings = DecodeSettings(
@@ -67,6 +71,7 @@ def load(
         dtype=_dtype(dtype),
         compile=compile,
         max_memory_bytes=num_bytes(max_memory),
+        clip_length=clip_length,
     )
     checkpoint = load_checkpoint(location, builtins=BUILTINS, family=family, weights=weights)
     return Vae(checkpoint, target, settings, original=None if original is None else str(original))

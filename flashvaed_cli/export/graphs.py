@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn import functional as F
 
-from flashvaed_cli.decoders.modules.blocks import Upsample
+from flashvaed_cli.decoders.modules.blocks import Attention, Upsample
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.modules.norms import ChannelRMSNorm
 from flashvaed_cli.decoders.modules.operators import Future, LowRankConv3d, Past, extend_with_past, pointwise_conv
 from flashvaed_cli.decoders.spec.addresses import split_block
-from flashvaed_cli.decoders.spec.blocks import UpsampleSpec
+from flashvaed_cli.decoders.spec.blocks import AttentionSpec, UpsampleSpec
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.decoders.variants.half_range import cast_decoder
 
@@ -31,6 +31,24 @@ TRACE_GRID = (3, 5, 6)  # latent frames, height, width: unequal, so that no two 
 def trace_grid(spec: DecoderSpec) -> tuple[int, int, int]:
     """Latent frames, height and width to trace a decoder with."""
     return (1, *TRACE_GRID[1:]) if spec.still else TRACE_GRID
+
+
+def check_grid(spec: DecoderSpec, grid: tuple[int, int, int]) -> tuple[int, int, int]:
+    """A grid to compare a graph on: of no more latents than the decoder takes as one clip."""
+    most = 1 if spec.still else grid[0] if spec.temporal_tiles is None else spec.temporal_tiles.length
+    return min(grid[0], most), grid[1], grid[2]
+
+
+def clip_notes(spec: DecoderSpec) -> tuple[str, ...]:
+    """What to know of graphs of a decoder that sees whole clips: they take what they are given as one clip."""
+    tiles = spec.temporal_tiles
+    if tiles is None:
+        return ()
+    shared = f", of which neighbours share {tiles.overlap} and are blended" if tiles.overlap else ""
+    return (
+        f"the graph takes all latents as one clip; the decoder itself takes {tiles.length} at a time, each time a clip "
+        f"of its own{shared}: cut longer ones so, or the frames are others",
+    )
 
 
 MAX_SIZE = 2**31 - 1
@@ -52,6 +70,22 @@ class _AnyLengthUpsample(Upsample):
         doubled = self.temporal(unseen, None, future).chunk(2, dim=1)
         rest = torch.stack(doubled, dim=3).flatten(2, 3)[:, :, 2:]  # [B, C, 2 (T - 1), H, W]
         return torch.cat([first, rest], dim=2)
+
+
+class _AnyLengthAttention(Attention):
+    """The same frames by a mask over all positions of the clip: a graph cannot go through frames one by one.
+
+    The mask, and where no fused kernel takes it the products too, grow with the square of all positions.
+    """
+
+    def _over_clip(
+        self, q: Float[Tensor, "BT P C"], k: Float[Tensor, "BT P C"], v: Float[Tensor, "BT P C"], batch: int
+    ) -> Float[Tensor, "BT P C"]:
+        positions = q.shape[1]
+        q, k, v = (rows.unflatten(0, (batch, -1)).flatten(1, 2)[:, None] for rows in (q, k, v))  # [B, 1, TP, C]
+        frames = torch.arange(q.shape[2], device=q.device) // positions
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=frames[:, None] >= frames[None])
+        return mixed[:, 0].unflatten(1, (-1, positions)).flatten(0, 1)
 
 
 class _AnyLengthLowRank(LowRankConv3d):
@@ -108,11 +142,17 @@ def traceable_copy(decoder: Decoder, dtype: torch.dtype) -> Decoder:
     traceable = cast_decoder(copy.deepcopy(decoder).to("cpu"), dtype).eval().requires_grad_(False)
     for address, block in decoder.spec.blocks():
         if isinstance(block, UpsampleSpec) and block.temporal is not None:
-            stage, index = split_block(address)
-            original = traceable.at(address)
-            replacement = _AnyLengthUpsample(block, address)
-            replacement.load_state_dict(original.state_dict())
-            traceable.blocks_of(stage)[index] = replacement.to(dtype).eval().requires_grad_(False)
+            replacement: nn.Module = _AnyLengthUpsample(block, address)
+        elif isinstance(block, AttentionSpec) and block.context == "clip":
+            replacement = _AnyLengthAttention(block, address)
+        else:
+            continue
+        stage, index = split_block(address)
+        original = traceable.at(address)
+        replacement.load_state_dict(original.state_dict())
+        if isinstance(original, Attention):
+            replacement.norm = original.norm  # whose eps may be its own, where the decoder was scaled for float16
+        traceable.blocks_of(stage)[index] = replacement.to(dtype).eval().requires_grad_(False)
     for parent in list(traceable.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, LowRankConv3d):

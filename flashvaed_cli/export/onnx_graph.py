@@ -29,6 +29,8 @@ from flashvaed_cli.export.graphs import (
     ClipGraph,
     StepGraph,
     cache_name,
+    check_grid,
+    clip_notes,
     first_caches,
     trace_grid,
     traceable_copy,
@@ -190,7 +192,7 @@ def _checked(decoder: Decoder, exported: OnnxDecoder, options: OnnxOptions, kind
     """Compare with the float32 decoder on the CPU at every size of `CHECKS`; measure if asked to. Names no files."""
     reference = copy_in(decoder, torch.float32)
     worst, allowed = 0.0, 0.0
-    grids = [(batch, (1 if decoder.spec.still else t, h, w), chunks) for batch, (t, h, w), chunks in CHECKS]
+    grids = [(batch, check_grid(decoder.spec, grid), chunks) for batch, grid, chunks in CHECKS]
     for batch, grid, chunks in grids:
         latents = _latents(decoder, grid, options, batch=batch).float()
         frames = exported.decode(latents, chunks if kind == "step" else None)
@@ -216,6 +218,7 @@ def _checked(decoder: Decoder, exported: OnnxDecoder, options: OnnxOptions, kind
         notes=(
             f"ONNX: raw latents [B, C, {'1' if decoder.spec.still else 'T'}, H, W] of any size to frames in [-1, 1]",
             f"ONNX: checked in onnxruntime against float32 PyTorch on batch and grid {sizes}",
+            *(f"ONNX: {note}" for note in clip_notes(decoder.spec)),
         ),
     )
 

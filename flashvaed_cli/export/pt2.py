@@ -26,6 +26,8 @@ from flashvaed_cli.export.graphs import (
     TRACE_GRID,
     ClipGraph,
     StepGraph,
+    check_grid,
+    clip_notes,
     dynamic_axes,
     first_caches,
     trace_grid,
@@ -57,7 +59,8 @@ def export_pt2(decoder: Decoder, path: Path, *, dtype: torch.dtype = torch.float
             torch.export.save(program, files[-1])
         loaded = [torch.export.load(file).module() for file in files]
         difference, allowed = _compared(decoder, loaded, dtype, _CPU, seed, path.name, TOLERANCES[dtype])
-        return _moved("pt2", files, path.parent, difference, allowed, ())
+        notes = tuple(f"pt2: {note}" for note in clip_notes(decoder.spec))
+        return _moved("pt2", files, path.parent, difference, allowed, notes)
 
 
 @torch.no_grad()
@@ -84,8 +87,12 @@ def export_aoti(
         loaded = [torch._inductor.aoti_load_package(str(file)) for file in files]
         tolerance = COMPILED_TOLERANCES[dtype]
         difference, allowed = _compared(decoder, loaded, dtype, device, seed, path.name, tolerance)
-        note = f"aoti: compiled for this machine's {device.type.upper()} by torch {torch.__version__}; others need a "
-        return _moved("aoti", files, path.parent, difference, allowed, (f"{note}build of their own",))
+        notes = (
+            f"compiled for this machine's {device.type.upper()} by torch {torch.__version__}; others need a build of "
+            "their own",
+            *clip_notes(decoder.spec),
+        )
+        return _moved("aoti", files, path.parent, difference, allowed, tuple(f"aoti: {note}" for note in notes))
 
 
 def _programs(
@@ -140,8 +147,7 @@ def _compared(
     reference = copy_in(decoder, torch.float32).to(device)
     worst, allowed = 0.0, 0.0
     for batch, grid in _CHECKS:
-        size = (1 if decoder.spec.still else grid[0], grid[1], grid[2])
-        latents = seeded_latents(decoder.spec, size, seed=seed, batch=batch).to(device)
+        latents = seeded_latents(decoder.spec, check_grid(decoder.spec, grid), seed=seed, batch=batch).to(device)
         expected = decode(reference, latents)
         found = [programs[0](latents.to(dtype))]
         if len(programs) > 1:

@@ -27,7 +27,8 @@ def fits_uniform_layout(spec: DecoderSpec, original: Callable[[int, int], Decode
     Args:
         original: the family's builder, base width and latent width to spec.
     """
-    head = spec.stages[-1].blocks[-1]
+    blocks = [block for _, block in spec.blocks()]
+    head = next((block for block in reversed(blocks) if isinstance(block, CellHeadSpec | HeadSpec)), blocks[-1])
     if isinstance(head, CellHeadSpec):
         base_width = head.video_low.in_width
     elif isinstance(head, HeadSpec):

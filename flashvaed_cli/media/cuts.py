@@ -64,10 +64,11 @@ class Bucket:
 
 @dataclass(frozen=True)
 class LatentGrid:
-    """What a VAE compresses by."""
+    """What a VAE compresses by, and the most latents that it takes as one clip (None: any number)."""
 
     temporal_factor: int
     spatial_factor: int
+    clip_length: int | None = None
 
     def shrink(self, bucket: Bucket) -> Bucket:
         """The bucket on the latent grid: 1 + n frames, sides rounded up (the encoder's input is padded)."""
@@ -75,8 +76,11 @@ class LatentGrid:
         return Bucket(1 + (bucket.num_frames - 1) // self.temporal_factor, *sides)
 
     def whole_frames(self, num_frames: int) -> int:
-        """The most frames 1 + temporal_factor * n within `num_frames`."""
-        return 1 + (num_frames - 1) // self.temporal_factor * self.temporal_factor
+        """The most frames 1 + temporal_factor * n within `num_frames`, and within one clip."""
+        num_latents = 1 + (num_frames - 1) // self.temporal_factor
+        if self.clip_length is not None:
+            num_latents = min(num_latents, self.clip_length)
+        return 1 + self.temporal_factor * (num_latents - 1)
 
 
 @dataclass(frozen=True)

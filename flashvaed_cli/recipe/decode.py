@@ -73,6 +73,11 @@ class DecodeRecipe(CommandRecipe):
     tile: Count | None = Field(
         default=None, description="Side in latents of the tiles that are decoded by themselves; changes no frame."
     )
+    clip_length: Count | None = Field(
+        default=None,
+        description="Latent frames that are one clip, of a decoder that sees whole clips (info says so): longer ones "
+        "are decoded in runs of so many. Changes the frames.",
+    )
     max_memory: Memory | None = Field(
         default=None, description="Choose chunk and tile so that decoding stays below this, such as 4GB."
     )

@@ -23,9 +23,7 @@ from flashvaed_cli.decoders.modules.operators import (
     Conv,
     LowRankConv3d,
     SeparableConv3d,
-    batch_as_frames,
     dense_kernel,
-    frames_as_batch,
 )
 from flashvaed_cli.decoders.modules.shuffle_blocks import ShuffleUpsample
 from flashvaed_cli.surgery.activations import ActivationStore
@@ -381,8 +379,7 @@ def _solve_upsample(pair: BlockPair, address: str) -> list[LayerError]:
         )
 
     def enlarged(y: Clip) -> list[Clip]:
-        y = y if new.temporal is None else new.double_frames(y)
-        return [batch_as_frames(F.interpolate(frames_as_batch(y), scale_factor=2, mode="nearest"), y.shape[0])]
+        return [new.enlarge(new.double_frames(y))]
 
     spatial = pair.fit_of("spatial", pair.before, pair.after)
 

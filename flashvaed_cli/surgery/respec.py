@@ -122,7 +122,7 @@ def _narrow_attention(block: Block, widths: _Widths) -> AttentionSpec:
     assert isinstance(block, AttentionSpec)
     width = widths.after or block.width
     norm = block.norm if block.norm.groups is None else block.norm.narrowed(block.width, width)
-    return AttentionSpec(width=width, inner_width=block.inner_width, norm=norm)
+    return block.model_copy(update={"width": width, "norm": norm})
 
 
 def _narrow_upsample(block: Block, widths: _Widths) -> UpsampleSpec:
@@ -275,10 +275,14 @@ _CONVERSIONS = {("causal3d", "dwsep3d"), ("causal3d", "frame2d"), ("frame2d", "d
 def _with_operator(layer: ConvSpec, operator: Operator, address: str) -> ConvSpec:
     if layer.operator == operator:
         return layer
+    if operator == "frame2d" and layer.operator == "pointwise":
+        return layer
     if (layer.operator, operator) not in _CONVERSIONS:
         possible = ", ".join(sorted(to for source, to in _CONVERSIONS if source == layer.operator)) or "nothing"
         raise SpecError(f"{address} is {layer.operator}: it converts to {possible}, not to {operator}")
     if operator != "frame2d":
         return layer.model_copy(update={"operator": operator})
+    if layer.kernel[1:] == (1, 1):  # what is left of a kernel in time alone
+        operator = "pointwise"
     changed = {"operator": operator, "kernel": (1, *layer.kernel[1:]), "time_padding": "zeros"}
     return ConvSpec(**{**dict(layer), **changed})

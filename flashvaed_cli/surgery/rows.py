@@ -61,11 +61,13 @@ def gather_patches(
     _, c, t, h, w = x.shape
     if time_padding == "edges":
         x = torch.cat([x[:, :, :1].expand(-1, -1, kt // 2, -1, -1), x, x[:, :, -1:].expand(-1, -1, kt // 2, -1, -1)], 2)
+    elif time_padding == "zeros_around":
+        x = F.pad(x, (0, 0, 0, 0, kt // 2, kt // 2))
     elif time_padding == "first":
         x = torch.cat([x[:, :, :1].expand(-1, -1, kt - 1, -1, -1), x], dim=2)
     before = kt - 1 if time_padding == "zeros" else 0
-    if space_padding == "reflect":
-        x = F.pad(x, (kw // 2, kw // 2, kh // 2, kh // 2, 0, 0), mode="reflect")
+    if space_padding != "zeros":
+        x = F.pad(x, (kw // 2, kw // 2, kh // 2, kh // 2, 0, 0), mode=space_padding)
         padded = F.pad(x, (0, 0, 0, 0, before, 0))
     else:
         padded = F.pad(x, (kw // 2, kw // 2, kh // 2, kh // 2, before, 0))

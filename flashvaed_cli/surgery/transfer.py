@@ -297,6 +297,10 @@ def _sum_over_time(source: Conv, layer: Conv, before: Channels, after: Channels)
     layer.weight.copy_(frame_from_causal(pick(pick(source.weight, after, 0), before, 1)))
 
 
+def _sum_over_time_alone(source: Conv, layer: Conv, before: Channels, after: Channels) -> None:
+    layer.weight.copy_(frame_from_causal(pick(pick(source.weight, after, 0), before, 1)).flatten(1))
+
+
 def _separate(source: Conv, layer: Conv, before: Channels, after: Channels) -> None:
     assert isinstance(layer, SeparableConv3d)
     depthwise, pointwise = separable_from_dense(pick(pick(dense_kernel(source), after, 0), before, 1))
@@ -309,6 +313,7 @@ _CONVERSIONS: dict[tuple[Operator, Operator], Callable[[Conv, Conv, Channels, Ch
     **{(operator, "lowrank3d"): _factorise for operator in OPERATORS},
     ("dwsep3d", "dwsep3d"): _copy_separable,
     ("causal3d", "frame2d"): _sum_over_time,
+    ("causal3d", "pointwise"): _sum_over_time_alone,
     ("causal3d", "dwsep3d"): _separate,
     ("frame2d", "dwsep3d"): _separate,
 }

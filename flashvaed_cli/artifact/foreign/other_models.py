@@ -42,15 +42,15 @@ _OTHERS: tuple[tuple[str, Callable[[Shapes], bool]], ...] = (
     ("a CogVideoX VAE", _has(r"^decoder\..*norm1\.conv_y\.")),
     ("LTX-2's VAE for sound", _has(r"^decoder\.mid\.block_1\.conv1\.conv\.weight$", num_axes=4)),
     (
-        "a HunyuanVideo VAE",
+        "a HunyuanVideo 1.5 VAE",
         _all_of(
-            _has(r"^decoder\.mid(_block\.resnets\.0|\.block_1)\.conv1\.conv\.weight$"),
-            _has(r"^decoder\.mid(_block\.attentions\.0|\.block_1)\."),
+            _has(r"^decoder\.mid(_block\.resnets\.0|\.block_1)\.conv1\.conv\.weight$", num_axes=5),
+            _has(r"^decoder\.mid(_block\.resnets\.0|\.block_1)\.norm1\.gamma$"),
         ),
     ),
     (
-        "the VAE of Stable Video Diffusion, whose decoder mixes frames",
-        _has(r"^decoder\..*\.spatial_res_block\.norm1\."),
+        "a HunyuanVideo VAE, but not under the names of Tencent's and diffusers' files",
+        _has(r"^decoder\.mid\.block_1\.conv1\.conv\.weight$", num_axes=5),
     ),
     (
         "a VAE for images with fewer resolutions than Stable Diffusion's",

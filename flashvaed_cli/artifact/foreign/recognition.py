@@ -183,7 +183,7 @@ def present_roles(shapes: Shapes, layout: Layout) -> tuple[Role, ...]:
 
 def _landmarks(layout: Layout, role: Role) -> list[str]:
     """Names that every variant has, whatever its operators: the norms, and the resamplers' layers on frames."""
-    if layout.landmarks:
+    if role in layout.landmarks:
         return list(layout.landmarks[role])
     names = slots(blueprint(layout, role), layout)
     return [slot.foreign for slot in names if slot.ours.endswith((".gamma", ".spatial.weight"))]

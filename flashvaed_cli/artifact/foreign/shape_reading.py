@@ -97,17 +97,21 @@ def spec_from_shapes(
 
 
 def _is_still(shapes: Mapping[str, Shape], layout: Layout, plan: DecoderSpec) -> bool:
-    """Whether nothing of a decoder works in time: its temporal resamplers are absent and its entry has a 2D kernel."""
+    """Whether nothing of a decoder works in time: its temporal resamplers are absent and its entry has a 2D kernel (its
+    last layer, where the entry never works in time)."""
+    in_time = [address for address, layer in plan.layers() if layer.kernel[0] > 1]
+    if not in_time:
+        return False  # nor does the original
     temporal = [address for address, _ in plan.layers() if address.endswith(".temporal")]
     names = []
-    for address in (*temporal, "conv_in.0.conv"):
+    for address in (*temporal, "conv_in.0.conv" if "conv_in.0.conv" in in_time else in_time[-1]):
         place, _, layer = address.rpartition(".")
         if place not in layout.places["decoder"]:
             return False
         kind = "conv" if layer == "conv" else "upsample"
         names.append(f"{layout.layer_place('decoder', place, kind, layer)}.weight")
     *absent, entry = names
-    return bool(temporal) and not any(name in shapes for name in absent) and len(shapes.get(entry, ())) == 4
+    return not any(name in shapes for name in absent) and len(shapes.get(entry, ())) == 4
 
 
 def _reasons(error: ValidationError) -> str:
@@ -174,7 +178,7 @@ def _read_block(
         qkv, proj = reader.weight(places["qkv"]), reader.weight(places["proj"])
         if qkv is None or proj is None:
             return None
-        return AttentionSpec(width=qkv[1], inner_width=proj[1], norm=planned.norm)
+        return planned.model_copy(update={"width": qkv[1], "inner_width": proj[1]})
     layers: dict[str, ConvSpec | None] = {}
     for layer in CONVS[planned.kind]:
         optional = _may_lack(layer, planned, layers)
@@ -219,6 +223,8 @@ def _read_extras(
         extras["factor"] = planned.factor
     if isinstance(planned, ShuffleUpsampleSpec):
         extras["residual"] = planned.residual
+    if isinstance(planned, UpsampleSpec):
+        extras["repeats_frames"] = planned.repeats_frames
     norm = planned.norm if isinstance(planned, ResBlockSpec | HeadSpec) else None
     if norm is not None and norm.eps is not None:
         place = places["norm1" if isinstance(planned, ResBlockSpec) else "norm"]

@@ -43,7 +43,7 @@ COMMAND = Command(
     options=("decoder", "output", "latent_scale"),
     panels={
         "Video": ("format", "fps", "crf"),
-        "Running": ("chunk", "tile", "max_memory", "compile"),
+        "Running": ("chunk", "tile", "clip_length", "max_memory", "compile"),
     },
     common=("family", "weights", "allow_download", "device", "dtype"),
     switches=("force", "quiet", "json_output"),
@@ -54,6 +54,7 @@ COMMAND = Command(
         "fps": "the model family's own",
         "chunk": "4, or what fits",
         "tile": "whole frames, or what fits",
+        "clip_length": "the decoder's own",
         "max_memory": "what is free",
     },
     help_panel=USING_PANEL,

@@ -103,10 +103,14 @@ class Chain(nn.Module):
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over the positions of each frame, residual. Keeps no state."""
+    """Single-head self-attention over the positions of each frame, or of it and all before it, residual.
+
+    Keeps no state: over a clip it takes all frames at once.
+    """
 
     def __init__(self, spec: AttentionSpec, address: str) -> None:
         super().__init__()
+        self.context = spec.context
         self.norm = build_norm(spec.width, spec.norm)
         self.qkv = nn.Linear(spec.width, 3 * spec.inner_width)
         self.proj = nn.Linear(spec.inner_width, spec.width)
@@ -115,35 +119,55 @@ class Attention(nn.Module):
         b, _, _, h, w = x.shape
         frames = frames_as_batch(self.norm(x)).flatten(2).transpose(1, 2)  # [BT, HW, C]
         q, k, v = self.qkv(frames).chunk(3, dim=-1)
-        mixed = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        mixed = self._over_clip(q, k, v, b) if self.context == "clip" else _attend(q, k, v)
         y = self.proj(mixed).transpose(1, 2).unflatten(2, (h, w))  # [BT, C, H, W]
         return x + batch_as_frames(y, b)
+
+    def _over_clip(
+        self, q: Float[Tensor, "BT P C"], k: Float[Tensor, "BT P C"], v: Float[Tensor, "BT P C"], batch: int
+    ) -> Float[Tensor, "BT P C"]:
+        """Frame after frame, each with the keys up to its own: half the products of a mask, which is not built."""
+        positions = q.shape[1]
+        q, k, v = (rows.unflatten(0, (batch, -1)).flatten(1, 2) for rows in (q, k, v))  # [B, TP, C]
+        ends = range(positions, q.shape[1] + 1, positions)
+        mixed = [_attend(q[:, end - positions : end], k[:, :end], v[:, :end]) for end in ends]
+        return torch.cat(mixed, dim=1).unflatten(1, (-1, positions)).flatten(0, 1)
+
+
+def _attend(q: Float[Tensor, "B Q C"], k: Float[Tensor, "B K C"], v: Float[Tensor, "B K C"]) -> Float[Tensor, "B Q C"]:
+    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
 
 
 class Upsample(nn.Module):
     """Double the frames (all but the first of the video), then the size of each frame.
 
     The first frame of a video skips `temporal`, and `temporal` does not see it: frames 1 + 2 (T - 1). With
-    `grows_first` it is a frame like any other: frames 2 T.
+    `grows_first` it is a frame like any other: frames 2 T. With `repeats_frames` every other frame comes twice.
     """
 
     def __init__(self, spec: UpsampleSpec, address: str) -> None:
         super().__init__()
         self.grows_first = spec.grows_first
+        self.repeats_frames = spec.repeats_frames
         self.temporal = None if spec.temporal is None else build_conv(spec.temporal, f"{address}.temporal")
         self.spatial = build_conv(spec.spatial, f"{address}.spatial")
 
     def forward(self, x: Clip, past: Past = None, future: Future = None) -> MappedClip:
-        if self.temporal is not None:
-            x = self.double_frames(x, past, future)
-        if self.spatial.spec.enlarges:
-            return self.spatial(x, past, future)
+        x = self.double_frames(x, past, future)
+        return self.spatial(x if self.spatial.spec.enlarges else self.enlarge(x), past, future)
+
+    @staticmethod
+    def enlarge(x: Clip) -> MappedClip:
+        """Every pixel as a square of four."""
         frames = F.interpolate(frames_as_batch(x), scale_factor=2, mode="nearest")
-        return self.spatial(batch_as_frames(frames, x.shape[0]), past, future)
+        return batch_as_frames(frames, x.shape[0])
 
     def double_frames(self, x: Clip, past: Past = None, future: Future = None) -> MappedClip:
         """The temporal part alone: frames 1 + 2 (T - 1) for a first chunk (unless it grows), 2 T for a later one."""
-        assert self.temporal is not None
+        if self.repeats_frames:
+            return _repeat_frames(x, keeps_first=past is None)
+        if self.temporal is None:
+            return x
         if past is not None or self.grows_first:
             return self._interleave(self.temporal(x, past, future))
         first, rest = x[:, :, :1], x[:, :, 1:]
@@ -161,6 +185,12 @@ class Upsample(nn.Module):
             return torch.stack(x.chunk(2, dim=1), dim=3).flatten(2, 3)
         pairs = x.permute(0, 2, 3, 4, 1).unflatten(4, (2, -1))  # [B, T, H, W, 2, C]
         return pairs.permute(0, 1, 4, 2, 3, 5).flatten(1, 2).permute(0, 4, 1, 2, 3)  # stays channels-last
+
+
+def _repeat_frames(x: Clip, *, keeps_first: bool) -> MappedClip:
+    """Every frame twice; with `keeps_first` the first one once."""
+    twice = x.unsqueeze(3).expand(-1, -1, -1, 2, -1, -1).flatten(2, 3)
+    return twice[:, :, 1:] if keeps_first else twice
 
 
 class Downsample(nn.Module):

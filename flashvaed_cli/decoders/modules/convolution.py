@@ -50,14 +50,15 @@ def extend_with_past(
     elif padding == "zeros":
         window = F.pad(x, (0, 0, 0, 0, num_past, 0))
     else:
-        window = torch.cat([_repeated(x[:, :, :1], num_past), x], dim=2)
+        window = torch.cat([*_repeated(x[:, :, :1], num_past), x], dim=2)
     if future is not None:
         future[address] = window[:, :, -num_past:].clone()  # a view would keep the whole chunk alive
     return window
 
 
-def _repeated(frame: Float[Tensor, "B C 1 H W"], count: int) -> Float[Tensor, "B C n H W"]:
-    return frame.expand(-1, -1, count, -1, -1)
+def _repeated(frame: Float[Tensor, "B C 1 H W"], count: int) -> list[Float[Tensor, "B C 1 H W"]]:
+    """A frame several times, to be joined: `torch.cat` keeps the layout of frames, but not of an expanded one."""
+    return [frame] * count
 
 
 def time_window(
@@ -75,12 +76,16 @@ def time_window(
 def time_clips(
     x: Float[Tensor, "B C T H W"], spec: ConvSpec, address: str, past: Past = None
 ) -> list[Float[Tensor, "B C _ H W"]]:
-    """The frames of `time_window` as clips that follow each other, none of them copied; zeros are left out."""
+    """The frames of `time_window` as clips that follow each other, none of them copied; zeros before causal kernels
+    are left out."""
+    if spec.time_padding == "zeros_around":
+        zeros = torch.zeros_like(x[:, :, :1])
+        return [*_repeated(zeros, spec.num_past), x, *_repeated(zeros, spec.num_ahead)]
     if spec.num_ahead:
-        return [_repeated(x[:, :, :1], spec.num_past), x, _repeated(x[:, :, -1:], spec.num_ahead)]
+        return [*_repeated(x[:, :, :1], spec.num_past), x, *_repeated(x[:, :, -1:], spec.num_ahead)]
     if spec.num_past == 0 or (past is None and spec.time_padding == "zeros"):
         return [x]
-    return [_repeated(x[:, :, :1], spec.num_past) if past is None else past[address], x]
+    return [*_repeated(x[:, :, :1], spec.num_past), x] if past is None else [past[address], x]
 
 
 def space_window(x: Float[Tensor, "B C T H W"], spec: ConvSpec) -> tuple[Float[Tensor, "B C T Hp Wp"], tuple[int, int]]:
@@ -92,8 +97,9 @@ def space_window(x: Float[Tensor, "B C T H W"], spec: ConvSpec) -> tuple[Float[T
     margins = spec.kernel[1] // 2, spec.kernel[2] // 2
     if spec.space_padding == "zeros" or margins == (0, 0):
         return x, margins
-    require_mirrored(x, margins)
-    return F.pad(x, (margins[1], margins[1], margins[0], margins[0], 0, 0), mode="reflect"), (0, 0)
+    if spec.space_padding == "reflect":
+        require_mirrored(x, margins)
+    return F.pad(x, (margins[1], margins[1], margins[0], margins[0], 0, 0), mode=spec.space_padding), (0, 0)
 
 
 def require_mirrored(x: Float[Tensor, "B C T H W"], margins: tuple[int, int]) -> None:
@@ -126,12 +132,11 @@ def remember(
         future[address] = x[:, :, num_frames - num_past :].clone()
         return
     if past is not None:
-        before = past[address][:, :, num_frames:]
-    elif padding == "zeros":
-        before = torch.zeros_like(x[:, :, :1]).expand(-1, -1, num_past - num_frames, -1, -1)
+        before = [past[address][:, :, num_frames:]]
     else:
-        before = _repeated(x[:, :, :1], num_past - num_frames)
-    future[address] = torch.cat([before, x], dim=2)
+        first = torch.zeros_like(x[:, :, :1]) if padding == "zeros" else x[:, :, :1]
+        before = _repeated(first, num_past - num_frames)
+    future[address] = torch.cat([*before, x], dim=2)
 
 
 class Conv(nn.Module):

@@ -101,6 +101,8 @@ class FrameGroupNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(width)) if spec.shift else None
 
     def forward(self, x: Float[Tensor, "B C T H W"]) -> Float[Tensor, "B C T H W"]:
+        if self.spec.over == "clip":
+            return F.group_norm(x, self.groups, self.gamma, self.beta, self.eps)
         frames = F.group_norm(frames_as_batch(x), self.groups, self.gamma, self.beta, self.eps)
         return batch_as_frames(frames, x.shape[0])
 

@@ -4,7 +4,8 @@ A 6x6 tile of the input (tiles overlap by two) is transformed by small integers,
 transformed kernel, and transformed back to 4x4 outputs; a causal kernel's temporal taps are added up between
 the transforms, so that these are paid once for three taps.
 
-Frames come in strips or kernels in parts, see `winograd_strips`. Mirrored borders are written into the patches.
+Frames come in strips or kernels in parts, see `winograd_strips`. Mirrored and repeated borders are written into the
+patches.
 
 Float32 loses about one digit (1e-5 of the largest output). Half precision would lose all its digits in the
 transforms, so half-precision input takes the sum over taps instead.
@@ -125,24 +126,25 @@ def _patches(
     padding = (0, 0, 1, right - 1 - width, inside.start - top, bottom - inside.stop)
     clips = [clip[:, :, :, inside].permute(2, 0, 3, 4, 1) for clip in frames]  # [t, B, rows, W, C]
     padded = torch.cat([F.pad(clip, padding) for clip in clips]) if len(clips) > 1 else F.pad(clips[0], padding)
-    if space_padding == "reflect":
-        _mirror_(padded, height - top, width + 1, at_top=top < 0)
+    if space_padding != "zeros":
+        _fill_margins_(padded, height - top, width + 1, at_top=top < 0, inward=2 if space_padding == "reflect" else 1)
     patches = padded.unfold(2, 6, 4).unfold(3, 6, 4)  # [T', B, rows, columns, C, 6, 6]
     return patches.permute(5, 6, 0, 1, 2, 3, 4).reshape(36, -1)
 
 
-def _mirror_(padded: Float[Tensor, "T B Hp Wp C"], below: int, right: int, *, at_top: bool) -> None:
-    """Write the mirrored pixels into the margins, in place: rows first, since the columns' ends are of them.
+def _fill_margins_(padded: Float[Tensor, "T B Hp Wp C"], below: int, right: int, *, at_top: bool, inward: int) -> None:
+    """Write the frame's own pixels into the margins, in place: rows first, since the columns' ends are of them.
 
     Args:
         below, right: row below the frame (perhaps not in this strip) and column to the right of it.
+        inward: how far from a margin the pixels lie that it takes: 2 mirrors the frame, 1 repeats its border.
     """
     if at_top:
-        padded[:, :, 0] = padded[:, :, 2]
+        padded[:, :, 0] = padded[:, :, inward]
     if below < padded.shape[2]:
-        padded[:, :, below] = padded[:, :, below - 2]
-    padded[:, :, :, 0] = padded[:, :, :, 2]
-    padded[:, :, :, right] = padded[:, :, :, right - 2]
+        padded[:, :, below] = padded[:, :, below - inward]
+    padded[:, :, :, 0] = padded[:, :, :, inward]
+    padded[:, :, :, right] = padded[:, :, :, right - inward]
 
 
 def _outputs(

@@ -137,6 +137,7 @@ _MULTIPLIES: dict[Operator, Callable[[ConvSpec, Grid], int]] = {
 def _attention_cost(address: str, block: AttentionSpec, grid: Grid) -> LayerCost:
     positions = grid[1] * grid[2]
     projections = 4 * block.width * block.inner_width * positions
-    mixing = 2 * positions * positions * block.inner_width
+    frames_read = (grid[0] + 1) / 2 if block.context == "clip" else 1  # by a frame, on average
+    mixing = int(2 * positions * positions * frames_read * block.inner_width)
     parameters = 4 * block.width * block.inner_width + 3 * block.inner_width + block.width + block.norm_parameters
     return LayerCost(address, "attention", 2 * (projections + mixing) * grid[0], parameters)

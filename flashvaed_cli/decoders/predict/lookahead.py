@@ -1,9 +1,12 @@
-"""Chunks for decoders that see frames ahead: how many latents around a chunk its frames depend on.
+"""Windows of latents for decoders that pass no state on: those that see frames ahead, or whole clips.
 
-A decoder that is centred in time has no state to hand on. It runs on windows of latents instead: a chunk with as many
-latents on both sides as its frames reach, worked out from the spec, block by block from the frames back to the
-latents. What a window's own borders spoil lies outside the frames that are kept; at the video's borders there is
-nothing to spoil, since there the padding is the decoder's. Imports no torch.
+A decoder that is centred in time has no state to hand on. It runs on a chunk with as many latents on both sides as its
+frames reach, worked out from the spec, block by block from the frames back to the latents. What a window's own borders
+spoil lies outside the frames that are kept; at the video's borders there is nothing to spoil, since there the padding
+is the decoder's.
+
+The frames of a decoder that sees whole clips depend on all latents. Its windows are the tiles that its spec cuts longer
+clips into, and where these overlap their frames are blended. Imports no torch.
 """
 
 from __future__ import annotations
@@ -12,19 +15,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from flashvaed_cli.decoders.spec.blocks import BlockSpec
-from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec
+from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, TemporalTiles
 
 _FAR = 1 << 20  # a latent so far from a video's beginning that no rounding differs from its neighbours'
 
 
 @dataclass(frozen=True)
 class LatentWindow:
-    """Latents `start:stop` are decoded as if they were a video; its frames `keep_start:keep_stop` are the chunk's."""
+    """Latents `start:stop` are decoded as if they were a video; its frames `keep_start:keep_stop` are the chunk's.
+
+    `num_blended` frames after those are given by the next window too, and blended into its first ones.
+    """
 
     start: int
     stop: int
     keep_start: int
     keep_stop: int
+    num_blended: int = 0
 
 
 def time_halo(spec: DecoderSpec) -> tuple[int, int]:
@@ -44,7 +51,10 @@ def window_of(spec: DecoderSpec, start: int, stop: int, num_latents: int | None 
 
 
 def latent_windows(spec: DecoderSpec, num_latents: int, chunk: int) -> Iterator[LatentWindow]:
-    """A window for every chunk of a video."""
+    """A window for every chunk of a video; for every tile of a decoder that sees whole clips."""
+    if spec.sees_whole_clip:
+        yield from clip_windows(spec.temporal_tiles, num_latents, spec.temporal_factor)
+        return
     for start in range(0, num_latents, chunk):
         yield window_of(spec, start, min(start + chunk, num_latents), num_latents)
 
@@ -53,7 +63,52 @@ def widest_window(spec: DecoderSpec, num_latents: int, chunk: int) -> int:
     """Latents of the largest window; the chunk itself where the decoder is causal."""
     if spec.is_causal:
         return min(chunk, num_latents)
+    if spec.sees_whole_clip:
+        return latents_per_step(spec, num_latents, chunk)
     return min(sum(time_halo(spec)) + chunk, num_latents)
+
+
+def latents_per_step(spec: DecoderSpec, num_latents: int, chunk: int) -> int:
+    """The latents of a step: the chunk, unless the decoder sees whole clips; then its tile, or the clip."""
+    if spec.sees_whole_clip:
+        chunk = num_latents if spec.temporal_tiles is None else spec.temporal_tiles.length
+    return min(chunk, num_latents)
+
+
+def clip_windows(tiles: TemporalTiles | None, num_latents: int, factor: int) -> Iterator[LatentWindow]:
+    """The tiles of a clip; None: the clip.
+
+    Args:
+        factor: frames that a latent stands for, all but the first of a clip.
+    """
+    stop = num_latents if tiles is None else min(tiles.length, num_latents)
+    start = 0
+    while (following := next_tile(tiles, start, num_latents)) is not None:
+        yield tile_window(tiles, start, stop, factor, is_last=False)
+        start, stop = following
+    yield tile_window(tiles, start, stop, factor, is_last=True)
+
+
+def next_tile(tiles: TemporalTiles | None, start: int, num_latents: int) -> tuple[int, int] | None:
+    """Start and stop of the tile after that at `start`; None where that one gives all frames that are left."""
+    if tiles is None:
+        return None
+    following = start + tiles.stride
+    given = following + min(tiles.overlap, 1)  # the first latent of an overlapping tile gives no frame
+    return (following, min(following + tiles.length, num_latents)) if given < num_latents else None
+
+
+def tile_window(tiles: TemporalTiles | None, start: int, stop: int, factor: int, *, is_last: bool) -> LatentWindow:
+    """The window of a tile: all its frames, less those that the tiles around it give."""
+    num_frames = 1 + factor * (stop - start - 1)
+    if tiles is None:
+        return LatentWindow(start, stop, 0, num_frames)
+    shared = min(tiles.overlap, 1)
+    keep_start = shared if start else 0
+    if is_last:
+        return LatentWindow(start, stop, keep_start, num_frames)
+    num_blended = factor * max(tiles.overlap - 1, 0)
+    return LatentWindow(start, stop, keep_start, factor * tiles.stride + shared, num_blended)
 
 
 def _frames_of(spec: CoderSpec, start: int, stop: int) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from math import ceil, prod
 from typing import Literal
 
 from flashvaed_cli.decoders.predict.cost import Grid, stage_costs
-from flashvaed_cli.decoders.predict.lookahead import widest_window
+from flashvaed_cli.decoders.predict.lookahead import latents_per_step, widest_window
 from flashvaed_cli.decoders.predict.tiling import TileLayout, require_tiles, split_addresses, tile_layout
 from flashvaed_cli.decoders.predict.winograd_strips import MIN_TILES, working_elements
 from flashvaed_cli.decoders.spec.addresses import split_block
@@ -141,7 +141,7 @@ class MemoryModel:
     def predict(self, chunk: int, layout: TileLayout | None) -> int:
         """Peak in bytes with `chunk` latent frames per step, tiled as `layout` says (None: whole frames)."""
         num_latents, height, width = self._grid
-        chunk = min(chunk, num_latents)
+        chunk = latents_per_step(self._spec, num_latents, chunk)
         streams = chunk < num_latents and self._spec.is_causal
         layout = None if layout is None or layout.num_tiles == 1 else layout
         worst = max(self._worst_block(num_frames, layout, later=later) for num_frames, later in self._steps(chunk))
@@ -232,8 +232,9 @@ def _block_bytes(passage: Passage, form: MemoryFormat) -> int:
     block, item = passage.block, form.item_bytes
     entering, positions = _elements(passage) * item, passage.frames * passage.area
     if isinstance(block, AttentionSpec):
-        # the normed frames once more as rows; q, k, v; the mixed values; what is projected and added
-        return entering + item * positions * (2 * block.width + 5 * block.inner_width)
+        # the normed frames once more as rows; q, k, v; the mixed values (over a clip joined); projected and added
+        joined = block.inner_width if block.context == "clip" else 0
+        return entering + item * positions * (2 * block.width + 5 * block.inner_width + joined)
     if isinstance(block, UpsampleSpec):
         return entering + _upsample_bytes(passage, block, form)
     if isinstance(block, ShuffleUpsampleSpec):
@@ -306,6 +307,8 @@ def _upsample_bytes(passage: Passage, block: UpsampleSpec, form: MemoryFormat) -
         doubled = after.frames * passage.area * block.spatial.in_width * item
         # interleaved, then joined to the first frame
         temporal = max(_conv_bytes(block.temporal, passage, form), out + doubled, 2 * doubled)
+    elif block.repeats_frames:
+        doubled = (after.frames + 1) * passage.area * block.spatial.in_width * item
     enlarged = 0 if block.spatial.enlarges else after.frames * after.area * block.spatial.in_width * item
     if after.frames == 2 * passage.frames - 1 and form.channels_last:
         # the first frame and the rest join to a contiguous tensor, which is laid out again

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from flashvaed_cli.decoders.predict.cost import Grid, stage_costs
-from flashvaed_cli.decoders.predict.lookahead import widest_window
+from flashvaed_cli.decoders.predict.lookahead import latents_per_step, widest_window
 from flashvaed_cli.decoders.predict.memory import DType, MemoryFormat, MemoryModel
 from flashvaed_cli.decoders.predict.tiling import TileLayout, require_tiles, split_addresses, tile_layout
 from flashvaed_cli.decoders.spec.addresses import block_of
@@ -28,7 +28,8 @@ SPLIT_SLACK = 1.1  # without a limit, a split may need this much more memory tha
 class DecodePlan:
     """How a clip is decoded: `chunk` latent frames per step; tiles of `tile` latents from block `split` on.
 
-    `tile` and `split` are None for whole frames. `relative_cost` is the estimated time; whole frames in one
+    Of a decoder that sees whole clips, `chunk` is its tile in time, whatever was asked for. `tile` and `split` are None
+    for whole frames. `relative_cost` is the estimated time; whole frames in one
     step take a little over 1.
     """
 
@@ -86,22 +87,24 @@ def choose_plan(
     if best is not None:
         return best
     least = min(found, key=lambda plan: plan.predicted_bytes)
-    raise DecodeError(
-        _nothing_fits(least, grid, dtype, max_memory_bytes, settled=chunk is not None or tile is not None)
-    )
+    settled = chunk is not None or tile is not None
+    advice = "choose smaller chunks or tiles, or leave them open" if settled else "decode fewer or smaller frames"
+    if spec.sees_whole_clip:
+        advice = "take a shorter clip length, which gives other frames"
+    raise DecodeError(_nothing_fits(least, grid, dtype, max_memory_bytes, advice, is_clip=spec.sees_whole_clip))
 
 
 def _fastest(plans: list[DecodePlan]) -> DecodePlan:
     return min(plans, key=lambda plan: (plan.relative_cost, plan.predicted_bytes))
 
 
-def _nothing_fits(least: DecodePlan, grid: Grid, dtype: str, limit: int, *, settled: bool) -> str:
+def _nothing_fits(least: DecodePlan, grid: Grid, dtype: str, limit: int, advice: str, *, is_clip: bool) -> str:
+    steps = f"clips of {least.chunk} latents are decoded at once" if is_clip else f"chunks of {least.chunk}"
     tiles = "whole frames" if least.tile is None else f"tiles of {least.tile} latents from {least.split} on"
-    advice = "choose smaller chunks or tiles, or leave them open" if settled else "decode fewer or smaller frames"
     narrower = "" if dtype in ("float16", "bfloat16") else ", a half-precision dtype"
     return (
         f"{grid[0]} x {grid[1]} x {grid[2]} latents do not decode within {limit / 1e9:.3g} GB in {dtype}: "
-        f"the least is {_ceil_gigabytes(least.predicted_bytes)} GB (chunks of {least.chunk}, {tiles}). "
+        f"the least is {_ceil_gigabytes(least.predicted_bytes)} GB ({steps}, {tiles}). "
         f"Allow that much{narrower}, or {advice}"
     )
 
@@ -163,7 +166,7 @@ class _Planner:
 
     def plan(self, chunk: int, layout: TileLayout | None, tile: int | None) -> DecodePlan:
         """The plan with its predicted memory and cost."""
-        chunk = min(chunk, self.grid[0])
+        chunk = latents_per_step(self.spec, self.grid[0], chunk)
         num_bytes = self.memory.predict(chunk, layout)
         split = None if layout is None else layout.split
         overlap = widest_window(self.spec, self.grid[0], chunk) / chunk  # what chunks that see frames ahead share

@@ -56,12 +56,12 @@ class TileLayout:
 
 def split_addresses(spec: DecoderSpec) -> tuple[str, ...]:
     """Blocks at which tiling may begin: behind the last that sees whole frames, where a stage begins or, unless a
-    bypass leads past that, a frame grows. None where the last block of all sees whole frames.
+    bypass leads past that, a frame grows. None where nothing after that block works in space.
     """
     blocks = list(spec.blocks())
     whole = [index for index, (_, block) in enumerate(blocks) if block.sees_whole_frames]
     behind = blocks[whole[-1] + 1 :] if whole else blocks
-    if not behind:
+    if all(block.growth == (1, 1, 1) and not _works_in_space(block) for _, block in behind):
         return ()
     bypassed = {stage.name for stage in spec.bypassed().values()}
     grows = {a for a, block in behind if block.growth != (1, 1, 1) and stage_of(a) not in bypassed}
@@ -71,11 +71,21 @@ def split_addresses(spec: DecoderSpec) -> tuple[str, ...]:
 def require_tiles(spec: DecoderSpec) -> None:
     """Raise SpecError if a decoder can only run on whole frames, as one with GroupNorm up to its head."""
     if not split_addresses(spec):
-        address, block = list(spec.blocks())[-1]
+        address, block = [(address, block) for address, block in spec.blocks() if block.sees_whole_frames][-1]
         raise SpecError(
             f"no tiles: {address} ({block.kind}) takes the statistics of its GroupNorm over whole frames, and tiles "
-            "would give other pixels. Leave the tile out; chunks of fewer latent frames take less memory too"
+            f"would give other pixels. Leave the tile out; {_instead(spec)}"
         )
+
+
+def _works_in_space(block: BlockSpec) -> bool:
+    return any(layer.kernel[1:] != (1, 1) for layer in block.layers.values())
+
+
+def _instead(spec: DecoderSpec) -> str:
+    if spec.sees_whole_clip:
+        return "a shorter clip length takes less memory, and gives other frames"
+    return "chunks of fewer latent frames take less memory too"
 
 
 def scale_at(spec: DecoderSpec, split: str) -> int:

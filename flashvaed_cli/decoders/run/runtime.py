@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import types
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +33,8 @@ from flashvaed_cli.decoders.predict.tiling import TileLayout, Window, tile_layou
 from flashvaed_cli.decoders.run.heap import return_freed_memory
 from flashvaed_cli.decoders.run.overflow import explain_overflow
 from flashvaed_cli.decoders.run.streaming import State, WindowBuffer, check_latents, windows_of_parts
+from flashvaed_cli.decoders.run.temporal_tiles import Blender, TileBuffer, frames_of_parts
+from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.decoders.variants.half_range import cast_decoder
 from flashvaed_cli.errors import DecodeError, NonFiniteError, SpecError
 from flashvaed_cli.limits import MAX_LATENT
@@ -43,7 +46,7 @@ _ENDLESS = 1 << 20  # latent frames of a clip of unknown length: more than any c
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """How to decode; every choice gives the same frames up to the rounding of `dtype`.
+    """How to decode; but for `whole_clip` and `clip_length` every choice gives the same frames, up to rounding.
 
     Attributes:
         chunk: latent frames per step; None: all at once, or what `max_memory_bytes` allows.
@@ -55,6 +58,9 @@ class DecodeSettings:
         max_memory_bytes: limit of the predicted peak, weights included. Settles what `chunk` and `tile` leave open.
             On the CPU freed tensors then go back to the system at once (`decoders.run.heap`, process-wide).
         compile_backend: `inductor` generates code; others are for debugging.
+        whole_clip: of a decoder that sees whole clips, and whose spec cuts longer ones into tiles in time: take clips
+            of any length at once, which gives other frames than the original's.
+        clip_length: of such a decoder, latents that are a clip of their own, in place of its spec's.
     """
 
     chunk: int | None = None
@@ -64,6 +70,8 @@ class DecodeSettings:
     compile: bool = False
     max_memory_bytes: int | None = None
     compile_backend: str = "inductor"
+    whole_clip: bool = False
+    clip_length: int | None = None
 
 
 class DecodeRuntime:
@@ -76,9 +84,12 @@ class DecodeRuntime:
             shares_weights: run the decoder itself, laid out and cast in place, instead of a copy.
         Raises:
             DecodeError: `compile` is set and this machine has no compiler for it.
+            SpecError: a clip length for a decoder that has none, or one that does not fit.
         """
         parameter = next(decoder.parameters())
         self.spec, self.settings = decoder.spec, settings
+        if settings.whole_clip or settings.clip_length is not None:
+            self.spec = decoder.spec.with_clip_length(settings.clip_length)
         self.device, self.dtype = parameter.device, settings.dtype or parameter.dtype
         if settings.compile and settings.compile_backend == "inductor":
             require_compiler(self.device)
@@ -134,8 +145,9 @@ class DecodeRuntime:
         plan = self.plan(latents)
         layout = self._layout(plan, latents.shape[3], latents.shape[4])
         if not self.spec.is_causal:
+            blender = Blender()
             for window in latent_windows(self.spec, latents.shape[2], plan.chunk):
-                yield self._window(latents[:, :, window.start : window.stop], window, layout)
+                yield self._window(latents[:, :, window.start : window.stop], window, layout, blender)
             return
         run = _Run(self, layout)
         starts = chunk_starts(latents.shape[2], plan.chunk)
@@ -148,7 +160,8 @@ class DecodeRuntime:
     ) -> Iterator[Float[Tensor, "_B 3 _f _H _W"]]:
         """Yield the frames of each part of a clip whose latents come in parts, clamped to [-1, 1].
 
-        A decoder that sees frames ahead reads as many further parts first, and takes all of a part in one step.
+        A decoder that sees frames ahead reads as many further parts first, and takes all of a part in one step. One
+        that sees whole clips reads whole tiles first.
 
         Raises:
             DecodeError, SpecError: as `plan` does.
@@ -160,13 +173,35 @@ class DecodeRuntime:
                 stream = stream or self.open(*part.shape[3:], batch=part.shape[0])
                 yield stream.step(part)
             return
+        if self.spec.sees_whole_clip:
+            yield from self._regrouped(parts)
+            return
         for latents, window in windows_of_parts(self.spec, parts):
-            plan = self._plan((latents.shape[2], latents.shape[3], latents.shape[4]), latents.shape[0])
-            yield self._window(latents, window, self._layout(plan, latents.shape[3], latents.shape[4]))
+            yield self._window(latents, window, self._layout_of(latents), Blender())
 
-    def _window(self, latents: Tensor, window: LatentWindow, layout: TileLayout | None) -> Tensor:
+    def _regrouped(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The frames of tiles as those of parts; parts are read as tiles need them."""
+        sizes: deque[int] = deque()
+        buffer, blender = TileBuffer(self.spec), Blender()
+
+        def decoded() -> Iterator[Tensor]:
+            for part in parts:
+                sizes.append(part.shape[2])
+                for latents, window in buffer.push(part):
+                    yield self._window(latents, window, self._layout_of(latents), blender)
+            for latents, window in buffer.finish():
+                yield self._window(latents, window, self._layout_of(latents), blender)
+
+        return frames_of_parts(self.spec, sizes, decoded())
+
+    def _layout_of(self, latents: Tensor) -> TileLayout | None:
+        batch, _, num_latents, height, width = latents.shape
+        return self._layout(self._plan((num_latents, height, width), batch), height, width)
+
+    def _window(self, latents: Tensor, window: LatentWindow, layout: TileLayout | None, blender: Blender) -> Tensor:
         """The kept frames of a window of latents, decoded as a video of its own."""
-        return _Run(self, layout).step(latents, first=True, last=True)[:, :, window.keep_start : window.keep_stop]
+        frames = _Run(self, layout).step(latents, first=True, last=True, clamp=False)
+        return blender.frames(frames, window).clamp_(-1.0, 1.0)
 
     def require_usable(self, latents: Tensor) -> None:
         """Refuse latents that no decoder can take: NaN, infinite, or so large that a norm overflows and gives zeros.
@@ -220,15 +255,16 @@ class DecodeRuntime:
 class DecodeStream:
     """One clip that is decoded as its latents come; see `DecodeRuntime.open`.
 
-    A causal decoder gives the frames of a step at once. One that sees frames ahead gives those that no later latent can
-    change, perhaps none, and the rest with `flush`.
+    A causal decoder gives the frames of a step at once. One that sees frames ahead or whole clips gives those that no
+    later latent can change, perhaps none, and the rest with `flush`.
     """
 
     def __init__(self, runtime: DecodeRuntime, plan: DecodePlan, size: tuple[int, int, int]) -> None:
         self._runtime, self.plan, self._size = runtime, plan, size
         self._layout = runtime._layout(plan, *size[1:])
         self._run = _Run(runtime, self._layout)
-        self._buffer = None if runtime.spec.is_causal else WindowBuffer(runtime.spec)
+        self._buffer = _buffer_of(runtime.spec)
+        self._blender = Blender()
         self._begun = self._ended = False
 
     def step(self, latents: Float[Tensor, "B C T Hz Wz"]) -> Float[Tensor, "B 3 F H W"]:
@@ -251,15 +287,17 @@ class DecodeStream:
             if self._buffer is None:
                 frames.append(self._run.step(part, first=not self._begun, last=False))
             else:
-                frames += [self._runtime._window(*window, self._layout) for window in self._buffer.push(part)]
+                frames += self._decoded(self._buffer.push(part))
             self._begun = True
         return self._together(frames)
 
     def flush(self) -> Float[Tensor, "B 3 F H W"]:
         """The frames that are left when the clip has ended; none of a causal decoder. The stream ends with it."""
         self._ended = True
-        windows = () if self._buffer is None else self._buffer.finish()
-        return self._together([self._runtime._window(*window, self._layout) for window in windows])
+        return self._together([] if self._buffer is None else self._decoded(self._buffer.finish()))
+
+    def _decoded(self, windows: Iterator[tuple[Tensor, LatentWindow]]) -> list[Tensor]:
+        return [self._runtime._window(*window, self._layout, self._blender) for window in windows]
 
     def _together(self, frames: list[Tensor]) -> Tensor:
         if frames:
@@ -267,6 +305,13 @@ class DecodeStream:
         batch, *sides = self._size
         size = [side * self._runtime.spec.spatial_factor for side in sides]
         return torch.empty(batch, 3, 0, *size, device=self._runtime.device, dtype=self._runtime.dtype)
+
+
+def _buffer_of(spec: DecoderSpec) -> WindowBuffer | TileBuffer | None:
+    """What collects the latents that the frames of a step depend on; None for a causal decoder."""
+    if spec.is_causal:
+        return None
+    return TileBuffer(spec) if spec.sees_whole_clip else WindowBuffer(spec)
 
 
 def chunk_starts(num_latents: int, chunk: int) -> range | list[int]:
@@ -291,15 +336,15 @@ class _Run:
             self._tile_states: list[State] = [{} for _ in range(self._layout.num_tiles)]
 
     @torch.no_grad()
-    def step(self, latents: Tensor, *, first: bool, last: bool) -> Tensor:
-        """The next frames, clamped."""
+    def step(self, latents: Tensor, *, first: bool, last: bool, clamp: bool = True) -> Tensor:
+        """The next frames; without `clamp` as they are, to be blended."""
         self._runtime.require_usable(latents)
         # A compiled step always gives its state, unless there is one step only: no third graph for the last.
         keep = not last or (self._compiles and not first)
         x = self._before(latents.to(device=self._device, dtype=self._dtype), self._before_state, first=first, keep=keep)
         frames = x if self._layout is None else self._in_tiles(x, first=first, keep=keep)
         self._runtime.require_finite(frames, latents)  # before infinite ones are clamped
-        return frames.clamp_(-1.0, 1.0)
+        return frames.clamp_(-1.0, 1.0) if clamp else frames
 
     def _in_tiles(self, x: Tensor, *, first: bool, keep: bool) -> Tensor:
         layout = cast(TileLayout, self._layout)

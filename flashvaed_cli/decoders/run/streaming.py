@@ -17,7 +17,8 @@ from torch import Tensor
 
 from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
 from flashvaed_cli.decoders.predict.lookahead import LatentWindow, latent_windows, time_halo, window_of
-from flashvaed_cli.decoders.spec.coders import DecoderSpec
+from flashvaed_cli.decoders.run.temporal_tiles import Blender, encode_in_tiles
+from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec
 from flashvaed_cli.errors import SpecError
 
 State = dict[str, Tensor]
@@ -40,15 +41,23 @@ def decode_step(
     """Decode one chunk of raw latents; returns its frames (not clamped) and the state for the next chunk.
 
     Raises:
-        SpecError: the decoder sees frames ahead, so that a chunk alone has no frames: use `DecodeRuntime`.
+        SpecError: the decoder sees frames ahead or whole clips, so that a chunk alone has no frames: use
+            `DecodeRuntime`.
     """
     if not decoder.spec.is_causal:
         raise SpecError(
-            f"the decoder of {decoder.spec.family} sees frames ahead (its kernels are centred in time), "
+            f"the decoder of {decoder.spec.family} {why_not_causal(decoder.spec)}, "
             "so it cannot be decoded step by step with a state"
         )
     future: State = {}
     return decoder(latents, past, future), future
+
+
+def why_not_causal(spec: CoderSpec) -> str:
+    """What keeps a coder from taking a clip chunk by chunk, as the end of a sentence about it."""
+    if spec.sees_whole_clip:
+        return "sees whole clips (by norms or attention over all their frames)"
+    return "sees frames ahead (its kernels are centred in time)"
 
 
 class WindowBuffer:
@@ -102,7 +111,8 @@ def iter_decode(
 ) -> Iterator[Float[Tensor, "B 3 F H W"]]:
     """Yield the frames of raw latents, `chunk` latent frames at a time, clamped to [-1, 1].
 
-    A decoder that sees frames ahead computes those around a chunk twice: see `lookahead`.
+    A decoder that sees frames ahead computes those around a chunk twice, one that sees whole clips takes its own tiles
+    in place of chunks: see `lookahead`.
 
     Args:
         chunk: latent frames per step; None decodes all at once (fastest on short clips, most memory).
@@ -115,9 +125,10 @@ def iter_decode(
     num_latents = latents.shape[2]
     chunk = num_latents if chunk is None else chunk
     if not decoder.spec.is_causal:
+        blender = Blender()
         for window in latent_windows(decoder.spec, num_latents, chunk):
             frames = decoder(latents[:, :, window.start : window.stop])
-            yield frames[:, :, window.keep_start : window.keep_stop].clamp(-1.0, 1.0)
+            yield blender.frames(frames, window).clamp(-1.0, 1.0)
         return
     past: State | None = None
     for start in range(0, num_latents, chunk):
@@ -153,11 +164,11 @@ def encode_step(
 
     Raises:
         SpecError: the chunk is not cut on a latent border, its sides are no multiple of the spatial factor, or it is
-            not the first and the encoder sees frames ahead: that one takes a video at once.
+            not the first and the encoder sees frames ahead or whole clips: that one takes a video at once.
     """
     if past is not None and not encoder.spec.is_causal:
         raise SpecError(
-            f"the encoder of {encoder.spec.family} sees frames ahead (its kernels are centred in time), "
+            f"the encoder of {encoder.spec.family} {why_not_causal(encoder.spec)}, "
             "so it takes a video at once, not in chunks"
         )
     kt, ks = encoder.spec.temporal_factor, encoder.spec.spatial_factor
@@ -168,6 +179,8 @@ def encode_step(
             f"got {list(pixels.shape[2:])}: pad the clip first"
         )
     future: State = {}
+    if encoder.spec.sees_whole_clip:
+        return encode_in_tiles(encoder, encoder.spec, pixels)[:, : encoder.spec.latent_width], future
     moments = encoder(pixels, past, future)
     return moments[:, : encoder.spec.latent_width], future
 
@@ -176,7 +189,7 @@ def encode(
     encoder: Encoder, pixels: Float[Tensor, "B 3 F H W"], *, chunk: int | None = None
 ) -> Float[Tensor, "B C T Hz Wz"]:
     """Encode frames in [-1, 1] to raw latents, `chunk` latent frames at a time (None: all at once, as do encoders that
-    see frames ahead)."""
+    see frames ahead; those that see whole clips take their own tiles)."""
     kt = encoder.spec.temporal_factor
     chunks = (
         [pixels]

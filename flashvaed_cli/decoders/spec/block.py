@@ -148,6 +148,11 @@ class Block(OmittingSpec):
         return any(norm.groups is not None for norm, _ in self.norms.values())
 
     @property
+    def sees_whole_clip(self) -> bool:
+        """Whether what a position gives depends on how long the clip is, so that the block cannot run in chunks."""
+        return any(norm.over == "clip" for norm, _ in self.norms.values())
+
+    @property
     def ends_stream(self) -> bool:
         """Whether a stage that it ends hands its channels to the next stage."""
         return False

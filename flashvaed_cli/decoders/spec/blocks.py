@@ -204,14 +204,21 @@ class ChainSpec(Block):
 
 
 class AttentionSpec(Block):
-    """Single-head self-attention over the positions of each frame, residual. `inner_width` is that of q, k and v."""
+    """Single-head self-attention, residual.
 
-    omitted_defaults: ClassVar[tuple[str, ...]] = ("norm",)
+    Attributes:
+        inner_width: that of q, k and v.
+        context: what a position attends to: all positions of its own frame, or those of its own and all earlier frames
+            of the clip.
+    """
+
+    omitted_defaults: ClassVar[tuple[str, ...]] = ("norm", "context")
 
     kind: Literal["attention"] = "attention"
     width: Width
     inner_width: Width
     norm: NormSpec = NormSpec()
+    context: Literal["frame", "clip"] = "frame"
 
     @property
     def norms(self) -> dict[str, tuple[NormSpec, int]]:
@@ -248,23 +255,32 @@ class AttentionSpec(Block):
         """It mixes all positions of a frame."""
         return True
 
+    @property
+    def sees_whole_clip(self) -> bool:
+        """Where it mixes frames: it keeps no keys and values of chunks that went before."""
+        return self.context == "clip" or super().sees_whole_clip
+
 
 class UpsampleSpec(Block):
     """Optional doubling in time, then nearest x2 in space and `spatial`.
 
     `temporal` gives 2 x width channels, which become two frames each: 1 + 2 (T - 1) frames. With `grows_first` the
     first frame of a video is doubled too: 2 T frames, of which the head drops those that stand before the first.
+    `repeats_frames`: in place of `temporal`, every frame but the first of a video comes twice: 1 + 2 (T - 1) frames.
     """
 
-    omitted_defaults: ClassVar[tuple[str, ...]] = ("grows_first",)
+    omitted_defaults: ClassVar[tuple[str, ...]] = ("grows_first", "repeats_frames")
 
     kind: Literal["upsample"] = "upsample"
     temporal: ConvSpec | None = None
     spatial: ConvSpec
     grows_first: bool = False
+    repeats_frames: bool = False
 
     @model_validator(mode="after")
     def _grows(self) -> UpsampleSpec:
+        if self.repeats_frames and self.temporal is not None:
+            raise ValueError("an upsampler doubles frames by a temporal layer or by repeating them, not by both")
         if self.grows_first and self.temporal is None:
             raise ValueError("an upsampler without a temporal layer doubles no frame, the first neither")
         return self
@@ -281,8 +297,8 @@ class UpsampleSpec(Block):
 
     @property
     def growth(self) -> Factor:
-        """Twice the size; twice the frames with `temporal`."""
-        return (1 if self.temporal is None else 2, 2, 2)
+        """Twice the size; twice the frames with `temporal` or `repeats_frames`."""
+        return (1 if self.temporal is None and not self.repeats_frames else 2, 2, 2)
 
     @property
     def enlarges_first(self) -> bool:
@@ -397,7 +413,7 @@ class ShuffleUpsampleSpec(Block):
 
 
 class StridedDownsampleSpec(Block):
-    """`conv` at every second frame (from the first), row and column: 1 + (T - 1) / 2 frames. Zeros all around."""
+    """`conv` with the stride `factor`, from the first frame on: 1 + (T - 1) / ft frames. Padded as `conv` says."""
 
     kind: Literal["strided_downsample"] = "strided_downsample"
     conv: ConvSpec

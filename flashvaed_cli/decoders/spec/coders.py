@@ -8,14 +8,14 @@ Imports no torch: recipes, tables and the command line read specs without paying
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, FiniteFloat, model_validator
 
 from flashvaed_cli.decoders.spec.blocks import BlockSpec, HeadSpec, UpsampleSpec
-from flashvaed_cli.decoders.spec.layers import ConvSpec, FrozenSpec, Width
+from flashvaed_cli.decoders.spec.layers import ConvSpec, FrozenSpec, OmittingSpec, Width
 from flashvaed_cli.errors import SpecError
-from flashvaed_cli.limits import MAX_FACTOR, MAX_STAGE_BLOCKS, MAX_STAGES
+from flashvaed_cli.limits import MAX_FACTOR, MAX_STAGE_BLOCKS, MAX_STAGES, MAX_TILE_LATENTS
 
 
 class BypassSpec(FrozenSpec):
@@ -84,14 +84,47 @@ class StageSpec(FrozenSpec):
         return self
 
 
-class CoderSpec(FrozenSpec):
+class TemporalTiles(FrozenSpec):
+    """How a coder that sees whole clips takes longer ones: in tiles of `length` latents that begin `stride` apart.
+
+    Each tile is a clip of its own. Where tiles overlap, the first frame of the later one is dropped, and the frames of
+    the further latents that both have are blended linearly, from the earlier tile to the later one.
+    """
+
+    length: int = Field(gt=0, le=MAX_TILE_LATENTS)
+    stride: int = Field(gt=0, le=MAX_TILE_LATENTS)
+
+    @model_validator(mode="after")
+    def _tiles_cover_clips(self) -> TemporalTiles:
+        if self.stride > self.length:
+            raise ValueError(f"tiles of {self.length} latents that begin {self.stride} apart leave latents out")
+        return self
+
+    @property
+    def overlap(self) -> int:
+        """Latents that two tiles share."""
+        return self.length - self.stride
+
+    def resized(self, length: int) -> TemporalTiles:
+        """Tiles of another length with the same overlap. Raises SpecError where that leaves nothing beside it."""
+        if length < 1:
+            raise SpecError(f"a clip holds at least 1 latent, not {length}")
+        if length <= self.overlap:
+            raise SpecError(f"clips of {length} latents leave nothing beside the {self.overlap} that they share")
+        return TemporalTiles(length=length, stride=length - self.overlap)
+
+
+class CoderSpec(OmittingSpec):
     """A whole encoder or decoder: stages in forward order, each a run of blocks.
 
     `temporal_factor` and `spatial_factor` are pixels per latent: frames = 1 + temporal_factor * (T - 1).
     The blocks see `patch` x `patch` pixels of a frame as channels of one position; `spatial_factor` counts pixels.
     `still`: no layer works in time, and the decoder is for single images (T = 1), whatever the `temporal_factor` of the
     latents' family.
+    `temporal_tiles`: of a coder that sees whole clips, how longer ones are cut; None: every clip is taken at once.
     """
+
+    omitted_defaults: ClassVar[tuple[str, ...]] = ("temporal_tiles",)
 
     family: str
     role: Literal["encoder", "decoder"]
@@ -100,6 +133,16 @@ class CoderSpec(FrozenSpec):
     spatial_factor: int = Field(gt=0, le=MAX_FACTOR)
     patch: int = Field(default=1, gt=0, le=MAX_FACTOR)
     still: bool = False
+    temporal_tiles: TemporalTiles | None = None
+
+    @model_validator(mode="after")
+    def _temporal_tiles_fit(self) -> CoderSpec:
+        tiles = self.temporal_tiles
+        if tiles is not None and not self.sees_whole_clip:
+            raise ValueError("only a coder that sees whole clips has tiles in time; others give the same frames in any")
+        if tiles is not None and self.temporal_factor > 1 and not tiles.overlap:
+            raise ValueError("tiles in time overlap where the first latent of a clip stands for a single frame")
+        return self
 
     @model_validator(mode="after")
     def _widths_chain(self) -> CoderSpec:
@@ -184,8 +227,13 @@ class CoderSpec(FrozenSpec):
 
     @property
     def is_causal(self) -> bool:
-        """Whether no layer sees frames ahead, so that chunks follow each other by a state alone."""
-        return all(layer.num_ahead == 0 for _, layer in self.layers())
+        """Whether no layer sees frames ahead or a whole clip, so that chunks follow each other by a state alone."""
+        return not self.sees_whole_clip and all(layer.num_ahead == 0 for _, layer in self.layers())
+
+    @property
+    def sees_whole_clip(self) -> bool:
+        """Whether frames depend on how long the clip is: by norms over clips, or attention over their frames."""
+        return any(block.sees_whole_clip for _, block in self.blocks())
 
     def stage(self, name: str) -> StageSpec:
         """The stage of that name. Raises KeyError."""
@@ -219,6 +267,20 @@ class DecoderSpec(CoderSpec):
     def with_blocks(self, changed: dict[str, BlockSpec]) -> DecoderSpec:
         """A copy with the blocks at the given addresses replaced; checked as a whole."""
         return DecoderSpec(**dict(super().with_blocks(changed)))
+
+    def with_clip_length(self, length: int | None) -> DecoderSpec:
+        """A copy that takes `length` latents at a time, which gives other frames; None: clips of any length at once.
+
+        Raises:
+            SpecError: the decoder gives the same frames whatever it takes at a time, or `length` does not fit.
+        """
+        if not self.sees_whole_clip:
+            raise SpecError(
+                f"no clip length: the decoder of {self.family} gives the same frames whatever it takes at a time"
+            )
+        whole = TemporalTiles(length=1, stride=1)
+        tiles = None if length is None else (self.temporal_tiles or whole).resized(length)
+        return self.model_copy(update={"temporal_tiles": tiles})
 
     @property
     def latent_width(self) -> int:

@@ -33,10 +33,13 @@ Kernel = tuple[_Taps, _Taps, _Taps]
 _Cells = Annotated[int, Field(gt=0, le=MAX_FACTOR)]
 Factor = tuple[_Cells, _Cells, _Cells]
 """Frames, rows and columns that one position becomes, or that become one."""
-SpacePadding = Literal["zeros", "reflect"]
-"""What a kernel reads beyond a frame: zeros, or the frame mirrored at its outermost pixels."""
-TimePadding = Literal["zeros", "first", "edges"]
-"""What a kernel reads beyond a video: zeros before it, its first frame again, or (centred) both edge frames again."""
+SpacePadding = Literal["zeros", "reflect", "replicate"]
+"""What a kernel reads beyond a frame: zeros, the frame mirrored at its outermost pixels, or those pixels again."""
+TimePadding = Literal["zeros", "first", "edges", "zeros_around"]
+"""What a kernel reads beyond a video: zeros before it, or its first frame again; centred: both edge frames again, or
+zeros before and after it."""
+CENTRED: frozenset[TimePadding] = frozenset({"edges", "zeros_around"})
+"""The paddings of kernels that see as many frames ahead as behind; the others are causal."""
 Activation = Literal["none", "relu", "silu"]
 
 PLAIN_OPERATORS: dict[Operator, Operator] = {
@@ -102,20 +105,23 @@ class NormSpec(OmittingSpec):
         gain: a factor per channel, `gamma`.
         shift: a summand per channel, `beta`.
         groups: runs of equally many channels that are normalised by their own mean and variance, each over a whole
-            frame; None: no GroupNorm.
+            frame, or over all frames of a clip; None: no GroupNorm.
     """
 
-    omitted_defaults: ClassVar[tuple[str, ...]] = ("groups",)
+    omitted_defaults: ClassVar[tuple[str, ...]] = ("groups", "over")
 
     eps: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     gain: bool = True
     shift: bool = False
     groups: Width | None = None
+    over: Literal["frame", "clip"] = "frame"
 
     @model_validator(mode="after")
     def _groups_have_an_eps(self) -> NormSpec:
         if self.groups is not None and self.eps is None:
             raise ValueError("a GroupNorm needs an eps, as frames without contrast have no variance")
+        if self.over == "clip" and self.groups is None:
+            raise ValueError("only GroupNorm has statistics over clips; the other norms are of single positions")
         return self
 
     def narrowed(self, width: int, kept: int) -> NormSpec:
@@ -151,8 +157,8 @@ class ConvSpec(OmittingSpec):
         subpixel2d [frame2d]: an upsampler's `spatial` (3x3) only: the nearest upsampling before it is folded into
             four 2x2 kernels on the small frames.
 
-    `time_padding`: `zeros` and `first` are causal, `edges` sees as many frames ahead as behind. A layer with one
-    temporal tap has none to choose.
+    `time_padding`: `zeros` and `first` are causal, `edges` and `zeros_around` see as many frames ahead as behind. A
+    layer with one temporal tap has none to choose.
     """
 
     omitted_defaults: ClassVar[tuple[str, ...]] = ("rank",)
@@ -183,7 +189,7 @@ class ConvSpec(OmittingSpec):
             raise ValueError(f"a stacked3d layer pads zeros in time, not {self.time_padding}")
         if self.enlarges and self.space_padding != "zeros":
             raise ValueError(f"a {self.operator} layer pads zeros around frames, not {self.space_padding}")
-        if self.time_padding == "edges" and self.kernel[0] % 2 == 0:
+        if self.time_padding in CENTRED and self.kernel[0] % 2 == 0:
             raise ValueError(f"a centred kernel has an odd number of temporal taps, not {self.kernel[0]}")
         if (self.operator == "lowrank3d") != (self.rank is not None):
             raise ValueError(f"rank {self.rank} in a {self.operator} layer: lowrank3d has one, no other operator has")
@@ -199,7 +205,7 @@ class ConvSpec(OmittingSpec):
     @property
     def num_ahead(self) -> int:
         """Frames behind a position that the layer reads for it: none where it is causal."""
-        return self.kernel[0] // 2 if self.time_padding == "edges" else 0
+        return self.kernel[0] // 2 if self.time_padding in CENTRED else 0
 
     @property
     def plain_operator(self) -> Operator:

@@ -1,7 +1,7 @@
 """A video decoder as one for single images: the same pixels for T = 1, by layers on frames alone.
 
-Before the first frame of a video a kernel reads zeros (or that frame again), and temporal upsamplers let it pass. So
-of each kernel only its last temporal tap counts (or the sum of all taps), and time is gone from the network.
+Around the only frame of a video a kernel reads zeros (or that frame again), and temporal upsamplers let it pass. So of
+each kernel only the temporal tap on that frame counts (or the sum of all taps), and time is gone from the network.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.modules.operators import Conv
 from flashvaed_cli.decoders.spec.blocks import AttentionSpec, BlockSpec, UpsampleSpec
 from flashvaed_cli.decoders.spec.coders import BypassSpec, DecoderSpec, StageSpec
-from flashvaed_cli.decoders.spec.layers import ConvSpec
+from flashvaed_cli.decoders.spec.layers import ConvSpec, NormSpec
 from flashvaed_cli.errors import SpecError
 
 _KINDS = ("conv", "resblock", "chain", "attention", "upsample", "head")
@@ -72,7 +72,9 @@ def _at_first_frame(layer: ConvSpec, key: str, kernel: Tensor) -> Tensor:
     has_time = kernel.ndim == 5 and not (layer.operator == "dwsep3d" and key == "weight")
     if not has_time or kernel.shape[2] == 1:
         return kernel
-    return kernel[:, :, -1:] if layer.time_padding == "zeros" else kernel.sum(2, keepdim=True)
+    if layer.time_padding in ("zeros", "zeros_around"):
+        return kernel[:, :, layer.num_past : layer.num_past + 1]
+    return kernel.sum(2, keepdim=True)
 
 
 def still_spec(spec: DecoderSpec, bypasses: Mapping[str, BypassSpec] | None = None) -> DecoderSpec:
@@ -85,22 +87,33 @@ def still_spec(spec: DecoderSpec, bypasses: Mapping[str, BypassSpec] | None = No
     for stage in spec.stages:
         bypass = None if stage.bypass is None else (bypasses or {}).get(stage.name, _plain_copies(stage.bypass))
         stages.append(StageSpec(name=stage.name, blocks=tuple(map(_still_block, stage.blocks)), bypass=bypass))
-    return DecoderSpec(**{**dict(spec), "stages": tuple(stages), "still": True})
+    return DecoderSpec(**{**dict(spec), "stages": tuple(stages), "still": True, "temporal_tiles": None})
 
 
 def _still_block(block: BlockSpec) -> BlockSpec:
+    norms = {
+        name: norm.model_copy(update={"over": "frame"})
+        for name in type(block).model_fields
+        if isinstance(norm := getattr(block, name), NormSpec)
+    }
     if isinstance(block, AttentionSpec):
-        return block
+        return block.model_copy(update={**norms, "context": "frame"})
     layers = {name: _still_layer(layer) for name, layer in block.layers.items() if name != "temporal"}
     if isinstance(block, UpsampleSpec):
         return UpsampleSpec(spatial=layers["spatial"])
-    return block.model_copy(update=layers)
+    return block.model_copy(update={**norms, **layers})
 
 
 def _still_layer(layer: ConvSpec) -> ConvSpec:
-    kernel = (1, *layer.kernel[1:])
     operator = "frame2d" if layer.operator == "causal3d" else layer.operator
-    return ConvSpec(operator=operator, in_width=layer.in_width, out_width=layer.out_width, kernel=kernel)
+    operator = "pointwise" if operator == "frame2d" and layer.kernel[1:] == (1, 1) else operator
+    return ConvSpec(
+        operator=operator,
+        in_width=layer.in_width,
+        out_width=layer.out_width,
+        kernel=(1, *layer.kernel[1:]),
+        space_padding=layer.space_padding,
+    )
 
 
 def _plain_copies(bypass: BypassSpec) -> BypassSpec:

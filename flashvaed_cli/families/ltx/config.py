@@ -9,7 +9,7 @@ Reference: the configurations of those files (facts only).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
 
@@ -27,6 +27,8 @@ from flashvaed_cli.errors import SpecError
 from flashvaed_cli.families.family import ConfigKeys, Contradiction
 
 SpecT = TypeVar("SpecT", bound=CoderSpec)
+
+_SPACE_PADDINGS: tuple[SpacePadding, ...] = ("zeros", "reflect")
 
 SEPARABLE_CAUSAL = "separable_causal"
 """The key that says so of a student; the released Flash-VAED student of LTX pads its depthwise layers causally."""
@@ -244,8 +246,8 @@ def _space_padding(config: Mapping[str, Any], *keys: str) -> SpacePadding | None
     """The first that is given; all that are given must be known."""
     said = {key: value for key in keys if (value := config.get(key)) is not None}
     for key, value in said.items():
-        if value not in get_args(SpacePadding):
-            raise SpecError(f"{key} is {value!r}; supported: {', '.join(get_args(SpacePadding))}")
+        if value not in _SPACE_PADDINGS:
+            raise SpecError(f"{key} is {value!r}; supported: {', '.join(_SPACE_PADDINGS)}")
     return next(iter(said.values()), None)
 
 

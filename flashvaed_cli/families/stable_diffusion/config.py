@@ -22,9 +22,9 @@ MULTIPLIERS = (1, 2, 4, 4)
 NUM_GROUPS = 32
 """Of every norm of the releases; `norm_num_groups` of a configuration wins."""
 
-_EACH_GROUPS = "decoder_norm_groups"
+EACH_GROUPS = "decoder_norm_groups"
 """Our own key, of decoders with norms that pruning has left fewer groups: those of each norm, in forward order."""
-_QUANT_KEYS = {"decoder": "use_post_quant_conv", "encoder": "use_quant_conv"}
+QUANT_KEYS = {"decoder": "use_post_quant_conv", "encoder": "use_quant_conv"}
 _QUANT_STAGES = {"decoder": "post_quant", "encoder": "quant"}
 _CLASS_SCALING = 0.18215  # what the class takes where a configuration has none, as the oldest do not
 
@@ -45,10 +45,10 @@ def configured(spec: SpecT, config: Mapping[str, Any]) -> SpecT:
     Raises:
         SpecError: a value that is not supported; names the key.
     """
-    has_quant = config.get(_QUANT_KEYS[spec.role])
+    has_quant = config.get(QUANT_KEYS[spec.role])
     if has_quant is not None:
         if not isinstance(has_quant, bool):
-            raise SpecError(f"{_QUANT_KEYS[spec.role]} is {has_quant!r}; supported: true, false")
+            raise SpecError(f"{QUANT_KEYS[spec.role]} is {has_quant!r}; supported: true, false")
         spec = _with_quant(spec, has_quant=has_quant)
     return _with_groups(spec, _groups_of(spec, config))
 
@@ -60,14 +60,14 @@ def described(spec: CoderSpec) -> dict[str, Any]:
         return {}
     found: dict[str, Any] = {
         "norm_num_groups": Counter(groups).most_common(1)[0][0],
-        _QUANT_KEYS[spec.role]: _has_quant(spec),
+        QUANT_KEYS[spec.role]: _has_quant(spec),
     }
-    return {**found, _EACH_GROUPS: groups} if spec.role == "decoder" and set(groups) != {NUM_GROUPS} else found
+    return {**found, EACH_GROUPS: groups} if spec.role == "decoder" and set(groups) != {NUM_GROUPS} else found
 
 
 def contradictions(spec: CoderSpec, config: Mapping[str, Any]) -> Iterator[Contradiction]:
     """A 1x1 layer beside the latent that the configuration has and the weights lack, or the other way round."""
-    key = _QUANT_KEYS[spec.role]
+    key = QUANT_KEYS[spec.role]
     if key in config and config[key] is not _has_quant(spec):
         yield Contradiction(key, config[key], _has_quant(spec))
 
@@ -105,14 +105,14 @@ def said_of_others(
 
 
 def _groups_of(spec: CoderSpec, config: Mapping[str, Any]) -> list[int]:
-    number, each = len(_norm_groups(spec)), config.get(_EACH_GROUPS)
+    number, each = len(_norm_groups(spec)), config.get(EACH_GROUPS)
     if each is None or spec.role != "decoder":
         groups = config.get("norm_num_groups", NUM_GROUPS)
         if not _is_count(groups):
             raise SpecError(f"norm_num_groups is {groups!r:.40}; supported: a whole number above 0")
         return [groups] * number
     if not isinstance(each, list | tuple) or len(each) != number or not all(map(_is_count, each)):
-        raise SpecError(f"{_EACH_GROUPS} is {each!r:.80}; supported: {number} whole numbers above 0")
+        raise SpecError(f"{EACH_GROUPS} is {each!r:.80}; supported: {number} whole numbers above 0")
     return list(each)
 
 
@@ -166,7 +166,7 @@ CONFIG_KEYS = ConfigKeys(
         "up_block_types": (("UpDecoderBlock2D",) * len(MULTIPLIERS),),
         "mid_block_add_attention": (True,),
     },
-    read=frozenset({*_QUANT_KEYS.values(), "norm_num_groups", "shift_factor", _EACH_GROUPS}),
+    read=frozenset({*QUANT_KEYS.values(), "norm_num_groups", "shift_factor", EACH_GROUPS}),
     idle=frozenset({"sample_size", "force_upcast"}),
     latent_key="latent_channels",
     widths=dict.fromkeys(("decoder", "encoder"), (("block_out_channels", MULTIPLIERS),)),

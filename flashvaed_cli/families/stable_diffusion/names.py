@@ -27,13 +27,15 @@ _NUM_STAGES = 4
 _NUM_RESBLOCKS = {"decoder": 3, "encoder": 2}
 _JOINED = "qkv"
 # What attention calls queries, keys, values and the projection: in the order in which names are tried.
-_ORIGINAL_ATTENTION = (("q", "k", "v", "proj_out"),)
-_DIFFUSERS_ATTENTION = (("to_q", "to_k", "to_v", "to_out.0"), ("query", "key", "value", "proj_attn"))
+ORIGINAL_ATTENTION = (("q", "k", "v", "proj_out"),)
+DIFFUSERS_ATTENTION = (("to_q", "to_k", "to_v", "to_out.0"), ("query", "key", "value", "proj_attn"))
+# Parts of names in a decoder that looks at other frames, beside all names of one that does not.
+_IN_TIME = (".temporal_res_block.", ".time_stack.")
 # Of a trainer's file: its loss with a discriminator, a running average under names without dots.
 _NOT_THE_VAE = ("loss.", "model_ema.")
 
 
-def _original_places() -> dict[Role, dict[str, str]]:
+def original_places() -> dict[Role, dict[str, str]]:
     decoder = {"post_quant.0": "post_quant_conv", "conv_in.0": "decoder.conv_in", "head.0": "decoder"}
     encoder = {"conv_in.0": "encoder.conv_in", "head.0": "encoder", "quant.0": "quant_conv"}
     for role, places in (("decoder", decoder), ("encoder", encoder)):
@@ -48,7 +50,7 @@ def _original_places() -> dict[Role, dict[str, str]]:
     return {"decoder": decoder, "encoder": encoder}
 
 
-def _diffusers_places() -> dict[Role, dict[str, str]]:
+def diffusers_places() -> dict[Role, dict[str, str]]:
     decoder = {"post_quant.0": "post_quant_conv", "conv_in.0": "decoder.conv_in", "head.0": "decoder"}
     encoder = {"conv_in.0": "encoder.conv_in", "head.0": "encoder", "quant.0": "quant_conv"}
     for role, places in (("decoder", decoder), ("encoder", encoder)):
@@ -62,7 +64,7 @@ def _diffusers_places() -> dict[Role, dict[str, str]]:
     return {"decoder": decoder, "encoder": encoder}
 
 
-def _prepare(
+def join_attention(
     attention: tuple[tuple[str, ...], ...], tensors: Mapping[str, Tensor], _config: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """One tensor of queries, keys and values, and the projection under its present name."""
@@ -78,12 +80,19 @@ def _prepare(
     return prepared
 
 
-def _finish(attention: tuple[str, ...], is_linear: bool, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The way back: three tensors, as linear layers or 1x1 convolutions, and no axis of time in dense kernels."""
-    finished: dict[str, Tensor] = {}
+def finish_attention(attention: tuple[str, ...], is_linear: bool, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The way back: attention in parts, and no axis of time in dense kernels."""
+    flat: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         is_separable = ".depthwise_conv." in name or ".pointwise_conv." in name
-        tensor = tensor.squeeze(2) if tensor.ndim == 5 and not is_separable else tensor
+        flat[name] = tensor.squeeze(2) if tensor.ndim == 5 and not is_separable else tensor
+    return split_attention(attention, flat, is_linear=is_linear)
+
+
+def split_attention(attention: tuple[str, ...], tensors: Mapping[str, Tensor], *, is_linear: bool) -> dict[str, Tensor]:
+    """Queries, keys, values and the projection as tensors of their own: linear layers, or 1x1 convolutions."""
+    finished: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
         place, _, end = name.rpartition(f".{_JOINED}.")
         if not place:
             is_projection = is_linear and name.endswith(f".{attention[-1]}.weight")
@@ -94,7 +103,7 @@ def _finish(attention: tuple[str, ...], is_linear: bool, tensors: Mapping[str, T
     return finished
 
 
-def _implied(names: Iterable[str]) -> dict[str, Any]:
+def has_quant_layers(names: Iterable[str]) -> dict[str, Any]:
     """Whether there are 1x1 layers beside the latent."""
     names = list(names)
     keys = {"use_quant_conv": "quant_conv.", "use_post_quant_conv": "post_quant_conv."}
@@ -107,6 +116,8 @@ def _denial(family: Family) -> Callable[[Mapping[str, tuple[int, ...]], Mapping[
     others, own = [1 / one.latent_std[0] for one in alike], 1 / family.latent_std[0]
 
     def deny(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> str | None:
+        if in_time := next((name for name in shapes if any(part in name for part in _IN_TIME)), None):
+            return f"no place for {in_time}, which works in time"
         entry, end = shapes.get("decoder.conv_in.weight", ()), shapes.get("encoder.conv_out.weight", ())
         found = entry[1] if len(entry) == 4 else end[0] // 2 if len(end) == 4 else None
         if found is not None and found != family.latent_width:
@@ -117,8 +128,8 @@ def _denial(family: Family) -> Callable[[Mapping[str, tuple[int, ...]], Mapping[
 
 
 _RESBLOCK = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2"}
-_PLACES = {"original": _original_places(), "diffusers": _diffusers_places()}
-_LAYERS: dict[str, dict[str, dict[str, str]]] = {
+_PLACES = {"original": original_places(), "diffusers": diffusers_places()}
+LAYERS: dict[str, dict[str, dict[str, str]]] = {
     "original": {
         "conv": {"conv": ""},
         "resblock": {**_RESBLOCK, "shortcut": "nin_shortcut"},
@@ -158,17 +169,17 @@ ARGUMENTS = (
 
 def _layout(family: Family, kind: str) -> Layout:
     is_diffusers = kind == "diffusers"
-    attention = _DIFFUSERS_ATTENTION if is_diffusers else _ORIGINAL_ATTENTION
+    attention = DIFFUSERS_ATTENTION if is_diffusers else ORIGINAL_ATTENTION
     return Layout(
         name=f"{family.name}-{kind}",
         family=family.name,
         places=_PLACES[kind],
-        layers=_LAYERS[kind],
+        layers=LAYERS[kind],
         config_class="AutoencoderKL" if is_diffusers else None,
         gain="weight",
-        prepare=partial(_prepare, attention),
-        implied=_implied,
-        finish=partial(_finish, attention[0], is_diffusers),
+        prepare=partial(join_attention, attention),
+        implied=has_quant_layers,
+        finish=partial(finish_attention, attention[0], is_diffusers),
         denied=_denial(family),
         statistics_config=statistics_config,
         arguments=ARGUMENTS if is_diffusers else (),

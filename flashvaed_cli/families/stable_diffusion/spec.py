@@ -43,12 +43,12 @@ SPATIAL_FACTOR = 8
 BASE_WIDTH = 128
 
 
-def _norm(base_width: int) -> NormSpec:
+def group_norm(base_width: int) -> NormSpec:
     """The releases' 32 groups; toys have as many as their base width can be parted into."""
     return NormSpec(eps=1e-6, shift=True, groups=math.gcd(NUM_GROUPS, base_width))
 
 
-def _resblock(in_width: int, out_width: int, norm: NormSpec) -> ResBlockSpec:
+def frame_resblock(in_width: int, out_width: int, norm: NormSpec) -> ResBlockSpec:
     return ResBlockSpec(
         conv1=frame_conv(in_width, out_width),
         conv2=frame_conv(out_width, out_width),
@@ -58,19 +58,19 @@ def _resblock(in_width: int, out_width: int, norm: NormSpec) -> ResBlockSpec:
 
 
 def _mid_stage(width: int, norm: NormSpec) -> StageSpec:
-    block = _resblock(width, width, norm)
+    block = frame_resblock(width, width, norm)
     return StageSpec(name="mid", blocks=(block, AttentionSpec(width=width, inner_width=width, norm=norm), block))
 
 
 def kl_decoder_spec(family: str, has_quant: bool, base_width: int, latent_width: int) -> DecoderSpec:
     """The original decoder of a variant at a base width (128: the releases)."""
-    norm = _norm(base_width)
+    norm = group_norm(base_width)
     widths = [base_width * m for m in (MULTIPLIERS[-1], *reversed(MULTIPLIERS))]
     stages = [post_quant_stage(latent_width)] if has_quant else []
     stages.append(StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=frame_conv(latent_width, widths[0])),)))
     stages.append(_mid_stage(widths[0], norm))
     for i, (in_width, width) in enumerate(pairwise(widths)):
-        blocks: list[BlockSpec] = [_resblock(w, width, norm) for w in (in_width, width, width)]
+        blocks: list[BlockSpec] = [frame_resblock(w, width, norm) for w in (in_width, width, width)]
         if i < len(MULTIPLIERS) - 1:
             blocks.append(UpsampleSpec(spatial=frame_conv(width, width)))
         stages.append(StageSpec(name=f"up{i}", blocks=tuple(blocks)))
@@ -80,11 +80,11 @@ def kl_decoder_spec(family: str, has_quant: bool, base_width: int, latent_width:
 
 def kl_encoder_spec(family: str, has_quant: bool, base_width: int, latent_width: int) -> EncoderSpec:
     """The original encoder of a variant at a base width (128: the releases)."""
-    norm, moments = _norm(base_width), 2 * latent_width
+    norm, moments = group_norm(base_width), 2 * latent_width
     widths = [base_width * m for m in (1, *MULTIPLIERS)]
     stages = [StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=frame_conv(3, widths[0])),))]
     for i, (in_width, width) in enumerate(pairwise(widths)):
-        blocks: list[BlockSpec] = [_resblock(in_width, width, norm), _resblock(width, width, norm)]
+        blocks: list[BlockSpec] = [frame_resblock(in_width, width, norm), frame_resblock(width, width, norm)]
         if i < len(MULTIPLIERS) - 1:
             blocks.append(DownsampleSpec(spatial=frame_conv(width, width)))
         stages.append(StageSpec(name=f"down{i}", blocks=tuple(blocks)))

@@ -18,9 +18,10 @@ _SIDES = ("crop_size", "max_side")
 
 
 def latent_grid(vae: Checkpoint) -> LatentGrid:
-    """What the VAE compresses by."""
+    """What the VAE compresses by, and the longest clip that its decoder takes at once."""
     spec = vae.require_decoder().spec
-    return LatentGrid(spec.temporal_factor, spec.spatial_factor)
+    tiles = spec.temporal_tiles
+    return LatentGrid(spec.temporal_factor, spec.spatial_factor, None if tiles is None else tiles.length)
 
 
 def fitted_to_vae(
@@ -47,7 +48,7 @@ def fitted_to_vae(
     if said:
         reasons = []
         if "num_frames" in said:
-            reasons.append("single frames" if still else f"1 + {grid.temporal_factor} n frames")
+            reasons.append("single frames" if still else frames_taken(grid))
         if set(_SIDES) & set(said):
             reasons.append(f"sides that {grid.spatial_factor} divides")
         taken = " and ".join(f"{_flag(name)} {wanted[name]} is taken as {changed[name]}" for name in said)
@@ -67,6 +68,16 @@ def whole_side(name: str, side: int, grid: LatentGrid) -> int:
             f"pixels. Give {grid.spatial_factor} or more, or 0 for no limit."
         )
     return side // grid.spatial_factor * grid.spatial_factor
+
+
+def frames_taken(grid: LatentGrid) -> str:
+    """The numbers of frames that a VAE takes, in words."""
+    frames = f"1 + {grid.temporal_factor} n frames"
+    return (
+        frames
+        if grid.clip_length is None
+        else f"{frames}, {1 + grid.temporal_factor * (grid.clip_length - 1)} at most as one clip"
+    )
 
 
 def _flag(name: str) -> str:

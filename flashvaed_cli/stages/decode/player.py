@@ -32,11 +32,14 @@ class Player:
         Raises:
             ArtifactError: no decoder.
             DecodeError: it is to be compiled, and this machine has no compiler.
+            SpecError: a clip length that it does not have, or that does not fit.
         """
         self.latent_width = checkpoint.latent_width
         self._checkpoint, self._recipe, self._device = checkpoint, recipe, device
         decoder = plain_decoder(checkpoint.require_decoder()).to(device)
         self._decoder = exact_decoder(decoder, device_type=device.type)
+        spec = decoder.spec
+        self.spec = spec if recipe.clip_length is None else spec.with_clip_length(recipe.clip_length)
         memory = None if recipe.max_memory is None else parse_memory(recipe.max_memory)
         self._asked = Limits(recipe.chunk, recipe.tile, memory)
         self._runtime: tuple[Limits, DecodeRuntime] | None = None
@@ -53,7 +56,7 @@ class Player:
         """
         _, _, num_latents, height, width = latents.shape
         grid = (num_latents, height, width)
-        limits = streaming_limits(self._decoder.spec, grid, self._asked, self._recipe.dtype, self._device)
+        limits = streaming_limits(self.spec, grid, self._asked, self._recipe.dtype, self._device)
         runtime = self._prepared(limits)
         self.plan = runtime.plan(latents)
         starts = [*chunk_starts(num_latents, self.plan.chunk), num_latents]
@@ -70,6 +73,7 @@ class Player:
                 dtype=DTYPES[self._recipe.dtype],
                 compile=self._recipe.compile,
                 max_memory_bytes=limits.max_memory_bytes,
+                clip_length=self._recipe.clip_length,
             )
             self._runtime = (limits, DecodeRuntime(self._decoder, settings))
         return self._runtime[1]

@@ -10,6 +10,7 @@ from io import BufferedIOBase
 from pathlib import Path
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint
+from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.errors import DecodeError, FlashVaedError, MediaError
 from flashvaed_cli.families.registry import get_family
 from flashvaed_cli.media.latent_files import is_latent_file, load_latents
@@ -91,7 +92,7 @@ def run_decode(
         "videos": course.decoded,
         "failed": course.failed,
     }
-    notes = (*_scale_notes(clips), *course.notes)
+    notes = (*_scale_notes(clips), *_clip_notes(recipe, player.spec), *course.notes)
     return StageOutcome(tuple(course.paths), (_table(course.decoded, location),), figures, notes)
 
 
@@ -205,6 +206,18 @@ def _table(decoded: Sequence[dict[str, Cell]], location: str) -> TableData:
     }
     rows = tuple(tuple(record[key] for key in columns) for record in decoded)
     return TableData(f"Decoded with {location}", tuple(columns.values()), rows)
+
+
+def _clip_notes(recipe: DecodeRecipe, spec: DecoderSpec) -> tuple[str, ...]:
+    """What becomes of chunks where clips are decoded whole."""
+    if recipe.chunk is None or not spec.sees_whole_clip:
+        return ()
+    tiles = spec.temporal_tiles
+    taken = "each clip at once" if tiles is None else f"clips of {tiles.length} latents at once"
+    return (
+        f"--chunk {recipe.chunk} plays no role: this decoder sees whole clips, and takes {taken}. --clip-length gives "
+        "shorter ones, and other frames",
+    )
 
 
 def _scale_notes(clips: Sequence[Clip]) -> tuple[str, ...]:

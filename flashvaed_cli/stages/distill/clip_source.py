@@ -36,7 +36,7 @@ from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.distill import DistillRecipe
 from flashvaed_cli.recipe.fields import LatentScale
 from flashvaed_cli.stages.common.clips import encode_clip, find_data, scale_of, to_raw
-from flashvaed_cli.stages.common.fitted_clips import latent_grid
+from flashvaed_cli.stages.common.fitted_clips import frames_taken, latent_grid
 from flashvaed_cli.stages.common.loading import Inputs
 from flashvaed_cli.stages.distill.validation import validation_files
 
@@ -181,8 +181,8 @@ def training_buckets(recipe: DistillRecipe, grid: LatentGrid, *, still: bool = F
         )
         if near != (frames, height, width):
             raise MediaError(
-                f"The bucket {frames}x{height}x{width} does not fit the VAE, which takes 1 + {grid.temporal_factor} n "
-                f"frames and sides that {grid.spatial_factor} divides: give {'x'.join(map(str, near))}, say."
+                f"The bucket {frames}x{height}x{width} does not fit the VAE, which takes {frames_taken(grid)} and "
+                f"sides that {grid.spatial_factor} divides: give {'x'.join(map(str, near))}, say."
             )
     return tuple(Bucket(*bucket) for bucket in dict.fromkeys(recipe.buckets))
 

@@ -154,7 +154,8 @@ def _jobs(
         skipped.append("no streaming graph: an image has no next step")
     elif not decoder.spec.is_causal:
         kinds = ("clip",)
-        skipped.append("no streaming graph: this decoder sees frames ahead, so a step alone has no frames")
+        sight = "whole clips" if decoder.spec.sees_whole_clip else "frames ahead"
+        skipped.append(f"no streaming graph: this decoder sees {sight}, so a step alone has no frames")
     path = folder / f"{name}.onnx"
     yield "onnx", lambda: export_onnx(decoder, path, options=options, kinds=kinds, progress=progress)
 

@@ -48,7 +48,8 @@ class StageFacts:
 class CoderFacts:
     """A decoder or an encoder. `gflop` and the stages' are None and 0 for encoders, which are not counted.
 
-    `shape` is that of a light decoder; None: the family's own blocks.
+    `shape` is that of a light decoder; None: the family's own blocks. `whole_clips` says how one that sees whole clips
+    takes them; None of others.
     """
 
     parameters: int
@@ -57,6 +58,7 @@ class CoderFacts:
     temporal_factor: int
     spatial_factor: int
     is_causal: bool
+    whole_clips: str | None
     is_still: bool
     gflop: float | None
     stages: tuple[StageFacts, ...]
@@ -229,10 +231,20 @@ def _coder_facts(coder: Decoder | Encoder | None, size: tuple[int, int, int] | N
         temporal_factor=spec.temporal_factor,
         spatial_factor=spec.spatial_factor,
         is_causal=spec.is_causal,
+        whole_clips=_whole_clips(spec),
         is_still=spec.still,
         gflop=None if size is None else sum(cost.flop for cost in costs) / 1e9,
         stages=stages,
     )
+
+
+def _whole_clips(spec: CoderSpec) -> str | None:
+    if not spec.sees_whole_clip:
+        return None
+    if (tiles := spec.temporal_tiles) is None:
+        return "sees whole clips: of any length, at once"
+    shared = f", {tiles.overlap} shared with the next and blended" if tiles.overlap else ""
+    return f"sees whole clips: of {tiles.length} latents{shared}; longer ones are cut so"
 
 
 def _widths(spec: CoderSpec, stage: str) -> tuple[int, ...]:

@@ -112,6 +112,7 @@ def _widths(widths: Iterable[int]) -> str:
     return " > ".join(map(str, widths))
 
 
+_STREAMING = {True: "causal: any chunk, same frames", False: "sees ahead: chunks overlap"}
 _ROWS: dict[str, Callable[[FileFacts], str | None]] = {
     "kind": lambda facts: facts.kind,
     "family": lambda facts: facts.family,
@@ -131,9 +132,7 @@ _ROWS: dict[str, Callable[[FileFacts], str | None]] = {
         )
     ),
     "latent statistics": lambda facts: "there" if facts.latent_statistics else "absent: raw latents only",
-    "streaming": _of_decoder(
-        lambda decoder: "causal: any chunk, same frames" if decoder.is_causal else "sees ahead: chunks overlap"
-    ),
+    "streaming": _of_decoder(lambda decoder: decoder.whole_clips or _STREAMING[decoder.is_causal]),
     "operators": _of_decoder(lambda decoder: _counts(_all_operators(decoder))),
     "written by": _of_header(_written_by),
     "command": _of_header(lambda header: printable_line(header.command_line, _MAX_COMMAND_CHARS)),

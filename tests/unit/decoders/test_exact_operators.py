@@ -17,7 +17,15 @@ from flashvaed_cli.decoders.modules.exact_operators import fold_phases
 from flashvaed_cli.decoders.modules.memory_format import channels_last, use_channels_last
 from flashvaed_cli.decoders.modules.operators import Conv, Future, Past, batch_as_frames, build_conv, frames_as_batch
 from flashvaed_cli.decoders.predict import winograd_strips
-from flashvaed_cli.decoders.spec.layers import PLAIN_OPERATORS, ConvSpec, Kernel, Operator, SpacePadding, TimePadding
+from flashvaed_cli.decoders.spec.layers import (
+    CENTRED,
+    PLAIN_OPERATORS,
+    ConvSpec,
+    Kernel,
+    Operator,
+    SpacePadding,
+    TimePadding,
+)
 from flashvaed_cli.errors import SpecError
 
 TWINS: list[tuple[Operator, Kernel]] = [
@@ -75,12 +83,12 @@ def pair(
 
 def paddings(operator: Operator, kernel: Kernel) -> list[tuple[TimePadding, SpacePadding]]:
     """All that a twin knows."""
-    in_time: list[TimePadding] = ["zeros", "first", "edges"]
+    in_time: list[TimePadding] = ["zeros", "first", "edges", "zeros_around"]
     if kernel[0] == 1 or operator == "stacked3d":
         in_time = ["zeros"]
     elif kernel[0] % 2 == 0:
         in_time = ["zeros", "first"]
-    in_space: list[SpacePadding] = ["zeros"] if operator == "subpixel2d" else ["zeros", "reflect"]
+    in_space: list[SpacePadding] = ["zeros"] if operator == "subpixel2d" else ["zeros", "reflect", "replicate"]
     return [(time, space) for time in in_time for space in in_space]
 
 
@@ -121,7 +129,7 @@ def test_same_frames_and_state(
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last_3d)
     past: dict[str, Tensor] | None = None
-    if later_chunk and in_time != "edges":
+    if later_chunk and in_time not in CENTRED:
         past = {"here": torch.randn(b, widths[0], kernel[0] - 1, h, w, dtype=torch.float64)}
     expected_future: dict[str, Tensor] = {}
     future: dict[str, Tensor] = {}
@@ -133,7 +141,7 @@ def test_same_frames_and_state(
 
 
 @given(
-    twin=st.sampled_from([twin for twin in PADDED if twin[2] != "edges"]),
+    twin=st.sampled_from([twin for twin in PADDED if twin[2] not in CENTRED]),
     chunks=st.lists(st.integers(1, 4), min_size=1, max_size=4),
 )
 def test_chunks_give_the_frames_of_the_whole(
@@ -160,7 +168,7 @@ def test_frames_too_small_to_be_mirrored_are_refused(operator: Operator) -> None
 
 
 @pytest.mark.parametrize("few", [0, 1000])
-@pytest.mark.parametrize("space_padding", ["zeros", "reflect"])
+@pytest.mark.parametrize("space_padding", ["zeros", "reflect", "replicate"])
 def test_wide_kernels_are_not_laid_out_again(
     monkeypatch: pytest.MonkeyPatch, space_padding: SpacePadding, few: int
 ) -> None:
@@ -210,7 +218,7 @@ def test_bfloat16(operator: Operator, kernel: Kernel) -> None:
 
 
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("space_padding", ["zeros", "reflect"])
+@pytest.mark.parametrize("space_padding", ["zeros", "reflect", "replicate"])
 @pytest.mark.parametrize("height", [9, 12, 25, 27])
 def test_strips_do_not_show(
     monkeypatch: pytest.MonkeyPatch, height: int, space_padding: SpacePadding, grad: bool

@@ -143,3 +143,13 @@ def test_an_encoder_that_sees_ahead_takes_a_video_at_once() -> None:
         _, past = encode_step(encoder, pixels[:, :, :9], None)
         with pytest.raises(SpecError, match="takes a video at once"):
             encode_step(encoder, pixels[:, :, 9:], past)
+
+
+@torch.no_grad()
+def test_zeros_around_a_clip_are_not_those_of_a_window() -> None:
+    """Chunks read as far around as they must, and meet the padding at the ends of the clip alone."""
+    spec = with_time_padding(short_sighted(ltx_spec()), "zeros_around")
+    decoder = ltx_decoder(spec).double()
+    assert not spec.is_causal and time_halo(spec) == time_halo(short_sighted(ltx_spec()))
+    x = latents(6)
+    assert (decode(decoder, x, chunk=1) - decode(decoder, x)).abs().max() < ROUNDING

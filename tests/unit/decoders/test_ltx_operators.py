@@ -49,14 +49,17 @@ def layer(time_padding: TimePadding, space_padding: SpacePadding = "zeros", oper
 def padded(x: Tensor, time_padding: TimePadding, space_padding: SpacePadding) -> Tensor:
     """By hand: frame indices instead of copies."""
     t = x.shape[2]
-    at = {"first": range(-2, t), "edges": range(-1, t + 1)}[time_padding]
-    x = x[:, :, [min(max(i, 0), t - 1) for i in at]]
-    mode = "reflect" if space_padding == "reflect" else "constant"
+    if time_padding == "zeros_around":
+        x = F.pad(x, (0, 0, 0, 0, 1, 1))
+    else:
+        at = {"first": range(-2, t), "edges": range(-1, t + 1)}[time_padding]
+        x = x[:, :, [min(max(i, 0), t - 1) for i in at]]
+    mode = "constant" if space_padding == "zeros" else space_padding
     return F.pad(x, (1, 1, 1, 1, 0, 0), mode=mode)
 
 
-@pytest.mark.parametrize("space_padding", ["zeros", "reflect"])
-@pytest.mark.parametrize("time_padding", ["first", "edges"])
+@pytest.mark.parametrize("space_padding", ["zeros", "reflect", "replicate"])
+@pytest.mark.parametrize("time_padding", ["first", "edges", "zeros_around"])
 def test_padding_by_hand(time_padding: TimePadding, space_padding: SpacePadding) -> None:
     x = torch.randn(2, 3, 4, 5, 6, dtype=torch.float64)
     conv = layer(time_padding, space_padding)
@@ -70,8 +73,8 @@ def test_padding_by_hand(time_padding: TimePadding, space_padding: SpacePadding)
 
 
 @pytest.mark.parametrize("operator", ["tapwise3d", "winograd3d"])
-@pytest.mark.parametrize("space_padding", ["zeros", "reflect"])
-@pytest.mark.parametrize("time_padding", ["first", "edges"])
+@pytest.mark.parametrize("space_padding", ["zeros", "reflect", "replicate"])
+@pytest.mark.parametrize("time_padding", ["first", "edges", "zeros_around"])
 def test_exact_twins_know_the_padding(time_padding: TimePadding, space_padding: SpacePadding, operator: str) -> None:
     plain, twin = (layer(time_padding, space_padding, operator=name) for name in ("causal3d", operator))
     twin.load_state_dict(plain.state_dict())
@@ -87,6 +90,7 @@ def test_specs_refuse_padding_that_cannot_be() -> None:
     for changes in (
         {"kernel": (1, 3, 3), "time_padding": "first"},
         {"kernel": (2, 3, 3), "time_padding": "edges"},
+        {"kernel": (2, 3, 3), "time_padding": "zeros_around"},
         {"operator": "stacked3d", "time_padding": "first"},
         {"operator": "subpixel2d", "kernel": (1, 3, 3), "space_padding": "reflect"},
     ):

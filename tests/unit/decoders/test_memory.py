@@ -64,8 +64,8 @@ def num_bytes(key):
 torch.set_num_threads(1)
 layout, width, chunk, tile, dtype = json.loads(sys.argv[1])
 build = {"flash": lambda w: paper_layout(w, 0.125), "wan2.2": lambda w: wan22_decoder_spec(w, 16)}
-build["ltx-2"] = lambda w: get_family("ltx-2").decoder_spec(w, 16)
-spec = build.get(layout, wan_decoder_spec)(width)
+build |= {name: get_family(name).decoder_spec for name in ("ltx-2", "hunyuanvideo")}
+spec = build.get(layout, wan_decoder_spec)(width, *([16] if layout in ("ltx-2", "hunyuanvideo") else []))
 decoder = Decoder(exact_spec(spec)).requires_grad_(False)
 settings = DecodeSettings(chunk=chunk, tile=tile, dtype=getattr(torch, dtype), max_memory_bytes=10**12)
 runtime = DecodeRuntime(decoder, settings)
@@ -87,6 +87,7 @@ CASES = [
     ("flash", 32, 1, None, "float32"),
     ("wan2.2", 8, None, None, "float32"),
     ("ltx-2", 16, None, None, "float32"),
+    ("hunyuanvideo", 16, None, None, "float32"),
 ]
 
 

@@ -44,8 +44,8 @@ def test_a_bypass_in_time_keeps_the_copies_of_the_first_frame() -> None:
         )
 
 
-@pytest.mark.parametrize("padding", ["first", "edges"])
-def test_a_repeated_first_frame_sums_the_taps(padding: str) -> None:
+@pytest.mark.parametrize("padding", ["first", "edges", "zeros_around"])
+def test_a_repeated_first_frame_sums_the_taps_and_zeros_around_leave_the_middle_one(padding: str) -> None:
     spec = DECODER_SPECS["original"]
     conv = ConvSpec(**{**dict(spec.stage("head").blocks[0].conv), "time_padding": padding})  # type: ignore[union-attr]
     head = spec.stage("head").blocks[0].model_copy(update={"conv": conv})

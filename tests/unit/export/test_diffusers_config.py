@@ -30,6 +30,7 @@ CLASSES = {
     "ltx-video-0.9.5": "AutoencoderKLLTXVideo",
     "ltx-2": "AutoencoderKLLTX2Video",
     "ltx-2.3": "AutoencoderKLLTX2Video",
+    "hunyuanvideo": "AutoencoderKLHunyuanVideo",
     **dict.fromkeys(("stable-diffusion", "sdxl", "sd3", "flux.1"), "AutoencoderKL"),
 }
 # What the class itself has as None: latent statistics are factors there where all channels have the same.
