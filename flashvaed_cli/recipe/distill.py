@@ -32,7 +32,7 @@ from flashvaed_cli.recipe.settings import ClipFields, FrozenModel, RatioFields, 
 _FEWEST_WARMUP_STEPS = 20
 NEW_STUDENT_LEARNING_RATE = 3e-3
 """For a new decoder. Measured on builtin:tiny-wan, tae of width 16, 80 steps of soap on four clips of 5x64x64, in dB to
-the original: 23.8 with 1e-3, 27.5 with 3e-3, 27.8 with 1e-2; with a random start instead of least squares, 25.1 with 3e-3."""
+the original: 23.8 with 1e-3, 27.5 with 3e-3, 27.8 with 1e-2; from a random start 25.1 with 3e-3."""
 
 
 class LossWeights(FrozenModel):
@@ -72,7 +72,7 @@ class PhaseRecipe(FrozenModel):
 
 
 class DistillRecipe(ClipFields, RatioFields, StageRecipe):
-    """Settings of `flashvaed distill`; the ratios and the rule choose the channels that phase 2 prepares for pruning."""
+    """Settings of `flashvaed distill`; ratios and rule choose the channels that phase 2 prepares for pruning."""
 
     command: ClassVar[str] = "distill"
     default_inputs: ClassVar[tuple[str, ...]] = (CONVERTED_FILE, PRUNED_FILE, BUILTIN_VAE)
@@ -188,7 +188,7 @@ class DistillRecipe(ClipFields, RatioFields, StageRecipe):
     tensorboard: Name | None = Field(default=None, description="Folder to log to for TensorBoard.")
     resume: Literal["auto", "never"] = Field(
         default="auto",
-        description="auto goes on from the checkpoint of an interrupted run of the same recipe; never starts anew, "
+        description="auto continues from the checkpoint of an interrupted run of the same recipe; never starts over, "
         "and the old checkpoint stays until the first new one.",
     )
     output: Name = Field(default=FLASH_FILE, description="Decoder artifact to write.")
