@@ -34,7 +34,7 @@ class ExportRecipe(StageRecipe):
     targets: Annotated[tuple[ExportTarget, ...], BeforeValidator(one_as_tuple), Field(min_length=1)] = Field(
         default=("safetensors", "diffusers", "onnx"),
         description="Formats to write: safetensors, diffusers, onnx, comfyui, pt2, aoti (pt2 compiled for this "
-        "machine); repeatable. Default: the first three, with diffusers only if it has such a model.",
+        "machine); repeatable. diffusers is skipped by default if it has no such model.",
     )
     opset: Annotated[int, Field(ge=18, strict=True)] = Field(default=18, description="ONNX operator set.")
     output: Name = Field(default="export", description="Folder to write to.")
