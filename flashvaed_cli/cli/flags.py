@@ -1,4 +1,4 @@
-"""How settings are written on the command line, where name, type and default in the recipe model do not say it."""
+"""How settings are spelt on the command line, where the recipe model's name, type and default do not say."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Flag:
     """The spelling of one setting.
 
     Attributes:
-        names: flags, the longest of which errors show; by default `--field` with dashes.
-        metavar: what stands for the value in the help; by default its type or its choices.
+        names: flags; errors show the longest. By default `--field` with dashes.
+        metavar: the value's placeholder in the help; by default its type or its choices.
         as_text: the flag takes one text, which the recipe model parses.
-        parse: turns repeated texts (`0.25`, `up3=0.125`) into recipe fields, in place of the field itself.
-        default: what the help calls the default, where the model's own value does not say it.
+        parse: turns repeated texts (`0.25`, `up3=0.125`) into recipe fields, instead of the field itself.
+        default: how the help describes the default, where the model's own value does not say.
     """
 
     names: tuple[str, ...] = ()
@@ -39,7 +39,7 @@ class Flag:
 def parse_by_stage(
     flag_name: str, texts: Sequence[str] | None, parse: Callable[[str], ValueT]
 ) -> tuple[ValueT | None, dict[str, ValueT]]:
-    """Split repeated values `V` and `STAGE=V` into the common value and those by stage.
+    """Split repeated values `V` and `STAGE=V` into the common value and the values by stage.
 
     Raises:
         RecipeError: a value does not parse, or is given twice.
@@ -133,19 +133,19 @@ FLAGS: Mapping[str, Flag] = {
     "device": Flag(metavar="auto|cpu|gpu|cuda[:N]|mps"),
     "dtype": Flag(metavar="float32|bfloat16|float16", as_text=True),
 }
-"""By the name of the field, in every command that has it."""
+"""By field name, for every command that has the field."""
 
 ARGUMENTS: Mapping[str, str] = {"input": "INPUT", "latents": "LATENTS...", "files": "FILE..."}
-"""Fields that are given by position: how the help shows them."""
+"""Positional fields, and how the help shows them."""
 
 
 def flag_of(field: str) -> Flag:
-    """How a field is written."""
+    """How a field is spelt."""
     return FLAGS.get(field, Flag())
 
 
 def shown_flags() -> dict[str, str]:
-    """How errors call the fields whose flag has another name than they."""
+    """What errors call the fields whose flag has a different name."""
     parsed = {field: max(flag.names, key=len) for field, flag in FLAGS.items() if flag.parse is not None}
     return {
         "input": ARGUMENTS["input"],
@@ -174,7 +174,7 @@ StepOption = Annotated[
     typer.Option(
         "--step",
         metavar="NAME",
-        help="Which section of the recipe, where it has several for this command.",
+        help="Which section of the recipe to use, if it has several for this command.",
         show_default=False,
         rich_help_panel=COMMON_PANEL,
     ),
@@ -184,14 +184,14 @@ ForceOption = Annotated[
     typer.Option(
         "--force",
         "-f",
-        help="Make a finished result again; replace results of other settings, and files of other programs.",
+        help="Redo a finished result; replace results of other settings, and other programs' files.",
         rich_help_panel=COMMON_PANEL,
     ),
 ]
 QuietOption = Annotated[
     bool,
     typer.Option(
-        "--quiet", "-q", help="No progress and no logs; warnings and the result stay.", rich_help_panel=COMMON_PANEL
+        "--quiet", "-q", help="No progress and no logs; only warnings and the result.", rich_help_panel=COMMON_PANEL
     ),
 ]
 DryRunOption = Annotated[
@@ -199,12 +199,13 @@ DryRunOption = Annotated[
     typer.Option(
         "--dry-run",
         "-n",
-        help="Show what would be made, read and written, and about how long it would take; write nothing.",
+        help="Show what would be made, read and written, and roughly how long it would take; write nothing.",
         rich_help_panel=COMMON_PANEL,
     ),
 ]
 VerboseOption = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Show every layer, not the worst three.", rich_help_panel=COMMON_PANEL)
+    bool,
+    typer.Option("--verbose", "-v", help="Show every layer, not just the worst three.", rich_help_panel=COMMON_PANEL),
 ]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print the result as one JSON object.", rich_help_panel=COMMON_PANEL)
@@ -219,7 +220,7 @@ SWITCHES: Mapping[str, object] = {
     "verbose": VerboseOption,
     "json_output": JsonOption,
 }
-"""What is no setting: how a command runs. By the name of the parameter."""
+"""How a command runs, as opposed to its settings; by parameter name."""
 
 SOURCES = ("recipe", "step")
-"""Those that name where settings come from."""
+"""The ones that say where settings come from."""

@@ -9,21 +9,21 @@ from typing import Any
 from typer.core import TyperCommand, TyperGroup
 
 COMMON_PANEL = "Common"
-"""The heading of the flags that most commands have; the last one."""
+"""The last heading, for the flags that most commands have."""
 
 _LONGEST_FLAG = 26
-"""Columns of flags beside their descriptions; those of longer ones begin on the next line."""
+"""Width of the flag column; descriptions of longer flags begin on the next line."""
 
 _COLUMN_GAP = " — "
 
 
 def table(rows: Mapping[Any, str]) -> list[str]:
-    """Paragraphs of an epilog that plain help shows as two columns, and rich help line by line."""
+    """Epilog paragraphs that plain help shows as two columns, and rich help line by line."""
     return [f"{term}{_COLUMN_GAP}{text}" for term, text in rows.items()]
 
 
 class GroupedCommand(TyperCommand):
-    """A command whose plain help has its options under the headings that rich's help has."""
+    """A command whose plain help groups its options under the same headings as rich's help."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the arguments, then the options heading by heading."""
@@ -36,7 +36,7 @@ class GroupedCommand(TyperCommand):
         _write(formatter, options)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        """Write paragraphs wrapped, command lines as they are to be typed, and the rows of tables in two columns."""
+        """Write paragraphs wrapped, command lines as typed, and table rows in two columns."""
         for kind, paragraphs in groupby((self.epilog or "").split("\n\n"), key=_kind_of_paragraph):
             formatter.write_paragraph()
             with formatter.indentation():
@@ -53,7 +53,7 @@ def _kind_of_paragraph(text: str) -> str:
 
 
 class GroupedProgram(TyperGroup):
-    """A program whose plain help has its commands under the headings that rich's help has, each with its sentence."""
+    """A program whose plain help groups its commands under the same headings as rich's help, with a sentence each."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write the commands heading by heading."""

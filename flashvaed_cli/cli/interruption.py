@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP: the same message and the same cleaning up, each with its exit code."""
+"""Ctrl-C, SIGTERM and SIGHUP: the same message and the same cleanup, each with its own exit code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NAMES = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIG
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP, raised where the program is at that moment: what cleans up after Ctrl-C cleans up after it."""
+    """SIGTERM or SIGHUP, raised wherever the program is at that moment: cleanup is the same as after Ctrl-C."""
 
     def __init__(self, number: signal.Signals = signal.SIGTERM) -> None:
         super().__init__()
@@ -28,10 +28,10 @@ class Terminated(KeyboardInterrupt):
 def signals_raise() -> Iterator[list[signal.Signals]]:
     """Let SIGTERM and SIGHUP raise `Terminated` while the block runs; a second one ends the process at once.
 
-    Only where they would have ended the process (under nohup SIGHUP does not), and only in the main one of a launch:
-    the others may wait for it inside of a library, where no exception reaches them.
+    Only if they would have ended the process (under nohup SIGHUP does not), and only in a launch's main process:
+    the others may be waiting for it inside a library, where no exception reaches them.
 
-    Yields the signals received so far, Ctrl-C included: a library may make another error of what was raised in it.
+    Yields the signals received so far, Ctrl-C included: a library may turn what was raised in it into another error.
     """
     received: list[signal.Signals] = []
     caught = dict.fromkeys(_ENDING, signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler}
@@ -64,7 +64,7 @@ def interruption(error: KeyboardInterrupt, outcome: str) -> Interrupted:
 
 
 def is_main_process() -> bool:
-    """What torchrun and `accelerate launch` say; true where there is no launcher."""
+    """As torchrun and `accelerate launch` tell it; true without a launcher."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
@@ -79,7 +79,7 @@ class OutputWatch:
         """In words."""
         if self._output is None or self._state() == self._before:
             return f"nothing was written to {self._output or 'the output'}"
-        return f"{self._output} was written, but what belongs to it may be missing"
+        return f"{self._output} was written, but files that belong to it may be missing"
 
     def _state(self) -> set[tuple[str, int, int]]:
         if self._output is None:

@@ -1,4 +1,4 @@
-"""The common course of a command: settings in, stage run, result out."""
+"""What every command does: settings in, stage run, result out."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class StageResult(Protocol):
         ...
 
     def as_dict(self) -> Mapping[str, object]:
-        """For programs: what JSON can hold, apart from infinities."""
+        """For programs: JSON values, except that infinities may occur."""
         ...
 
 
@@ -62,13 +62,13 @@ def resolve_settings(
     overrides: Mapping[str, object],
     shown_flags: Mapping[str, str],
 ) -> CommandRecipeT:
-    """The settings of one run, from the flags that were given, `--recipe` and `--step`.
+    """The settings of one run, from the flags given, `--recipe` and `--step`.
 
     Args:
-        context: its parameters that are named like fields of `model` are flags; None and empty means not given.
+        context: its parameters named like fields of `model` are flags; None or empty means not given.
         model: the command's recipe model.
-        overrides: fields whose flags were parsed first.
-        shown_flags: how errors call fields whose parameter has another name than they.
+        overrides: fields whose flags were parsed beforehand.
+        shown_flags: what errors call fields whose parameter has a different name.
     Raises:
         RecipeError: flags or recipe do not fit.
     """
@@ -93,14 +93,14 @@ def run_stage(
 ) -> StageResult:
     """Run a stage with progress on stderr, then print its result to stdout, and return it.
 
-    Of the processes that a launcher started together, the main one prints.
+    If a launcher started several processes, only the main one prints.
 
     Args:
-        result_on_stderr: stdout has taken the data themselves.
+        result_on_stderr: stdout carries the data themselves.
 
     Raises:
-        Interrupted: Ctrl-C or SIGTERM, outside of a training that saves first.
-        OutOfMemory: on whatever device; names what of this command takes less.
+        Interrupted: Ctrl-C or SIGTERM, except during training, which saves first.
+        OutOfMemory: on any device; names the flags of this command that need less.
     """
     output = OutputWatch(getattr(recipe, "output", None))
     if context.params["quiet"]:
@@ -113,7 +113,9 @@ def run_stage(
     except KeyboardInterrupt as error:  # stages write their output whole, at the end
         raise interruption(error, output.outcome()) from error
     except Exception as error:
-        if received := context.meta.get(SIGNALS_KEY):  # what the signal raised was made another error on its way
+        if received := context.meta.get(
+            SIGNALS_KEY
+        ):  # the exception that the signal raised became another error on its way
             raise interruption(Terminated(received[0]), output.outcome()) from error
         if is_out_of_memory(error):
             raise OutOfMemory(_memory_advice(context, error)) from error
@@ -126,7 +128,7 @@ def run_stage(
 
 
 def _memory_advice(context: typer.Context, error: BaseException) -> str:
-    """What ran out, and the flags of this command that need less."""
+    """What ran out, and which flags of this command need less."""
     where = "the GPU is" if "CUDA" in str(error) else "this machine is"
     flags = {name for p in context.command.params for name in p.opts}
     smaller = [flag for flag in _SMALLER if flag in flags]
@@ -153,12 +155,12 @@ def _print_result(context: typer.Context, result: StageResult, *, on_stderr: boo
 
 
 def command_line(context: typer.Context) -> str:
-    """What the user typed, quoted so that a shell takes it again."""
+    """What the user typed, quoted so that it can be pasted into a shell."""
     return shlex.join(["flashvaed", *context.meta.get(ARGV_KEY, [])])
 
 
 def _finite(value: object) -> object:
-    """JSON has no infinities (the PSNR of equal clips): write them as texts."""
+    """JSON has no infinities (the PSNR of equal clips), so write them as text."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):

@@ -1,6 +1,6 @@
 """Commands made from recipe models: every setting is a flag with the model's name, type, default and description.
 
-A flag's own default is None (an empty list), so that only what was really given overrides the recipe.
+A flag's own default is None (or an empty list), so that only flags actually given override the recipe.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from flashvaed_cli.cli.running import CommandRecipeT, resolve_settings
 from flashvaed_cli.recipe.settings import RULE_MEANINGS
 
 COMMON = ("family", "weights", "allow_download", "device", "dtype", "seed")
-"""Settings that every command of the pipeline has; they stand last in its help."""
+"""Settings that every command of the pipeline has; they come last in its help."""
 
 PIPELINE_SWITCHES = ("recipe", "step", "force", "quiet", "json_output")
-"""What is no setting of such a command; see `flashvaed_cli.cli.flags.SWITCHES`."""
+"""Flags of such a command that are not settings; see `flashvaed_cli.cli.flags.SWITCHES`."""
 
 PREVIEWED_SWITCHES = ("recipe", "step", "dry_run", "force", "quiet", "json_output")
-"""The same where `--dry-run` can tell what would be."""
+"""The same for commands with `--dry-run`."""
 
 CALIBRATION_CLIPS = ("data", "latent_scale", "num_calibration_clips", "num_frames", "crop_size", "max_side")
-"""Settings of the clips that statistics are collected on."""
+"""Settings for the clips that statistics are collected on."""
 
 USING_PANEL = "Using a result"
-"""Where `--help` shows the commands beside the pipeline."""
+"""Where `--help` shows the commands outside the pipeline."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class Command(Generic[CommandRecipeT]):
     Attributes:
         recipe: the model of its settings.
         run: what it does with them; its docstring is the help text.
-        options: the fields that are flags, in the order of the help; a field that is in no panel is for recipes only.
-        panels: further flags, by the heading that they stand under.
-        common: those under the last heading.
-        switches: what is no setting; names of `flashvaed_cli.cli.flags.SWITCHES`.
+        options: the fields that are flags, in the help's order; a field in no panel is for recipes only.
+        panels: further flags, by heading.
+        common: the flags under the last heading.
+        switches: flags that are not settings; names of `flashvaed_cli.cli.flags.SWITCHES`.
         examples: command lines for the help.
-        defaults: what the help calls a default, by field, where neither model nor `FLAGS` say it for this command.
-        amend: what the flags that were given mean for others, as fields by name.
+        defaults: how the help describes a default, by field, where neither model nor `FLAGS` does for this command.
+        amend: what the given flags imply for other fields, by field name.
         help_panel: where the program's own help lists the command.
     """
 
@@ -71,7 +71,7 @@ class Command(Generic[CommandRecipeT]):
         return (*by_position, *self.options, *panels, *self.common)
 
     def add_to(self, app: typer.Typer) -> None:
-        """Make it a command of the program."""
+        """Register it as a command of the program."""
         rules = table(RULE_MEANINGS) if "rule" in self.fields else []
         notes = ["Rules, by the channels that they keep, and when to use them:", *rules] if rules else []
         epilog = "\n\n".join(["Examples:", *self.examples, *notes])
@@ -140,7 +140,7 @@ class Command(Generic[CommandRecipeT]):
 
 
 def parameter_name(field_name: str) -> str:
-    """What the parameter of a field is called: like the field, but where the texts of the flag are parsed first."""
+    """The parameter's name for a field: the field's own, unless the flag's texts are parsed first."""
     flag = flag_of(field_name)
     return field_name if flag.parse is None else max(flag.names, key=len).lstrip("-").replace("-", "_")
 

@@ -1,11 +1,11 @@
-"""What a user meant who typed a flag that does not exist."""
+"""What the user probably meant by a flag that does not exist."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
 
-# Words for the same thing in other programs, by what this one calls it; the first that the command has is suggested.
+# Other programs' words for a flag, mapped to this program's; the first that the command has is suggested.
 _SYNONYMS: dict[str, tuple[str, ...]] = {
     "--clips": ("--data",),
     "--clip": ("--data",),
@@ -52,7 +52,7 @@ _SYNONYMS: dict[str, tuple[str, ...]] = {
 
 
 def suggestions(flag: str, known: Sequence[str]) -> list[str]:
-    """Flags of a command that a word may stand for: what it means elsewhere, else those that are spelt nearly alike."""
+    """Flags of a command that a word may stand for: what it means elsewhere, or else flags with similar spelling."""
     meant = [name for name in _SYNONYMS.get(flag, ()) if name in known]
     long = [name for name in known if name.startswith("--")]
     return meant[:1] or difflib.get_close_matches(flag, long, n=2, cutoff=0.75)

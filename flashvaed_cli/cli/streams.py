@@ -1,4 +1,4 @@
-"""Standard streams as users leave them: closed, cut off by `head`, or of an encoding that lacks our characters."""
+"""Standard streams as users leave them: closed, cut off by `head`, or in an encoding that lacks our characters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flashvaed_cli.errors import FlashVaedError
 
 
 def prepare_streams() -> None:
-    """Give closed streams somewhere to go, before a file gets their number; replace what cannot be printed."""
+    """Give closed streams somewhere to go before a file takes their descriptor; replace what cannot be printed."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if stream is None:
@@ -33,7 +33,7 @@ def reader_may_leave(*, has_written: bool) -> Iterator[None]:
     """Print a result. A reader that has had enough (`| head -1`) is no error: the files are written.
 
     Args:
-        has_written: there are files that hold the result too.
+        has_written: files hold the result too.
     Raises:
         FlashVaedError: the result cannot be printed for another reason.
     """
@@ -50,7 +50,7 @@ def reader_may_leave(*, has_written: bool) -> Iterator[None]:
 
 
 def send_nowhere(stream: TextIO) -> None:
-    """Let what is still written to a stream vanish: nobody reads it, and Python would complain at its end."""
+    """Discard whatever is still written to a stream: nobody reads it, and Python would complain on exit."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

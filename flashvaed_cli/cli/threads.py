@@ -1,4 +1,4 @@
-"""How torch's threads behave, settled before torch is loaded: whoever shares the machine should not wait for them."""
+"""How torch's threads behave, settled before torch is loaded, so that others on the machine need not wait for them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 _SPIN_COUNT = "10000"
-"""Turns that libgomp's threads wait at the end of a parallel region before they sleep; its own default is millions."""
+"""How many turns libgomp's threads spin at the end of a parallel region before they sleep; its default is millions."""
 
 _WAIT_SETTINGS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def prepare_threads(environment: MutableMapping[str, str], cores: int, cgroups: Path = _CGROUPS) -> None:
-    """Bound the spinning, and use no more threads than the container's quota gives. What the user has set stays."""
+    """Bound the spinning, and use no more threads than the container's quota allows. The user's settings win."""
     if not any(name in environment for name in _WAIT_SETTINGS):
         environment["GOMP_SPINCOUNT"] = _SPIN_COUNT
     quota = cpu_quota(cgroups)
@@ -23,7 +23,7 @@ def prepare_threads(environment: MutableMapping[str, str], cores: int, cgroups: 
 
 
 def cpu_quota(cgroups: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup")) -> float | None:
-    """Cores that the process may use at a time, by the tightest limit of its control groups; None without a limit."""
+    """Cores that the process may use at a time, by the tightest limit of its control groups; None if unlimited."""
     quotas = []
     for folder in _folders(cgroups, own):
         try:
@@ -40,7 +40,7 @@ def cpu_quota(cgroups: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup")) -
 
 
 def _folders(cgroups: Path, own: Path) -> list[Path]:
-    """The process's own groups and those around them, in both versions."""
+    """The process's own groups and their parents, in both versions."""
     found = [cgroups, cgroups / "cpu"]
     try:
         lines = own.read_text().splitlines()

@@ -1,4 +1,4 @@
-"""What a latent cache is made of: its key, and why a run cannot take its clips from a cache of another one."""
+"""What a latent cache was made from: its key, and why a run may not be able to use another run's cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def digest_of(content: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class FileStamp:
-    """A data file as it was: absolute path, size in bytes, time of its last change. Size -1: not there."""
+    """A data file as it was: absolute path, size in bytes, time of its last change. Size -1: missing."""
 
     path: str
     num_bytes: int
@@ -40,11 +40,11 @@ def stamp_file(path: Path) -> FileStamp:
 
 @dataclass(frozen=True)
 class CacheKey:
-    """What decides the content of a cache.
+    """What determines the content of a cache.
 
     Attributes:
         vae: SHA-256 of the VAE that encodes.
-        latent_scale: of latent files among `files`; None where there are none.
+        latent_scale: of latent files among `files`; None if there are none.
     """
 
     vae: str
@@ -60,7 +60,7 @@ class CacheKey:
 
 
 def cache_misfits(stored: CacheKey, wanted: CacheKey) -> list[str]:
-    """Why a run cannot take its clips from a cache; empty if it can: it may want fewer and smaller clips."""
+    """Why a run cannot take its clips from a cache; empty if it can, which includes needing fewer or smaller clips."""
     reasons = []
     plain = {
         "VAE (SHA-256)": (stored.vae[:12], wanted.vae[:12]),

@@ -1,4 +1,4 @@
-"""Which clips to cut from which files: a plan that a seed decides, made before anything is loaded."""
+"""Which clips to cut from which files: a seeded plan, made before anything is loaded."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def plan_clips(
 ) -> tuple[list[ClipRequest], dict[Path, str]]:
     """Spread clips over the files in turn, each with a random start and crop position.
 
-    With fewer clips than files, the seed draws the files. Same arguments, same files: same plan.
-    A video shorter than `num_frames` gives all it has, and a frame smaller than `crop_size` is cut
+    With fewer clips than files, the seed draws the files. The same arguments and files give the same plan.
+    A video shorter than `num_frames` gives all it has, and a frame smaller than `crop_size` is cropped
     less: the requests say what will be loaded.
 
     Args:
         crop_size: height and width in pixels, after scaling to `max_side`.
     Returns:
-        The plan of `num_clips` requests, and the broken files with what is wrong. Only files that
-        the plan needs are opened, so a broken one may stay unseen.
+        The plan of `num_clips` requests, and the broken files with what is wrong with them. Only files that
+        the plan needs are opened, so a broken one may go unnoticed.
     Raises:
         MediaError: no file can be read.
     """
@@ -74,7 +74,7 @@ def plan_clips(
 def usable_files(
     paths: Sequence[Path], limit: int | None = None, *, latent_width: int | None = None
 ) -> tuple[list[Path], dict[Path, str]]:
-    """The first `limit` files that can be read to their end, and what is wrong with the others met.
+    """The first `limit` files that can be read to the end, and what is wrong with the others that were tried.
 
     Args:
         latent_width: channels that latent files must have.
@@ -105,7 +105,7 @@ def load_clip(request: ClipRequest) -> Float[Tensor, "C T H W"]:
     """Load one planned clip as RGB in [-1, 1].
 
     Raises:
-        MediaError: the file cannot be read, or is no longer what it was when planned.
+        MediaError: the file cannot be read, or has changed since it was planned.
     """
     clip = read_clip(
         request.path,
@@ -117,13 +117,13 @@ def load_clip(request: ClipRequest) -> Float[Tensor, "C T H W"]:
     if clip.shape[1] != request.num_frames:
         raise MediaError(
             f"{request.path} gives {clip.shape[1]} frames from number {request.start} on instead of "
-            f"{request.num_frames}. Was it changed or cut off meanwhile? Export it again, or leave it out."
+            f"{request.num_frames}. Was it changed or cut off since? Export it again, or leave it out."
         )
     return clip
 
 
 def _measure(candidates: Sequence[Path], num_needed: int) -> tuple[dict[Path, tuple[int, int, int]], dict[Path, str]]:
-    """Frames, height and width of the first `num_needed` readable files; and the unreadable ones met."""
+    """Frames, height and width of the first `num_needed` readable files, and the unreadable ones that were tried."""
     sizes: dict[Path, tuple[int, int, int]] = {}
     broken: dict[Path, str] = {}
     for path in candidates:
@@ -131,7 +131,7 @@ def _measure(candidates: Sequence[Path], num_needed: int) -> tuple[dict[Path, tu
             break
         try:
             if is_latent_file(path):
-                raise MediaError(f"{path} holds latents, and frames are needed here. Give videos or images.")
+                raise MediaError(f"{path} holds latents, but frames are needed here. Give videos or images.")
             info = probe_video(path)
             sizes[path] = (count_frames(path), info.height, info.width)
         except MediaError as error:

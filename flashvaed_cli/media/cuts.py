@@ -1,9 +1,9 @@
 """Training clips: which windows to cut from which files, decided by a seed before anything is encoded.
 
-A window starts at any frame of a video, and it is cut before encoding: a causal VAE makes its first latent from one
-frame alone and the others from several, so only a clip that is encoded from its first frame on has latents like
-those that a decoder meets. For the same reason an encoded clip (and a latent file) may be shortened only at its end,
-while any rectangle may be cut from it: all places of the latent grid are alike.
+A window may start at any frame of a video, and it is cut before encoding: a causal VAE makes its first latent from a
+single frame and the others from several, so only a clip encoded from its own first frame has latents like those that a
+decoder will see. For the same reason an encoded clip (and a latent file) may be shortened only at its end,
+while any rectangle may be cut from it: all places on the latent grid are alike.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flashvaed_cli.errors import MediaError
 from flashvaed_cli.media.latent_files import is_latent_file, load_latents
 from flashvaed_cli.media.video import CropBox, Window, count_frames, probe_video, read_windows, scaled_size
 
-_MAX_JOB_VALUES = 64_000_000  # pixels times colours that one job decodes and hands over at once
+_MAX_JOB_VALUES = 64_000_000  # pixel values that one job decodes and hands over at once
 _MAX_NAMES_SHOWN = 5
 
 
@@ -49,7 +49,7 @@ class Bucket:
         return f"{self.num_frames}x{self.height or 'whole'}x{self.width or 'whole'}"
 
     def cut(self, size: ClipSize) -> ClipSize:
-        """What is left of a clip of this size: at most the bucket's."""
+        """A clip's size after cutting: at most the bucket's."""
         return ClipSize(
             min(size.num_frames, self.num_frames),
             size.height if self.height is None else min(size.height, self.height),
@@ -64,7 +64,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class LatentGrid:
-    """What a VAE compresses by, and the most latents that it takes as one clip (None: any number)."""
+    """The factors that a VAE compresses by, and the most latents that it takes as one clip (None: any number)."""
 
     temporal_factor: int
     spatial_factor: int
@@ -89,9 +89,9 @@ class CutSettings:
 
     Attributes:
         buckets: in frames and pixels.
-        exact: a clip has the size of a bucket, and files too small for all are left out; otherwise it has what the
-            file gives, up to the one bucket's size.
-        num_clips: how many to draw; equal ones count once.
+        exact: every clip has the size of a bucket, and files too small for all buckets are left out; otherwise a clip
+            has what the file gives, up to the size of the only bucket.
+        num_clips: how many to draw; duplicates count once.
         max_side: shrink frames first so that their longer side has at most this many pixels.
     """
 
@@ -104,7 +104,7 @@ class CutSettings:
 
 @dataclass(frozen=True)
 class FileSize:
-    """What there is to cut from: `num_items` clips of a size in a latent file (in latents), one in a video."""
+    """What can be cut from a file: `num_items` clips of a size in a latent file (in latents), one in a video."""
 
     num_items: int
     size: ClipSize
@@ -129,13 +129,13 @@ class CutPlan:
 
 
 def file_order(paths: Sequence[Path], seed: int) -> list[Path]:
-    """The order in which files take turns: shuffled, so that few clips are spread over all of them."""
+    """The order in which files take turns: shuffled, so that even a few clips are spread over all of them."""
     order = list(dict.fromkeys(paths))
     return random.Random(f"files {seed}").sample(order, len(order))
 
 
 def measure_file(path: Path, max_side: int | None, latent_width: int) -> FileSize | str:
-    """The size of a file after scaling, read to its end; or what is wrong with it."""
+    """The size of a file after scaling, found by reading it to the end; or what is wrong with it."""
     try:
         if is_latent_file(path):
             num_items, _, *size = load_latents(path, latent_width=latent_width).shape
@@ -147,12 +147,12 @@ def measure_file(path: Path, max_side: int | None, latent_width: int) -> FileSiz
 
 
 def plan_cuts(measured: Iterable[tuple[Path, FileSize | str]], settings: CutSettings, grid: LatentGrid) -> CutPlan:
-    """Let the files that fit take turns, each time with another of the buckets that it fits, at a random place.
+    """Let the usable files take turns, each time with another bucket that the file fills, at a random place.
 
-    The plan of fewer clips is the beginning of the plan of more: every clip has random numbers of its own.
+    A plan of fewer clips is the beginning of a plan of more: every clip has its own random numbers.
 
     Args:
-        measured: files in `file_order` with what `measure_file` says of them; taken only as far as needed.
+        measured: files in `file_order` with the result of `measure_file`; consumed only as far as needed.
     Raises:
         MediaError: no file can be used.
     """
@@ -193,7 +193,7 @@ def none_usable(num_files: int, skipped: dict[Path, str]) -> MediaError:
 
 
 def decoding_jobs(cuts: Sequence[ClipCut]) -> list[tuple[ClipCut, ...]]:
-    """Cuts of one file together, in the order of their frames, so that each job passes over its file once."""
+    """Cuts grouped by file and ordered by frame, so that each job passes over its file once."""
     by_path: dict[Path, list[ClipCut]] = {}
     for cut in cuts:
         by_path.setdefault(cut.path, []).append(cut)
@@ -214,12 +214,12 @@ def decoding_jobs(cuts: Sequence[ClipCut]) -> list[tuple[ClipCut, ...]]:
 def load_cuts(cuts: Sequence[ClipCut], max_side: int | None, latent_width: int) -> list[np.ndarray | str]:
     """Load clips of one file: stored RGB bytes [3, T, H, W] or float32 latents [C, T, Hz, Wz], or what is wrong.
 
-    Arrays and no tensors, because these would travel between processes by shared memory, of which containers
+    Arrays, not tensors, because tensors would travel between processes through shared memory, of which containers
     often have little.
     """
     path = cuts[0].path
     loaded: list[np.ndarray | str] = [
-        f"{path} ends before frame {cut.window.start + cut.window.num_frames}. Was it changed or cut off meanwhile?"
+        f"{path} ends before frame {cut.window.start + cut.window.num_frames}. Was it changed or cut off since?"
         for cut in cuts
     ]
     try:
@@ -236,7 +236,7 @@ def load_cuts(cuts: Sequence[ClipCut], max_side: int | None, latent_width: int) 
 def cut_latents(latents: Float[Tensor, "*B T Hz Wz"], window: Window) -> Float[Tensor, "*B t hz wz"]:
     """A prefix in time and a rectangle in space of latents."""
     if window.start:
-        raise ValueError(f"latents are shortened only at their end, and not to start at {window.start}")
+        raise ValueError(f"latents can be shortened only at their end, so they cannot start at {window.start}")
     if window.crop is None:
         return latents[..., : window.num_frames, :, :]
     box = window.crop

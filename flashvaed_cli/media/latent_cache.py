@@ -1,9 +1,9 @@
-"""Encoded clips in a folder: shards of safetensors, what they were made of, and an index that is written last.
+"""Encoded clips in a folder: safetensors shards, what they were made from, and an index that is written last.
 
-`key.json` comes first and says what the cache is made of; shards follow, each whole or not there at all; `index.json`
-makes the cache complete. A run that is stopped before that leaves its shards, and the next one goes on behind them.
+`key.json` comes first and says what the cache is made from; shards follow, each written atomically; `index.json`
+makes the cache complete. A run that is stopped before that leaves its shards, and the next one continues after them.
 Clips are stored as `[C, T, Hz, Wz]` raw latents under their number, in float32 unless the key says float16 (11 bits
-of mantissa, half the room). Shards are memory-mapped, so a reader holds only what it cuts.
+of mantissa, half the space). Shards are memory-mapped, so a reader holds only what it cuts.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SHARD_BYTES = 64_000_000
 SHARD_CLIPS = 256
 SHARD_SECONDS = 60.0  # a shard is closed early, so that a kill costs at most a minute
 _KEY_FILE, _INDEX_FILE, _LOCK_FILE = "key.json", "index.json", ".lock"
-_MARK, _MARK_VALUE = "flashvaed", "latent-cache"  # a file of ours, which no search for latents takes for data
+_MARK, _MARK_VALUE = "flashvaed", "latent-cache"  # marks our own file, which searches for latents skip
 _SHARD_NAME = re.compile(r"shard-\d{5,}\.safetensors")
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 _MAX_OPEN_SHARDS = 64
@@ -88,7 +88,7 @@ class CachedLatents:
 
 
 def claim_folder(folder: Path, wanted: CacheKey) -> CacheKey:
-    """The key of the cache in a folder; an empty or absent folder becomes a cache with the wanted one.
+    """The key of the cache in a folder; an empty or absent folder becomes a cache with the wanted key.
 
     Raises:
         MediaError: the folder holds something else, or a cache that the run cannot use.
@@ -100,7 +100,7 @@ def claim_folder(folder: Path, wanted: CacheKey) -> CacheKey:
         others = [] if not folder.exists() else [p.name for p in folder.iterdir() if not p.name.startswith(".")]
         if others:
             raise MediaError(
-                f"{folder} is not empty ({', '.join(sorted(others)[:_MAX_NAMES_SHOWN])}) and holds no latent cache. "
+                f"{folder} is not empty ({', '.join(sorted(others)[:_MAX_NAMES_SHOWN])}) and is not a latent cache. "
                 "Give --cache-latents a new folder."
             )
         try:
@@ -110,7 +110,7 @@ def claim_folder(folder: Path, wanted: CacheKey) -> CacheKey:
         return wanted
     if reasons := cache_misfits(stored, wanted):
         raise MediaError(
-            f"{folder} caches other latents: {'; '.join(reasons)}. Give the settings and data it was made with, "
+            f"{folder} caches other latents: {'; '.join(reasons)}. Give the settings and data that it was made with, "
             "or another folder, or delete it to encode again."
         )
     return stored
@@ -142,16 +142,16 @@ def read_cache(folder: Path, key: CacheKey, warn: Callable[[str], None]) -> Cach
     A damaged index is one that is missing: `CacheWriter` rebuilds it from the shards. `warn` is told.
 
     Raises:
-        MediaError: the index is there and may not be read.
+        MediaError: the index exists but must not be read.
     """
     path = folder / _INDEX_FILE
     try:
         content = _read_json(path)
         if content is None:
             return None
-        stated = content.pop("sha256", None)  # absent in the first caches
+        stated = content.pop("sha256", None)  # absent from the earliest caches
         if stated is not None and stated != digest_of(content):
-            raise ValueError("its content does not have the checksum that it states")
+            raise ValueError("its content does not match its checksum")
         if content["key"] != key.digest:
             return None
         shards = tuple(_shard_of_record(record) for record in content["shards"])
@@ -170,7 +170,7 @@ def _shard_of_record(record: Mapping[str, Any]) -> Shard:
 
 
 def is_intact(folder: Path, shard: Shard, *, content: bool = True) -> bool:
-    """Whether a shard is there in full; with `content` its SHA-256 is computed, which reads all of it."""
+    """Whether a shard is complete; with `content` its SHA-256 is checked, which reads all of it."""
     path = folder / shard.name
     if not path.is_file() or path.stat().st_size != shard.num_bytes:
         return False
@@ -195,9 +195,9 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
 
 class CacheWriter:
-    """Adds clips to a cache that is not complete. Use within `sole_writer`.
+    """Adds clips to an incomplete cache. Use within `sole_writer`.
 
-    A context manager: leaving it by an exception keeps what was added. `shards` are those that are there already.
+    A context manager: leaving it by an exception keeps what was added. `shards` are those that already exist.
     """
 
     def __init__(self, folder: Path, key: CacheKey, warn: Callable[[str], None]) -> None:
@@ -217,7 +217,7 @@ class CacheWriter:
                 warn(f"{path} is damaged or of another cache: its clips are encoded again")
                 path.unlink()
             else:
-                warn(f"{path} is no file of this cache: it is left alone")
+                warn(f"{path} does not belong to this cache: it is left alone")
 
     def __enter__(self) -> CacheWriter:
         return self
@@ -227,16 +227,16 @@ class CacheWriter:
     ) -> None:
         with contextlib.ExitStack() as stack:
             if error is not None:
-                stack.enter_context(contextlib.suppress(MediaError))  # a full disk, which is known already
+                stack.enter_context(contextlib.suppress(MediaError))  # a full disk, which has been reported already
             self._flush()
 
     @property
     def numbers(self) -> set[int]:
-        """Clips that are there already."""
+        """Clips that are already stored."""
         return {number for shard in self.shards for number in shard.clips}
 
     def add(self, number: int, latents: Float[Tensor, "C T Hz Wz"]) -> None:
-        """Store a clip; it is on disk when its shard is full or a minute old, or the writer is left."""
+        """Store a clip; it reaches the disk when its shard is full or a minute old, or the writer is closed."""
         self._pending[number] = latents.detach().to("cpu", _DTYPES[self.key.dtype]).contiguous()
         num_bytes = sum(one.nbytes for one in self._pending.values())
         is_full = num_bytes >= SHARD_BYTES or len(self._pending) >= SHARD_CLIPS
@@ -265,7 +265,7 @@ class CacheWriter:
         except OSError as error:
             raise MediaError(
                 f"{path} cannot be written ({error.strerror}); the {len(self.shards)} shards before it are kept. "
-                "Make room, or give --cache-latents another folder, and run again."
+                "Free some space, or give --cache-latents another folder, and run again."
             ) from error
         clips = {number: ClipSize(*one.shape[1:]) for number, one in self._pending.items()}
         self.shards.append(Shard(path.name, path.stat().st_size, _sha256(path), clips))
@@ -289,7 +289,7 @@ def _scan_shard(path: Path, key: CacheKey) -> Shard | None:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a file with the name of a shard is one, of whatever cache; an unreadable one is a damaged shard."""
+    """Whether a file named like a shard is one, of any cache; an unreadable one is a damaged shard."""
     if not _SHARD_NAME.fullmatch(path.name):
         return False
     try:
@@ -302,7 +302,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def drop_shards(folder: Path, shards: Sequence[Shard]) -> None:
-    """Remove damaged shards; the cache is incomplete from then on."""
+    """Remove damaged shards; this leaves the cache incomplete."""
     (folder / _INDEX_FILE).unlink(missing_ok=True)
     for shard in shards:
         (folder / shard.name).unlink(missing_ok=True)
@@ -310,7 +310,7 @@ def drop_shards(folder: Path, shards: Sequence[Shard]) -> None:
 
 @lru_cache(maxsize=_MAX_OPEN_SHARDS)
 def _open_shard(path: Path, sha256: str) -> Any:
-    """The mapped file; its hash tells it from one that was at the same place before."""
+    """The mapped file; its hash distinguishes it from an earlier file at the same path."""
     return safe_open(path, framework="pt").__enter__()
 
 
@@ -333,9 +333,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _unreadable(path: Path, error: Exception) -> MediaError:
-    return MediaError(
-        f"{path} cannot be read as part of a latent cache ({error}). Delete the folder, or give another."
-    )
+    return MediaError(f"{path} cannot be read as part of a latent cache ({error}). Delete the folder, or give another.")
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Latents from files: tensors of any layout that people save, checked against the decoder they are for."""
+"""Latents from files: tensors in any layout that people save, checked against the decoder they are for."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NAMES = ("latents", "latent", "latent_tensor", "samples", "z")
 _MAX_NAMES_SHOWN = 6
 
 _COMFYUI_MARK = "latent_format_version_0"
-"""A tensor of this name says that a ComfyUI file holds its values as they are; one without has them times 0.18215."""
+"""A tensor of this name marks a ComfyUI file whose values are unscaled; without it they are multiplied by 0.18215."""
 _OLD_COMFYUI_SCALE = 0.18215
 
 
@@ -32,23 +32,23 @@ def is_latent_file(path: str | Path) -> bool:
 
 
 def is_always_raw(path: str | Path) -> bool:
-    """Whether a file is ComfyUI's, which normalises latents only inside its samplers and never stores them so."""
+    """Whether a file is ComfyUI's, which normalizes latents only inside its samplers, never on disk."""
     return Path(path).suffix.lower() == _COMFYUI_SUFFIX
 
 
 def load_latents(path: str | Path, *, latent_width: int | None = None) -> Float[Tensor, "B C T H W"]:
     """Read the latents in a tensor file, as float32 on the CPU, in the scale that the file has.
 
-    The file holds one tensor, a list of them of one size, or several by name, of which one is called latents,
-    latent, latent_tensor, samples or z. ComfyUI's `.latent` is such a file; where its format says that the values
-    are stored times 0.18215, that is undone. Nothing is unpickled but tensors.
+    The file holds one tensor, a list of tensors of one size, or several by name, one of them called latents,
+    latent, latent_tensor, samples or z. ComfyUI's `.latent` is such a file; if its format says that the values
+    were multiplied by 0.18215, that is undone. Only tensors are unpickled.
 
     Args:
-        latent_width: channels that the decoder expects. With it the axes are checked, [1, C, H, W] is read as a
-            single image, and [B, T, C, H, W] is recognised where only its third axis fits; without it
-            [C, T, H, W] and [B, C, T, H, W] are taken at their word.
+        latent_width: channels that the decoder expects. If given, the axes are checked, [1, C, H, W] is read as a
+            single image, and [B, T, C, H, W] is recognised if only its third axis fits; otherwise
+            [C, T, H, W] and [B, C, T, H, W] are assumed.
     Raises:
-        MediaError: unreadable, no such tensor, axes that do not fit or can be read in two ways, NaN or infinite
+        MediaError: unreadable, no such tensor, axes that do not fit or are ambiguous, NaN or infinite
             values.
     """
     path = Path(path)
@@ -60,7 +60,7 @@ def load_latents(path: str | Path, *, latent_width: int | None = None) -> Float[
         raise MediaError(f"{path}: the latents hold NaN or infinite values. Encode them again.")
     if (largest := float(latents.abs().max())) > MAX_LATENT:
         raise MediaError(
-            f"{path}: the latents hold values up to {largest:.2g}, where latents of video models are about 10. "
+            f"{path}: the latents hold values up to {largest:.2g}, while latents of video models reach about 10. "
             "Encode them again, or check how they were saved."
         )
     return latents.contiguous()
@@ -81,7 +81,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         content = load_pytorch(path)
     except OSError as error:
         raise MediaError(
-            f"{path} cannot be read ({error.strerror or error}). Check the file and its rights."
+            f"{path} cannot be read ({error.strerror or error}). Check the file and its permissions."
         ) from error
     if isinstance(content, Tensor):
         return {"latents": content}
@@ -106,14 +106,14 @@ def _stack(items: list | tuple, path: Path) -> Tensor:
     shapes = {tuple(item.shape) if isinstance(item, Tensor) else () for item in items}
     if len(shapes) != 1 or len(next(iter(shapes))) != 4:
         raise MediaError(
-            f"{path} holds a list of {len(items)} items, not of tensors [C, T, H, W] of one size. "
-            "Save clips of different sizes in files of their own."
+            f"{path} holds a list of {len(items)} items that are not all tensors [C, T, H, W] of one size. "
+            "Save clips of different sizes in separate files."
         )
     return torch.stack(list(items))  # [B, C, T, H, W]
 
 
 def _read_array(path: Path) -> Tensor:
-    """A numpy array; its header is read first, and must promise no more than the file holds."""
+    """A numpy array; its header is read first, and must not promise more than the file holds."""
     header = np.lib.format
     try:
         with open_regular(path) as file:
@@ -124,7 +124,7 @@ def _read_array(path: Path) -> Tensor:
                 raise ValueError(f"{dtype} of shape {shape}")
             num_bytes, held = dtype.itemsize * int(np.prod(shape, dtype=object)), path.stat().st_size - file.tell()
             if num_bytes > held:
-                raise ValueError(f"its header promises {num_bytes} bytes of data, and {held} are there")
+                raise ValueError(f"its header promises {num_bytes} bytes of data, but the file holds {held}")
             file.seek(0)
             return torch.from_numpy(np.load(file, allow_pickle=False))
     except (OSError, MediaError):
@@ -155,7 +155,7 @@ def _channels_second(latents: Tensor, latent_width: int | None, path: Path) -> F
     if latents.ndim not in (4, 5) or not latents.is_floating_point():
         raise MediaError(
             f"{path} holds a {latents.dtype} tensor of shape {shape}, not latents of shape [C, T, H, W] or "
-            "[B, C, T, H, W] in floating point. Save them so."
+            "[B, C, T, H, W] in floating point. Save them like that."
         )
     if latent_width is None:
         return latents if latents.ndim == 5 else latents.unsqueeze(0)

@@ -1,4 +1,4 @@
-"""Grow a clip to the sizes a video VAE takes."""
+"""Pad a clip to the sizes that a video VAE takes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ def pad_clip(
 ) -> Shaped[Tensor, "*B T2 H2 W2"]:
     """Pad to T2 = 1 + temporal_factor * k frames, and H2, W2 multiples of spatial_factor.
 
-    The last frame, row and column are repeated (after, below, right), so nothing before them moves.
+    The last frame, row and column are repeated (after, below, right), so existing pixels stay in place.
 
     Args:
         clip: every size at least 1; leading axes (batch, channels) are kept.
         temporal_factor, spatial_factor: what the VAE compresses by, at least 1.
     Returns:
-        The padded clip; the input itself where nothing is missing.
+        The padded clip; the input itself if it fits already.
     Raises:
         ValueError: an empty clip or a factor below 1.
     """

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def to_pixels(frames: Float[Tensor, "C T H W"], first: int = 0) -> UInt8[np.ndarray, "T H W C"]:
-    """RGB frames of [-1, 1] as bytes, rounded; values outside are clipped.
+    """RGB frames in [-1, 1] as bytes, rounded; values outside are clipped.
 
     Args:
         first: number of the first frame, for messages.

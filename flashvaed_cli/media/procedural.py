@@ -1,8 +1,8 @@
-"""A clip that the program makes by itself: for tests, and one more source for the embedded VAE's training.
+"""A synthetic clip: for tests, and as one more source for training the embedded VAE.
 
-One continuous shot with what a video VAE has to carry: clouds and stone with a natural 1/f spectrum,
-smooth gradients, fine repeating texture in perspective, sharp edges that turn, zoom and fly, water,
-large and small text, film grain. Everything follows from the seed.
+One continuous shot of what a video VAE has to handle: clouds and stone with a natural 1/f spectrum,
+smooth gradients, fine repeating texture in perspective, sharp edges that rotate, zoom and fly, water,
+large and small text, film grain. Everything is determined by the seed.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def render_frames(num_frames: int, height: int, width: int, seed: int = _SEED) -
     """Render the shot frame by frame.
 
     Args:
-        num_frames: at 24 per second; the motion goes on for any length.
-        seed: decides textures, ridges, confetti and grain.
+        num_frames: at 24 per second; the motion continues for any length.
+        seed: determines textures, ridges, confetti and grain.
     Returns:
         Frames of RGB in [-1, 1], float32.
     """
     if min(num_frames, height, width) < 1:
-        raise ValueError(f"{num_frames} frames of {height}x{width} is no clip")
+        raise ValueError(f"{num_frames} frames of {height}x{width} is not a clip")
     scene = _Scene(height, width, seed)
     for index in range(num_frames):
         yield scene.frame(index).mul(2.0).sub(1.0)
@@ -163,7 +163,7 @@ class _Scene:
         return _blend(picture, (1.0, 1.0, 1.0), letters * self._inside(edge + 0.08 * scale))
 
     def _pinwheel(self, picture: _Picture, u: _Plane, v: _Plane, time: float) -> _Picture:
-        """Twelve sharp blades that spin about a rose with a smooth rim."""
+        """Twelve sharp blades that spin around a rose with a smooth rim."""
         dx, dy = u - 0.31, v - 0.30
         radius, angle = torch.hypot(dx, dy), torch.atan2(dy, dx) + 2.4 * time
         star = 0.135 + 0.035 * torch.cos(6 * angle)
@@ -251,7 +251,7 @@ def _to_integer(value: _Plane) -> _Plane:
 
 
 def _sample(texture: Float[Tensor, "h w"], across: _Plane, down: _Plane, *, wrap: bool = True) -> _Plane:
-    """Bilinear look-up; 1.0 is one texture. Outside it repeats, or is 0."""
+    """Bilinear look-up; 1.0 is the size of the texture. Outside, it repeats or is 0."""
     across, down = torch.broadcast_tensors(across, down)
     if wrap:
         texture = functional.pad(texture[None], (0, 1, 0, 1), mode="circular")[0]

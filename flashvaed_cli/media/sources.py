@@ -1,4 +1,4 @@
-"""What a user may give as data: videos, stills and latent files, in folders, by pattern or in lists."""
+"""What a user can give as data: videos, stills and latent files, in folders, by pattern or in lists."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ ACCEPTED = (
 
 
 def find_clips(inputs: Sequence[str | Path]) -> list[Path]:
-    """List the clips that files, folders, glob patterns and lists of these stand for.
+    """List the clips that files, folders, glob patterns and lists of these refer to.
 
-    Folders are searched with their subfolders in sorted order, without hidden files and without
-    the artifacts and caches of this program. A list is a .txt file with one path per line, relative to the list's
-    folder; empty lines and those that start with # do not count. A file that a list names and that is not there
-    is kept: reading it says so, as for a damaged one. A file reached twice is listed once, at its first place.
+    Folders are searched recursively in sorted order, ignoring hidden files and
+    flashvaed's own artifacts and caches. A list is a .txt file with one path per line, relative to the list's
+    folder; empty lines and lines that start with # are ignored. A missing file named in a list
+    is kept: reading it reports it, as for a damaged one. A file reached twice is listed once, at its first place.
 
     Raises:
         MediaError: an input does not exist, is of no accepted kind, or yields nothing.
@@ -43,7 +43,7 @@ def find_clips(inputs: Sequence[str | Path]) -> list[Path]:
 
 
 def _require_searchable(path: Path) -> None:
-    """Raise MediaError if a folder or pattern spans more files than a data set has, as `/` and `/**/*.mp4` do."""
+    """Raise MediaError if a folder or pattern spans more files than any data set has, as `/` and `/**/*.mp4` do."""
     parts = path.parts
     magic = (i for i, part in enumerate(parts) if glob.has_magic(part) and not path.exists())
     first = next(magic, len(parts))
@@ -54,7 +54,7 @@ def _require_searchable(path: Path) -> None:
         num_visited += len(folders) + len(files)
         if num_visited > MAX_FILES_SEARCHED:
             raise MediaError(
-                f"{path} spans more than {MAX_FILES_SEARCHED} files and folders. Name the folder of the clips."
+                f"{path} spans more than {MAX_FILES_SEARCHED} files and folders. Give the folder that holds the clips."
             )
         if deepest is not None and len(Path(folder).parts) - len(root.parts) + 1 >= deepest:
             folders.clear()
@@ -66,11 +66,11 @@ def _expand(path: Path) -> list[Path]:
     if path.is_dir():
         clips = [p for p in sorted(path.rglob("*")) if _is_clip_in_folder(p, path)]
         if not clips:
-            raise MediaError(f"The folder {path} holds no clip. Accepted are {ACCEPTED}.")
+            raise MediaError(f"The folder {path} holds no clips. Accepted are {ACCEPTED}.")
         return clips
     if path.exists():
         if not _has_accepted_suffix(path):
-            raise MediaError(f"{path} is of no accepted kind. Accepted are {ACCEPTED}.")
+            raise MediaError(f"{path} is not of an accepted kind. Accepted are {ACCEPTED}.")
         return [path]
     if not glob.has_magic(str(path)):
         raise MediaError(f"{path} does not exist. Give a file, a folder or a pattern of {ACCEPTED}.")
@@ -95,7 +95,7 @@ def _expand_list(path: Path) -> list[Path]:
         except MediaError as error:
             raise MediaError(f"{path}, line {number}: {error}") from error
     if not clips:
-        raise MediaError(f"The list {path} names no clip. Write one path per line: {ACCEPTED}.")
+        raise MediaError(f"The list {path} names no clips. Write one path per line: {ACCEPTED}.")
     return clips
 
 

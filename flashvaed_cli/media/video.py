@@ -1,11 +1,11 @@
 """Video files and stills in, with PyAV: probing, frame iteration, clips.
 
-Pixels are RGB. Files are read as a player shows them: turned as rotation metadata (and EXIF in photographs)
+Pixels are RGB. Files are read as a player shows them: rotated as the metadata (and EXIF in photographs)
 say (mirroring is not applied), colours follow the file's matrix and range, and every stored frame counts
 once whatever its timestamp (variable frame rates keep their frame count, not their timing).
 Non-square pixels are not stretched, and an alpha channel is dropped. HDR is tone-mapped; `frames.colour` says how.
-Damage is an error where container or decoder show it; a Matroska or WebM file that was cut off reads as a shorter
-video, and VP8, VP9 and JPEG show damage only where their decoding fails.
+Damage is an error if the container or decoder reports it; a Matroska or WebM file that was cut off reads as a shorter
+video, and VP8, VP9 and JPEG reveal damage only where decoding fails.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class VideoInfo:
 
     Attributes:
         width, height: as displayed, after rotation metadata.
-        fps: average frames per second; 24 for stills and where the file does not say.
-        num_frames: frames the container announces; None if it does not. 1 for a still.
-        tone_mapping: how the colours are changed for an SDR screen, in words; None where they are not.
+        fps: average frames per second; 24 for stills and if the file does not say.
+        num_frames: the number of frames that the container announces; None if it does not. 1 for a still.
+        tone_mapping: how the colours are changed for an SDR screen, in words; None if they are not.
     """
 
     path: Path
@@ -87,7 +87,7 @@ def probe_video(path: str | Path) -> VideoInfo:
     require_file(path)
     first = next(decoded_frames(path), None)
     if first is None:
-        raise MediaError(f"{path} holds no video frame. Is the file cut off? Export or download it again.")
+        raise MediaError(f"{path} holds no video frames. Is the file cut off? Export or download it again.")
     height, width = displayed_size(first)
     num_frames, fps = _length(path)
     return VideoInfo(path, width, height, fps, num_frames, tone_mapping(first))
@@ -106,7 +106,7 @@ def _length(path: Path) -> tuple[int | None, Fraction]:
 def count_frames(path: str | Path) -> int:
     """The number of frames that decoding will give, by walking the packets (no decoding, except VP8).
 
-    The container's own count is not used: it is absent in Matroska, and in MP4 it includes frames
+    The container's own count is not used: Matroska has none, and in MP4 it includes frames
     that an edit list hides and frames that a truncated file has lost.
 
     Raises:
@@ -128,7 +128,7 @@ def iter_frames(
 ) -> Iterator[UInt8[Tensor, "3 H W"]]:
     """Decode the frames with index in [start, stop), one at a time, in display order.
 
-    Frames before `start` are decoded and dropped, so that an index is exact in every format.
+    Frames before `start` are decoded and dropped, so that indices are exact in every format.
 
     Args:
         max_side: shrink (bicubic, antialiased, aspect kept) until the longer side is at most this.
@@ -172,7 +172,7 @@ def read_clip(
     frames = [_cut(frame, crop, Path(path)) for frame in iter_frames(path, start=start, stop=stop, max_side=max_side)]
     if not frames:
         raise MediaError(
-            f"{path} has no frame number {start} (counted from 0): it ends before. Ask for an earlier start."
+            f"{path} has no frame number {start} (counted from 0): it ends earlier. Choose an earlier start."
         )
     return from_bytes(torch.stack(frames, dim=1))  # [C, T, H, W]
 
@@ -183,10 +183,10 @@ def read_windows(
     """Cut many windows, which may overlap, out of a file in one pass.
 
     Yields:
-        The place in `windows` and the stored RGB bytes, as soon as a window is complete.
+        The index in `windows` and the stored RGB bytes, as soon as a window is complete.
     Raises:
-        MediaError: as `iter_frames`, or a crop reaches outside the frame; what was yielded before is good. A window
-            behind the end of the file is not yielded.
+        MediaError: as `iter_frames`, or a crop reaches outside the frame; windows already yielded are good. A window
+            past the end of the file is not yielded.
     """
     open_windows: dict[int, list[Tensor]] = {place: [] for place in range(len(windows))}
     size: tuple[int, int] | None = None

@@ -1,4 +1,4 @@
-"""Work on files in other processes, while this one computes: results in order, few at a time."""
+"""Work on files in other processes while this one computes: results in order, a few at a time."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ JobT = TypeVar("JobT")
 ResultT = TypeVar("ResultT")
 
 _MAX_WORKERS = 4
-_MIN_CLIPS_PER_WORKER = 16  # a process takes seconds to start: fewer clips are decoded sooner than that
+_MIN_CLIPS_PER_WORKER = 16  # a process takes seconds to start; fewer clips are decoded faster than that
 
 
 def default_num_workers(num_clips: int) -> int:
-    """At most 4, one less than the cores this process may use, and none for few clips."""
+    """One fewer than the cores that this process may use, at most 4, and none for few clips."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(0, min(_MAX_WORKERS, cores - 1, num_clips // _MIN_CLIPS_PER_WORKER))
 
 
 class FileWorkers:
-    """Processes that start with the first job and end with the `with` block; with `num_workers` 0, none.
+    """Processes that start with the first job and end with the `with` block; none if `num_workers` is 0.
 
-    They are spawned, not forked: forked ones may hang where threads or CUDA were in use. A worker ends by itself
+    They are spawned, not forked: forked ones may hang if threads or CUDA were in use. A worker exits on its own
     when this process is killed.
     """
 
@@ -51,11 +51,11 @@ class FileWorkers:
     def map(
         self, function: Callable[[JobT], ResultT], jobs: Iterable[JobT], name: Callable[[JobT], str]
     ) -> Iterator[tuple[JobT, ResultT]]:
-        """Jobs with their results, in order; only a few run ahead of what is taken, so memory does not grow.
+        """Jobs with their results, in order; only a few run ahead of the consumer, so memory does not grow.
 
         Args:
-            function: importable by name (or a partial of such a one), as are its arguments and results.
-            name: what to call a job where a process dies of it.
+            function: picklable (importable by name, or a partial of such a function), as are its arguments and results.
+            name: what to call a job if a process dies on it.
         Raises:
             MediaError: a process died.
         """
@@ -94,7 +94,7 @@ class FileWorkers:
 
 
 def _begin_worker() -> None:
-    # Ctrl-C reaches every process of the terminal: the main one decides, and ends the others.
+    # Ctrl-C reaches every process of the terminal; the main one decides, and ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, which comes with the first job
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -1,4 +1,4 @@
-"""Video files out, with PyAV: H.264 MP4, streaming, all or nothing."""
+"""Video files out, with PyAV: H.264 MP4, streaming, written atomically."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write_video(
     Returns:
         The number of frames written.
     Raises:
-        MediaError: no frame arrived, or the file cannot be written. What `chunks` raises passes
+        MediaError: no frame arrived, or the file cannot be written. Whatever `chunks` raises passes
             through; in either case no file is left and an older one at `path` is untouched.
     """
     with VideoWriter(path, fps=fps, crf=crf) as writer:
@@ -47,8 +47,8 @@ class VideoWriter:
     """Streaming H.264 writer: 8-bit 4:2:0, BT.709, index at the front, plays everywhere.
 
     4:2:0 needs even sizes, so an odd height or width gets one more row or column inside the file, a
-    copy of the last. The file grows under a hidden temporary name beside the target and takes its
-    place when complete: a killed process leaves no half-written target (the temporary may stay).
+    copy of the last. The file is written under a hidden temporary name beside the target and replaces it
+    when complete: a killed process leaves no half-written target (the temporary file may remain).
     Use as a context manager; leaving it by an exception discards the file.
     """
 

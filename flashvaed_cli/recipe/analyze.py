@@ -26,11 +26,11 @@ class AnalyzeRecipe(CalibratedRecipe, RuleField, StageRecipe):
         default=128,
         description="Height and width in pixels of the clip whose decoding is timed, rounded up to whole latents.",
     )
-    num_latency_rounds: Count = Field(default=3, description="Timed rounds, after one to warm up; the median counts.")
+    num_latency_rounds: Count = Field(default=3, description="Timed rounds, after a warm-up round; the median counts.")
     width_latency_s: OptionalCount = Field(
         default=30,
-        description="About how many seconds to spend on the latency of narrower widths, which prune --target-speedup "
-        "needs; slow decoders take one round, however long; 0 leaves it out.",
+        description="Roughly how many seconds to spend on the latency at narrower widths, which prune "
+        "--target-speedup needs; slow decoders take one round, however long; 0 leaves it out.",
     )
     plots: Switch = Field(default=False, description="Also draw R2 curves, spectra and latency shares as PNG files.")
     output: Name = Field(default=ANALYSIS_FILE, description="Analysis artifact to write.")

@@ -1,4 +1,4 @@
-"""The commands by name, each with the model of its settings."""
+"""The commands by name, each with its settings model."""
 
 from __future__ import annotations
 

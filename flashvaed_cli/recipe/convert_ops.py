@@ -1,4 +1,4 @@
-"""The settings of `flashvaed convert-ops`, and what goes together."""
+"""The settings of `flashvaed convert-ops`, and which ones can be combined."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ class ConvertOpsRecipe(ReconstructingRecipe):
     profile: OperatorProfile = Field(
         default="paper",
         description="paper: the paper's cheaper operator for each stage, weights refitted. exact: for each layer "
-        "the fastest operator that gives the same frames, without data. image: the decoder of single images (one "
-        "latent frame) that gives the same pixels, without data; its layers work on frames alone.",
+        "the fastest operator that gives the same frames; needs no data. image: a still-image decoder (one latent "
+        "frame) that gives the same pixels; needs no data, and all its layers are 2D.",
     )
     operators: dict[Name, StageOperator] = Field(
-        default={}, description="Operator by stage name, in place of the profile's."
+        default={}, description="Operator by stage name, instead of the profile's."
     )
     time_rank: KeepRatio | None = Field(
         default=None,
-        description="Factorise the kernels that double the frames: the fraction of their full rank that is kept. "
-        "Without it they stay whole, as in the paper.",
+        description="Factorise the kernels that double the frames, keeping this fraction of their full rank. "
+        "Default: leave them whole, as in the paper.",
     )
     num_separable_iterations: Count = Field(
-        default=3, description="Alternations between the depthwise and the pointwise solve of one layer."
+        default=3, description="How often to alternate between a layer's depthwise and pointwise solve."
     )
     output: Name = Field(default=CONVERTED_FILE, description="Decoder artifact to write.")
 
@@ -52,5 +52,7 @@ class ConvertOpsRecipe(ReconstructingRecipe):
         given = {"operators": bool(self.operators), "time_rank": self.time_rank is not None}
         if self.profile != "paper" and (names := [f"`{name}`" for name, is_given in given.items() if is_given]):
             listed = " and ".join(names)
-            raise ValueError(f"`profile` is {self.profile}, which gives every layer its operator: leave {listed} out")
+            raise ValueError(
+                f"`profile` is {self.profile}, which chooses every layer's operator itself: leave {listed} out"
+            )
         return self

@@ -54,7 +54,7 @@ class DecodeRecipe(CommandRecipe):
     output: Name | None = Field(
         default=None,
         description="File (.mp4, .png, .npy, .pt), folder, or - for raw rgb24 frames on standard output. Several clips "
-        "go to a folder, one video each.",
+        "need a folder and give one video each.",
     )
     format: FrameFormat | None = Field(
         default=None,
@@ -62,16 +62,17 @@ class DecodeRecipe(CommandRecipe):
         "[3, F, H, W] in [-1, 1]).",
     )
     fps: FrameRate | None = Field(
-        default=None, description="Frames per second of an MP4, such as 24 or 30000/1001; changes no frame."
+        default=None, description="Frames per second of an MP4, such as 24 or 30000/1001; does not change the frames."
     )
     crf: Annotated[int, Field(ge=0, le=51, strict=True)] = Field(
-        default=16, description="Quality of an MP4, x264's scale: 0 is the best, 23 its own default, 51 the smallest."
+        default=16,
+        description="Quality of an MP4 on x264's scale: 0 is the best, 23 x264's default, 51 the smallest file.",
     )
     chunk: Count | None = Field(
-        default=None, description="Latent frames decoded at a time; bounds memory, changes no frame."
+        default=None, description="Latent frames decoded at a time; limits memory, does not change the frames."
     )
     tile: Count | None = Field(
-        default=None, description="Side in latents of the tiles that are decoded by themselves; changes no frame."
+        default=None, description="Side, in latents, of tiles to decode separately; does not change the frames."
     )
     clip_length: Count | None = Field(
         default=None,
@@ -79,6 +80,9 @@ class DecodeRecipe(CommandRecipe):
         "are decoded in runs of so many. Changes the frames.",
     )
     max_memory: Memory | None = Field(
-        default=None, description="Choose chunk and tile so that decoding stays below this, such as 4GB."
+        default=None,
+        description="Choose chunk and tile so that decoding stays below this amount of memory, such as 4GB.",
     )
-    compile: Switch = Field(default=False, description="Compile the decoder with torch.compile: minutes at first.")
+    compile: Switch = Field(
+        default=False, description="Compile the decoder with torch.compile; the first call takes minutes."
+    )

@@ -1,4 +1,4 @@
-"""The settings of `flashvaed eval`, and what goes together."""
+"""The settings of `flashvaed eval`, and which ones can be combined."""
 
 from __future__ import annotations
 
@@ -45,81 +45,82 @@ class EvalRecipe(ClipFields, StageRecipe):
     num_clips: OptionalCount = Field(default=None, description="Judge at most this many clips.")
     num_frames: OptionalCount = Field(default=None, description="Judge at most this many frames of each clip.")
     chunk: Count | None = Field(
-        default=None, description="Latent frames decoded at a time; bounds memory, changes no frame."
+        default=None, description="Latent frames decoded at a time; limits memory, does not change the frames."
     )
     num_speed_rounds: Count = Field(
-        default=5, description="Timed rounds of all decoders in alternation, after a warm-up."
+        default=5, description="Timed rounds, in which all decoders take turns, after a warm-up."
     )
     speed_budget: OptionalPositive = Field(
         default=60.0,
-        description="Seconds that timing may take: fewer rounds where they are slow, at least one. 0 sets no limit.",
+        description="Seconds that timing may take: slow decoders get fewer rounds, at least one. 0 sets no limit.",
     )
     pipeline_seconds: Positive | None = Field(
         default=None,
         description="Seconds that all other steps of your pipeline take (text encoder, denoising) for a clip of the "
-        "timed size: also report what the decoder means for the whole. With --speed, of every size.",
+        "timed size (with --speed, of every size): also report what the decoder means for the whole pipeline.",
     )
     speed: Switch = Field(
         default=False,
-        description="Only time the decoders, on random latents, against the original eager and tuned; no clips.",
+        description="Only time the decoders, on random latents, against the eager and the tuned original; no clips.",
     )
     sizes: Sizes = Field(
         default=("256x256",),
-        description=f"With --speed: frame sizes, by commas; {', '.join(NAMED_SIZES)} or WIDTHxHEIGHT.",
+        description=f"With --speed: frame sizes, comma-separated; {', '.join(NAMED_SIZES)} or WIDTHxHEIGHT.",
     )
     frames: Counts | None = Field(
         default=None,
-        description="With --speed: frames per clip, by commas; rounded up to whole latents (1 + 4 n for Wan, 1 + 8 n "
-        "for LTX). By default 9, and 1 where a decoder is one of single images.",
+        description="With --speed: frames per clip, comma-separated; rounded up to whole latents (1 + 4 n for Wan, "
+        "1 + 8 n for LTX). By default 9, or 1 with a still-image decoder.",
     )
     compile: Switch = Field(default=False, description="With --speed: compile the tuned decoders with torch.compile.")
     tile: Count | None = Field(
-        default=None, description="Side in latents of the tiles that are decoded by themselves; changes no frame."
+        default=None, description="Side, in latents, of tiles to decode separately; does not change the frames."
     )
     max_memory: Memory | None = Field(
-        default=None, description="Choose chunk and tile so that every decoder stays below this, such as 4GB."
+        default=None,
+        description="Choose chunk and tile so that every decoder stays below this amount of memory, such as 4GB.",
     )
     autotune: Switch = Field(
         default=False,
-        description="With --speed: try layouts, operators, chunks (and --compile) first; remembered per machine.",
+        description="With --speed: first try layouts, operators, chunks (and --compile); remembered per machine.",
     )
     video: Switch = Field(default=True, description="Write a side-by-side MP4 (a PNG for single frames).")
     lpips: Literal["auto", "on", "off"] = Field(
-        default="auto", description="auto reports LPIPS when the backbone's weights are there; on fails without them."
+        default="auto", description="auto reports LPIPS if the backbone's weights are available; on fails without them."
     )
     vmaf: Literal["auto", "on", "off"] = Field(
         default="auto",
-        description="auto reports VMAF where an ffmpeg with libvmaf is found (pip install 'flashvaed[vmaf]' brings "
+        description="auto reports VMAF if an ffmpeg with libvmaf is found (pip install 'flashvaed[vmaf]' provides "
         "one); on fails without it.",
     )
     features: Name | None = Field(
         default=None,
         description="TorchScript network for a Fréchet distance over all clips, such as an I3D (FVD) or an Inception "
-        "(FID). It is a program: give only files that you trust.",
+        "(FID). It is a program: use only files that you trust.",
     )
     features_input: Literal["clip", "image"] = Field(
-        default="clip", description="What it takes: windows of frames, [N, 3, T, S, S], or images, [N, 3, S, S]."
+        default="clip", description="The network's input: windows of frames, [N, 3, T, S, S], or images, [N, 3, S, S]."
     )
     features_frames: Count = Field(default=16, description="Frames per window.")
     features_size: Count = Field(default=224, description="Side S that frames are resized to.")
     features_range: Literal["signed", "unit", "bytes"] = Field(
-        default="signed", description="Pixels that it takes: [-1, 1], [0, 1] or bytes."
+        default="signed", description="Pixel range of the network's input: [-1, 1], [0, 1] or bytes."
     )
     center_crop: OptionalCount = Field(
         default=None, description="Resize each frame's shorter side to this many pixels, and judge the middle square."
     )
     protocol: Literal["ucf101", "davis", "panda"] | None = Field(
         default=None,
-        description="Frames and crop of published tables, on a folder that you have: ucf101 and davis, 17 frames; "
-        "panda, 33; all the middle 256 x 256.",
+        description="Frames and crop of published tables, for a folder of your own: ucf101 and davis, 17 frames; "
+        "panda, 33; all the central 256 x 256.",
     )
     require: Names = Field(
         default=(),
-        description="A condition such as psnr_retention>=0.969 or video.ssim>0.9; repeatable. Where one does not hold "
+        description="A condition such as psnr_retention>=0.969 or video.ssim>0.9; repeatable. If one fails, "
         "the exit code is 1.",
     )
     junit: Annotated[str, StringConstraints(pattern=r"\.xml$")] | None = Field(
-        default=None, description="Also write the conditions as a JUnit file, whose name ends in .xml."
+        default=None, description="Also write the conditions as a JUnit file; its name must end in .xml."
     )
     output: Name = Field(
         default="report", description="Folder to write report.json, report.md and pictures (speed.json, speed.md) to."
@@ -130,11 +131,11 @@ class EvalRecipe(ClipFields, StageRecipe):
         given = [name for name in _SPEED_ONLY if getattr(self, name) != type(self).model_fields[name].default]
         if given and not self.speed:
             listed = ", ".join(f"`{name}`" for name in given)
-            raise ValueError(f"{listed}: only with --speed, which times decoders and judges no clip")
+            raise ValueError(f"{listed}: only with --speed, which times decoders and judges no clips")
         judging = [name for name in _JUDGING_ONLY if getattr(self, name)]
         if judging and self.speed:
             listed = ", ".join(f"`{name}`" for name in judging)
-            raise ValueError(f"{listed}: not with --speed, which times decoders and judges no clip")
+            raise ValueError(f"{listed}: not with --speed, which times decoders and judges no clips")
         return self
 
     @model_validator(mode="before")

@@ -29,12 +29,12 @@ class ExportRecipe(StageRecipe):
     )
     original: Name | None = Field(
         default=None,
-        description="The original VAE, whose encoder is exported too, where it is not the one the input remembers.",
+        description="The original VAE, whose encoder is exported too. Default: the one recorded in the input.",
     )
     targets: Annotated[tuple[ExportTarget, ...], BeforeValidator(one_as_tuple), Field(min_length=1)] = Field(
         default=("safetensors", "diffusers", "onnx"),
         description="Formats to write: safetensors, diffusers, onnx, comfyui, pt2, aoti (pt2 compiled for this "
-        "machine); repeatable. Without it the first three, diffusers where it has a model like the decoder.",
+        "machine); repeatable. diffusers is skipped by default if it has no such model.",
     )
     opset: Annotated[int, Field(ge=18, strict=True)] = Field(default=18, description="ONNX operator set.")
     output: Name = Field(default="export", description="Folder to write to.")

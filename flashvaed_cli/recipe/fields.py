@@ -1,4 +1,4 @@
-"""The kinds of values that recipes hold: choices by name, checked numbers, default places of files."""
+"""The kinds of values that recipes hold: named choices, checked numbers, default file names."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ def _checked_size(text: str) -> str:
 def _checked_device(text: str) -> str:
     if re.fullmatch(r"auto|cpu|mps|gpu|cuda(:[0-9]{1,3})?", text) is None:
         hint = "a GPU is called gpu, cuda (NVIDIA, AMD) or mps (Apple); " if "gpu" in text.lower() else ""
-        raise ValueError(f"{text!r} is no device: {hint}give auto, cpu, gpu, cuda, mps, or cuda:1 for the second GPU")
+        raise ValueError(
+            f"{text!r} is not a device: {hint}give auto, cpu, gpu, cuda, mps, or cuda:1 for the second GPU"
+        )
     return text
 
 
@@ -94,7 +96,7 @@ def _ratio_from_text(value: object) -> object:
     try:
         return parse_ratio(value)
     except ValueError:
-        return value  # the check for a number names it
+        return value  # the number check will name it
 
 
 def _checked_memory(text: str) -> str:

@@ -37,8 +37,8 @@ class InfoRecipe(CommandRecipe):
 
     files: Names = Field(
         default=(),
-        description="Artifacts, checkpoints of other programs, diffusers folders, hf:// addresses or builtin:NAME. "
-        "Several are set side by side.",
+        description="Artifacts, other programs' checkpoints, diffusers folders, hf:// addresses or builtin:NAME. "
+        "Several are shown side by side.",
     )
     size: Annotated[str, AfterValidator(_checked_size)] = Field(
         default="9x256x256", description="FRAMESxHEIGHTxWIDTH of the video that the operations are counted for."

@@ -1,7 +1,7 @@
 """Find and read recipe files, and combine them with flags.
 
 A recipe is one section, `prune: {keep_ratio: 0.25}`, or a chain of them under `steps:`. Every section belongs
-to one command; several of one command carry a `name` each, to be chosen by `--step`.
+to one command; if there are several for a command, each has a `name`, by which `--step` chooses.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ SHIPPED_FOLDERS = (_PACKAGE / "shipped", _PACKAGE.parent.parent / "recipes")
 
 @dataclass(frozen=True)
 class Section:
-    """The settings that a recipe gives to one run of one command; the rest are defaults.
+    """The settings that a recipe gives for one run of one command; the rest are defaults.
 
-    `lines` are those of the settings, and of the keys in them, by their path.
+    `lines` are the line numbers of the settings, and of the keys in them, by path.
     """
 
     command: str
@@ -56,7 +56,7 @@ class Recipe:
 
         Args:
             command: name on the command line (`convert-ops`).
-            step: name of the section; may be None where the command has one section only.
+            step: name of the section; may be None if the command has only one.
         Raises:
             RecipeError: no such section, or more than one and no `step`.
         """
@@ -169,7 +169,7 @@ def resolve(
 def _origins(
     recipe: Recipe, section: Section, merged: Mapping[str, object], overrides: Mapping[str, object]
 ) -> dict[tuple[str, ...], str]:
-    """Where the recipe says what it decides, by field or by field and key."""
+    """Where in the recipe each value that it decides is set, by field or by field and key."""
 
     def decides(path: tuple[str, ...]) -> bool:
         above, left = overrides.get(path[0]), merged.get(path[0])
@@ -185,7 +185,7 @@ def _origins(
 
 
 def _without_overridden_groups(below: Mapping[str, object], above: Mapping[str, object]) -> dict[str, object]:
-    """The recipe less its ratios for channel groups of stages whose ratio is given as a flag."""
+    """The recipe without its ratios for channel groups in stages whose ratio is given as a flag."""
     stages, groups = above.get("stage_keep_ratios"), below.get("group_keep_ratios")
     if not isinstance(stages, Mapping) or not isinstance(groups, Mapping):
         return dict(below)
@@ -194,7 +194,7 @@ def _without_overridden_groups(below: Mapping[str, object], above: Mapping[str, 
 
 
 def _named(message: str, flags: Mapping[str, str]) -> str:
-    """A message with its `fields` as the reader knows them: by flag where one was given, else as in the recipe."""
+    """A message with its `fields` as the reader knows them: by flag if one was given, else as in the recipe."""
     return re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[1]), message)
 
 
@@ -304,7 +304,7 @@ def _flatten(error: ValidationError, model: type[BaseModel]) -> Iterator[tuple[t
     locations = [tuple(item["loc"]) for item in items]
     for item, location in zip(items, locations, strict=True):
         if location and any(location == other[: len(location)] != other for other in locations):
-            continue  # only a consequence of a mistake inside it
+            continue  # only follows from a mistake inside it
         message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         message = f"must be {message}" if item["msg"].startswith("Input should be ") else message
         if item["type"] == "extra_forbidden":
@@ -354,6 +354,6 @@ def _listing(source: str, mistakes: list[str]) -> str:
 
 
 def quoted(value: object) -> str:
-    """A value for a message, cut where it is long."""
+    """A value for a message, shortened if long."""
     text = repr(value)
     return text if len(text) <= MAX_QUOTED_CHARS else f"{text[:MAX_QUOTED_CHARS]}..."

@@ -1,4 +1,4 @@
-"""The settings of `flashvaed prune`, and what goes together."""
+"""The settings of `flashvaed prune`, and which ones can be combined."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ class PruneRecipe(ReconstructingRecipe, RatioFields):
     )
     analysis: Name | None = Field(
         default=None,
-        description=f"Analysis of that decoder. Without it, {ANALYSIS_FILE} if that fits, else made on the fly.",
+        description=f"Analysis of that decoder. Default: {ANALYSIS_FILE} if it fits, else made on the fly.",
     )
     layout: StudentLayout = Field(
         default="free",
-        description="free: each channel group has a width of its own. native: the original at another base width, "
-        "which the family's stock classes load; the ratio is that of the whole decoder.",
+        description="free: each channel group has its own width. native: the original at another base width, "
+        "which the family's stock classes load; the ratio applies to the whole decoder.",
     )
     with_encoder: Switch = Field(
         default=False,
-        description="With the native layout: narrow and refit the encoder to the same width, for programs that build "
-        "both at one width.",
+        description="With the native layout: also narrow the encoder to the same width and refit it, for programs "
+        "that build both at one width.",
     )
     round_to: Count = Field(
-        default=1, description="Round kept channel counts to the nearest multiple of this, at least one."
+        default=1, description="Round kept channel counts to the nearest multiple of this, but never to 0."
     )
     target_speedup: Annotated[float, Field(gt=1, strict=True)] | None = Field(
         default=None,

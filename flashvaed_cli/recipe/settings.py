@@ -1,7 +1,7 @@
 """The settings that several commands share, as pydantic models: type, default and help text of each.
 
-Every command has a model, in the file of its name. The descriptions are also the help texts of the flags
-(`flashvaed_cli/cli/signature.py` reads them here), so a setting is named, explained and defaulted in one place only.
+Every command has a model, in the file of the same name. The descriptions are also the flags' help texts
+(`flashvaed_cli/cli/signature.py` reads them here), so each setting is named, explained and defaulted in one place.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from flashvaed_cli.recipe.fields import (
 
 
 class FrozenModel(BaseModel):
-    """Settings that cannot be changed, and none that is unknown; numbers are finite."""
+    """Immutable settings; unknown ones are refused, and numbers are finite."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -39,7 +39,7 @@ class CommandRecipe(FrozenModel):
     """What every command has.
 
     `command` is the name on the command line and in the YAML. `default_inputs` are the places where a command
-    looks, in this order, when no input is given; the last one always exists.
+    looks, in this order, if no input is given; the last one always exists.
     """
 
     command: ClassVar[str]
@@ -47,27 +47,27 @@ class CommandRecipe(FrozenModel):
 
     family: Name | None = Field(
         default=None,
-        description="Family of the input, where its names leave that open (wan2.1 and qwen-image have the same).",
+        description="Family of the input, if its names leave that open (wan2.1 and qwen-image have the same names).",
     )
 
     weights: Name | None = Field(
         default=None,
-        description="Which weights to read where a file holds several sets: ema for averaged ones, or the file's word.",
+        description="Which weights to read if a file holds several sets: ema for averaged ones, or a name in the file.",
     )
     allow_download: Switch = Field(
         default=False,
-        description="Download what is missing: an original on the Hub that the input names, the weights of LPIPS.",
+        description="Download what is missing: an original on the Hub that the input names, or the weights of LPIPS.",
     )
 
     _origins: dict[tuple[str, ...], str] = PrivateAttr(default_factory=dict)
 
     def remember_origins(self, origins: Mapping[tuple[str, ...], str]) -> None:
-        """Keep which settings a recipe file decided, and where it says so, by field or by field and key."""
+        """Remember which settings a recipe file decided, and where, by field or by field and key."""
         self._origins.update(origins)
 
     def origin(self, field: str, key: str) -> str | None:
         """Where a recipe file gives a key of a field, such as `ltx.yaml, line 9: prune.stage_keep_ratios.up3`; None
-        where a flag does."""
+        if a flag does."""
         return self._origins.get((field, key))
 
     def given(self, *fields: str) -> list[str]:
@@ -85,12 +85,10 @@ class CommandRecipe(FrozenModel):
 
 
 class StageRecipe(CommandRecipe):
-    """What commands have that read a decoder and write what they make of it."""
+    """What commands have in common that read a decoder and write a result."""
 
     input: Name | None = Field(default=None, description="Decoder to read.")
-    original: Name | None = Field(
-        default=None, description="The original VAE, where it is not the one that the input remembers."
-    )
+    original: Name | None = Field(default=None, description="The original VAE. Default: the one recorded in the input.")
     output: Name = Field(description="What to write.")
 
 
@@ -98,7 +96,7 @@ class ClipFields(CommandRecipe):
     data: Names = Field(
         default=(),
         description="Videos or latent files, folders or patterns of them, lists (.txt, one path per line); repeatable. "
-        "Without it, clips that ship with the program.",
+        "Default: the clips that ship with the program.",
     )
     latent_scale: LatentScale = Field(
         default="normalized",
@@ -112,14 +110,15 @@ class ClipFields(CommandRecipe):
 
 
 class CalibratedRecipe(ClipFields):
-    """What commands have that collect statistics on clips."""
+    """What commands have in common that collect statistics on clips."""
 
     num_calibration_clips: Count = Field(default=8, description="Clips to collect statistics on.")
     num_frames: Count = Field(
         default=17, description="Frames per calibration clip, rounded down to what the VAE takes."
     )
     crop_size: OptionalCount = Field(
-        default=128, description="Side in pixels of the square cut from each clip, whole latents; 0 takes all."
+        default=128,
+        description="Side in pixels of the square cut from each clip, rounded to whole latents; 0 takes everything.",
     )
 
 
@@ -135,14 +134,14 @@ class ReconstructingRecipe(CalibratedRecipe, StageRecipe):
 
 
 RULE_MEANINGS: Mapping[SelectionRule, str] = {
-    "greedy-energy": "explain most of the energy of all, means included; best in most trials",
-    "greedy-r2": "explain most of the variance of all; the paper's rule, to reproduce it",
-    "next-layer": "explain most of what the next layers compute; where those ignore much of what they get",
-    "pivoted-qr": "have the largest variance that those before do not explain; fast, for very wide layers",
-    "chip": "lower the nuclear norm most when they go; to compare with CHIP",
+    "greedy-energy": "together explain most of the energy, means included; best in most trials",
+    "greedy-r2": "together explain most of the variance; to reproduce the paper, whose rule it is",
+    "next-layer": "explain most of what the next layers compute; if those ignore much of their input",
+    "pivoted-qr": "have the largest variance not explained by those already chosen; fast, for very wide layers",
+    "chip": "would lower the nuclear norm most if removed; to compare with CHIP",
     "l1": "have the largest weights; a baseline",
     "variance": "have the largest variance; a baseline",
-    "random": "fall to the seed; what selection is worth at all",
+    "random": "are drawn at random; to see what selection is worth at all",
 }
 """The channels that each rule keeps, and when to use it."""
 
@@ -150,7 +149,7 @@ RULE_MEANINGS: Mapping[SelectionRule, str] = {
 class RuleField(CommandRecipe):
     rule: SelectionRule = Field(
         default="greedy-energy",
-        description="How the kept channels are chosen; the rules stand at the end of this help.",
+        description="How the kept channels are chosen; the rules are listed at the end of this help.",
     )
 
 
@@ -160,16 +159,16 @@ class RatioFields(RuleField):
         description=f"Fraction of channels kept in the family's shallow stages; {DEFAULT_KEEP_RATIO} if none is given.",
     )
     stage_keep_ratios: dict[Name, KeepRatio] = Field(
-        default={}, description="Fraction of channels kept by stage name; without keep_ratio, other stages stay whole."
+        default={}, description="Fraction of channels kept, by stage name; without keep_ratio, other stages stay whole."
     )
     group_keep_ratios: dict[Name, KeepRatio] = Field(
         default={},
-        description="Fraction of channels kept by channel group (up3.stream, up3.0.inner), in place of its stage's.",
+        description="Fraction of channels kept, by channel group (up3.stream, up3.0.inner); overrides its stage's.",
     )
 
     @model_validator(mode="after")
     def _ratios_name_what_they_should(self) -> RatioFields:
-        # A group's name is its stage's, a dot and more.
+        # A group's name is its stage's name, a dot and more.
         groups = [name for name in self.stage_keep_ratios if "." in name]
         stages = [name for name in self.group_keep_ratios if "." not in name]
         if groups:
@@ -181,7 +180,7 @@ class RatioFields(RuleField):
         return self
 
     def ratios(self, shallow_stages: Sequence[str]) -> dict[str, float]:
-        """Fraction kept by the name of a stage or a channel group; what is not in it stays whole.
+        """Fraction kept, by name of stage or channel group; anything not listed stays whole.
 
         Args:
             shallow_stages: the family's stages that `keep_ratio` applies to.

@@ -32,7 +32,7 @@ _Loader.add_implicit_resolver(
 
 @dataclass(frozen=True)
 class YamlSource:
-    """A parsed document: `value` (sequences as tuples), the line of every path, and what was wrong on the way."""
+    """A parsed document: `value` (sequences as tuples), the line of every path, and the problems found on the way."""
 
     value: object
     lines: dict[Path, int]
@@ -68,7 +68,7 @@ def parse_yaml(text: str, *, source: str) -> YamlSource:
         line = f"line {mark.line + 1}: " if mark else ""
         raise RecipeError(f"{source} is not valid YAML. {line}{error.problem or error.context}.") from error
     except RecursionError:
-        raise RecipeError(f"{source} is nested deeper than {MAX_JSON_DEPTH} levels, as no recipe is.") from None
+        raise RecipeError(f"{source} is nested deeper than {MAX_JSON_DEPTH} levels, which no recipe needs.") from None
     except yaml.reader.ReaderError as error:
         character = error.character if isinstance(error.character, int) else ord(str(error.character)[0])
         raise RecipeError(f"{source} is not valid YAML: it holds the control character {character:#04x}.") from error
@@ -100,8 +100,14 @@ def _build(loader: _Loader, node: yaml.Node, path: Path, parsed: YamlSource, abo
 def _scalar(loader: _Loader, node: yaml.Node) -> object:
     try:
         return loader.construct_object(node)
-    except (AttributeError, IndexError, KeyError, OverflowError, TypeError):  # PyYAML's own, of tags that do not fit
-        what = f"{node.value!r:.60} is no {node.tag.rpartition(':')[2]:.40}"
+    except (
+        AttributeError,
+        IndexError,
+        KeyError,
+        OverflowError,
+        TypeError,
+    ):  # what PyYAML raises for tags that do not fit
+        what = f"{node.value!r:.60} is not a valid {node.tag.rpartition(':')[2]:.40}"
         raise yaml.MarkedYAMLError(problem=what, problem_mark=node.start_mark) from None
 
 

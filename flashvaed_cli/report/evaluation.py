@@ -1,7 +1,7 @@
 """What `eval` found, as data, JSON, Markdown and tables.
 
 JSON holds plain numbers only: an infinite PSNR (identical clips) is written as `PSNR_CAP_DB`, any
-other number that is not finite as null.
+other non-finite number as null.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ REPORT_JSON = "report.json"
 
 @runtime_checkable
 class Quality(Protocol):
-    """Those of `FIGURES` that are known of one decoder against one reference, as attributes of their names; None where
+    """The `FIGURES` of one decoder against one reference, as attributes of the same names; None if
     one is not defined."""
 
     @property
@@ -36,7 +36,7 @@ class Quality(Protocol):
 
 @dataclass(frozen=True)
 class Spread:
-    """A measured ratio over rounds; None where it is not known how many."""
+    """A measured ratio over rounds; None if the number of rounds is not known."""
 
     median: float
     min: float
@@ -46,7 +46,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class FrechetDistances:
-    """Between the features of a decoder's output and of a reference's; None where there is none."""
+    """Between the features of a decoder's output and of each reference; None if there is no such reference."""
 
     to_ground_truth: float | None
     to_original: float | None
@@ -61,7 +61,7 @@ class GateVerdict:
     Attributes:
         condition: as it was given.
         decoder: whose figure it is about.
-        value: of the figure; None where it was not measured, which fails.
+        value: of the figure; None if it was not measured, which counts as failed.
     """
 
     condition: str
@@ -71,9 +71,9 @@ class GateVerdict:
 
     @property
     def text(self) -> str:
-        """The condition and what was found."""
+        """The condition and the value found."""
         found = "was not measured" if self.value is None else f"is {self.value:.6g}"
-        return f"{self.condition}: of {self.decoder} it {found}"
+        return f"{self.condition}: for {self.decoder} it {found}"
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class DecoderFigures:
         speedup: frames per second over the original's, round by round.
         num_parameters: of the decoder.
         file_bytes: of its weights on disk.
-        gflops: per decoded frame; a multiplication with addition counts 2.
+        gflops: per decoded frame; a multiply-add counts as 2.
         peak_memory_bytes: while decoding.
         frechet: over all clips together.
         pipeline: what its speed means for a whole pipeline.
@@ -138,7 +138,7 @@ class EvaluationReport:
         notes: what changes the meaning of a figure (LPIPS absent and how to get it, skipped clips).
         files: what else was written (pictures, videos), by name.
         gates: the conditions that were set.
-        made_with: settings, inputs and data, by which a later run knows whether anything has changed.
+        made_with: settings, inputs and data, from which a later run can tell whether anything has changed.
     """
 
     decoders: tuple[DecoderFigures, ...]
@@ -150,14 +150,14 @@ class EvaluationReport:
     made_with: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse a report without decoders or with two of one name."""
+        """Refuse a report without decoders, or with two of the same name."""
         names = [decoder.name for decoder in self.decoders]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"a report needs decoders with different names, not {names}")
 
     @property
     def original(self) -> DecoderFigures:
-        """What the others are measured against."""
+        """The decoder that the others are measured against."""
         return self.decoders[0]
 
 
@@ -179,7 +179,7 @@ def retention_percent(report: EvaluationReport, decoder: DecoderFigures) -> dict
 def kept_interval(report: EvaluationReport, decoder: DecoderFigures) -> tuple[float, float] | None:
     """The 95 % interval of `retention_percent`'s `psnr_db`, resampled over clips; None for fewer than three.
 
-    The decoder and the original are resampled together: what differs between clips alone does not widen it.
+    The decoder and the original are resampled together, so that differences between clips do not widen it.
     """
     pairs: dict[str, dict[str, float]] = {}
     for row in report.clips:
@@ -195,7 +195,7 @@ def kept_interval(report: EvaluationReport, decoder: DecoderFigures) -> tuple[fl
 
 
 def clip_values(report: EvaluationReport, decoder: str, reference: str, name: str) -> dict[str, float]:
-    """A figure of a decoder by clip, where it is defined.
+    """A decoder's figure by clip, for the clips on which it is defined.
 
     Args:
         reference: `to_ground_truth` or `to_original`.
@@ -207,16 +207,16 @@ def clip_values(report: EvaluationReport, decoder: str, reference: str, name: st
 
 
 def mean_interval(report: EvaluationReport, decoder: str, reference: str, name: str) -> tuple[float, float] | None:
-    """The 95 % interval of a mean over clips, resampled over them; None for fewer than three, and of the worst frame,
-    which is no mean."""
+    """The 95 % interval of a mean over clips, resampled over them; None for fewer than three, and for the worst frame,
+    which is not a mean."""
     if name == "worst_frame_psnr_db":
         return None
     return bootstrap_mean_interval(list(clip_values(report, decoder, reference, name).values()))
 
 
 def differences(report: EvaluationReport) -> list[dict[str, object]]:
-    """How much every further student differs from the first, to the original: the mean of the differences clip by clip
-    with its 95 % interval, which other clips do not widen."""
+    """How far every further student's figures against the original differ from the first's: the mean of the per-clip
+    differences with its 95 % interval, which variation between clips does not widen."""
     found: list[dict[str, object]] = []
     students = [decoder.name for decoder in report.decoders[1:] if decoder.to_original is not None]
     for other in students[1:]:
@@ -232,10 +232,10 @@ def differences(report: EvaluationReport) -> list[dict[str, object]]:
 
 
 def summary_table(report: EvaluationReport, *, full: bool = False) -> TableData:
-    """One row per figure, one column per decoder: fits a terminal however many figures there are.
+    """One row per figure, one column per decoder, so that it fits a terminal however many figures there are.
 
     Args:
-        full: also the figures that are not main ones, and the intervals of the means.
+        full: include minor figures, and the intervals of the means.
     """
     columns = (
         Column("", align="left", wraps=False),
@@ -293,7 +293,7 @@ _READING = (
 
 
 def _interval_texts(report: EvaluationReport, reference: str, figure: Figure) -> list[str | None] | None:
-    """The interval of every decoder; None where none has one."""
+    """The interval of every decoder; None if none has one."""
     intervals = [mean_interval(report, decoder.name, reference, figure.name) for decoder in report.decoders]
     if not any(intervals):
         return None
@@ -301,7 +301,7 @@ def _interval_texts(report: EvaluationReport, reference: str, figure: Figure) ->
 
 
 def difference_table(report: EvaluationReport) -> TableData | None:
-    """`differences` for people; None where there are not two students."""
+    """`differences` for people; None with fewer than two students."""
     entries = differences(report)
     if not entries:
         return None
@@ -360,7 +360,7 @@ def to_json(report: EvaluationReport) -> str:
 
 
 def report_document(report: EvaluationReport) -> dict[str, object]:
-    """All figures as JSON takes them, with derived ones (retention, ms per frame)."""
+    """All figures as JSON values, with derived ones (retention, ms per frame)."""
     return {
         "kind": "flashvaed-evaluation",
         "schema": SCHEMA,
@@ -400,7 +400,7 @@ def report_markdown(report: EvaluationReport, *, title: str = "Evaluation") -> s
 
 
 def save_report(report: EvaluationReport, folder: Path, *, title: str = "Evaluation") -> dict[str, Path]:
-    """Write `report.json` and `report.md`, each whole or not at all. Returns the paths by kind."""
+    """Write `report.json` and `report.md`, each atomically. Returns the paths by kind."""
     paths = {"json": folder / REPORT_JSON, "markdown": folder / "report.md"}
     for kind, text in (("markdown", report_markdown(report, title=title)), ("json", to_json(report))):
         with atomic_path(paths[kind]) as sibling:
@@ -479,7 +479,7 @@ def _speedup_text(speedup: Spread | None) -> str | None:
 
 
 def _range_text(speedup: Spread | None) -> str | None:
-    """None of a single round, which has no range."""
+    """None for a single round, which has no range."""
     return None if speedup is None or speedup.num_rounds == 1 else f"{speedup.min:.1f}–{speedup.max:.1f}"
 
 

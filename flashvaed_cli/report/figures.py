@@ -1,4 +1,4 @@
-"""The figures of quality that a report shows: what each is called, how it is written, which way is better."""
+"""The quality figures that a report shows: what each is called, how it is formatted, which way is better."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 PSNR_CAP_DB = 100.0
-"""What identical frames count, where JSON and means have no infinity."""
+"""The PSNR that identical frames count as, because JSON and means allow no infinity."""
 
 
 @dataclass(frozen=True)
@@ -14,10 +14,10 @@ class Figure:
     """One figure of a decoder against a reference.
 
     Attributes:
-        name: in JSON, in `--require`, and of the attribute of a quality result.
+        name: in JSON, in `--require`, and as an attribute of a quality result.
         label: for people; `{to}` becomes `to the video` or `to the original`.
-        better: which way is better; `one`: near 1, as the reference.
-        is_main: shown in the terminal too, where there is little room.
+        better: which way is better; `one`: near 1, like the reference.
+        is_main: shown in the terminal too, where space is short.
     """
 
     name: str
@@ -43,7 +43,7 @@ FIGURES: tuple[Figure, ...] = (
 )
 
 RETENTION = ("psnr_db", "ssim", "sharpness_ratio")
-"""Figures against the video whose share of the original's is shown as kept."""
+"""Figures against the video that are also shown as a kept share of the original's."""
 
 
 def short_name(name: str) -> str:

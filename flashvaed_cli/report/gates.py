@@ -41,7 +41,7 @@ _OF_DECODERS: dict[str, Callable[[DecoderFigures], float | None]] = {
 
 @dataclass(frozen=True)
 class Requirement:
-    """A condition, taken apart. `decoder` is None for the judged one."""
+    """A parsed condition. `decoder` is None for the judged one."""
 
     text: str
     decoder: str | None
@@ -51,18 +51,18 @@ class Requirement:
 
 
 def figure_names() -> tuple[str, ...]:
-    """What a condition can be about: a figure's name alone is against the original's output, `video.NAME` against the
-    video, `NAME_retention` the share kept of the original's figure against the video (1 keeps all)."""
+    """What a condition can refer to: a figure's name alone is against the original's output, `video.NAME` against the
+    video, `NAME_retention` the share kept of the original's figure against the video (1 keeps everything)."""
     names = [figure.name for figure in FIGURES]
     shares = [f"{short_name(name)}_retention" for name in RETENTION]
     return (*names, *(f"video.{name}" for name in names), *shares, *_OF_DECODERS)
 
 
 def parse_requirement(text: str) -> Requirement:
-    """Take a condition apart.
+    """Parse a condition.
 
     Raises:
-        RecipeError: it is none, or about a figure that no report has.
+        RecipeError: not a condition, or about a figure that no report has.
     """
     match = _CONDITION.fullmatch(text.strip())
     try:
@@ -86,7 +86,7 @@ def _meant(figure: str) -> str:
 
 
 def require_decoders(requirements: Sequence[Requirement], names: Sequence[str]) -> None:
-    """Raise RecipeError if a condition names a decoder that will not be in the report; to be asked before the work."""
+    """Raise RecipeError if a condition names a decoder that will not be in the report; call it before the work."""
     for one in requirements:
         if one.decoder is not None and one.decoder not in names:
             quoted = "; ".join(f"'{name}'" for name in names)

@@ -11,7 +11,7 @@ from flashvaed_cli.report.evaluation import EvaluationReport
 
 
 def write_junit(report: EvaluationReport, path: Path) -> None:
-    """Write one test case per condition; without conditions, one that says that the evaluation ran.
+    """Write one test case per condition; without conditions, one saying that the evaluation ran.
 
     Raises:
         OSError: the file cannot be written.

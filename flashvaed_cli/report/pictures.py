@@ -1,4 +1,4 @@
-"""Clips beside each other, for a video and for a contact sheet. Pixels float in [-1, 1], clips `[C, T, H, W]`."""
+"""Clips side by side, for a video and for a contact sheet. Pixels are float in [-1, 1], clips `[C, T, H, W]`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def side_by_side(frames: Sequence[LabelledClip]) -> Float[Tensor, "3 T Ho Wo"]:
     """Clips from left to right, each with its label in a band above.
 
     The band lies above the picture, so that no pixel is covered. Sides are even, as 4:2:0 video
-    needs. Works on chunks: the layout depends on labels and frame size only.
+    needs. Works on chunks: the layout depends only on labels and frame size.
 
     Args:
         frames: label and clip `[3, T, H, W]`; all of one shape.
@@ -52,7 +52,7 @@ def side_by_side(frames: Sequence[LabelledClip]) -> Float[Tensor, "3 T Ho Wo"]:
 
 
 def select_frames(num_frames: int, num_columns: int) -> list[int]:
-    """Indices of at most `num_columns` frames, spread evenly, first and last among them."""
+    """Indices of at most `num_columns` frames, evenly spread, including the first and last."""
     if num_frames <= num_columns:
         return list(range(num_frames))
     if num_columns == 1:
@@ -72,14 +72,14 @@ def save_strip(
     """Write a PNG contact sheet: one row per clip, a row of differences, and a column of close-ups.
 
     The last row is |last clip - the one before it|, amplified. The right-most column shows every
-    row without scaling down, cut around the place where those two clips differ most; a frame marks it.
+    row at full size, cropped around the place where those two clips differ most; a frame marks it.
 
     Args:
         path: PNG to write, whole or not at all.
         rows: from top to bottom, usually video, original decoder, Flash decoder; all of one shape.
-        frame_numbers: numbers of the frames given, when the clips hold only frames chosen before
-            (so that a long video need not be in memory); all of them are shown then.
-        num_columns: how many frames to show when `frame_numbers` is None.
+        frame_numbers: numbers of the frames given, if the clips hold only frames chosen beforehand
+            (so that a long video need not be in memory); all of them are then shown.
+        num_columns: how many frames to show if `frame_numbers` is None.
         difference_gain: amplification of the difference.
         max_cell_px: larger frames are scaled down to this side.
     Returns:
@@ -115,7 +115,7 @@ class _Cell:
 
 @dataclass(frozen=True)
 class _CloseUp:
-    """A window of a frame and the whole number by which it is enlarged."""
+    """A window of a frame and the whole factor by which it is enlarged."""
 
     column: int
     box: tuple[int, int, int, int]  # left, top, right, bottom
@@ -210,7 +210,7 @@ def _write(
     ink: tuple[int, int, int],
     line_px: int | None = None,
 ) -> None:
-    """One line in the middle of a band; made smaller, then cut, where it does not fit."""
+    """One line in the middle of a band; shrunk, then cut off, if it does not fit."""
     line_px = line_px or band_px
     while line_px > 12 and _text_width(text, line_px) > max_width_px:
         line_px -= 1

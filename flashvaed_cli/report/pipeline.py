@@ -1,4 +1,4 @@
-"""What a faster decoder means for a whole pipeline, whose other steps (text encoder, denoising) take as ever."""
+"""What a faster decoder means for a whole pipeline, whose other steps (text encoder, denoising) stay the same."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PipelineShare:
-    """A pipeline with one decoder beside the same pipeline with the eager original.
+    """A pipeline with one decoder, compared with the same pipeline with the eager original.
 
     Attributes:
         rest_s: seconds of everything but decoding.
@@ -25,12 +25,12 @@ class PipelineShare:
 
     @property
     def decoding_percent(self) -> float:
-        """Of the pipeline's time, how much is decoding."""
+        """Decoding's share of the pipeline's time."""
         return 100 * self.decode_s / self.total_s
 
     @property
     def speedup(self) -> float:
-        """How many times as fast as with the eager original the pipeline is: Amdahl's law."""
+        """The pipeline's speed-up over the one with the eager original: Amdahl's law."""
         return (self.rest_s + self.original_s) / self.total_s
 
     def as_dict(self) -> dict[str, float]:

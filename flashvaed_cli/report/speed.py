@@ -27,10 +27,10 @@ class SpeedRow:
         over_eager: how many times faster than the table's first row, round by round.
         over_exact: the same against the tuned exact original.
         peak_bytes: the decoder's weights and what memory grows by while it decodes.
-        gflop: of the whole clip; a multiplication with addition counts 2.
+        gflop: of the whole clip; a multiply-add counts as 2.
         traffic_bytes: the least that must be read and written, see `metrics.roofline.traffic_elements`.
-        cold_start_s: preparing and the first call, compilation included.
-        compile_s: what a compiled decoder's cold start took beyond a warm call.
+        cold_start_s: preparation and the first call, compilation included.
+        compile_s: how much longer a compiled decoder's cold start took than a warm call.
         way: how it was run (layout, chunk, tile, compiled).
         failure: why there are no figures.
         pipeline: what its speed means for a whole pipeline.
@@ -112,7 +112,7 @@ def time_table(table: SpeedTable) -> TableData:
 
 
 def pipeline_table(table: SpeedTable) -> TableData | None:
-    """What it means for a whole pipeline; None where nobody said what the rest of it takes."""
+    """What it means for a whole pipeline; None if the time of the rest is not given."""
     shares = [(row.name, row.pipeline) for row in table.rows if row.pipeline is not None]
     if not shares:
         return None
@@ -128,7 +128,7 @@ def pipeline_table(table: SpeedTable) -> TableData | None:
 
 
 def machine_table(table: SpeedTable) -> TableData:
-    """What it takes: memory, operations, the share of the machine's rates that it reaches, and time to get going."""
+    """What it takes: memory, operations, the share of the machine's rates that it reaches, and start-up time."""
     columns = (
         Column("decoder", align="left"),
         Column("peak, MB", ",.0f"),
@@ -165,7 +165,7 @@ def _machine_title(table: SpeedTable) -> str:
 
 
 def machine_shares(table: SpeedTable, row: SpeedRow) -> dict[str, float | None]:
-    """Achieved operations per second and how much of the machine's matmul and copy rates that is."""
+    """Achieved operations per second, and as a share of the machine's matmul and copy rates."""
 
     def per_second(amount: float | None) -> float | None:
         return amount / row.seconds.median if amount is not None and row.seconds else None
@@ -183,7 +183,7 @@ def _percent(value: float | None, whole: float | None) -> float | None:
 
 
 def way_notes(report: SpeedReport) -> tuple[str, ...]:
-    """How every decoder was run, once where that is the same in all tables."""
+    """How every decoder was run, said once if it is the same in all tables."""
     ways: dict[str, dict[str, str]] = {}
     for table in report.tables:
         for row in table.rows:
@@ -199,27 +199,27 @@ def way_notes(report: SpeedReport) -> tuple[str, ...]:
 
 
 def all_notes(report: SpeedReport) -> tuple[str, ...]:
-    """What every reader has to know, then how the decoders were run, then what is special about this run."""
+    """What every reader needs to know, then how the decoders were run, then what is special about this run."""
     return (*_LEGEND, *way_notes(report), *report.notes)
 
 
 _LEGEND = (
     "s, frames/s and speed-ups are medians over rounds in which all decoders take turns; in brackets the range.",
-    "× eager is against the first row, × exact against the original with exact twins of its operators.",
+    "× eager is against the first row, × exact against the original with exact operators.",
     "Peak: the weights and what one warm decoding adds. % of copy: the least traffic possible, every layer reading "
-    "its input and writing its output once. Cold start: getting ready and the first call, in a process already warm.",
+    "its input and writing its output once. Cold start: preparation and the first call, in a process already warm.",
 )
 
 
 def speed_tables(report: SpeedReport) -> tuple[TableData, ...]:
-    """Two tables per size, and a third where the rest of a pipeline is known."""
+    """Two tables per size, and a third if the rest of the pipeline is known."""
     views = (time_table, pipeline_table, machine_table)
     tables = (view(table) for table in report.tables for view in views)
     return tuple(table for table in tables if table is not None)
 
 
 def speed_document(report: SpeedReport) -> dict[str, object]:
-    """All figures as plain data; what is not finite becomes None."""
+    """All figures as plain data; non-finite ones become None."""
     return {
         "kind": "flashvaed-speed",
         "schema": SCHEMA,
@@ -258,7 +258,7 @@ def speed_markdown(report: SpeedReport, *, title: str = "Speed") -> str:
 
 
 def save_speed(report: SpeedReport, folder: Path) -> dict[str, Path]:
-    """Write `speed.json` and `speed.md`, each whole or not at all. Returns the paths by kind."""
+    """Write `speed.json` and `speed.md`, each atomically. Returns the paths by kind."""
     paths = {"json": folder / SPEED_JSON, "markdown": folder / SPEED_MARKDOWN}
     document = json.dumps(speed_document(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     for kind, text in (("markdown", speed_markdown(report)), ("json", document)):

@@ -1,4 +1,4 @@
-"""One table, three faces: terminal, GitHub Markdown and plain data. All show the same text."""
+"""One table, three forms: terminal, GitHub Markdown and plain data. All show the same text."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Column:
     Args:
         name: heading, with the unit.
         number_format: format spec of numbers, such as `.2f` or `,d`; text is shown as it is.
-        align: numbers go right.
-        wraps: whether cells may break over lines in a narrow terminal; None: text does, numbers do not.
+        align: numbers are aligned right.
+        wraps: whether cells may wrap in a narrow terminal; None: text does, numbers do not.
     """
 
     name: str
@@ -55,7 +55,7 @@ class TableData:
 
 
 def format_cell(cell: Cell, column: Column) -> str:
-    """Text of one cell. An integer under a format for fractions is shown as one."""
+    """Text of one cell. An integer in a column formatted for fractions is shown as an integer."""
     if cell is None:
         return MISSING
     if isinstance(cell, str):
@@ -66,11 +66,11 @@ def format_cell(cell: Cell, column: Column) -> str:
 
 
 def to_rich(table: TableData) -> Table:
-    """For the terminal. Cells are plain text: square brackets in a file name are no markup."""
+    """For the terminal. Cells are plain text: square brackets in a file name are not markup."""
     view = Table(title=Text(table.title) if table.title else None, title_justify="left", header_style="bold")
     view.show_header = any(column.name for column in table.columns)
     for column in table.columns:
-        # numbers broken over two lines cannot be read, names can
+        # a number broken over two lines is unreadable, a name is not
         wraps = column.align == "left" if column.wraps is None else column.wraps
         overflow = "fold" if column.wraps else "ellipsis"
         view.add_column(Text(column.name), justify=column.align, no_wrap=not wraps, overflow=overflow)

@@ -50,7 +50,7 @@ def test_what_was_written_before_the_signal_is_said(tmp_path: Path, monkeypatch:
     put_in_place_of_stages(monkeypatch, stage)
     result = CliRunner().invoke(app, ["prune", "-o", str(tmp_path / "p.safetensors")])
     assert result.exit_code == 143
-    assert f"terminated: {tmp_path / 'p.safetensors'} was written, but what belongs to it may be missing" in (
+    assert f"terminated: {tmp_path / 'p.safetensors'} was written, but files that belong to it may be missing" in (
         result.stderr.replace("\n", "")
     )
 

@@ -82,7 +82,7 @@ MISTAKES = {
     "unknown step": ("distill --recipe paper --step phase4", ["phase4", "phase1, phase2, phase3"]),
     "missing data": ("prune vae.safetensors --data nowhere.mp4", ["nowhere.mp4 does not exist"]),
     "data of no kind": ("prune vae.safetensors --data notes", ["notes holds no clip", ".mp4"]),
-    "data of a wrong kind": ("prune vae.safetensors --data config.json", ["config.json is of no accepted kind"]),
+    "data of a wrong kind": ("prune vae.safetensors --data config.json", ["config.json is not of an accepted kind"]),
     "a text that lists no data": (
         "prune vae.safetensors --data notes/diary.txt", ["diary.txt, line 1: ", "precious does not exist"]
     ),

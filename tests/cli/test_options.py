@@ -111,7 +111,7 @@ def test_help_has_examples(runner: CliRunner, command: str) -> None:
     ("command", "headings"),
     [
         ("", ("Options", "Commands", "Using a result")),
-        ("prune", ("Arguments", "Options", "A target in place of ratios", "New weights", "Clips", "Common")),
+        ("prune", ("Arguments", "Options", "A target instead of ratios", "New weights", "Clips", "Common")),
         (
             "distill",
             (
@@ -333,4 +333,4 @@ def test_words_of_other_programs_are_understood(runner: CliRunner, words: str, s
 def test_help_is_a_word_too(runner: CliRunner) -> None:
     assert runner.invoke(app, ["help"]).stdout == runner.invoke(app, ["--help"]).stdout
     assert runner.invoke(app, ["help", "prune"]).stdout == runner.invoke(app, ["prune", "--help"]).stdout
-    assert "Exit codes: 0 done; 1 done, and a condition" in " ".join(runner.invoke(app, ["--help"]).stdout.split())
+    assert "0 success; 1 finished, but a condition" in " ".join(runner.invoke(app, ["--help"]).stdout.split())

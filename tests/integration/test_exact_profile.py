@@ -58,7 +58,7 @@ def test_pruning_and_export_work_on_plain_operators(folder: Path) -> None:
 def test_operators_beside_the_profile_are_a_mistake(folder: Path) -> None:
     result = invoke("convert-ops vae.safetensors --profile exact --operator up2=frame2d", cwd=folder)
     assert result.exit_code == 2
-    assert "--profile is exact, which gives every layer its operator: leave --operator out" in result.stderr
+    assert "--profile is exact, which chooses every layer's operator itself: leave --operator out" in result.stderr
 
 
 def test_its_own_output_has_nothing_to_change(folder: Path) -> None:

@@ -157,7 +157,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(
         (f"{NEW} --student tae --phase 1", "phase 1 does not fit .*of another shape than the original"),
         (f"{NEW} --student tae --phase 2", "phase 2 does not fit .*of another shape than the original"),
         (f"{NEW} --student efficientvit --student-width 9", "multiple of 8, not 9"),
-        (f"{NEW} --student-width 9", "--student-width: of a new decoder, and none is asked for"),
+        (f"{NEW} --student-width 9", "--student-width: only for a new decoder"),
         (f"convert-ops tae.safetensors --data clip.mp4 {CALIBRATION}", "light already.*--profile exact"),
         (f"prune tae.safetensors --layout native --data clip.mp4 {CALIBRATION}", "not its original at another base"),
     ],

@@ -1,4 +1,4 @@
-"""The commands, in the order of the program's help: one file each, and the list of those that have a recipe model."""
+"""The commands, in the order of the program's help: one file each, and a list of those with a recipe model."""
 
 from typing import Any
 

@@ -10,7 +10,7 @@ from flashvaed_cli.recipe import ConvertOpsRecipe
 
 
 def convert_ops(context: typer.Context, settings: ConvertOpsRecipe) -> None:
-    """Give every stage the cheapest operator that it can bear, and solve the new kernels by least squares.
+    """Give every stage the cheapest operator that it tolerates, and fit the new kernels by least squares.
 
     Reads a decoder and clips; writes converted.safetensors. Operators: causal3d, dwsep3d, frame2d.
     """

@@ -20,21 +20,21 @@ from flashvaed_cli.recipe.decode import STDOUT
 def decode(context: typer.Context, settings: DecodeRecipe) -> None:
     """Turn latents into videos, with memory that does not grow with their length.
 
-    Reads latents and a decoder, an original one too; writes one video for each clip: an MP4 (H.264), pictures, arrays,
-    or raw frames for a pipe. Where one fails the others are written, and the exit code is 2.
+    Reads latents and a decoder (an original works too); writes one video for each clip: an MP4 (H.264), pictures,
+    arrays, or raw frames for a pipe. If one fails, the others are still written, and the exit code is 2.
     """
     to_stdout = settings.output == STDOUT
     if to_stdout and sys.stdout.isatty():
-        raise DecodeError("--output - gives raw frames, and standard output is a terminal. Pipe it into a program.")
+        raise DecodeError("--output - writes raw frames, but standard output is a terminal. Pipe it into a program.")
     if to_stdout and was_closed(sys.stdout):
-        raise DecodeError("--output - gives raw frames, and standard output is closed. Pipe it into a program.")
+        raise DecodeError("--output - writes raw frames, but standard output is closed. Pipe it into a program.")
     from flashvaed_cli.stages.decode.run import run_decode
 
     stage = partial(run_decode, stdout=cast(BufferedIOBase, sys.stdout.buffer) if to_stdout else None)
     failed = run_stage(context, stage, settings, result_on_stderr=to_stdout).as_dict().get("failed")
     if isinstance(failed, list) and failed:
         reasons = [f"{entry['latents']}: {entry['reason']}" for entry in failed]
-        raise DecodeError("\n".join(["not everything could be decoded; the rest is there:", *reasons]))
+        raise DecodeError("\n".join(["not everything could be decoded; the rest was written:", *reasons]))
 
 
 COMMAND = Command(

@@ -10,11 +10,11 @@ from flashvaed_cli.recipe import DistillRecipe, PhaseRecipe
 
 
 def distill(context: typer.Context, settings: DistillRecipe) -> None:
-    """Train a decoder to give what the original gives, in the paper's three phases.
+    """Train a decoder to reproduce the original's output, in the paper's three phases.
 
-    Reads a decoder and clips; writes flash.safetensors. Ratio and rule name the channels that phase 2 prepares
-    for pruning. An interrupted run goes on where it was. With --student a new, light decoder is trained instead, from
-    the original's frames alone.
+    Reads a decoder and clips; writes flash.safetensors. Ratio and rule choose the channels that phase 2 prepares
+    for pruning. An interrupted run resumes where it stopped. With --student a new, light decoder is trained instead,
+    from the original's frames alone.
     """
     from flashvaed_cli.stages.distill.run import run_distill
     from flashvaed_cli.stages.dry_run import preview_distill

@@ -25,7 +25,7 @@ def evaluate(context: typer.Context, settings: EvalRecipe) -> None:
 
     gates = run_stage(context, run_evaluate, settings).as_dict().get("gates")
     if isinstance(gates, list) and (failed := [gate["text"] for gate in gates if not gate["passed"]]):
-        raise GateFailed("\n".join([f"{len(failed)} of {len(gates)} conditions do not hold:", *failed]))
+        raise GateFailed("\n".join([f"{len(failed)} of {len(gates)} conditions failed:", *failed]))
 
 
 COMMAND = Command(

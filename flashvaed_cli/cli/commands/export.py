@@ -11,17 +11,17 @@ from flashvaed_cli.recipe import ExportRecipe
 
 
 def export(context: typer.Context, settings: ExportRecipe) -> None:
-    """Write a decoder for other programs, each format checked against this one's output.
+    """Write a decoder for other programs, checking each format against flashvaed's own output.
 
-    Reads a decoder; writes a folder with the chosen formats. Where one fails the others are written, and the exit
-    code is 2.
+    Reads a decoder; writes a folder with the chosen formats. If one fails, the others are still written, and the
+    exit code is 2.
     """
     from flashvaed_cli.stages.export.run import run_export
 
     failed = run_stage(context, run_export, settings).as_dict().get("failed")
     if isinstance(failed, list) and failed:
         reasons = [str(entry["reason"]) for entry in failed]
-        raise ExportError("\n".join(["not every format could be written; the others are there:", *reasons]))
+        raise ExportError("\n".join(["not every format could be written; the others were:", *reasons]))
 
 
 COMMAND = Command(

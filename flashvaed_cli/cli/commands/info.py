@@ -10,9 +10,9 @@ from flashvaed_cli.recipe import InfoRecipe
 
 
 def info(context: typer.Context, settings: InfoRecipe) -> None:
-    """Tell what a file is, where it came from, what was measured of it, and what to do next.
+    """Show what a file is, where it came from, what was measured on it, and what to do next.
 
-    Reads artifacts and checkpoints of other programs; with several files, shows what differs. Writes nothing.
+    Reads artifacts and other programs' checkpoints; with several files, shows how they differ. Writes nothing.
     """
     from flashvaed_cli.stages.info.run import run_info
 

@@ -25,7 +25,7 @@ def prune(context: typer.Context, settings: PruneRecipe) -> None:
 
 
 def _target_replaces_ratios(given: Mapping[str, Any]) -> Overrides:
-    """A target that was given as a flag stands in place of the recipe's ratios."""
+    """A target given as a flag replaces the recipe's ratios."""
     if given["target_speedup"] is None and given["target_gflops"] is None:
         return {}
     return {"keep_ratio": None, "stage_keep_ratios": {}, "group_keep_ratios": {}}
@@ -36,7 +36,7 @@ COMMAND = Command(
     run=prune,
     options=("keep_ratio", "rule", "layout", "with_encoder", "round_to", "analysis", "original", "output"),
     panels={
-        "A target in place of ratios": ("target_speedup", "target_gflops", "latency_frames", "latency_side"),
+        "A target instead of ratios": ("target_speedup", "target_gflops", "latency_frames", "latency_side"),
         "New weights": ("reconstruct", "dampening_frac"),
         "Clips": CALIBRATION_CLIPS,
     },

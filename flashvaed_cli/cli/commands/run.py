@@ -1,4 +1,4 @@
-"""`flashvaed run` and `flashvaed recipes`: a whole recipe in one command, and what recipes there are."""
+"""`flashvaed run` and `flashvaed recipes`: a whole recipe in one command, and a list of the shipped ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flashvaed_cli.recipe import COMMAND_RECIPES, Recipe, Section, find_recipe, 
 from flashvaed_cli.recipe.fields import BUILTIN_VAE
 
 _FITTING = ("analyze", "prune", "convert-ops", "distill")
-"""Commands that `--data` is for; `eval` judges other clips."""
+"""The commands that take `--data`; `eval` judges other clips."""
 
 RUN_EPILOG = """Examples:
 
@@ -39,7 +39,7 @@ flashvaed recipes fast > mine.yaml"""
 
 @dataclass(frozen=True)
 class Step:
-    """One command of a recipe as it would be typed."""
+    """One command of a recipe, as it would be typed."""
 
     section: Section
     words: tuple[str, ...]
@@ -70,7 +70,10 @@ def run(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            "--data", "-d", metavar="PATH", help="Clips to calibrate and train on; repeatable. Default: those shipped."
+            "--data",
+            "-d",
+            metavar="PATH",
+            help="Clips to calibrate and train on; repeatable. Default: the shipped ones.",
         ),
     ] = None,
     judge: Annotated[
@@ -80,12 +83,12 @@ def run(
     device: Annotated[
         str | None, typer.Option("--device", metavar="auto|cpu|gpu|cuda[:N]|mps", help="For every step.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", "-f", help="Make everything again, finished or not.")] = False,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Redo everything, finished or not.")] = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Run the steps of a recipe in order, in this folder; what is up to date is passed over.
+    """Run the steps of a recipe in order, in this folder; what is up to date is skipped.
 
-    The first step that fails ends the run, with its exit code; the same command goes on from there.
+    The first step that fails ends the run, with its exit code; the same command resumes from there.
     """
     loaded = load_recipe(find_recipe(recipe))
     common = [
@@ -100,7 +103,7 @@ def run(
         print_step(f"[{number}/{len(steps)}] {step.shown}")
         code = program.main(args=list(step.words), prog_name="flashvaed", standalone_mode=False)
         if code:
-            print_step(f"step {number} of {len(steps)} failed; the same command goes on from there")
+            print_step(f"step {number} of {len(steps)} failed; the same command resumes from there")
             raise typer.Exit(code)
     print_step(f"{len(steps)} steps done in {time.perf_counter() - started:.0f} s")
 
@@ -108,10 +111,10 @@ def run(
 def plan_steps(
     recipe: Recipe, name: str, original: str | None, data: Sequence[str], judge: Sequence[str], common: Sequence[str]
 ) -> Iterator[Step]:
-    """The command lines of a recipe. A step reads what an earlier one wrote, else the original.
+    """The command lines of a recipe. A step reads what an earlier one wrote, or else the original.
 
     Args:
-        name: of the recipe, as the commands are to be given it.
+        name: of the recipe, as passed to the commands.
     """
     written: set[str] = set()
     for section in recipe.sections:
@@ -137,7 +140,7 @@ def recipes(
         typer.Argument(metavar="NAME", help="Print this recipe as YAML. Default: list all.", show_default=False),
     ] = None,
 ) -> None:
-    """List the recipes that ship with the program, or print one: the start of a recipe of your own."""
+    """List the recipes that ship with the program, or print one as a starting point for your own."""
     shipped = shipped_recipes()
     console = result_console()
     if name is None:
@@ -149,5 +152,5 @@ def recipes(
             console.print(Text(f"{'':{width}}  {steps}", style="dim"))
         return
     if name not in shipped:
-        raise RecipeError(f"no shipped recipe is called {name}; there are {', '.join(sorted(shipped))}.")
+        raise RecipeError(f"no shipped recipe is called {name}; choose from {', '.join(sorted(shipped))}.")
     typer.echo(printable(shipped[name].read_text(encoding="utf-8")), nl=False)

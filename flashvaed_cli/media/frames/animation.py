@@ -1,4 +1,4 @@
-"""Animated WebP and PNG, which FFmpeg reads not at all or as their first frame: by Pillow."""
+"""Animated WebP and PNG, read with Pillow: FFmpeg does not read them, or only their first frame."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _DEFAULT_MS = 100
 
 
 def is_animation(path: Path) -> bool:
-    """Whether a WebP or PNG file says, before its first picture, that it has several."""
+    """Whether a WebP or PNG file announces, before its first picture, that it has several."""
     if path.suffix.lower() not in _SUFFIXES or not path.is_file():
         return False
     try:
@@ -34,7 +34,7 @@ def is_animation(path: Path) -> bool:
 
 
 def animation_size(path: Path) -> tuple[int, Fraction]:
-    """Number of frames, and frames per second as the first one's duration says.
+    """Number of frames, and frames per second by the first one's duration.
 
     Raises:
         MediaError: damaged.
@@ -47,7 +47,7 @@ def animation_size(path: Path) -> tuple[int, Fraction]:
 
 
 def animation_frames(path: Path) -> Iterator[av.VideoFrame]:
-    """The frames as shown one after the other, without transparency.
+    """The frames as shown one after another, without transparency.
 
     Raises:
         MediaError: damaged, at the first frame that is.

@@ -47,7 +47,7 @@ def tone_mapping(frame: av.VideoFrame) -> str | None:
 
 
 def to_rgb(frame: av.VideoFrame, height: int, width: int) -> UInt8[Tensor, "3 H W"]:
-    """Convert, scale to the stored height and width, then turn as the metadata say."""
+    """Convert, scale to the stored height and width, then rotate as the metadata say."""
     colorspace = None  # the frame's own
     if int(frame.colorspace) == _UNSPECIFIED:
         colorspace = Colorspace.ITU709 if frame.height >= _HD_MIN_HEIGHT else Colorspace.ITU601
@@ -66,21 +66,21 @@ def to_rgb(frame: av.VideoFrame, height: int, width: int) -> UInt8[Tensor, "3 H 
 
 
 def quarter_turns(frame: av.VideoFrame) -> int:
-    """How often to turn the stored picture by 90 degrees counter-clockwise: 0 to 3.
+    """How many times to rotate the stored picture by 90 degrees counter-clockwise: 0 to 3.
 
-    Only `rotation` is asked: in PyAV 18 `frame.side_data`, which also knows mirroring, frees memory
+    Only `rotation` is read: in PyAV 18 `frame.side_data`, which also knows about mirroring, frees memory
     twice on frames that carry a kind of side data newer than itself (EXIF of photographs).
     """
     return round(frame.rotation / 90) % 4
 
 
 def displayed_size(frame: av.VideoFrame) -> tuple[int, int]:
-    """Height and width after turning."""
+    """Height and width after rotation."""
     return (frame.width, frame.height) if quarter_turns(frame) % 2 else (frame.height, frame.width)
 
 
 def _primaries(frame: av.VideoFrame) -> int:
-    """As tagged; untagged HDR has those of BT.2020, as players assume."""
+    """As tagged; untagged HDR is taken as BT.2020, as players do."""
     primaries = int(frame.color_primaries)
     is_hdr = int(frame.color_trc) in (_PQ, _HLG)
     return _BT2020 if primaries == _UNSPECIFIED and is_hdr else primaries
@@ -100,13 +100,13 @@ def _as_sdr(codes: np.ndarray, transfer: int, primaries: int) -> np.ndarray:
 
 def _compressed(light: np.ndarray) -> np.ndarray:
     brightest = light.max(axis=-1, keepdims=True)
-    places = (brightest * (_WHITE / _MASTER_PEAK)).clip(0.0, 1.0) ** 0.25 * (_LEVELS - 1)  # fine where it is dark
+    places = (brightest * (_WHITE / _MASTER_PEAK)).clip(0.0, 1.0) ** 0.25 * (_LEVELS - 1)  # finer in the dark
     return light * _gain_table()[places.astype(np.uint16)]
 
 
 @lru_cache
 def _light_table(transfer: int) -> np.ndarray:
-    """Light by 16-bit code: in units of SDR white, for HLG of the scene and up to 1."""
+    """Light by 16-bit code, in units of SDR white; for HLG, scene light up to 1."""
     code = np.linspace(0.0, 1.0, _LEVELS)
     if transfer == _PQ:
         light = _from_pq(code) / _WHITE

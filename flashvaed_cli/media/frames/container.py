@@ -1,4 +1,4 @@
-"""Packets and frames of one file, by FFmpeg; of animated images, by Pillow. Damage is an error, never concealed."""
+"""Packets and frames of a file, with FFmpeg, or Pillow for animated images. Damage is an error, never concealed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".
 
 _LIBVPX_VP9 = "libvpx-vp9"
 _STRICT = {"err_detect": "explode"}
-"""By default decoders fill what is damaged from what is around it, and say nothing."""
+"""By default decoders silently fill damaged areas from their surroundings."""
 
 
 def is_still(path: str | Path) -> bool:
@@ -50,7 +50,7 @@ def open_container(path: Path) -> Iterator[tuple[av.container.InputContainer, av
                 container = stack.enter_context(av.open(f"file:{path}", "r", options=VIDEO_OPTIONS))
         except av.error.ArgumentError as error:  # not among the formats of the options
             raise MediaError(
-                f"{path} is a playlist or of a container format that is not read. Give the video itself, "
+                f"{path} is a playlist or in a container format that is not supported. Give the video itself, "
                 "e.g. as H.264 MP4."
             ) from error
         except (av.error.FFmpegError, OSError) as error:
@@ -63,7 +63,7 @@ def open_container(path: Path) -> Iterator[tuple[av.container.InputContainer, av
         if not streams or streams[0].codec_context is None:
             raise MediaError(f"{path} holds no video stream that can be decoded. Give a file with pictures in it.")
         streams[0].codec_context.options = _STRICT
-        # One thread per frame would give VP9's first frame late; `_strict_vp9` looks at it.
+        # Frame threading would delay VP9's first frame, which `_strict_vp9` looks at.
         streams[0].thread_type = "SLICE" if streams[0].codec_context.name == "vp9" else "AUTO"
         yield container, streams[0]
 
@@ -72,7 +72,7 @@ def packets(path: Path, container: av.container.InputContainer, stream: av.video
     """The packets of the stream.
 
     Raises:
-        MediaError: one is damaged, or the first one needs others before it.
+        MediaError: one is damaged, or the first depends on earlier ones that are missing.
     """
     needs_key = path.suffix.lower() not in IMAGE_SUFFIXES
     try:
@@ -91,7 +91,7 @@ def decoded_frames(path: Path) -> Iterator[av.VideoFrame]:
     """The frames of a video, a still or an animated image, in display order.
 
     Raises:
-        MediaError: as of `open_container`; or damaged, at the first frame that is.
+        MediaError: as `open_container`; or damaged, at the first frame that is.
     """
     if is_animation(path):
         yield from animation_frames(path)
@@ -125,8 +125,8 @@ def decode(path: Path, container: av.container.InputContainer, stream: av.video.
 def _strict_vp9(stream: av.video.VideoStream, first: Sequence[object]) -> av.VideoCodecContext | None:
     """libvpx's decoder, which notices damage where FFmpeg's own conceals it.
 
-    It does not know what the container says of rotation, so it is not for turned videos. `first`: what FFmpeg's
-    decoder made of the first packet.
+    It does not know the container's rotation, so it is not used for rotated videos. `first`: what FFmpeg's
+    decoder got from the first packet.
     """
     turned = not first or not isinstance(first[0], av.VideoFrame) or first[0].rotation != 0
     if turned or _LIBVPX_VP9 not in av.codecs_available:
@@ -149,10 +149,10 @@ def require_file(path: Path) -> None:
 
 
 def damaged(path: Path, reason: str) -> MediaError:
-    """The error of a file that cannot be trusted from some place on."""
+    """The error for a file that cannot be trusted beyond some point."""
     return MediaError(f"{path} is damaged or cut off ({reason}). Download or export it again, or leave it out.")
 
 
 def ffmpeg_reason(error: Exception) -> str:
-    """FFmpeg's or the system's words for an error, without number and path."""
+    """FFmpeg's or the system's wording of an error, without number and path."""
     return str(getattr(error, "strerror", None) or error)

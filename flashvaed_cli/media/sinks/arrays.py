@@ -1,7 +1,7 @@
 """Frames as one array file, `.npy` or `.pt`: floats in [-1, 1], shape [3, F, H, W], written as they come.
 
-The length is known before the first frame, so the file gets its full size at once and every chunk is written to its
-places: memory holds one chunk, whatever the length.
+The length is known before the first frame, so the file gets its full size at once and every chunk is written into its
+place: memory holds one chunk, whatever the length.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ZIP_LENGTHS_OFFSET = 26  # of the name's and the extra field's length in a loca
 
 
 class ArrayWriter:
-    """A `.npy` or `.pt` file of `num_frames` frames, there when complete; a context manager.
+    """A `.npy` or `.pt` file of `num_frames` frames, which appears when complete; a context manager.
 
     `.npy` has no bfloat16: such frames become float32 there.
     """
@@ -59,7 +59,7 @@ class ArrayWriter:
         if self._kept is None:
             self._begin(size)
         if size != self._kept or self.num_frames + chunk.shape[1] > self._length:
-            raise ValueError(f"frames {list(chunk.shape)} of {chunk.dtype} do not go on a video of {self._kept}")
+            raise ValueError(f"frames {list(chunk.shape)} of {chunk.dtype} do not continue a video of {self._kept}")
         assert self._descriptor is not None
         height, width, dtype = size
         frame_bytes = height * width * dtype.itemsize
@@ -94,7 +94,7 @@ class ArrayWriter:
 
 
 def _begin_npy(path: Path, shape: tuple[int, ...], dtype: torch.dtype, num_bytes: int) -> int:
-    """Write the head of an array; returns where its data begin."""
+    """Write an array's header; returns where its data begin."""
     head = io.BytesIO()
     described = np.lib.format.dtype_to_descr(torch.empty(0, dtype=dtype).numpy().dtype)
     np.lib.format.write_array_header_1_0(head, {"descr": described, "fortran_order": False, "shape": shape})

@@ -1,4 +1,4 @@
-"""Frames as PNG files: one picture, or a numbered one for every frame."""
+"""Frames as PNG files: a single picture, or a numbered one for every frame."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _FAST_COMPRESSION = 3  # of 9: half the time of the default for a few percent of
 
 
 def picture_name(number: int) -> str:
-    """The file of a frame, counted from 0; ffmpeg reads the folder as `%06d.png`."""
+    """A frame's file name, counted from 0; ffmpeg reads the folder as `%06d.png`."""
     return f"{number:06d}.png"
 
 
 class PictureFolder:
-    """A PNG file for every frame in a folder that is there. A context manager."""
+    """A PNG file for every frame, in an existing folder. A context manager."""
 
     def __init__(self, folder: Path) -> None:
         self.num_frames = 0
@@ -47,7 +47,7 @@ class PictureFolder:
 
 
 class PictureFile:
-    """A PNG file of a single frame, whole or not there at all. A context manager."""
+    """A PNG file of a single frame, written atomically. A context manager."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -60,11 +60,11 @@ class PictureFile:
         """Write the frame.
 
         Raises:
-            MediaError: several frames.
+            MediaError: more than one frame.
         """
         if self.num_frames + chunk.shape[1] > 1:
             raise MediaError(
-                f"{self.path} is one picture, and there are several frames: give a folder and --format png."
+                f"{self.path} is one picture, but there are several frames: give a folder and --format png."
             )
         with atomic_path(self.path) as sibling:
             _save(to_pixels(chunk)[0], sibling)

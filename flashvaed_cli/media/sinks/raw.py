@@ -17,7 +17,9 @@ class RawWriter:
 
     def __init__(self, stream: io.RawIOBase | io.BufferedIOBase) -> None:
         self.num_frames = 0
-        self._stream = getattr(stream, "raw", stream)  # without a buffer nothing is left to flush for a reader who left
+        self._stream = getattr(
+            stream, "raw", stream
+        )  # unbuffered, so that nothing remains to flush when the reader has left
 
     def __enter__(self) -> RawWriter:
         return self

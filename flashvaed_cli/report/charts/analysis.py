@@ -1,4 +1,4 @@
-"""What `analyze` found: how far channels depend on one another, and where the time goes."""
+"""What `analyze` found: how strongly channels depend on one another, and where the time goes."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from flashvaed_cli.report.charts.style import (
 )
 
 _LEAST_SHOWN = 1e-5
-"""Of the variance: what is below is rounding of covariances, and would stretch the axis to nothing's size."""
+"""A share of the variance: anything below is rounding of covariances, and would stretch the axis without end."""
 
 
 def explained_variance(
     panels: Mapping[str, Mapping[str, Sequence[float]]], scheme: Scheme, *, title: str = ""
 ) -> Figure:
-    """What the kept channels leave unexplained, by how many are kept: where all R2 are near 1, the rest tells.
+    """What the kept channels leave unexplained, by how many are kept: near R2 = 1 the remainder tells more.
 
     Args:
         panels: panel to curve to R2 after 1, 2, ... channels.
@@ -47,10 +47,10 @@ def explained_variance(
 
 
 def spectra(eigenvalues: Mapping[str, Sequence[float]], scheme: Scheme, *, title: str = "") -> Figure:
-    """The variance beyond the first principal components of each stage, with the number that reaches 99 %.
+    """The variance beyond the first principal components of each stage, with the number of them that reaches 99 %.
 
     Args:
-        eigenvalues: stage to those of its covariance, in any order; not negative beyond rounding.
+        eigenvalues: stage to its covariance's eigenvalues, in any order; not negative beyond rounding.
     """
     figure = new_figure(1, scheme, width=6.8, height=4.2, title=title)
     axes, seen = figure.axes[0], []

@@ -16,7 +16,7 @@ from flashvaed_cli.report.charts.style import LINE_WIDTH, Scheme, colours, dress
 
 @dataclass(frozen=True)
 class Point:
-    """A decoder in the chart of quality against speed; with a `source` where it was published, not measured here."""
+    """A decoder in the chart of quality against speed; `source` is set if it was published, not measured here."""
 
     name: str
     speedup: float
@@ -25,9 +25,9 @@ class Point:
 
 
 def quality_against_speed(points: Sequence[Point], scheme: Scheme) -> Figure:
-    """How much of the PSNR to the video is kept, against how many times faster than the eager original.
+    """The share kept of the PSNR to the video, against the speed-up over the eager original.
 
-    Published points are hollow and lettered: neighbours would hide each other's names.
+    Published points are hollow and lettered, because neighbours would hide each other's names.
     """
     figure = new_figure(1, scheme, width=6.4, height=4.2)
     axes = figure.axes[0]
@@ -56,7 +56,7 @@ def quality_against_speed(points: Sequence[Point], scheme: Scheme) -> Figure:
 def psnr_over_frames(
     curves: Mapping[str, Sequence[float]], scheme: Scheme, *, reference: str, decoders: Sequence[str]
 ) -> Figure:
-    """Decibels of every frame of a clip; frames that are the same leave a gap.
+    """Decibels of every frame of a clip; identical frames leave a gap.
 
     Args:
         decoders: all of the report, so that each has one colour in every chart.

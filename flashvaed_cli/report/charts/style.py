@@ -1,7 +1,7 @@
-"""How every chart looks, and the two ways out: a PNG beside an artifact, an `<svg>` for the page.
+"""How every chart looks, and its two output formats: a PNG beside an artifact, an `<svg>` for the page.
 
 No pyplot: nothing global, no display, safe in threads. A figure is drawn in the colours of a `Scheme`; the page's are
-stand-ins that `to_svg` replaces by CSS, so that one SVG reads well in a light and in a dark page.
+placeholders that `to_svg` replaces with CSS, so that one SVG reads well on a light and on a dark page.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _PALETTE = ("#2a78d6", "#eb6834", "#1baf7a", "#c58a00", "#7a63d2", "#e0679a", "#
 
 @dataclass(frozen=True)
 class Scheme:
-    """The colours of a chart that are not of its data."""
+    """The colours of everything in a chart but its data."""
 
     ink: str
     faint: str
@@ -49,17 +49,17 @@ _CSS = {PAGE.ink: "currentColor", PAGE.faint: "var(--line)"}
 
 
 def columns_for(num_panels: int, max_columns: int = 3) -> int:
-    """How many panels stand in a row."""
+    """How many panels go in a row."""
     return 2 if num_panels in (2, 4) else min(max_columns, max(1, num_panels))
 
 
 def new_figure(
     num_panels: int, scheme: Scheme, *, width: float, height: float, title: str = "", max_columns: int = 3
 ) -> Figure:
-    """A figure of `num_panels` axes (`figure.axes`) in rows. None is still a picture.
+    """A figure of `num_panels` axes (`figure.axes`) in rows. With none it is still a picture.
 
     Args:
-        width, height: inches of the whole; with `height` of one panel times the rows.
+        width, height: in inches; the width is that of the figure, the height that of one row.
     """
     num_columns = columns_for(num_panels, max_columns)
     num_rows = max(1, math.ceil(num_panels / num_columns))
@@ -73,7 +73,7 @@ def new_figure(
 
 
 def dress(axes: Axes, scheme: Scheme, *, x_label: str, y_label: str = "", title: str = "") -> None:
-    """Labels with their units, a quiet grid, and two spines of four."""
+    """Labels with their units, a quiet grid, and two of the four spines."""
     axes.set_facecolor("none")
     axes.set_title(title, fontsize=9, color=scheme.ink, loc="left")
     axes.set_xlabel(x_label, fontsize=8.5, color=scheme.ink)
@@ -87,14 +87,14 @@ def dress(axes: Axes, scheme: Scheme, *, x_label: str, y_label: str = "", title:
 
 
 def whole_numbers(axes: Axes, *, max_ticks: int = 6) -> None:
-    """Ticks of the horizontal axis at whole numbers: steps and frames are counted."""
+    """Ticks of the horizontal axis at whole numbers, because steps and frames are counted."""
     axes.xaxis.set_major_locator(MaxNLocator(nbins=max_ticks, integer=True))
 
 
 def logarithmic(axes: Axes, values: np.ndarray, *, max_ticks: int = 7) -> None:
     """A logarithmic vertical axis over positive `values`, with plain numbers at its ticks.
 
-    Within two decades 1, 2 and 5 are labelled, beyond the powers of ten.
+    Within two decades 1, 2 and 5 are labelled, beyond that only powers of ten.
     """
     axes.set_yscale("log")
     decades = math.log10(values.max() / values.min()) if values.size else 0.0
@@ -104,7 +104,7 @@ def logarithmic(axes: Axes, values: np.ndarray, *, max_ticks: int = 7) -> None:
 
 
 def legend(axes: Axes, scheme: Scheme, *, inside: bool = False, max_columns: int = 4) -> None:
-    """The names of what is drawn, above the axes or in their upper right corner; nothing where nothing has a name."""
+    """The names of what is drawn, above the axes or in their upper right corner; nothing if nothing has a name."""
     _, names = axes.get_legend_handles_labels()
     if not names:
         return
@@ -118,7 +118,7 @@ def legend(axes: Axes, scheme: Scheme, *, inside: bool = False, max_columns: int
 
 
 def colours(count: int) -> list[str]:
-    """Distinct for colour-blind readers, on white and on black; beyond eight an ordered map takes over."""
+    """Distinct for colour-blind readers, on white and on black; beyond eight, an ordered colour map takes over."""
     if count <= len(_PALETTE):
         return list(_PALETTE[:count])
     from matplotlib import colormaps, colors
@@ -127,7 +127,7 @@ def colours(count: int) -> list[str]:
 
 
 def save_png(figure: Figure, path: Path) -> Path:
-    """Write the figure, whole or not at all."""
+    """Write the figure atomically."""
     FigureCanvasAgg(figure)
     with atomic_path(path) as sibling, _any_script():
         figure.savefig(sibling, format="png", dpi=_DPI, metadata={"Software": SOFTWARE})
@@ -136,14 +136,14 @@ def save_png(figure: Figure, path: Path) -> Path:
 
 @contextmanager
 def _any_script() -> Iterator[None]:
-    """Names in scripts that matplotlib's font lacks are boxes on paper; in a page the browser's fonts show them."""
+    """Characters that matplotlib's font lacks become boxes in a PNG; on a page the browser's fonts show them."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
 
 
 def to_svg(figure: Figure) -> str:
-    """The `<svg>` element alone, text as text, with ids of its own (several stand on one page)."""
+    """The `<svg>` element alone, text as text, with unique ids (a page has several)."""
     FigureCanvasSVG(figure)
     settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "flashvaed", "font.family": "sans-serif"}
     buffer = io.StringIO()

@@ -1,4 +1,4 @@
-"""How a training went: every figure over the steps of all its phases."""
+"""How a training run went: every figure over the steps of all its phases."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _NAMES = {
 
 
 def figure_name(key: str) -> str:
-    """What people call a figure of a training's history, with its unit."""
+    """The readable name of a figure in a training history, with its unit."""
     return _NAMES.get(key, key.replace("_", " "))
 
 
@@ -51,12 +51,12 @@ def training_curves(
     title: str = "",
     max_columns: int = 3,
 ) -> Figure:
-    """One panel per figure: faint as it was, and smoothed over a twentieth of the run; a line where a phase begins.
+    """One panel per figure: raw values faintly, smoothed over a twentieth of the run, and a line where a phase begins.
 
     Args:
-        curves: name, with its unit, to points (step or what `x_label` says, value). Values that are not finite leave
-            a gap. A figure that falls by more than 20 times gets a logarithmic axis.
-        phases: first step and name of each; a single one is not drawn.
+        curves: name, with its unit, to points (step or what `x_label` says, value). Non-finite values leave
+            a gap. A figure that falls by a factor of more than 20 gets a logarithmic axis.
+        phases: first step and name of each; not drawn if there is only one.
     """
     width = max(6.4, 3.7 * columns_for(len(curves), max_columns))
     figure = new_figure(len(curves), scheme, width=width, height=2.6, title=title, max_columns=max_columns)
@@ -81,7 +81,7 @@ def training_curves(
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """Mean over a centred window of a twentieth of the points; gaps are left out of it."""
+    """Mean over a centred window of a twentieth of the points, ignoring gaps."""
     half = len(values) // 40
     if half == 0:
         return values

@@ -1,1 +1,1 @@
-"""`report.html`: one self-contained page to look at what was gained and lost, and where."""
+"""`report.html`: one self-contained page that shows what was gained and lost, and where."""

@@ -1,6 +1,6 @@
-"""The pictures of one clip for the page: frames of every decoder, differences, and the worst place, as they pass by.
+"""The pictures of one clip for the page: frames of every decoder, differences, and the worst place.
 
-Frames come chunk by chunk and are encoded at once, so a long clip needs memory for its pictures only. Pixels are float
+Frames come chunk by chunk and are encoded at once, so a long clip needs memory only for its pictures. Pixels are float
 in [-1, 1].
 """
 
@@ -53,13 +53,13 @@ class ClipAlbum:
     Attributes:
         clip: name of its file.
         labels: `video` (if there is one), the original, then the students.
-        original: the label that differences are to.
+        original: the label of the decoder that differences are measured from.
         frame_numbers: of the pictures.
         frames: label to a WebP per frame number.
         differences: student to a WebP per frame number: the absolute difference to the original.
         psnr_to_original, psnr_to_video: label to decibels per frame of the clip.
-        worst: of the first student; None where there is none.
-        videos: label to a small MP4; empty where there was no room.
+        worst: of the first student; None if there is none.
+        videos: label to a small MP4; empty if there was no room.
     """
 
     clip: str
@@ -83,7 +83,7 @@ class ClipAlbum:
 
     @property
     def worst_psnr_db(self) -> float:
-        """Of the worst place; infinity where there is none."""
+        """PSNR of the worst place; infinity if there is none."""
         return math.inf if self.worst is None else self.worst.psnr_db
 
 
@@ -94,8 +94,8 @@ class AlbumBuilder:
         """Start empty.
 
         Args:
-            num_frames: of the whole clip; decides which frames are pictured.
-            video, original, students: the labels that `update` gets; `video` may be missing there.
+            num_frames: of the whole clip; decides which frames are shown.
+            video, original, students: the labels that `update` receives; `video` may be missing there.
         """
         self._clip, self._num_frames = clip, num_frames
         self._video, self._original, self._students = video, original, tuple(students)
@@ -124,7 +124,7 @@ class AlbumBuilder:
         self._done += original.shape[1]
 
     def finish(self, videos: Mapping[str, bytes] | None = None) -> ClipAlbum:
-        """The album of what came."""
+        """The album of the frames added."""
         return ClipAlbum(
             clip=self._clip,
             labels=tuple(self._frames),
@@ -170,7 +170,7 @@ class AlbumBuilder:
 
 
 def frames_to_show(num_frames: int) -> tuple[int, ...]:
-    """Numbers of at most twelve frames, spread evenly, first and last among them."""
+    """Numbers of at most twelve frames, evenly spread, including the first and last."""
     if num_frames <= _NUM_FRAMES:
         return tuple(range(num_frames))
     return tuple(round(i * (num_frames - 1) / (_NUM_FRAMES - 1)) for i in range(_NUM_FRAMES))
@@ -226,7 +226,7 @@ def shrunk(picture: Image.Image) -> Image.Image:
 
 
 def enlarged(picture: Image.Image) -> Image.Image:
-    """By a whole number, to about 256 pixels; pixels stay squares."""
+    """By a whole factor, to about 256 pixels, so that pixels stay square."""
     factor = max(1, round(_REGION_PX / max(picture.size)))
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 

@@ -1,4 +1,4 @@
-"""Fill the page: what `eval` found, with pictures, charts and the way it was measured, in one file without network."""
+"""Fill the page: what `eval` found, with pictures, charts and how it was measured, in one file that works offline."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from flashvaed_cli.report.tables import TableData
 
 PAGE = "report.html"
 MAX_BYTES = 20_000_000
-"""Of the page; the longest videos are left out until it is that small."""
+"""Size limit of the page; the longest videos are left out until it fits."""
 
 _HERE = Path(__file__).parent
 _OWN_TUNED = "original, exact"
@@ -43,7 +43,7 @@ PUBLISHED = (
     Point("Flash-VAED LTX", 1168 / 204.55, 100 * 32.24 / 33.28, "arXiv 2602.19161"),
     Point("Turbo-VAED LTX", 623 / 204.55, 100 * 31.52 / 33.28, "arXiv 2602.19161"),
 )
-"""Of the paper's main table: UCF-101 on an RTX 5090D, against the eager original there."""
+"""From the paper's main table: UCF-101 on an RTX 5090D, against the eager original there."""
 
 _PUBLISHED_NOTE = (
     "Filled: measured here. Hollow: published in arXiv 2602.19161 (UCF-101, RTX 5090D); another machine, other videos "
@@ -53,7 +53,7 @@ _PUBLISHED_NOTE = (
 
 @dataclass(frozen=True)
 class LineageEntry:
-    """A file that the decoder comes from."""
+    """A file that the decoder was made from."""
 
     role: str
     location: str
@@ -62,7 +62,7 @@ class LineageEntry:
 
 @dataclass(frozen=True)
 class PageExtras:
-    """What the page shows beyond the report. Empty where it is not at hand.
+    """What the page shows beyond the report. Empty if not available.
 
     Attributes:
         latency_ms: stage to operator to milliseconds, of the analysis.
@@ -82,7 +82,7 @@ class PageExtras:
 
 
 def render_page(report: EvaluationReport, extras: PageExtras, *, title: str = "flashvaed report") -> str:
-    """The whole page as HTML, of at most `MAX_BYTES` if leaving videos out makes it so."""
+    """The whole page as HTML, of at most `MAX_BYTES` if leaving out videos gets it there."""
     environment = Environment(loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined)
     albums = sorted(extras.albums, key=lambda album: album.worst_psnr_db)
     with_videos = {album.clip for album in albums if album.videos}
@@ -111,7 +111,7 @@ def render_page(report: EvaluationReport, extras: PageExtras, *, title: str = "f
 
 @dataclass(frozen=True)
 class HeadlineFigure:
-    """A number that decides, what it is, and how sure it is."""
+    """A headline number, what it is, and how certain it is."""
 
     value: str
     what: str
@@ -127,7 +127,7 @@ class Headline:
 
 
 def headline(report: EvaluationReport) -> Headline:
-    """What was gained and what was lost: of the first decoder that is not the original."""
+    """What the first decoder after the original gained and lost."""
     students = [decoder for decoder in report.decoders if decoder.to_original is not None]
     if not students:
         return Headline("The original decoder alone; nothing to compare it with.", ())
@@ -144,7 +144,7 @@ def headline(report: EvaluationReport) -> Headline:
 
 def _faster(student: DecoderFigures, tuned: DecoderFigures | None) -> HeadlineFigure:
     if student.speedup is None:
-        return HeadlineFigure("–", "speed was not measured", "")
+        return HeadlineFigure("–", "speed not measured", "")
     detail = f"range of the rounds {student.speedup.min:.2f}–{student.speedup.max:.2f}"
     if student.speedup.num_rounds == 1:
         detail = "one round: measure again on a faster or quieter machine"
@@ -173,7 +173,7 @@ def _kept(report: EvaluationReport, student: DecoderFigures) -> HeadlineFigure:
 
 def _smaller(student: DecoderFigures, original: DecoderFigures) -> HeadlineFigure:
     if not student.num_parameters or not original.num_parameters:
-        return HeadlineFigure("–", "size is not known", "")
+        return HeadlineFigure("–", "size unknown", "")
     detail = f"{student.num_parameters:,} of {original.num_parameters:,}"
     return HeadlineFigure(
         f"{100 * student.num_parameters / original.num_parameters:.0f} %", "of the parameters", detail
@@ -256,17 +256,19 @@ def _charts(report: EvaluationReport, extras: PageExtras) -> list[dict[str, str]
         svg = to_svg(quality_against_speed((*points, *PUBLISHED), COLOURS))
         found.append({"title": "Quality against speed", "svg": svg, "caption": _PUBLISHED_NOTE})
     if extras.training:
-        caption = "From the log of the last distillation. Logarithmic where a figure falls by more than 20 times."
+        caption = "From the log of the last distillation. Logarithmic where a figure falls by a factor of more than 20."
         svg = to_svg(training_curves(extras.training, COLOURS, phases=extras.phases, max_columns=2))
         found.append({"title": "Training", "svg": svg, "caption": caption})
     if extras.latency_ms:
-        caption = "Of the decoder that was analysed, with plain operators."
+        caption = "For the decoder that was analysed, with plain operators."
         svg = to_svg(latency_by_stage(extras.latency_ms, COLOURS))
         found.append({"title": "Where the original's time goes", "svg": svg, "caption": caption})
     if extras.r2:
-        caption = "Lower is better: what the kept channels of a stage's stream leave of the variance of all."
+        caption = (
+            "Lower is better: the share of the variance that the kept channels of a stage's stream do not explain."
+        )
         svg = to_svg(explained_variance({"": extras.r2}, COLOURS))
-        found.append({"title": "How far channels depend on one another", "svg": svg, "caption": caption})
+        found.append({"title": "How strongly channels depend on one another", "svg": svg, "caption": caption})
     return found
 
 

@@ -38,7 +38,7 @@ def test_a_list_of_clips_is_a_batch(tmp_path: Path) -> None:
     torch.save(clips, tmp_path / "wan.pt")
     assert torch.equal(load_latents(tmp_path / "wan.pt", latent_width=4), torch.stack(clips))
     torch.save([clips[0], clips[1][:, :2]], tmp_path / "wan.pt")
-    with pytest.raises(MediaError, match=r"of one size\. Save clips of different sizes in files of their own"):
+    with pytest.raises(MediaError, match=r"of one size\. Save clips of different sizes in separate files"):
         load_latents(tmp_path / "wan.pt", latent_width=4)
 
 

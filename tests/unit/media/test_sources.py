@@ -36,7 +36,7 @@ def test_what_yields_nothing_is_named(folder: Path) -> None:
     (folder / "empty").mkdir()
     cases = {
         "nowhere.mp4": "nowhere.mp4 does not exist",
-        "empty": "empty holds no clip. Accepted are videos",
+        "empty": "empty holds no clips. Accepted are videos",
         "*.avi": "matches no clip",
         "notes.md": "of no accepted kind",
     }
@@ -60,7 +60,7 @@ def test_lists_name_files_folders_and_patterns(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"a.webm\nnotes.md\n", r"list\.txt, line 2: .*notes\.md is of no accepted kind"),
+        (b"a.webm\nnotes.md\n", r"list\.txt, line 2: .*notes\.md is not of an accepted kind"),
         (b"*.avi", r"list\.txt, line 1: The pattern .* matches no clip"),
         (b"nowhere", r"list\.txt, line 1: .*nowhere does not exist"),
         (b"# nothing\n", r"list\.txt names no clip"),

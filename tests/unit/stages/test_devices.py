@@ -49,6 +49,6 @@ def test_recipes_take(name: str) -> None:
     "name", ["GPU:0", "gpu0", "cuda:", "cuda:-1", "cuda:x", "cuda1", "tpu", "cpu:0", "", "cuda:0\n"]
 )
 def test_recipes_refuse_with_a_hint(name: str) -> None:
-    hint = "a GPU is called gpu, cuda" if "gpu" in name.lower() else "is no device: give auto, cpu, gpu, cuda, mps"
+    hint = "a GPU is called gpu, cuda" if "gpu" in name.lower() else "is not a device: give auto, cpu, gpu, cuda, mps"
     with pytest.raises(ValidationError, match=hint):
         AnalyzeRecipe(device=name)
