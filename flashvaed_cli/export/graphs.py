@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from flashvaed_cli.decoders.modules.blocks import Attention, Upsample
 from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.modules.naf_blocks import Branch
 from flashvaed_cli.decoders.modules.norms import ChannelRMSNorm
 from flashvaed_cli.decoders.modules.operators import Future, LowRankConv3d, Past, extend_with_past, pointwise_conv
 from flashvaed_cli.decoders.spec.addresses import split_block
@@ -111,6 +112,19 @@ class _KeptEpsNorm(ChannelRMSNorm):
         return x * (torch.rsqrt(x.square().mean(1, keepdim=True) / eps + 1) * eps**-0.5)
 
 
+class _RowBranch(Branch):
+    """The same on rows of channels, one for each position: no reshape around every layer.
+
+    The sizes of a graph are symbols, whose products make reshapes what tracing a deep decoder spends most time on.
+    """
+
+    def forward(self, x: Float[Tensor, "B C T H W"]) -> Float[Tensor, "B C T H W"]:
+        norm = self.norm
+        rows = F.layer_norm(x.movedim(1, -1), norm.gamma.shape, norm.gamma, norm.beta, norm.eps)
+        values, gates = F.linear(rows, self.expand.weight, self.expand.bias).chunk(2, dim=-1)
+        return F.linear(values * F.gelu(gates), self.contract.weight, self.contract.bias).movedim(-1, 1)
+
+
 class ClipGraph(nn.Module):
     """Raw latents of a whole clip to its frames in [-1, 1]."""
 
@@ -157,6 +171,10 @@ def traceable_copy(decoder: Decoder, dtype: torch.dtype) -> Decoder:
         for name, layer in list(parent.named_children()):
             if isinstance(layer, LowRankConv3d):
                 replacement = _AnyLengthLowRank(layer.spec, layer.address)
+            elif isinstance(layer, Branch) and {layer.spec.expand.operator, layer.spec.contract.operator} == {
+                "pointwise"
+            }:
+                replacement = _RowBranch(layer.spec, layer.address)
             elif isinstance(layer, ChannelRMSNorm) and layer.eps is not None:
                 replacement = _KeptEpsNorm(layer.width, layer.spec)
                 replacement.eps = layer.eps

@@ -9,7 +9,7 @@ that magnify rounding, within a few times what rounding does to PyTorch's own (`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from flashvaed_cli.export.graphs import (
     traceable_copy,
 )
 from flashvaed_cli.export.onnx_check import OnnxDecoder, alternating_ms
-from flashvaed_cli.export.onnx_trace import label_program, trace_graph
+from flashvaed_cli.export.onnx_trace import label_model, trace_graph, without_caches
 from flashvaed_cli.export.onnx_weights import SharedWeights
 from flashvaed_cli.export.parity import (
     copy_in,
@@ -46,7 +46,7 @@ from flashvaed_cli.export.parity import (
     seeded_latents,
 )
 from flashvaed_cli.export.result import ExportResult
-from flashvaed_cli.progress import Progress, SilentProgress
+from flashvaed_cli.progress import Progress, SilentProgress, Task
 
 MIN_OPSET = 18  # the oldest that torch's exporter writes by itself
 # float32: the two runtimes add in other orders. float16: its 11 bits, over some forty layers.
@@ -55,6 +55,8 @@ _ADVICE = "Use another target"
 # Batch, (latent frames, height, width), and the chunks of a streaming check: near the traced size, another, the least.
 CHECKS = ((2, TRACE_GRID, (2, 1)), (1, (4, 4, 7), (1, 1, 2)), (3, (1, 3, 2), (1,)))
 GraphKind = Literal["clip", "step"]
+GraphName = Literal["clip", "step.first", "step.next"]
+_GRAPHS: dict[GraphKind, tuple[GraphName, ...]] = {"clip": ("clip",), "step": ("step.first", "step.next")}
 
 
 @dataclass(frozen=True)
@@ -99,58 +101,70 @@ def export_onnx(
     """
     options = options or OnnxOptions()
     _require_exportable(options)
-    with (progress or SilentProgress()).task("ONNX", total=2 * len(kinds)) as task, draft_folder(path) as draft:
-        written: dict[GraphKind, tuple[Path, ...]] = {}
-        with SharedWeights(draft / f"{path.name}.data") as weights:
-            for kind, (graph, inputs) in _graphs(decoder, kinds, options).items():
-                described = {**_describe(decoder, options, kind), **_caches(graph), **(metadata or {})}
-                files = {step: draft / _file_name(path, kind, step) for step in inputs}
-                for step, given in inputs.items():
-                    program = trace_graph(graph, given, opset=options.opset)
-                    label_program(program, {**described, **({"step": step} if kind == "step" else {})})
-                    weights.move_from(program.model)
-                    ir.save(program.model, files[step])
-                    del program
-                written[kind] = tuple(files.values())
+    names = [name for kind in kinds for name in _GRAPHS[kind]]
+    total = len(names) + len(kinds)
+    with (progress or SilentProgress()).task("ONNX", total=total) as task, draft_folder(path) as draft:
+        data = draft / f"{path.name}.data"
+        files = {name: draft / _file_name(path, name) for name in names}
+        with SharedWeights(data) as weights:
+            for name, model in _models(decoder, kinds, options, metadata or {}, task):
+                weights.move_from(model)
+                ir.save(model, files[name])
                 task.advance()
         results: list[ExportResult] = []
-        for kind, files in written.items():
-            result = _checked(decoder, OnnxDecoder(*files), options, kind, path.name)
-            listed = files if results else (*files, weights.path)
+        for kind in kinds:
+            task.advance(0, now=f"checking {kind}")
+            listed = [files[name] for name in _GRAPHS[kind]]
+            result = _checked(decoder, OnnxDecoder(*listed), options, kind, path.name)
+            listed += [] if results else [data]
             size_bytes = sum(file.stat().st_size for file in listed)
             paths = tuple(path.with_name(file.name) for file in listed)
             results.append(replace(result, paths=paths, size_bytes=size_bytes))
             task.advance()
-        for file in (weights.path, *(file for files in written.values() for file in files)):
+        for file in (data, *files.values()):
             file.replace(path.with_name(file.name))
     return results
 
 
-def _graphs(
-    decoder: Decoder, kinds: tuple[GraphKind, ...], options: OnnxOptions
-) -> dict[GraphKind, tuple[ClipGraph | StepGraph, dict[str, list[torch.Tensor]]]]:
-    """What to trace: the module of each kind, and the inputs of each of its graphs."""
+def _models(
+    decoder: Decoder,
+    kinds: tuple[GraphKind, ...],
+    options: OnnxOptions,
+    metadata: Mapping[str, object],
+    task: Task,
+) -> Iterator[tuple[GraphName, ir.Model]]:
+    """The graphs of each kind, labelled, each to be saved before the next is asked for.
+
+    Tracing takes most of an export's time, so that a whole-clip graph is not traced where its step graph was: it is
+    the first step without the caches that it gives.
+    """
     traceable = traceable_copy(decoder, options.dtype)
     latents = _latents(decoder, trace_grid(decoder.spec), options, batch=TRACE_BATCH)
-    graphs: dict[GraphKind, tuple[ClipGraph | StepGraph, dict[str, list[torch.Tensor]]]] = {}
-    for kind in kinds:
-        if kind == "clip":
-            graphs[kind] = ClipGraph(traceable), {"": [latents]}
-        else:
-            future = first_caches(traceable, latents)
-            graphs[kind] = (
-                StepGraph(traceable, tuple(future)),
-                {"first": [latents], "next": [latents, *future.values()]},
-            )
-    return graphs
+
+    def labelled(model: ir.Model, kind: GraphKind, **described: object) -> ir.Model:
+        label_model(model, {**_describe(decoder, options, kind), **metadata, **described})
+        return model
+
+    if "step" not in kinds:
+        task.advance(0, now="tracing clip")
+        yield "clip", labelled(trace_graph(ClipGraph(traceable), [latents], opset=options.opset), "clip")
+        return
+    caches = first_caches(traceable, latents)
+    step = StepGraph(traceable, tuple(caches))
+    named = {cache_name(address): address for address in caches}
+    task.advance(0, now="tracing step.first")
+    first = trace_graph(step, [latents], opset=options.opset)
+    yield "step.first", labelled(first, "step", caches=named, step="first")
+    if "clip" in kinds:
+        yield "clip", labelled(without_caches(first), "clip")
+    del first
+    task.advance(0, now="tracing step.next")
+    following = trace_graph(step, [latents, *caches.values()], opset=options.opset)
+    yield "step.next", labelled(following, "step", caches=named, step="next")
 
 
-def _file_name(path: Path, kind: GraphKind, step: str) -> str:
-    return path.name if kind == "clip" else f"{path.stem}.step.{step}{path.suffix}"
-
-
-def _caches(graph: ClipGraph | StepGraph) -> dict[str, object]:
-    return {"caches": {cache_name(a): a for a in graph.addresses}} if isinstance(graph, StepGraph) else {}
+def _file_name(path: Path, name: GraphName) -> str:
+    return path.name if name == "clip" else f"{path.stem}.{name}{path.suffix}"
 
 
 def _require_exportable(options: OnnxOptions) -> None:

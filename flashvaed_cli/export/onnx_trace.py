@@ -6,14 +6,16 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 
+import onnx_ir as ir
 import torch
+from onnxscript.optimizer import optimize
 from torch import Tensor
 
 from flashvaed_cli.errors import ExportError
 from flashvaed_cli.export.graphs import ClipGraph, StepGraph, cache_name, dynamic_axes
 
 
-def trace_graph(graph: ClipGraph | StepGraph, inputs: Sequence[Tensor], *, opset: int) -> torch.onnx.ONNXProgram:
+def trace_graph(graph: ClipGraph | StepGraph, inputs: Sequence[Tensor], *, opset: int) -> ir.Model:
     """Trace with dynamic batch, latent frames, height and width (a single latent frame stays one).
 
     Args:
@@ -42,7 +44,7 @@ def trace_graph(graph: ClipGraph | StepGraph, inputs: Sequence[Tensor], *, opset
             f"torch {torch.__version__} cannot express the decoder in ONNX opset {opset}: {reason}"
         ) from error
     assert program is not None
-    return program
+    return program.model
 
 
 def _raise_interrupt_behind(error: BaseException) -> None:
@@ -54,9 +56,14 @@ def _raise_interrupt_behind(error: BaseException) -> None:
         behind = behind.__cause__ or behind.__context__
 
 
-def label_program(program: torch.onnx.ONNXProgram, metadata: Mapping[str, object]) -> None:
+def without_caches(model: ir.Model) -> ir.Model:
+    """The graph of a first step made that of a whole clip, in place: its frames alone, and what they need."""
+    del model.graph.outputs[1:]
+    return optimize(model)
+
+
+def label_model(model: ir.Model, metadata: Mapping[str, object]) -> None:
     """Replace the tracer's notes (which name local paths) by ours: JSON under the key `flashvaed`."""
-    model = program.model
     graph = model.graph
     for part in (model, graph, *graph, *graph.inputs, *graph.outputs, *graph.initializers.values()):
         part.metadata_props.clear()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from flashvaed_cli.export.graphs import (
 )
 from flashvaed_cli.export.parity import copy_in, own_rounding, relative_difference, require_parity, seeded_latents
 from flashvaed_cli.export.result import ExportResult, Target
+from flashvaed_cli.progress import Progress, SilentProgress, Task
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 COMPILED_TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -46,26 +47,42 @@ Program = Callable[..., Any]
 
 
 @torch.no_grad()
-def export_pt2(decoder: Decoder, path: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> ExportResult:
+def export_pt2(
+    decoder: Decoder,
+    path: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> ExportResult:
     """Write `NAME.pt2`, whole clips, and for causal decoders `NAME.step.first.pt2` and `NAME.step.next.pt2`.
 
     Raises:
         ExportError: torch cannot export the decoder, or what is loaded again decodes differently. No file is written.
     """
-    with draft_folder(path) as draft:
+    with _task("pt2", decoder, progress) as task, draft_folder(path) as draft:
         files = []
-        for suffix, program in _programs(decoder, path, dtype, _CPU, seed):
+        for suffix, program in _programs(decoder, path, dtype, _CPU, seed, task):
             files.append(draft / f"{path.stem}{suffix}.pt2")
             torch.export.save(program, files[-1])
+            task.advance()
+        task.advance(0, now="checking")
         loaded = [torch.export.load(file).module() for file in files]
         difference, allowed = _compared(decoder, loaded, dtype, _CPU, seed, path.name, TOLERANCES[dtype])
+        task.advance()
         notes = tuple(f"pt2: {note}" for note in clip_notes(decoder.spec))
         return _moved("pt2", files, path.parent, difference, allowed, notes)
 
 
 @torch.no_grad()
 def export_aoti(
-    decoder: Decoder, path: Path, *, device: torch.device = _CPU, dtype: torch.dtype = torch.float32, seed: int = 0
+    decoder: Decoder,
+    path: Path,
+    *,
+    device: torch.device = _CPU,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> ExportResult:
     """Write the programs of `export_pt2` compiled ahead of time: `NAME.aoti.pt2` and, for steps, two more.
 
@@ -78,15 +95,19 @@ def export_aoti(
             written.
     """
     require_compiler(device)
-    with draft_folder(path) as draft:
+    with _task("aoti", decoder, progress) as task, draft_folder(path) as draft:
         files = []
-        for suffix, program in _programs(decoder, path, dtype, device, seed):
+        for suffix, program in _programs(decoder, path, dtype, device, seed, task):
             files.append(draft / f"{path.name.removesuffix('.aoti.pt2')}{suffix}.aoti.pt2")
+            task.advance(0, now=f"compiling {files[-1].name}")
             with _torch_speaks(f"compile the decoder to {files[-1].name}"):
                 torch._inductor.aoti_compile_and_package(program, package_path=str(files[-1]))
+            task.advance()
+        task.advance(0, now="checking")
         loaded = [torch._inductor.aoti_load_package(str(file)) for file in files]
         tolerance = COMPILED_TOLERANCES[dtype]
         difference, allowed = _compared(decoder, loaded, dtype, device, seed, path.name, tolerance)
+        task.advance()
         notes = (
             f"compiled for this machine's {device.type.upper()} by torch {torch.__version__}; others need a build of "
             "their own",
@@ -95,17 +116,29 @@ def export_aoti(
         return _moved("aoti", files, path.parent, difference, allowed, tuple(f"aoti: {note}" for note in notes))
 
 
+def _streams(decoder: Decoder) -> bool:
+    return decoder.spec.is_causal and not decoder.spec.still
+
+
+def _task(target: Target, decoder: Decoder, progress: Progress | None) -> AbstractContextManager[Task]:
+    """One step for each program, and one for the check of all."""
+    return (progress or SilentProgress()).task(target, total=4 if _streams(decoder) else 2)
+
+
 def _programs(
-    decoder: Decoder, path: Path, dtype: torch.dtype, device: torch.device, seed: int
+    decoder: Decoder, path: Path, dtype: torch.dtype, device: torch.device, seed: int, task: Task
 ) -> Iterator[tuple[str, ExportedProgram]]:
     """The suffix of each program's name, and the program."""
     traceable = traceable_copy(decoder, dtype).to(device)
     latents = seeded_latents(decoder.spec, trace_grid(decoder.spec), seed=seed, batch=TRACE_BATCH).to(device, dtype)
+    task.advance(0, now="tracing clip")
     yield "", _traced(ClipGraph(traceable), [latents], path.name)
-    if decoder.spec.is_causal and not decoder.spec.still:
+    if _streams(decoder):
         caches = first_caches(traceable, latents)
         step = StepGraph(traceable, tuple(caches))
+        task.advance(0, now="tracing step.first")
         yield ".step.first", _traced(step, [latents], path.name)
+        task.advance(0, now="tracing step.next")
         yield ".step.next", _traced(step, [latents, *caches.values()], path.name)
 
 

@@ -50,6 +50,8 @@ class Branch(nn.Module):
 
     def __init__(self, spec: BranchSpec, address: str) -> None:
         super().__init__()
+        self.spec = spec
+        self.address = address
         self.norm = ChannelLayerNorm(spec.width, NAF_EPS)
         self.expand = build_conv(spec.expand, f"{address}.expand")
         self.gate = Gate()

@@ -131,10 +131,11 @@ def _jobs(
         yield "comfyui", lambda: [export_comfyui(checkpoint, folder / COMFYUI_FOLDER, name, recipe)]
     if "pt2" in recipe.targets:
         program = folder / f"{name}.pt2"
-        yield "pt2", lambda: [export_pt2(decoder, program, dtype=DTYPES[recipe.dtype], seed=recipe.seed)]
+        given = {"dtype": DTYPES[recipe.dtype], "seed": recipe.seed, "progress": progress}
+        yield "pt2", lambda: [export_pt2(decoder, program, **given)]
     if "aoti" in recipe.targets:
         package, device = folder / f"{name}.aoti.pt2", choose_device(recipe.device)
-        settings = {"device": device, "dtype": DTYPES[recipe.dtype], "seed": recipe.seed}
+        settings = {"device": device, "dtype": DTYPES[recipe.dtype], "seed": recipe.seed, "progress": progress}
         yield "aoti", lambda: [export_aoti(decoder, package, **settings)]
     if "onnx" not in recipe.targets:
         return

@@ -35,27 +35,59 @@ def conv(in_width: int, out_width: int, kernel: tuple[int, int, int] = (1, 3, 3)
     return ConvSpec(operator=operator, in_width=in_width, out_width=out_width, kernel=kernel)
 
 
+def _built() -> list[tuple[str, LightShape]]:
+    """The shapes that each family has a light decoder of."""
+    found: list[tuple[str, LightShape]] = []
+    for name, family in FAMILIES.items():
+        original = family.decoder_spec(8, family.latent_width)
+        is_video = original.temporal_factor > 1 and not original.still
+        found += [(name, "tae"), (name, "efficientvit")]
+        found += [(name, "temporal-tae")] if is_video else []
+        found += [(name, "lean")] if is_video and (original.temporal_factor, original.spatial_factor) == (4, 8) else []
+    return found
+
+
 @pytest.mark.parametrize("shape", ALL_SHAPES)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_has_a_light_decoder_on_its_own_grid(name: str, shape: LightShape) -> None:
+def test_every_family_has_a_light_decoder_that_streams_on_its_own_grid(name: str, shape: LightShape) -> None:
     family = FAMILIES[name]
     original = family.decoder_spec(8, family.latent_width)
-    if (original.still or original.temporal_factor == 1) and shape == "temporal-tae":
-        with pytest.raises(SpecError, match="single images: take tae"):
-            light_spec(shape, original)
-        return
-    if shape == "lean" and (original.temporal_factor, original.spatial_factor, original.still) != (4, 8, False):
-        with pytest.raises(SpecError, match=r"lean decodes cells of .* take tae"):
+    if (name, shape) not in _built():
+        reason = "single images: take tae" if shape == "temporal-tae" else r"lean decodes cells of .* take tae"
+        with pytest.raises(SpecError, match=reason):
             light_spec(shape, original)
         return
     spec = light_spec(shape, original, mean=family.latent_mean, std=family.latent_std)
     check_factors(spec)
     assert (spec.temporal_factor, spec.spatial_factor) == (original.temporal_factor, original.spatial_factor)
     assert spec.is_causal and spec.still == original.still and not has_same_blocks(spec, original)
-    num_latents = 1 if original.still else 2
-    frames = decode(filled(spec), torch.zeros(1, spec.latent_width, num_latents, 1, 2))
-    factor = original.spatial_factor
-    assert frames.shape == (1, 3, original.num_frames(num_latents), factor, 2 * factor)
+    latents = torch.randn(1, spec.latent_width, 1 if original.still else 3, 1, 2)
+    decoder, factor = filled(spec), original.spatial_factor
+    frames = decode(decoder, latents)
+    assert frames.shape == (1, 3, original.num_frames(latents.shape[2]), factor, 2 * factor)
+    torch.testing.assert_close(decode(decoder, latents, chunk=1), frames, rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize(("name", "shape"), _built())
+def test_a_step_of_training_moves_every_weight_towards_the_frames(name: str, shape: LightShape) -> None:
+    family = FAMILIES[name]
+    original = family.decoder_spec(8, family.latent_width)
+    decoder = filled(light_spec(shape, original, mean=family.latent_mean, std=family.latent_std)).requires_grad_(True)
+    latents = torch.randn(1, original.latent_width, 1 if original.still else 2, 2, 2)
+
+    def loss() -> torch.Tensor:
+        return decoder(latents).square().mean()
+
+    before = loss()
+    before.backward()
+    for parameter_name, parameter in decoder.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), parameter_name
+        assert parameter.grad.any(), parameter_name
+    scale = sum(p.grad.square().sum() for p in decoder.parameters() if p.grad is not None)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter -= 1e-3 * before / scale * parameter.grad
+        assert loss() < before
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -36,8 +35,8 @@ def _labels(path: Path) -> dict[str, Any]:
 def _replay(monkeypatch: pytest.MonkeyPatch, files: Iterable[Path]) -> None:
     """Graphs that were exported before in the place of traced ones."""
     models = iter([ir.load(file) for file in files])
-    monkeypatch.setattr(onnx_graph, "trace_graph", lambda *_, **__: SimpleNamespace(model=next(models)))
-    monkeypatch.setattr(onnx_graph, "label_program", lambda *_: None)
+    monkeypatch.setattr(onnx_graph, "trace_graph", lambda *_, **__: next(models))
+    monkeypatch.setattr(onnx_graph, "label_model", lambda *_: None)
 
 
 def test_clip_graph_is_checked(clip_export: ExportResult) -> None:
@@ -111,6 +110,15 @@ def test_step_graphs_name_caches_after_layers(step_export: ExportResult) -> None
         assert [value.name for value in graph.output] == ["frames", *(f"future_{name}" for name in caches)]
     assert _axes(following.input[-1]) == ["batch", 4, 2, "4*latent_height", "4*latent_width"]
     assert [_axes(value) for value in following.input[1:]] == [_axes(value) for value in following.output[1:]]
+
+
+def test_the_clip_graph_computes_no_caches(clip_export: ExportResult) -> None:
+    """It is made from the first step's, whose caches and the layers' windows for them are left out."""
+    graph = onnx.load(clip_export.path).graph
+    assert [value.name for value in graph.output] == ["frames"]
+    read = {name for node in graph.node for name in node.input}
+    assert {name for node in graph.node for name in node.output} - read == {"frames"}
+    assert {tensor.name for tensor in graph.initializer} <= read
 
 
 def test_float16_graph(flash_decoder: Decoder, tmp_path: Path) -> None:
