@@ -238,7 +238,9 @@ def _from_weights(location: str, weights: ForeignWeights, family: str | None) ->
     if config_class is None and is_taehv(shapes):
         return _from_tiny(location, weights, TAEHV, taehv_decoder(weights.tensors, family, location))
     if is_taesd(shapes, config_class):
-        return _from_tiny(location, weights, TAESD, taesd_decoder(weights.tensors, family, location))
+        return _from_tiny(
+            location, weights, TAESD, taesd_decoder(weights.tensors, family, location, weights.config or {})
+        )
     layout = recognise(shapes, location, family=family, config_class=config_class, config=weights.config)
     config = configuration(weights, get_family(layout.family), location)
     with _odd_values_named(location):
