@@ -160,7 +160,7 @@ def _load_located(location: str, path: Path, family: str | None, weights: str | 
         raise ArtifactError(f"{location}: an artifact of flashvaed, with one set of weights. Leave --weights out.")
     checkpoint = _usable(_load_artifact(location, path))
     if family is not None and checkpoint.family not in families_named(family):
-        raise ArtifactError(f"{location}: of the family {checkpoint.family}, not {family}: leave --family out.")
+        raise ArtifactError(f"{location}: an artifact of the family {checkpoint.family}, not {family}.")
     return checkpoint
 
 

@@ -205,7 +205,7 @@ class DistillRecipe(ClipFields, RatioFields):
     @model_validator(mode="after")
     def _student_is_named(self) -> DistillRecipe:
         if self.student is None and (given := self.given("student_width", "student_start")):
-            raise ValueError(f"{' and '.join(given)}: of a new decoder, and none is asked for; give --student too")
+            raise ValueError(f"{' and '.join(given)}: only for a new decoder; give --student too")
         return self
 
     def start_of_student(self) -> StudentStart:

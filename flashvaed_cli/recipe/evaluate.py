@@ -92,7 +92,7 @@ class EvalRecipe(ClipFields):
     )
     vmaf: Literal["auto", "on", "off"] = Field(
         default="auto",
-        description="auto reports VMAF where an ffmpeg with libvmaf is found (pip install 'flashvaed[vmaf]' brings "
+        description="auto reports VMAF where an ffmpeg with libvmaf is found (the package imageio-ffmpeg brings "
         "one); on fails without it.",
     )
     features: Name | None = Field(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flashvaed_cli.artifact.header import ArtifactHeader
+from flashvaed_cli.printable import counted
 
 _NUM_WORST = 3
 
@@ -31,7 +32,7 @@ def _latency(measured: Mapping[str, Any]) -> str:
     total = sum(sum(stage["latency_ms"].values()) for stage in measured["stages"])
     clips = measured["clips"]
     side = clips["latency_side"]
-    return f"{total:.0f} ms for {clips['latency_frames']} frames of {side} x {side}, {clips['device']}"
+    return f"{total:.0f} ms for {counted(clips['latency_frames'], 'frame')} of {side} x {side}, {clips['device']}"
 
 
 def _parameters(measured: Mapping[str, Any]) -> str:

@@ -29,6 +29,7 @@ from flashvaed_cli.decoders.variants.exact import exact_decoder
 from flashvaed_cli.families.registry import get_family
 from flashvaed_cli.metrics.speed import SpeedResult, speed_ratio, synchronizer, time_alternating
 from flashvaed_cli.numerics.covariance import TensorStatistics
+from flashvaed_cli.printable import counted
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.analyze import AnalyzeRecipe
 from flashvaed_cli.recipe.prune import PruneRecipe
@@ -177,6 +178,7 @@ def budget_table(record: Mapping[str, Any]) -> TableData:
     gflop = (record["gflop_before"], record["gflop_after"])
     rows.append(("GFLOP before / after", " / ".join(f"{value:.4g}" for value in gflop), None))
     asked = "speed-up {target_speedup:g}" if record["target_speedup"] else "{target_gflops:g} GFLOP"
-    title = f"Budget: {asked.format(**record)}, {record['num_frames']} frames of {record['side']} x {record['side']}"
+    frames = counted(record["num_frames"], "frame")
+    title = f"Budget: {asked.format(**record)}, {frames} of {record['side']} x {record['side']}"
     columns = (Column("", align="left"), Column("predicted", ".3g"), Column("measured", ".3g"))
     return TableData(title, columns, tuple(rows))

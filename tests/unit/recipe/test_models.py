@@ -151,7 +151,7 @@ def test_a_new_student_learns_faster_unless_told() -> None:
 
 def test_what_a_new_student_is_like_needs_one() -> None:
     for fields in ({"student_width": 8}, {"student_start": "random"}):
-        with pytest.raises(ValidationError, match="none is asked for; give --student too"):
+        with pytest.raises(ValidationError, match="only for a new decoder; give --student too"):
             DistillRecipe.model_validate(fields)
     with pytest.raises(ValidationError, match="student"):
         DistillRecipe.model_validate({"student": "taesd"})
