@@ -210,3 +210,9 @@ def test_values_that_no_configuration_has(key: str, value: object, pattern: str,
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
     refused(tmp_path, "sdxl", pattern)
+
+
+def test_a_variant_has_its_own_number_of_latent_channels(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers", reason="it writes the toy")
+    random_kl(kl_config("sdxl")).save_pretrained(tmp_path)  # type: ignore[operator]
+    refused(tmp_path, "sd3", "latent_channels of sd3 is 16; the weights have 4")
