@@ -23,6 +23,11 @@ def printable_line(text: str, longest: int | None = None) -> str:
     return printable(text, longest)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, as `1 frame` or `2 frames`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def printable_message(text: str, longest: int | None = None) -> str:
     """`printable` for a message; lines after the first are indented, so that none can pass for another message."""
     return printable(text, longest).replace("\n", "\n  ")

@@ -160,7 +160,7 @@ def _load_located(location: str, path: Path, family: str | None, weights: str | 
         raise ArtifactError(f"{location}: an artifact of flashvaed, with one set of weights. Leave --weights out.")
     checkpoint = _usable(_load_artifact(location, path))
     if family is not None and checkpoint.family not in families_named(family):
-        raise ArtifactError(f"{location}: of the family {checkpoint.family}, not {family}: leave --family out.")
+        raise ArtifactError(f"{location}: an artifact of the family {checkpoint.family}, not {family}.")
     return checkpoint
 
 
@@ -238,7 +238,9 @@ def _from_weights(location: str, weights: ForeignWeights, family: str | None) ->
     if config_class is None and is_taehv(shapes):
         return _from_tiny(location, weights, TAEHV, taehv_decoder(weights.tensors, family, location))
     if is_taesd(shapes, config_class):
-        return _from_tiny(location, weights, TAESD, taesd_decoder(weights.tensors, family, location))
+        return _from_tiny(
+            location, weights, TAESD, taesd_decoder(weights.tensors, family, location, weights.config or {})
+        )
     layout = recognise(shapes, location, family=family, config_class=config_class, config=weights.config)
     config = configuration(weights, get_family(layout.family), location)
     with _odd_values_named(location):

@@ -37,10 +37,12 @@ class Flag:
 
 
 def parse_by_stage(
-    flag_name: str, texts: Sequence[str] | None, parse: Callable[[str], ValueT]
+    flag_name: str, texts: Sequence[str] | None, parse: Callable[[str], ValueT], form: str = "R or STAGE=R"
 ) -> tuple[ValueT | None, dict[str, ValueT]]:
     """Split repeated values `V` and `STAGE=V` into the common value and the values by stage.
 
+    Args:
+        form: how to write them, for messages.
     Raises:
         RecipeError: a value does not parse, or is given twice.
     """
@@ -51,9 +53,9 @@ def parse_by_stage(
         try:
             value = parse(value_text)
         except ValueError as error:
-            raise RecipeError(f"{flag_name} {text}: {value_text!r} is not a value; write V or STAGE=V.") from error
+            raise RecipeError(f"{flag_name} {text}: {value_text!r} is not a value; write {form}.") from error
         if equals and not stage:
-            raise RecipeError(f"{flag_name} {text}: the stage before = is missing.")
+            raise RecipeError(f"{flag_name} {text}: nothing stands before =; write {form}.")
         if (stage in by_stage) if stage else (common is not None):
             raise RecipeError(f"{flag_name} {text}: given twice{f' for {stage}' if stage else ''}.")
         if stage:
@@ -81,17 +83,22 @@ def ratio_overrides(texts: Sequence[str]) -> Overrides:
     return overrides
 
 
-def keyed_overrides(field: str, flag_name: str, parse: Callable[[str], object]) -> Callable[[Sequence[str]], Overrides]:
+def keyed_overrides(
+    field: str, flag_name: str, form: str, parse: Callable[[str], object]
+) -> Callable[[Sequence[str]], Overrides]:
     """The parser of repeated `KEY=VALUE` into a mapping that is the value of `field`.
+
+    Args:
+        form: what the help calls such a value, as `TERM=WEIGHT`.
 
     What it returns raises:
         RecipeError: a value without a key, one that does not parse, or a key given twice.
     """
 
     def overrides(texts: Sequence[str]) -> Overrides:
-        common, by_key = parse_by_stage(flag_name, texts, parse)
+        common, by_key = parse_by_stage(flag_name, texts, parse, form)
         if common is not None:
-            raise RecipeError(f"{flag_name} {common}: write KEY=VALUE.")
+            raise RecipeError(f"{flag_name} {common}: write {form}.")
         return {field: by_key} if by_key else {}
 
     return overrides
@@ -102,11 +109,13 @@ FLAGS: Mapping[str, Flag] = {
     "validation_data": Flag(metavar="PATH"),
     "output": Flag(("--output", "-o")),
     "keep_ratio": Flag(("--ratio", "-r"), "R|STAGE=R|GROUP=R", parse=ratio_overrides),
-    "operators": Flag(("--operator",), "STAGE=OPERATOR", parse=keyed_overrides("operators", "--operator", str)),
+    "operators": Flag(
+        ("--operator",), "STAGE=OPERATOR", parse=keyed_overrides("operators", "--operator", "STAGE=OPERATOR", str)
+    ),
     "loss_weights": Flag(
         ("--loss-weight",),
         "TERM=WEIGHT",
-        parse=keyed_overrides("loss_weights", "--loss-weight", float),
+        parse=keyed_overrides("loss_weights", "--loss-weight", "TERM=WEIGHT", float),
         default="the paper's",
     ),
     "buckets": Flag(("--bucket",), "FRAMESxHEIGHTxWIDTH", default="none"),

@@ -189,7 +189,8 @@ def none_usable(num_files: int, skipped: dict[Path, str]) -> MediaError:
     """The error of a run without data: the first reasons."""
     reasons = [reason if str(path) in reason else f"{path}: {reason}" for path, reason in skipped.items()]
     named = "; ".join(reasons[:_MAX_NAMES_SHOWN])
-    return MediaError(f"None of the {num_files} files can be used: {named or 'no file was given'}")
+    none = "The only file cannot" if num_files == 1 else f"None of the {num_files} files can"
+    return MediaError(f"{none} be used: {named or 'no file was given'}")
 
 
 def decoding_jobs(cuts: Sequence[ClipCut]) -> list[tuple[ClipCut, ...]]:

@@ -327,6 +327,8 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         return None
     except OSError as error:
         raise _unreadable(path, error) from error
+    except RecursionError:
+        raise ValueError("brackets nested too deep") from None
     if not isinstance(content, dict):
         raise ValueError("no JSON object")
     return content

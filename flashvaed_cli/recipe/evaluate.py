@@ -90,7 +90,7 @@ class EvalRecipe(ClipFields, StageRecipe):
     )
     vmaf: Literal["auto", "on", "off"] = Field(
         default="auto",
-        description="auto reports VMAF if an ffmpeg with libvmaf is found (pip install 'flashvaed[vmaf]' provides "
+        description="auto reports VMAF if an ffmpeg with libvmaf is found (the package imageio-ffmpeg provides "
         "one); on fails without it.",
     )
     features: Name | None = Field(

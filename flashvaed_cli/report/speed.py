@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from flashvaed_cli.atomic import atomic_path
+from flashvaed_cli.printable import counted
 from flashvaed_cli.report.evaluation import Spread
 from flashvaed_cli.report.pipeline import PipelineShare
 from flashvaed_cli.report.tables import Cell, Column, TableData, to_markdown
@@ -71,7 +72,7 @@ class SpeedTable:
     @property
     def title(self) -> str:
         """Label, size and dtype."""
-        size = f"{self.num_frames} frames of {self.width}×{self.height}, {self.dtype}"
+        size = f"{counted(self.num_frames, 'frame')} of {self.width}×{self.height}, {self.dtype}"
         return f"{self.label}, {size}" if self.label else size
 
 

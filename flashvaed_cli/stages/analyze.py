@@ -26,6 +26,7 @@ from flashvaed_cli.metrics.speed import synchronizer
 from flashvaed_cli.numerics.covariance import TensorStatistics
 from flashvaed_cli.numerics.independence import effective_rank
 from flashvaed_cli.numerics.selection import SELECTION_RULES, unvarying_channels
+from flashvaed_cli.printable import counted
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.analyze import AnalyzeRecipe
 from flashvaed_cli.recipe.fields import SelectionRule
@@ -138,7 +139,7 @@ def _stage_records(
     spec = decoder.spec
     dtype = DTYPES[recipe.dtype]
     profile = partial(profile_modules, num_rounds=recipe.num_latency_rounds, synchronize=synchronizer(clip.device))
-    progress.log(f"latency: {clip.num_frames} frames of {clip.side} x {clip.side}")
+    progress.log(f"latency: {counted(clip.num_frames, 'frame')} of {clip.side} x {clip.side}")
     latency = measure_latency(decoder.to(dtype), clip.latents(spec, recipe.seed), profile)
     decoder.float()
     streams = {record.stage: record for record in groups if record.is_stream}
@@ -216,7 +217,7 @@ def _stage_table(stages: Sequence[StageFigures], clip: TimedClip) -> TableData:
         Column("activations MiB", ".1f"),
         Column("components for 99 %"),
     )
-    title = f"Stages, {clip.num_frames} frames of {clip.side} x {clip.side}, {clip.dtype}"
+    title = f"Stages, {counted(clip.num_frames, 'frame')} of {clip.side} x {clip.side}, {clip.dtype}"
     return TableData(title, columns, tuple(rows))
 
 

@@ -89,7 +89,7 @@ def test_a_gflop_target_is_met(folder: Path) -> None:
 def test_people_see_predicted_beside_measured(folder: Path) -> None:
     result = invoke(f"{PRUNE} --analysis paced.safetensors --target-speedup 2 -o seen.safetensors", cwd=folder)
     assert result.exit_code == 0, result.stderr
-    assert "Budget: speed-up 2, 1 frames of 32 x 32" in result.stdout
+    assert "Budget: speed-up 2, 1 frame of 32 x 32" in result.stdout
     assert "predicted" in result.stdout and "measured" in result.stdout
 
 

@@ -154,9 +154,10 @@ def test_an_interrupted_training_ends_with_the_same_weights(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (f"{NEW} --student tae --phase 1", "phase 1 does not fit .*of another shape than the original"),
-        (f"{NEW} --student tae --phase 2", "phase 2 does not fit .*of another shape than the original"),
+        (f"{NEW} --student tae --phase 1", "phase 1 does not fit a new tae: its blocks are not the original's"),
+        (f"{NEW} --student tae --phase 2", "phase 2 does not fit a new tae: .*phase 3 alone fits"),
         (f"{NEW} --student efficientvit --student-width 9", "multiple of 8, not 9"),
+        (f"{NEW} --student tae --student-width 99999", "tae of 99999 channels: at most 8192"),
         (f"{NEW} --student-width 9", "--student-width: only for a new decoder"),
         (f"convert-ops tae.safetensors --data clip.mp4 {CALIBRATION}", "light already.*--profile exact"),
         (f"prune tae.safetensors --layout native --data clip.mp4 {CALIBRATION}", "not its original at another base"),
@@ -166,6 +167,13 @@ def test_what_makes_no_sense_says_why(folder: Path, words: str, message: str) ->
     result = invoke(f"{words} -o refused.safetensors", cwd=folder)
     assert result.exit_code == 2
     assert re.search(message, " ".join(result.stderr.split()))
+
+
+def test_an_adversary_that_never_begins_is_told(folder: Path) -> None:
+    words = f"{NEW} --student tae --student-width 8 --num-steps 2 --loss-weight adversarial=0.1 --dry-run"
+    never = succeed(f"{words} --adversarial-start 2", cwd=folder)
+    assert "--adversarial-start 2: no phase has more than 2 steps" in never["stderr"]
+    assert "adversarial-start" not in succeed(f"{words} --adversarial-start 1", cwd=folder)["stderr"]
 
 
 def test_a_dry_run_says_what_would_be_trained(folder: Path) -> None:

@@ -79,5 +79,5 @@ def test_a_file_that_lacks_a_layer_is_refused(tmp_path: Path) -> None:
     tensors = load_file(place)
     del tensors["3.conv.2.bias"]
     save_file(tensors, place)
-    with pytest.raises(ArtifactError, match="a TAESD whose tensors do not fit each other"):
+    with pytest.raises(ArtifactError, match=r"a TAESD without 3\.conv\.2\.bias"):
         load_checkpoint(place, builtins={}, family="sdxl")

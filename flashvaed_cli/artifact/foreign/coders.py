@@ -14,7 +14,7 @@ from flashvaed_cli.artifact.foreign.recognition import present_roles
 from flashvaed_cli.artifact.foreign.shape_reading import spec_from_shapes
 from flashvaed_cli.decoders.modules.coder import Coder, Decoder, Encoder
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
-from flashvaed_cli.errors import ArtifactError
+from flashvaed_cli.errors import ArtifactError, is_out_of_memory
 from flashvaed_cli.families.layout import Layout, Role
 from flashvaed_cli.families.separable import fold_separable
 
@@ -35,8 +35,7 @@ def coders_from_foreign(
         ArtifactError: names all tensors that are missing, superfluous or of another shape.
     """
     config = {**(config or {}), **({} if layout.implied is None else layout.implied(tensors))}
-    prepared = tensors if layout.prepare is None else layout.prepare(tensors, config)
-    raw, tensors = tensors, fold_separable(prepared)
+    raw, tensors = tensors, _prepared(tensors, layout, config, location)
     shapes = shapes_of(tensors)
     roles = present_roles(shapes_of(raw) if layout.landmarks else shapes, layout)
     specs = {role: spec_from_shapes(shapes, layout, role, location, config) for role in roles}
@@ -55,6 +54,21 @@ def coders_from_foreign(
         coders[role] = empty_coder(specs[role])
         fill_coder(coders[role], {slot.ours: tensors[slot.foreign] for slot in places[role]}, location)
     return coders
+
+
+def _prepared(
+    tensors: Mapping[str, Tensor], layout: Layout, config: Mapping[str, Any], location: str
+) -> dict[str, Tensor]:
+    """The tensors that a layout names, made from those found."""
+    try:
+        return fold_separable(tensors if layout.prepare is None else layout.prepare(tensors, config))
+    except (ValueError, IndexError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ArtifactError(
+            f"{location}: its tensors do not fit the {layout.name} layout: {error!s:.300}. "
+            "The file is damaged, or of another model; nothing was loaded."
+        ) from error
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:

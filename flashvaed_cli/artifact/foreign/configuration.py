@@ -45,8 +45,9 @@ def latent_statistics(
     if _has_both(config, CONFIG_NAME, location):
         source, mean, std = CONFIG_NAME, config["latents_mean"], config["latents_std"]
     elif family.config_keys.has_factors and config.get("scaling_factor") is not None:
-        shift = config.get("shift_factor")
-        source, mean, std = CONFIG_NAME, [0.0 if shift is None else shift] * latent_width, [1.0] * latent_width
+        shift = 0.0 if config.get("shift_factor") is None else config["shift_factor"]
+        mean = _numbers([shift], "shift_factor", CONFIG_NAME, location) * latent_width
+        source, std = CONFIG_NAME, [1.0] * latent_width
     elif (found := _tensor_statistics(weights.tensors, location)) is not None:
         source, mean, std = "the file", *found
     elif _has_both(weights.metadata, "its metadata", location):
@@ -61,9 +62,10 @@ def latent_statistics(
             f"{latent_width} each, as the weights have latent channels, and positive deviations. "
             f"Put the right ones into a {CONFIG_NAME} beside the weights."
         )
-    (scaling,) = _numbers([config.get("scaling_factor") or 1.0], "scaling_factor", CONFIG_NAME, location)
+    scaling = 1.0 if config.get("scaling_factor") is None else config["scaling_factor"]
+    (scaling,) = _numbers([scaling], "scaling_factor", CONFIG_NAME, location)
     if scaling <= 0:
-        raise ArtifactError(f"{location}: scaling_factor is {scaling}, which divides deviations: it is positive.")
+        raise ArtifactError(f"{location}: scaling_factor is {scaling:g}; latents are multiplied by a positive number.")
     statistics = tuple(mean), tuple(value / scaling for value in std)
     try:
         check_statistics(*statistics, ())
@@ -81,6 +83,8 @@ def _numbers(row: object, key: str, source: str, location: str) -> list[float]:
             numbers = []
         if len(numbers) == len(row) and all(map(math.isfinite, numbers)):
             return numbers
+    if isinstance(row, list) and len(row) == 1:
+        row = row[0]
     raise ArtifactError(f"{location}: {key} of {source} is {row!r:.80}; expected finite numbers.")
 
 
@@ -167,6 +171,7 @@ def check_keys(config: Mapping[str, Any], specs: Mapping[Role, CoderSpec], locat
     for spec in specs.values():
         for key, said, found in keys.contradictions(spec, config):
             faults.append(f"{key} is {_shown(said)}; the weights have {_shown(found)}")
+    faults = list(dict.fromkeys(faults))  # encoder and decoder may say the same
     if faults:
         raise ArtifactError(
             f"{location}: its configuration does not fit {family.name}, which its tensors are named like: "
@@ -243,10 +248,10 @@ def _base_width(config: Mapping[str, Any], family: Family, role: Role, location:
     """The key that tells the base width of a role, and what it tells; None if the configuration has none."""
     for key, multiples in family.config_keys.widths.get(role, ()):
         said = config.get(key)
-        if not said:
+        if said is None:
             continue
         widths = said if multiples is not None else [said]
-        if not isinstance(widths, list | tuple) or not all(map(_is_width, widths)):
+        if not isinstance(widths, list | tuple) or not widths or not all(map(_is_width, widths)):
             expected = "a width" if multiples is None else f"{len(multiples)} widths"
             raise ArtifactError(f"{location}: {key} of {CONFIG_NAME} is {said!r:.80}; expected {expected}.")
         if multiples is None:

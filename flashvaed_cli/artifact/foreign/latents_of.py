@@ -1,12 +1,84 @@
-"""Whose latents a light decoder of another project reads: its file does not say, so shapes and the user do."""
+"""What files of light decoders from other projects have in common.
+
+They do not say whose latents they read, so shapes and the user do. Nothing of such a file may be left over: a tensor
+that no layer takes would change the frames there and not here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
+from pydantic import ValidationError
+from torch import Tensor
+
+from flashvaed_cli.artifact.foreign.mismatch import reasons
+from flashvaed_cli.artifact.header_checks import check_factors
+from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.errors import ArtifactError
 from flashvaed_cli.families.family import Family
 from flashvaed_cli.families.registry import FAMILIES, families_named
+
+_SHOWN = 4
+
+
+class LightFile:
+    """The tensors of a light decoder, to be taken one by one; what is left at the end does not belong there."""
+
+    def __init__(self, kind: str, tensors: Mapping[str, Tensor], location: str) -> None:
+        self.kind, self.location, self._rest = kind, location, dict(tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._rest
+
+    def take(self, name: str, *shape: int | None) -> Tensor:
+        """A tensor as float32.
+
+        Args:
+            shape: what it must be; None stands for any length but zero.
+        Raises:
+            ArtifactError: not there, of another shape, or not of a float type.
+        """
+        tensor = self._rest.pop(name, None)
+        if tensor is None:
+            raise ArtifactError(f"{self.location}: a {self.kind} without {name}: download it again.")
+        fits = len(tensor.shape) == len(shape) and all(
+            found > 0 if wanted is None else found == wanted for found, wanted in zip(tensor.shape, shape, strict=True)
+        )
+        if not fits:
+            wanted = ", ".join("any" if one is None else str(one) for one in shape)
+            raise self.fault(f"{name} has the shape {list(tensor.shape)}, not [{wanted}]")
+        if not tensor.is_floating_point():
+            raise self.fault(f"{name} is {tensor.dtype}, and only float weights are read")
+        return tensor.float()
+
+    def fault(self, what: str) -> ArtifactError:
+        """What is wrong with it."""
+        return ArtifactError(f"{self.location}: not a {self.kind} that this version reads: {what}.")
+
+    def require_empty(self) -> None:
+        """Raise ArtifactError if tensors are left that no layer took."""
+        if self._rest:
+            more = f" and {len(self._rest) - _SHOWN} more" if len(self._rest) > _SHOWN else ""
+            names = ", ".join(f"{name:.60}" for name in list(self._rest)[:_SHOWN])
+            raise self.fault(f"it has no place for {names}{more}")
+
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        """What a spec finds wrong with the layers is the file's fault."""
+        try:
+            yield
+        except ValidationError as error:
+            raise self.fault(reasons(error)) from error
+        except ValueError as error:
+            raise self.fault(str(error)) from error
+
+    def checked(self, spec: DecoderSpec) -> DecoderSpec:
+        """The spec, whose layers enlarge as its latents need and give pixels. Raises ArtifactError if not."""
+        self.require_empty()
+        with self.building():
+            check_factors(spec)
+        return spec
 
 
 def family_of_latents(kind: str, shape: str, name: str | None, fits: Callable[[Family], bool], location: str) -> Family:

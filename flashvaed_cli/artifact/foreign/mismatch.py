@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from pydantic import ValidationError
+
 from flashvaed_cli.errors import ArtifactError
 
 _SHOWN = 8
@@ -53,6 +55,14 @@ def compare_shapes(expected: Mapping[str, Shape], found: Mapping[str, Shape], al
 def without_singletons(shape: Shape) -> Shape:
     """The shape less its axes of length 1, which layouts add and leave out at will."""
     return tuple(length for length in shape if length != 1)
+
+
+def reasons(error: ValidationError) -> str:
+    """What a spec found wrong, without pydantic's words around it."""
+    return "; ".join(
+        "a stage without a block" if fault["type"] == "too_short" else fault["msg"].removeprefix("Value error, ")
+        for fault in error.errors()
+    )
 
 
 def _listed(what: str, names: list[str]) -> str:

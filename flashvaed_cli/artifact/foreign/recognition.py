@@ -84,9 +84,10 @@ def recognise(
     why = _why(candidates, fits)
     if top > rank and top[0] >= _KNOWN_SHARE:
         said = f"of the family {family}" if family else f"of {config_class}, as its configuration says"
+        has = "tensors and configuration" if config and family else "tensors"
         fitting = _families(layout for layout in LAYOUTS.values() if fits[layout.name].rank == top)
         raise ArtifactError(
-            f"{location}: its tensors are not {said}: they fit {_or(fitting)}. {_flags(fitting)} reads it so.\n{why}"
+            f"{location}: its {has} are not {said}: they fit {_or(fitting)}. {_flags(fitting)} reads it so.\n{why}"
         )
     if rank[0] >= _KNOWN_SHARE:
         _refuse_ambiguity([layout for layout in candidates if fits[layout.name].rank == rank], location)

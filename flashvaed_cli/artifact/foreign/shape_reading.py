@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from flashvaed_cli.artifact.foreign.layouts import CONVS, blueprint
-from flashvaed_cli.artifact.foreign.mismatch import Mismatch, Shape
+from flashvaed_cli.artifact.foreign.mismatch import Mismatch, Shape, reasons
 from flashvaed_cli.decoders.spec.blocks import (
     AttentionSpec,
     BlockSpec,
@@ -76,7 +76,7 @@ def spec_from_shapes(
             try:
                 found = _read_block(reader, layout, role, address, block, separable_padding)
             except ValidationError as error:
-                clashes.append(f"{place}: {_reasons(error)}")
+                clashes.append(f"{place}: {reasons(error)}")
                 continue
             if found is not None and found.group_fault is not None:
                 clashes.append(f"{place}: {found.group_fault}")
@@ -86,13 +86,13 @@ def spec_from_shapes(
             bypass = _read_bypass(reader, layout, role, stage, blocks)
             stages.append(StageSpec(name=stage.name, blocks=tuple(blocks), bypass=bypass))
         except ValidationError as error:
-            clashes.append(_reasons(error))
+            clashes.append(reasons(error))
     reader.mismatch.raise_if_any(location, layout.name)
     try:
         if not clashes:
             return type(plan).model_validate({**dict(plan), "stages": tuple(stages)})
     except ValidationError as error:
-        clashes.append(_reasons(error))
+        clashes.append(reasons(error))
     raise ArtifactError(f"{location}: the widths of its layers do not fit together: {'; '.join(clashes[:8])}.")
 
 
@@ -112,10 +112,6 @@ def _is_still(shapes: Mapping[str, Shape], layout: Layout, plan: DecoderSpec) ->
         names.append(f"{layout.layer_place('decoder', place, kind, layer)}.weight")
     *absent, entry = names
     return not any(name in shapes for name in absent) and len(shapes.get(entry, ())) == 4
-
-
-def _reasons(error: ValidationError) -> str:
-    return "; ".join(fault["msg"].removeprefix("Value error, ") for fault in error.errors())
 
 
 class _ShapeReader:
@@ -226,7 +222,9 @@ def _read_extras(
     if isinstance(planned, UpsampleSpec):
         extras["repeats_frames"] = planned.repeats_frames
     norm = planned.norm if isinstance(planned, ResBlockSpec | HeadSpec) else None
-    if norm is not None and norm.eps is not None:
+    if norm is not None and norm.groups is not None:
+        extras["norm"] = norm  # never without gain and shift: where they lack, the file is incomplete
+    elif norm is not None and norm.eps is not None:
         place = places["norm1" if isinstance(planned, ResBlockSpec) else "norm"]
         gain, shift = f"{place}.{layout.gain}" in reader.shapes, f"{place}.bias" in reader.shapes
         extras["norm"] = norm.model_copy(update={"gain": gain, "shift": shift})

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flashvaed_cli.artifact.foreign.coders import empty_coder, fill_coder
-from flashvaed_cli.artifact.foreign.latents_of import family_of_latents
+from flashvaed_cli.artifact.foreign.latents_of import LightFile, family_of_latents
 from flashvaed_cli.artifact.foreign.mismatch import Shape
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.spec.blocks import BlockSpec, ChainSpec, ConvBlockSpec, HeadSpec, UpsampleSpec
@@ -50,17 +50,14 @@ def taehv_decoder(tensors: Mapping[str, Tensor], family_name: str | None, locati
     """
     if _SUPER in tensors:
         raise ArtifactError(f"{location}: a TAEHV of the larger (super) kind, which this version does not read.")
-    needed = [f"{_ENTRY}.weight", f"{_HEAD}.weight", *(f"decoder.{i}.conv.0.weight" for row in _CHAINS for i in row)]
-    if missing := [name for name in needed if name not in tensors]:
-        raise ArtifactError(f"{location}: a TAEHV without {', '.join(missing[:4])}: download it again.")
-    latent_width = tensors[f"{_ENTRY}.weight"].shape[1]
-    patch = math.isqrt(tensors[f"{_HEAD}.weight"].shape[0] // 3)
-    family = _family(family_name, latent_width, patch, location)
-    try:
-        spec, state = _translated(tensors, family, patch)
-    except (KeyError, RuntimeError, ValueError, IndexError) as error:
-        raise ArtifactError(f"{location}: a TAEHV whose tensors do not fit each other ({error!s:.200}).") from error
-    decoder = empty_coder(spec)
+    decoder_only = {name: tensor for name, tensor in tensors.items() if not name.startswith("encoder.")}
+    file = LightFile("TAEHV", decoder_only, location)
+    entry, head = file.take(f"{_ENTRY}.weight", None, None, 3, 3), file.take(f"{_HEAD}.weight", None, None, 3, 3)
+    patch = math.isqrt(head.shape[0] // 3)
+    family = _family(family_name, entry.shape[1], patch, location)
+    with file.building():
+        spec, state = _translated(file, entry, head, family, patch)
+    decoder = empty_coder(file.checked(spec))
     fill_coder(decoder, state, location)
     assert isinstance(decoder, Decoder)
     return decoder, family
@@ -84,7 +81,9 @@ def _fits(family: Family, latent_width: int, patch: int) -> bool:
     return is_video and (family.latent_width, spec.spatial_factor) == (latent_width, _SPATIAL_FACTOR * patch)
 
 
-def _translated(tensors: Mapping[str, Tensor], family: Family, patch: int) -> tuple[DecoderSpec, dict[str, Tensor]]:
+def _translated(
+    file: LightFile, entry_weight: Tensor, head_weight: Tensor, family: Family, patch: int
+) -> tuple[DecoderSpec, dict[str, Tensor]]:
     """The spec, and the weights under our names."""
     original = family.decoder_spec(8, family.latent_width)
     num_doublings = int(math.log2(original.temporal_factor))
@@ -96,28 +95,34 @@ def _translated(tensors: Mapping[str, Tensor], family: Family, patch: int) -> tu
         return weight.shape[1], weight.shape[0]
 
     entry = LatentEntrySpec(mean=family.latent_mean, std=family.latent_std, limit=LATENT_LIMIT)
-    widths = put("conv_in.0.conv", tensors[f"{_ENTRY}.weight"], tensors[f"{_ENTRY}.bias"])
+    widths = put("conv_in.0.conv", entry_weight, file.take(f"{_ENTRY}.bias", len(entry_weight)))
     stages = [StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=_frame(*widths), activation="relu", entry=entry),))]
+    width = len(entry_weight)
     for stage in range(_NUM_STAGES):
         blocks: list[BlockSpec] = []
         for index, place in enumerate(_CHAINS[stage]):
-            blocks.append(_chain(tensors, f"up{stage}.{index}", f"decoder.{place}.conv", put))
-        growth = tensors[f"decoder.{_GROWTHS[stage]}.conv.weight"].float()  # [n * frames, n, 1, 1]
-        spatial = tensors[f"decoder.{_CONVS[stage]}.weight"].float()
-        address, width = f"up{stage}.{len(blocks)}", growth.shape[1]
-        doubles = stage >= _NUM_STAGES - num_doublings
-        growth = growth[-width * (2 if doubles else 1) :]  # files may hold a growth that the model does not use
+            blocks.append(_chain(file, f"up{stage}.{index}", f"decoder.{place}.conv", width, put))
+        growth = file.take(f"decoder.{_GROWTHS[stage]}.conv.weight", None, width, 1, 1)  # [n * frames, n, 1, 1]
+        spatial = file.take(f"decoder.{_CONVS[stage]}.weight", None, width, 3, 3)
+        address, doubles = f"up{stage}.{len(blocks)}", stage >= _NUM_STAGES - num_doublings
+        grown = width * (2 if doubles else 1)
+        if len(growth) not in (grown, 2 * width):  # files may hold a growth that the model does not use
+            raise ValueError(f"decoder.{_GROWTHS[stage]} makes {len(growth)} channels of {width}, not {grown}")
+        growth = growth[-grown:]
         if doubles:
             put(f"{address}.temporal", growth[:, :, 0, 0])
             temporal = ConvSpec(operator="pointwise", in_width=width, out_width=2 * width, kernel=(1, 1, 1))
         else:  # a 1x1 that grows nothing, with no bias before a kernel: one kernel
             spatial, temporal = torch.einsum("omhw,mc->ochw", spatial, growth[:, :, 0, 0]), None
-        conv = _frame(*put(f"{address}.spatial", spatial))
+        _, width = put(f"{address}.spatial", spatial)
+        conv = _frame(spatial.shape[1], width)
         blocks.append(UpsampleSpec(temporal=temporal, spatial=conv, grows_first=doubles))
         stages.append(StageSpec(name=f"up{stage}", blocks=tuple(blocks)))
+    head_bias = file.take(f"{_HEAD}.bias", len(head_weight))
+    if len(head_weight) != 3 * patch**2:
+        raise ValueError(f"{_HEAD} gives {len(head_weight)} channels, not three colours of square patches")
     order = [c * patch**2 + i * patch + j for c in range(3) for j in range(patch) for i in range(patch)]
-    weight, bias = (tensors[f"{_HEAD}.{key}"].float()[order] for key in ("weight", "bias"))
-    conv = _frame(*put("head.0.conv", 2 * weight, 2 * bias - 1))  # [0, 1] to [-1, 1]
+    conv = _frame(*put("head.0.conv", 2 * head_weight[order], 2 * head_bias[order] - 1))  # [0, 1] to [-1, 1]
     head = HeadSpec(conv=conv, norm=None, activation="relu", lead_frames=original.temporal_factor - 1)
     spec = DecoderSpec(
         family=family.name,
@@ -129,17 +134,15 @@ def _translated(tensors: Mapping[str, Tensor], family: Family, patch: int) -> tu
     return spec, state
 
 
-def _chain(tensors: Mapping[str, Tensor], address: str, place: str, put: _Put) -> ChainSpec:
+def _chain(file: LightFile, address: str, place: str, width: int, put: _Put) -> ChainSpec:
     """The first layer reads the frame and the one before it, side by side: taps in time, the earlier one first."""
-    first = tensors[f"{place}.0.weight"]
-    current, previous = first.chunk(2, dim=1)
-    width, out_width = put(f"{address}.conv1", torch.stack([previous, current], dim=2), tensors[f"{place}.0.bias"])
-    conv1 = ConvSpec(operator="causal3d", in_width=width, out_width=out_width, kernel=(2, 3, 3))
-    conv2, conv3 = (
-        _frame(*put(f"{address}.conv{n}", tensors[f"{place}.{2 * n - 2}.weight"], tensors[f"{place}.{2 * n - 2}.bias"]))
-        for n in (2, 3)
-    )
-    return ChainSpec(conv1=conv1, conv2=conv2, conv3=conv3)
+    current, previous = file.take(f"{place}.0.weight", width, 2 * width, 3, 3).chunk(2, dim=1)
+    put(f"{address}.conv1", torch.stack([previous, current], dim=2), file.take(f"{place}.0.bias", width))
+    conv1 = ConvSpec(operator="causal3d", in_width=width, out_width=width, kernel=(2, 3, 3))
+    for number, slot in ((2, 2), (3, 4)):
+        weight, bias = file.take(f"{place}.{slot}.weight", width, width, 3, 3), file.take(f"{place}.{slot}.bias", width)
+        put(f"{address}.conv{number}", weight, bias)
+    return ChainSpec(conv1=conv1, conv2=_frame(width, width), conv3=_frame(width, width))
 
 
 def _frame(in_width: int, out_width: int) -> ConvSpec:

@@ -37,6 +37,7 @@ from flashvaed_cli.decoders.spec.coders import BypassSpec, DecoderSpec, StageSpe
 from flashvaed_cli.decoders.spec.layers import ConvSpec, LatentEntrySpec, NormSpec
 from flashvaed_cli.decoders.spec.naf_blocks import CELL, CellHeadSpec, IstaSpec, cell_head_spec, naf_spec
 from flashvaed_cli.errors import SpecError
+from flashvaed_cli.limits import MAX_WIDTH
 from flashvaed_cli.recipe.fields import StudentShape
 
 LightShape = StudentShape
@@ -50,6 +51,7 @@ _EFFICIENT_DEPTHS = (10, 5)
 _SHARES: dict[LightShape, float] = {"efficientvit": 1 / 3, "lean": 4 / 3}
 _LEAN_BRANCHES = 4  # a quarter of the channels is for low bands, the rest for high ones
 _LEAN_FUSION, _LEAN_SEPARATE = 4, 2
+_WIDEST_LAYER = 8  # times the width: the shuffle of an efficientvit that doubles frames, rows and columns
 _HEAD_NORM = NormSpec(eps=1e-5, gain=True, shift=True)
 
 
@@ -97,10 +99,14 @@ def light_spec(
         width: channels; None: see `default_width`.
         mean, std: of the raw latents, per channel; empty: the decoder reads them raw.
     Raises:
-        SpecError: the original grows otherwise than by doublings of the size, or the width does not suit the shape.
+        SpecError: the original grows otherwise than by doublings of the size, the width does not suit the shape, or it
+            is beyond `MAX_WIDTH` in some layer.
     """
     ground = _Ground(original, _doublings(original), mean, std)
-    return _BUILDERS[shape](ground, default_width(shape, original) if width is None else width)
+    width = default_width(shape, original) if width is None else width
+    if width > MAX_WIDTH // _WIDEST_LAYER:
+        raise SpecError(f"{shape} of {width} channels: at most {MAX_WIDTH // _WIDEST_LAYER} are supported")
+    return _BUILDERS[shape](ground, width)
 
 
 def default_width(shape: LightShape, original: DecoderSpec) -> int:

@@ -98,10 +98,10 @@ def to_ours(tensors: Mapping[str, Tensor], _config: Mapping[str, Any]) -> dict[s
             names = unit.depthwise(end)
             if all(name in rest for name in names):
                 found[f"{unit.ours}.depthwise.{end}"] = torch.cat([rest.pop(name) for name in names])
-        for ours, theirs, _ in unit.gated():
+        for ours, theirs, is_released in unit.gated():
             if theirs in rest:
                 found[ours] = rest.pop(theirs)
-            elif (weight := found.get(f"{ours.removesuffix('.bias')}.weight")) is not None:
+            elif not is_released and (weight := found.get(f"{ours.removesuffix('.bias')}.weight")) is not None:
                 found[ours] = weight.new_zeros(weight.shape[0])
     for ours, theirs, factor in _pixel_layers():
         if theirs in rest:
@@ -119,7 +119,10 @@ def _read_bottleneck(rest: dict[str, Tensor], found: dict[str, Tensor]) -> None:
     for ours, theirs in (("steps", "weights"), ("thresholds", "threshold")):
         numbers: list[Tensor] = []
         while (name := f"{_BOTTLENECK}.{theirs}.{len(numbers)}") in rest:
-            numbers.append(rest.pop(name).reshape(1))
+            number = rest.pop(name)
+            if number.numel() != 1:
+                raise ValueError(f"{name} has the shape {list(number.shape)}, not that of one number")
+            numbers.append(number.reshape(1))
         if numbers:
             found[f"decoder.bottleneck.{ours}"] = torch.cat(numbers)
     mean = rest.pop(_OTHER_PHI, phi)

@@ -31,6 +31,9 @@ def fold_timestep(tensors: Mapping[str, Tensor], timestep: float) -> dict[str, T
 
     A stage's embedding of the timestep plus a block's table gives shift, scale, shift, scale of its two norms; the
     gain is 1 + scale. Tensors that lack a partner are left for the strict check to name.
+
+    Raises:
+        ValueError: a block without the table that its stage's embedding needs, or an embedder of other shapes.
     """
     folded = dict(tensors)
     scale = folded.pop(_MULTIPLIER, None)
@@ -43,21 +46,22 @@ def fold_timestep(tensors: Mapping[str, Tensor], timestep: float) -> dict[str, T
         parts = [folded.pop(f"{embedder}.linear_{i}.{end}", None) for i in (1, 2) for end in ("weight", "bias")]
         if any(part is None for part in parts):
             continue
-        embedding = _embedded(at, *(part.double() for part in parts if part is not None))
+        embedding = _embedded(embedder, at, *(part.double() for part in parts if part is not None))
         last = f"last_{_TABLE}" if suffix == _LAST_EMBEDDER else _TABLE
         if place == "decoder":
             _fold_table(folded, f"{place}.{last}", embedding, [f"{place}.norm_out"])
             continue
-        inside = re.compile(re.escape(place) + rf"\.(res_blocks|resnets)\.\d+\.{_TABLE}")
-        for table in [name for name in folded if inside.fullmatch(name)]:
-            block = table.removesuffix(f".{_TABLE}")
-            _fold_table(folded, table, embedding, [f"{block}.norm1", f"{block}.norm2"])
+        inside = re.compile(re.escape(place) + r"\.(?:res_blocks|resnets)\.\d+(?=\.)")
+        for block in dict.fromkeys(match[0] for name in tensors if (match := inside.match(name))):
+            _fold_table(folded, f"{block}.{_TABLE}", embedding, [f"{block}.norm1", f"{block}.norm2"])
     return folded
 
 
 def _fold_table(folded: dict[str, Tensor], name: str, embedding: Float[Tensor, " D"], norms: list[str]) -> None:
     table = folded.get(name)
-    if table is None or table.numel() != embedding.numel():
+    if table is None:
+        raise ValueError(f"no tensor named {name}, which the embedding of the timestep is added to")
+    if table.numel() != embedding.numel():
         return
     del folded[name]
     rows = embedding.view(table.shape) + table.double()  # [2 per norm, C]
@@ -111,8 +115,15 @@ def _zero_embedder(first: str, width: int, like: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _embedded(at: float, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Float[Tensor, " D"]:
+def _embedded(
+    place: str, at: float, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
+) -> Float[Tensor, " D"]:
     """Cosines and sines of the timestep, through two layers."""
+    for number, weight, bias in ((1, weight1, bias1), (2, weight2, bias2)):
+        width = _EMBEDDING_WIDTH if number == 1 else weight1.shape[0]
+        if weight.dim() != 2 or weight.shape[1] != width or bias.shape != weight.shape[:1]:
+            found = f"{list(weight.shape)} and {list(bias.shape)}"
+            raise ValueError(f"{place}.linear_{number} has the shapes {found}; expected [N, {width}] and [N]")
     half = _EMBEDDING_WIDTH // 2
     frequencies = torch.exp(-math.log(_LONGEST_PERIOD) * torch.arange(half, dtype=torch.float64) / half)
     waves = torch.cat([(at * frequencies).cos(), (at * frequencies).sin()])

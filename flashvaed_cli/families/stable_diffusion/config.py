@@ -65,8 +65,14 @@ def described(spec: CoderSpec) -> dict[str, Any]:
     return {**found, EACH_GROUPS: groups} if spec.role == "decoder" and set(groups) != {NUM_GROUPS} else found
 
 
-def contradictions(spec: CoderSpec, config: Mapping[str, Any]) -> Iterator[Contradiction]:
-    """A 1x1 layer beside the latent that the configuration has and the weights lack, or the other way round."""
+def contradictions(
+    family: str, latent_width: int, spec: CoderSpec, config: Mapping[str, Any]
+) -> Iterator[Contradiction]:
+    """Another variant's latents, and a 1x1 layer beside the latent that the configuration has and the weights lack, or
+    the other way round."""
+    assert isinstance(spec, DecoderSpec | EncoderSpec)
+    if spec.latent_width != latent_width:
+        yield Contradiction(f"latent_channels of {family}", latent_width, spec.latent_width)
     key = QUANT_KEYS[spec.role]
     if key in config and config[key] is not _has_quant(spec):
         yield Contradiction(key, config[key], _has_quant(spec))
@@ -170,7 +176,6 @@ CONFIG_KEYS = ConfigKeys(
     idle=frozenset({"sample_size", "force_upcast"}),
     latent_key="latent_channels",
     widths=dict.fromkeys(("decoder", "encoder"), (("block_out_channels", MULTIPLIERS),)),
-    contradictions=contradictions,
     in_metadata=True,
     has_factors=True,
 )

@@ -13,6 +13,7 @@ ratio are those that it gives Wan 2.1; the layers of up2 and up3 are 2D already.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
@@ -33,6 +34,7 @@ from flashvaed_cli.families.stable_diffusion.config import (
     MULTIPLIERS,
     NUM_GROUPS,
     configured,
+    contradictions,
     described,
     post_quant_stage,
     quant_stage,
@@ -108,7 +110,7 @@ def _family(
         shallow_stages=("up2", "up3"),
         paper_keep_ratio=0.125,
         paper_operators={"mid": "dwsep3d", "up0": "dwsep3d", "up1": "dwsep3d", "up2": "frame2d", "up3": "frame2d"},
-        config_keys=CONFIG_KEYS,
+        config_keys=replace(CONFIG_KEYS, contradictions=partial(contradictions, name, latent_width)),
         configured=configured,  # type: ignore[arg-type]
         described=described,
         native_obstacle=(

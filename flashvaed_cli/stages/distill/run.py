@@ -301,17 +301,24 @@ def choose_phases(recipe: DistillRecipe, inputs: Inputs, progress: Progress) -> 
     swapped = swapped_stages(student, teacher)
     misfits: dict[int, str] = {}
     if not has_same_blocks(student, teacher):
-        misfits = dict.fromkeys((1, 2), "the decoder is of another shape than the original, and only frames compare")
+        misfits = dict.fromkeys((1, 2), "its blocks are not the original's, so only frames compare: phase 3 alone fits")
     elif not set(swapped) - set(family.shallow_stages):
         misfits[1] = "no deep stage has another operator than the original's (run convert-ops first)"
     if inputs.checkpoint.kept_channels:
         misfits[2] = "the decoder is pruned already, and phase 2 prepares for pruning"
     if recipe.phase != "all" and (reason := misfits.get(schedule[0].phase)):
-        raise DistillationError(f"phase {recipe.phase} does not fit {inputs.checkpoint.location}: {reason}")
+        trained = inputs.checkpoint.location if recipe.student is None else f"a new {recipe.student}"
+        raise DistillationError(f"phase {recipe.phase} does not fit {trained}: {reason}")
     for phase in schedule:
         if phase.phase in misfits:
             progress.log(f"phase {phase.phase} is left out: {misfits[phase.phase]}")
     fitting = tuple(phase for phase in schedule if phase.phase not in misfits)
+    longest = max((phase.num_steps for phase in fitting), default=0)
+    if recipe.loss_weights.adversarial and 0 < longest <= recipe.adversarial_start:
+        progress.warn(
+            f"--adversarial-start {recipe.adversarial_start}: no phase has more than {longest} steps, so the "
+            "adversarial term never begins"
+        )
     if any(phase.phase == 2 for phase in fitting):
         require_known_ratios(recipe, inputs.checkpoint.require_decoder().spec)
     if not fitting:

@@ -9,6 +9,7 @@ from flashvaed_cli.artifact.checkpoint import Checkpoint
 from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.artifact.measured import ConversionRecord, DistillRecord, PruneRecord
 from flashvaed_cli.decoders.spec.light import light_shape
+from flashvaed_cli.families.registry import FAMILIES
 
 _USES = ("eval {file} --data clips/", "decode latents.pt -d {file} -o video.mp4", "export {file} -t diffusers")
 _BEGINNING = (
@@ -22,6 +23,8 @@ _AFTER = {
     "convert-ops": ("distill {file} --data clips/", "eval {file} --data clips/"),
     "distill": _USES,
 }
+_FIT = ("prune", "convert-ops", "distill")
+"""Commands that fit weights to clips."""
 
 
 def next_commands(
@@ -38,21 +41,34 @@ def next_commands(
         return ()
     if header is None or made_by is None or header.original is None:
         templates = _BEGINNING
+        if checkpoint is not None and not _can_be_converted(checkpoint.family):
+            templates = tuple(one for one in templates if not one.startswith("convert-ops"))
         if checkpoint is not None and checkpoint.encoder is None:
             templates = ("decode latents.pt -d {file} -o video.mp4",)
     else:
         templates = _USES if _is_finished(header) else _AFTER[made_by]
-        if made_by == "prune" and header.decoder is not None and light_shape(header.decoder) is not None:
+        is_light = header.decoder is not None and light_shape(header.decoder) is not None
+        if made_by == "prune" and (is_light or not _can_be_converted(header.family)):
             templates = _AFTER["convert-ops"]  # its operators are light already
     if data is not None:
-        fitting = "".join(f" --data {shlex.quote(place)}" for place in data).replace("{", "{{").replace("}", "}}")
-        judging = " --data held-out/" if data else ""
-        templates = tuple(
-            template.removesuffix(" --data clips/") + (judging if template.startswith("eval") else fitting)
-            for template in templates
-        )
+        templates = tuple(_with_data(template, data) for template in templates)
     parent = "" if header is None or not header.parents else shlex.quote(header.parents[0].location)
     return tuple("flashvaed " + template.format(file=file, parent=parent) for template in templates)
+
+
+def _with_data(template: str, data: Sequence[str]) -> str:
+    """With the clips of this step where weights are fitted, and others where they are judged."""
+    command = template.split()[0]
+    clips = "".join(f" --data {shlex.quote(place)}" for place in data) if command in _FIT else ""
+    if command == "eval" and data:
+        clips = " --data held-out/"
+    return template.removesuffix(" --data clips/") + clips.replace("{", "{{").replace("}", "}}")
+
+
+def _can_be_converted(family_name: str) -> bool:
+    """Whether a family has operators to convert to; the layers of others are light already."""
+    family = FAMILIES.get(family_name)
+    return family is None or bool(family.paper_operators)
 
 
 def _command_of(header: ArtifactHeader | None) -> str | None:

@@ -9,7 +9,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from flashvaed_cli.artifact.header import ArtifactHeader
-from flashvaed_cli.printable import printable_line
+from flashvaed_cli.printable import counted, printable_line
 from flashvaed_cli.report.tables import Cell, Column, TableData, to_rich
 from flashvaed_cli.stages.common.ancestry import Ancestor
 from flashvaed_cli.stages.info.facts import CoderFacts, FileFacts
@@ -128,7 +128,7 @@ _ROWS: dict[str, Callable[[FileFacts], str | None]] = {
     "latents": _of_decoder(
         lambda decoder: (
             f"{decoder.latent_channels} channels, {decoder.spatial_factor} x smaller"
-            + ("; single images" if decoder.is_still else f", {decoder.temporal_factor} frames each")
+            + ("; single images" if decoder.is_still else f", {counted(decoder.temporal_factor, 'frame')} each")
         )
     ),
     "latent statistics": lambda facts: "there" if facts.latent_statistics else "absent: raw latents only",

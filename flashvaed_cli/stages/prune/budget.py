@@ -20,6 +20,7 @@ from flashvaed_cli.decoders.variants.exact import exact_decoder
 from flashvaed_cli.families.registry import get_family
 from flashvaed_cli.metrics.speed import SpeedResult, speed_ratio, synchronizer, time_alternating
 from flashvaed_cli.numerics.covariance import TensorStatistics
+from flashvaed_cli.printable import counted
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.analyze import AnalyzeRecipe
 from flashvaed_cli.recipe.prune import PruneRecipe
@@ -164,6 +165,6 @@ def budget_table(record: BudgetRecord) -> TableData:
     gflop = (record.gflop_before, record.gflop_after)
     rows.append(("GFLOP before / after", " / ".join(f"{value:.4g}" for value in gflop), None))
     asked = f"speed-up {record.target_speedup:g}" if record.target_speedup else f"{record.target_gflops:g} GFLOP"
-    title = f"Budget: {asked}, {record.num_frames} frames of {record.side} x {record.side}"
+    title = f"Budget: {asked}, {counted(record.num_frames, 'frame')} of {record.side} x {record.side}"
     columns = (Column("", align="left"), Column("predicted", ".3g"), Column("measured", ".3g"))
     return TableData(title, columns, tuple(rows))

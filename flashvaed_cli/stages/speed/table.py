@@ -19,6 +19,7 @@ from flashvaed_cli.metrics.autotune import Choice
 from flashvaed_cli.metrics.contest import Contestant, ContestResult, run_contest
 from flashvaed_cli.metrics.roofline import measure_rates, traffic_elements
 from flashvaed_cli.metrics.speed import SpeedResult, speed_ratio
+from flashvaed_cli.printable import counted
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.report.evaluation import Spread
 from flashvaed_cli.report.speed import SpeedRow, SpeedTable
@@ -81,7 +82,7 @@ class ClipSize:
 
     def __str__(self) -> str:
         """As shown."""
-        return f"{self.num_frames} frames of {self.width}×{self.height}"
+        return f"{counted(self.num_frames, 'frame')} of {self.width}×{self.height}"
 
 
 @dataclass(frozen=True)

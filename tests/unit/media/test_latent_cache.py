@@ -158,6 +158,7 @@ DAMAGES = {
     "another number": lambda text: text.replace('"num_bytes": ', '"num_bytes": 1', 1),
     "a name outside": with_another_name,
     "no object": lambda text: f"[{text}]",
+    "brackets": lambda text: "[" * 100_000 + text,
     "nothing in it": lambda text: text[:0] + "{}",
 }
 

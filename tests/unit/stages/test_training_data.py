@@ -200,7 +200,7 @@ def test_damage_behind_what_measuring_sees(inputs: Inputs, videos: Path, monkeyp
     ((path, reason),) = data.record()["skipped"].items()
     assert path.endswith("short.mp4") and reason.startswith("3 of its clips: ") and reason.endswith("is damaged")
     assert data.record()["num_clips"] == 3
-    with pytest.raises(MediaError, match=r"None of the 1 files can be used: .*is damaged"):
+    with pytest.raises(MediaError, match=r"The only file cannot be used: .*is damaged"):
         training_data(settings(videos / "short.mp4"), inputs, SilentProgress())
 
 
