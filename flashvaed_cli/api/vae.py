@@ -73,8 +73,9 @@ def load(
         max_memory_bytes=num_bytes(max_memory),
         clip_length=clip_length,
     )
-    checkpoint = load_checkpoint(location, builtins=BUILTINS, family=family, weights=weights)
-    return Vae(checkpoint, target, settings, original=None if original is None else str(original))
+    named = None if original is None else str(original)
+    checkpoint = load_checkpoint(location, builtins=BUILTINS, family=family, weights=weights, original=named)
+    return Vae(checkpoint, target, settings, original=named)
 
 
 class Vae:

@@ -7,9 +7,10 @@ A location is the path of an artifact, of another program's file or diffusers fo
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from flashvaed_cli.artifact.foreign.configuration import check_keys, check_width
 from flashvaed_cli.artifact.foreign.flash_folder import FLASH_CLASS, flash_coders, flash_header
 from flashvaed_cli.artifact.foreign.mismatch import compare_shapes
 from flashvaed_cli.artifact.foreign.recognition import recognise, twins
-from flashvaed_cli.artifact.foreign.taehv import TAEHV, is_taehv, taehv_decoder
+from flashvaed_cli.artifact.foreign.taehv import TAEHV, Statistics, is_taehv, taehv_decoder
 from flashvaed_cli.artifact.foreign.taesd import TAESD, is_taesd, taesd_decoder
 from flashvaed_cli.artifact.foreign.weights import ForeignWeights, checkpoint_files, read_foreign
 from flashvaed_cli.artifact.header import ArtifactHeader, Lineage
@@ -49,6 +50,7 @@ from flashvaed_cli.paths import user_path
 
 BUILTIN_SCHEME = "builtin:"
 ARTIFACT_LAYOUT = "flashvaed"
+StatisticsOf = Callable[[Family], Statistics]
 FAMILY_KEY = "flashvaed.family"
 """Where the metadata of what `export` writes in another layout names the family."""
 _NO_STATISTICS = "no latent statistics (per_channel_statistics.*, or latents_mean and latents_std)"
@@ -129,7 +131,12 @@ class Checkpoint:
 
 
 def load_checkpoint(
-    location: str | Path, *, builtins: Mapping[str, Path], family: str | None = None, weights: str | None = None
+    location: str | Path,
+    *,
+    builtins: Mapping[str, Path],
+    family: str | None = None,
+    weights: str | None = None,
+    original: str | None = None,
 ) -> Checkpoint:
     """Load a checkpoint from any location; the width is read from the shapes.
 
@@ -138,12 +145,26 @@ def load_checkpoint(
         family: of the checkpoint, or `ltx` or `ltx-video`, all of its versions, where its names leave that open;
             None: told from names and configuration.
         weights: which of several sets of weights in the file: `ema`, or the file's own word; None: the first.
+        original: where a light decoder of another project finds the statistics of its latents, if its family's are in
+            that one's files only.
     Raises:
         ArtifactError: not found, not readable, of another model or family, or tensors that do not fit.
         SpecError: an unknown family.
     """
     location = str(location)
-    return _load_located(location, locate(location, builtins), family, weights)
+    statistics_of = partial(_statistics_of, location, original, builtins)
+    return _load_located(location, locate(location, builtins), family, weights, statistics_of)
+
+
+def _statistics_of(location: str, original: str | None, builtins: Mapping[str, Path], family: Family) -> Statistics:
+    """Those of a family's latents, from a file of its own."""
+    if original is None:
+        raise ArtifactError(
+            f"{location}: takes normalized latents, and the statistics of those of {family.name} are in that model's "
+            "own files only. Give one with --original; where a command has no such option, give it what convert-ops "
+            "makes of both (--profile exact)."
+        )
+    return _load_located(original, locate(original, builtins), family.name, None).require_statistics()
 
 
 def _usable(checkpoint: Checkpoint) -> Checkpoint:
@@ -153,9 +174,12 @@ def _usable(checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint
 
 
-def _load_located(location: str, path: Path, family: str | None, weights: str | None) -> Checkpoint:
+def _load_located(
+    location: str, path: Path, family: str | None, weights: str | None, statistics_of: StatisticsOf | None = None
+) -> Checkpoint:
     if not has_own_header(path):
-        return _usable(_load_foreign(location, path, family, weights))
+        foreign = read_foreign(path, weights)
+        return _usable(replace(_from_weights(location, foreign, family, statistics_of), weights=weights))
     if weights is not None:
         raise ArtifactError(f"{location}: an artifact of flashvaed, with one set of weights. Leave --weights out.")
     checkpoint = _usable(_load_artifact(location, path))
@@ -212,10 +236,6 @@ def _load_artifact(location: str, path: Path) -> Checkpoint:
     )
 
 
-def _load_foreign(location: str, path: Path, family: str | None, wanted: str | None) -> Checkpoint:
-    return replace(_from_weights(location, read_foreign(path, wanted), family), weights=wanted)
-
-
 def in_memory_checkpoint(weights: ForeignWeights, location: str) -> Checkpoint:
     """A checkpoint out of tensors and a configuration that another program has loaded; the SHA-256 is left empty.
 
@@ -227,7 +247,9 @@ def in_memory_checkpoint(weights: ForeignWeights, location: str) -> Checkpoint:
     return _usable(_from_weights(location, weights, None))
 
 
-def _from_weights(location: str, weights: ForeignWeights, family: str | None) -> Checkpoint:
+def _from_weights(
+    location: str, weights: ForeignWeights, family: str | None, statistics_of: StatisticsOf | None = None
+) -> Checkpoint:
     family = family or weights.metadata.get(FAMILY_KEY)
     config_class = (weights.config or {}).get("_class_name")
     if not isinstance(config_class, str | None):
@@ -236,11 +258,11 @@ def _from_weights(location: str, weights: ForeignWeights, family: str | None) ->
         return _from_flash_folder(location, weights)
     shapes = shapes_of(weights.tensors)
     if config_class is None and is_taehv(shapes):
-        return _from_tiny(location, weights, TAEHV, taehv_decoder(weights.tensors, family, location))
+        given = statistics_of or partial(_statistics_of, location, None, {})
+        return _from_tiny(location, weights, TAEHV, *taehv_decoder(weights.tensors, family, location, given))
     if is_taesd(shapes, config_class):
-        return _from_tiny(
-            location, weights, TAESD, taesd_decoder(weights.tensors, family, location, weights.config or {})
-        )
+        decoder, read = taesd_decoder(weights.tensors, family, location, weights.config or {})
+        return _from_tiny(location, weights, TAESD, decoder, read, (read.latent_mean, read.latent_std))
     layout = recognise(shapes, location, family=family, config_class=config_class, config=weights.config)
     config = configuration(weights, get_family(layout.family), location)
     with _odd_values_named(location):
@@ -270,9 +292,10 @@ def _from_weights(location: str, weights: ForeignWeights, family: str | None) ->
     )
 
 
-def _from_tiny(location: str, weights: ForeignWeights, layout: str, read: tuple[Decoder, Family]) -> Checkpoint:
+def _from_tiny(
+    location: str, weights: ForeignWeights, layout: str, decoder: Decoder, family: Family, statistics: Statistics
+) -> Checkpoint:
     """A light decoder of another project, for the latents of a family."""
-    decoder, family = read
     has_encoder = any(name.startswith("encoder.") for name in weights.tensors)
     return Checkpoint(
         location=location,
@@ -281,8 +304,8 @@ def _from_tiny(location: str, weights: ForeignWeights, layout: str, read: tuple[
         family=family.name,
         decoder=decoder,
         encoder=None,
-        latent_mean=family.latent_mean,
-        latent_std=family.latent_std,
+        latent_mean=statistics[0],
+        latent_std=statistics[1],
         notes=("its encoder is left aside: this program encodes with the family's own",) if has_encoder else (),
     )
 

@@ -101,7 +101,7 @@ def export_onnx(
     """
     options = options or OnnxOptions()
     _require_exportable(options)
-    names = [name for kind in kinds for name in _GRAPHS[kind]]
+    names: list[GraphName] = [name for kind in kinds for name in _GRAPHS[kind]]
     total = len(names) + len(kinds)
     with (progress or SilentProgress()).task("ONNX", total=total) as task, draft_folder(path) as draft:
         data = draft / f"{path.name}.data"
@@ -163,7 +163,7 @@ def _models(
     yield "step.next", labelled(following, "step", caches=named, step="next")
 
 
-def _file_name(path: Path, name: GraphName) -> str:
+def _file_name(path: Path, name: str) -> str:
     return path.name if name == "clip" else f"{path.stem}.{name}{path.suffix}"
 
 

@@ -106,6 +106,7 @@ class OtherPrograms:
         reads_single_file: `from_single_file` of the class knows the original's names.
         tells_by_released_encoder: and tells the version by the width of the encoder, so the release's alone will do.
         comfyui: None: ComfyUI has no class for the family.
+        taehv: what the files of TAEHV for its latents are called, without their suffix.
     """
 
     repository: str | None = None
@@ -114,6 +115,7 @@ class OtherPrograms:
     reads_single_file: bool = False
     tells_by_released_encoder: bool = False
     comfyui: ComfyUIReader | None = None
+    taehv: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Files of TAEHV: light decoders for the latents of another family, which the file does not name.
 
-Three resolutions of three chains each, whose first layer reads the previous frame too. Every frame is doubled, the
-first as well, and the frames before the first are dropped at the end. The decoder takes normalized latents and gives
-frames in [0, 1]; here it takes raw ones and gives [-1, 1], as all decoders do.
+Three resolutions of three chains each, whose first layer reads the previous frame too. The last one, two or three of
+them double every frame, the first as well, and the frames before the first are dropped at the end. The decoder takes
+normalized latents and gives frames in [0, 1]; here it takes raw ones and gives [-1, 1], as all decoders do.
 
 Reference: madebyollin/taehv (MIT): names and shapes of its files.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,13 +26,24 @@ from flashvaed_cli.decoders.spec.layers import ConvSpec, LatentEntrySpec
 from flashvaed_cli.decoders.spec.light import LATENT_LIMIT
 from flashvaed_cli.errors import ArtifactError
 from flashvaed_cli.families.family import Family
+from flashvaed_cli.families.registry import FAMILIES, are_one_network
 
 TAEHV = "taehv"
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and deviation per latent channel."""
 _Put = Callable[[str, Tensor, Tensor | None], tuple[int, int]]
 _ENTRY, _HEAD = "decoder.1", "decoder.22"
 _CHAINS, _GROWTHS, _CONVS = ((3, 4, 5), (9, 10, 11), (15, 16, 17)), (7, 13, 19), (8, 14, 20)
 _SUPER = "decoder.1.conv.0.weight"
 _NUM_STAGES, _SPATIAL_FACTOR = 3, 8
+_UNKNOWN_LATENTS = {
+    "taehv1_5": "HunyuanVideo 1.5",
+    "taehv1_5_super": "HunyuanVideo 1.5",
+    "taecvx": "CogVideoX",
+    "taeos1_3": "Open-Sora 1.3",
+    "taeh3": "MiniMax H3",
+}
+"""Published files for the latents of models that this version does not know, without their suffix."""
 
 
 def is_taehv(shapes: Mapping[str, Shape]) -> bool:
@@ -40,39 +52,56 @@ def is_taehv(shapes: Mapping[str, Shape]) -> bool:
     return names <= set(shapes) or (_SUPER in shapes and "decoder.0.weight" in shapes)
 
 
-def taehv_decoder(tensors: Mapping[str, Tensor], family_name: str | None, location: str) -> tuple[Decoder, Family]:
-    """The decoder of a TAEHV, and the family whose latents it reads.
+def taehv_decoder(
+    tensors: Mapping[str, Tensor],
+    family_name: str | None,
+    location: str,
+    statistics_of: Callable[[Family], Statistics],
+) -> tuple[Decoder, Family, Statistics]:
+    """The decoder of a TAEHV, the family whose latents it reads, and the statistics of these.
 
     Args:
-        family_name: what the user says; None: told from the number of latent channels, if one family alone fits.
+        family_name: what the user says; None: the one whose published file is called so, or the only one that fits.
+        statistics_of: gives those of a family whose own are in its files only.
     Raises:
         ArtifactError: tensors are missing, the family is not clear or does not fit, or its latents have no statistics.
     """
     if _SUPER in tensors:
-        raise ArtifactError(f"{location}: a TAEHV of the larger (super) kind, which this version does not read.")
+        raise ArtifactError(
+            f"{location}: a TAEHV of the larger (super) kind. This version has no block for its layers: depthwise "
+            "kernels of 7 x 7 on two frames side by side, then a pointwise layer twice as wide. Take the smaller file."
+        )
     decoder_only = {name: tensor for name, tensor in tensors.items() if not name.startswith("encoder.")}
     file = LightFile("TAEHV", decoder_only, location)
     entry, head = file.take(f"{_ENTRY}.weight", None, None, 3, 3), file.take(f"{_HEAD}.weight", None, None, 3, 3)
     patch = math.isqrt(head.shape[0] // 3)
     family = _family(family_name, entry.shape[1], patch, location)
+    statistics = (family.latent_mean, family.latent_std) if family.latent_mean else statistics_of(family)
     with file.building():
-        spec, state = _translated(file, entry, head, family, patch)
+        spec, state = _translated(file, entry, head, family, statistics, patch)
     decoder = empty_coder(file.checked(spec))
     fill_coder(decoder, state, location)
     assert isinstance(decoder, Decoder)
-    return decoder, family
+    return decoder, family, statistics
 
 
 def _family(name: str | None, latent_width: int, patch: int, location: str) -> Family:
-    """The family whose latents it reads, which must have statistics."""
-    shape = f"{latent_width} latent channels with patches of {patch}"
-    family = family_of_latents("TAEHV", shape, name, lambda one: _fits(one, latent_width, patch), location)
-    if not family.latent_mean:
+    """The family whose latents it reads. Files for several models have the same shapes: a published name decides."""
+    published = Path(location).stem
+    if published in _UNKNOWN_LATENTS:
         raise ArtifactError(
-            f"{location}: a TAEHV takes normalized latents, and the statistics of those of {family.name} stand in "
-            "that model's own files only. This version does not read it."
+            f"{location}: {published} is what TAEHV's file for {_UNKNOWN_LATENTS[published]} is called, whose latents "
+            "this version does not know. Rename the file if it is for another model."
         )
-    return family
+    named = [one for one in FAMILIES.values() if published in one.elsewhere.taehv]
+    if named and name is None and all(are_one_network(named[0], other) for other in named[1:]):
+        name = named[0].name
+    shape = f"{latent_width} latent channels with patches of {patch}"
+    if named:
+        shape = f"{shape}, called {published} as the one for {' and '.join(one.name for one in named)}"
+    return family_of_latents(
+        "TAEHV", shape, name, lambda one: _fits(one, latent_width, patch) and (not named or one in named), location
+    )
 
 
 def _fits(family: Family, latent_width: int, patch: int) -> bool:
@@ -82,7 +111,7 @@ def _fits(family: Family, latent_width: int, patch: int) -> bool:
 
 
 def _translated(
-    file: LightFile, entry_weight: Tensor, head_weight: Tensor, family: Family, patch: int
+    file: LightFile, entry_weight: Tensor, head_weight: Tensor, family: Family, statistics: Statistics, patch: int
 ) -> tuple[DecoderSpec, dict[str, Tensor]]:
     """The spec, and the weights under our names."""
     original = family.decoder_spec(8, family.latent_width)
@@ -94,7 +123,7 @@ def _translated(
         state[f"stages.{address}.bias"] = torch.zeros(len(weight)) if bias is None else bias
         return weight.shape[1], weight.shape[0]
 
-    entry = LatentEntrySpec(mean=family.latent_mean, std=family.latent_std, limit=LATENT_LIMIT)
+    entry = LatentEntrySpec(mean=statistics[0], std=statistics[1], limit=LATENT_LIMIT)
     widths = put("conv_in.0.conv", entry_weight, file.take(f"{_ENTRY}.bias", len(entry_weight)))
     stages = [StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=_frame(*widths), activation="relu", entry=entry),))]
     width = len(entry_weight)

@@ -111,27 +111,30 @@ class Ista(nn.Module):
         self.thresholds = nn.Parameter(torch.full((len(spec.analysis),), START_THRESHOLD))
 
     def forward(self, x: Clip, past: Past = None, future: Future = None) -> MappedClip:
-        *_, (_, _, p) = self.walk(x, past, future)
-        return p
+        given = x
+        for passed in self.walk(x, past, future):
+            given = passed[-1]
+            del passed  # what the unit read would live while the next one runs
+        return given
 
     def walk(
         self, x: Clip, past: Past = None, future: Future = None
     ) -> Iterator[tuple[str, Float[Tensor, "B C T H W"], Float[Tensor, "B C T H W"]]]:
         """The path of every naf block, what it reads, and what it gives; of the last of a step with what that adds."""
-        p = self.start(x)
+        y = self.start(x)
         back = self.measure.weight.T
         no_bias = back.new_zeros(len(back))
         for step in range(len(self.spec.analysis)):
-            r = p - self.steps[step] * pointwise_conv(self.measure(p) - x, back, no_bias)
-            y = r
+            y = r = y - self.steps[step] * pointwise_conv(self.measure(y) - x, back, no_bias)
             for name, runs in (("analysis", self.analysis), ("synthesis", self.synthesis)):
                 run = runs[step]
                 assert isinstance(run, nn.ModuleList)
                 for index, unit in enumerate(run):
                     entering, y = y, unit(y, past, future)
-                    is_last = name == "synthesis" and index + 1 == len(run)
-                    p = r + y
-                    yield f"{name}.{step}.{index}", entering, p if is_last else y
+                    if name == "synthesis" and index + 1 == len(run):
+                        y = r + y
+                    yield f"{name}.{step}.{index}", entering, y
+                    del entering
                 if name == "analysis":
                     y = y.sign() * F.relu(y.abs() - self.thresholds[step])
 
@@ -152,11 +155,11 @@ def haar_bands(cells: Float[Tensor, "B C T H W"], factor: Factor) -> MappedClip:
     return x.permute(0, *order, 1, 2, 4, 6, 8, 9, 10).flatten(1, 7)
 
 
-def haar_cells(bands: Float[Tensor, "B C T H W"], factor: Factor) -> MappedClip:
+def haar_cells(x: Float[Tensor, "B C T H W"], factor: Factor) -> MappedClip:
     """Undo `haar_bands`."""
     axes = _halved(factor)
     patch = (COLOURS, factor[0] // axes[0], factor[1] // 2, factor[2] // 2)
-    x = bands.unflatten(1, (*axes, *patch))  # [B, dt, dh, dw, 3, pt, ph, pw, T, H, W]
+    x = x.unflatten(1, (*axes, *patch))  # [B, dt, dh, dw, 3, pt, ph, pw, T, H, W]
     if axes[0] == 1:
         x = x.transpose(2, 3)
     for axis in (1, 2, 3):

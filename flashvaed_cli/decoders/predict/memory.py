@@ -29,7 +29,7 @@ from flashvaed_cli.decoders.spec.blocks import (
     UpsampleSpec,
 )
 from flashvaed_cli.decoders.spec.coders import BypassSpec, DecoderSpec
-from flashvaed_cli.decoders.spec.layers import ConvSpec
+from flashvaed_cli.decoders.spec.layers import ConvSpec, NormSpec
 from flashvaed_cli.decoders.spec.naf_blocks import COLOURS, CellHeadSpec, IstaSpec, NafSpec
 
 DType = Literal["float16", "bfloat16", "float32", "float64"]
@@ -244,17 +244,18 @@ def _block_bytes(passage: Passage, form: MemoryFormat) -> int:
     if isinstance(block, ChainSpec):
         return entering + _chain_bytes(block, passage, form)
     if isinstance(block, HeadSpec):
-        reads_copy = block.norm is not None or block.activation != "none"
-        return entering + (_normed_conv_bytes if reads_copy else _conv_bytes)(block.conv, passage, form)
+        if block.norm is None and block.activation == "none":
+            return entering + _conv_bytes(block.conv, passage, form)
+        return entering + _normed_conv_bytes(block.norm, block.conv, passage, form)
     if isinstance(block, ConvBlockSpec) and block.entry is not None:
         return entering + 2 * entering + _conv_bytes(block.conv, passage, form)  # normalized, then clamped
     if isinstance(block, NafSpec | IstaSpec):
         return entering + _naf_bytes(block, passage, form)
     if isinstance(block, CellHeadSpec):
-        # both kinds of bands, joined; three stages of sums; the pixels in order, and joined to the first frame's
+        # bands, their sums and differences, and those joined; fewer where the pixels join those of the first frame
         after = passage.after()
         pixels = after.frames * after.area * COLOURS * item
-        return 2 * entering + 5 * pixels
+        return 2 * entering + 3 * pixels
     return entering + sum(_conv_bytes(layer, passage, form) for layer in block.layers.values())
 
 
@@ -263,8 +264,8 @@ def _resblock_bytes(block: ResBlockSpec, passage: Passage, form: MemoryFormat) -
     around = 0 if block.shortcut is None else _conv_bytes(block.shortcut, passage, form)
     around += 2 * positions * block.conv1.in_width * block.shortcut_norm  # normed, and once more in another layout
     return max(
-        _normed_conv_bytes(block.conv1, passage, form),
-        positions * block.conv2.in_width + _normed_conv_bytes(block.conv2, passage, form),
+        _normed_conv_bytes(block.norm, block.conv1, passage, form),
+        positions * block.conv2.in_width + _normed_conv_bytes(block.norm, block.conv2, passage, form),
         positions * block.out_width + around,
     )
 
@@ -281,9 +282,9 @@ def _chain_bytes(block: ChainSpec, passage: Passage, form: MemoryFormat) -> int:
 
 
 def _naf_bytes(block: NafSpec | IstaSpec, passage: Passage, form: MemoryFormat) -> int:
-    """The widest naf block: its input, mixed and normed; values and gates, gated; the output and the sum.
+    """The widest naf block: its input mixed and one more of its size, values and gates, and both while they are joined.
 
-    A bottleneck holds the latents, and what its step began with, meanwhile.
+    A bottleneck holds the input of the block meanwhile, what its step began with, and what it shrank.
     """
     units = [block] if isinstance(block, NafSpec) else list(block.units.values())
     positions = passage.frames * passage.area * form.item_bytes
@@ -292,7 +293,7 @@ def _naf_bytes(block: NafSpec | IstaSpec, passage: Passage, form: MemoryFormat) 
     for unit in units:
         inner = max(branch.contract.in_width for branch in unit.branches)
         mixing = _conv_bytes(unit.depthwise, passage, form) + positions * unit.out_width
-        gating = positions * (4 * unit.out_width + 4 * inner)
+        gating = positions * (2 * unit.out_width + 4 * inner)
         if not form.has_kernels:
             gating += positions * (unit.out_width + 2 * inner)
         worst = max(worst, mixing, gating)
@@ -327,10 +328,11 @@ def _shuffle_bytes(passage: Passage, block: ShuffleUpsampleSpec, form: MemoryFor
     return max(alone, 3 * moved + own) if block.residual else alone
 
 
-def _normed_conv_bytes(layer: ConvSpec, passage: Passage, form: MemoryFormat) -> int:
-    """Norm with SiLU in place (half precision: a frame at a time in float32), then the layer."""
+def _normed_conv_bytes(norm: NormSpec | None, layer: ConvSpec, passage: Passage, form: MemoryFormat) -> int:
+    """Norm with SiLU in place (RMS norms in half precision: a frame at a time in float32), then the layer."""
     frame = passage.area * layer.in_width
-    return passage.frames * frame * form.item_bytes + max(_conv_bytes(layer, passage, form), 8 * frame)
+    in_full_precision = 8 * frame if norm is not None and norm.groups is None and form.item_bytes < 4 else 0
+    return passage.frames * frame * form.item_bytes + max(_conv_bytes(layer, passage, form), in_full_precision)
 
 
 def _conv_bytes(layer: ConvSpec, passage: Passage, form: MemoryFormat) -> int:

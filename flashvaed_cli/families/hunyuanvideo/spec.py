@@ -167,5 +167,7 @@ HUNYUAN_VIDEO = Family(
         "decoder's own"
     ),
     frames_per_second=24,
-    elsewhere=OtherPrograms(repository="hunyuanvideo-community/HunyuanVideo", licence="other", comfyui=ComfyUIReader()),
+    elsewhere=OtherPrograms(
+        repository="hunyuanvideo-community/HunyuanVideo", licence="other", comfyui=ComfyUIReader(), taehv=("taehv",)
+    ),
 )

@@ -273,6 +273,7 @@ def _elsewhere(version: _Version) -> OtherPrograms:
         reads_single_file=version is not V23,  # the converter has LTX-2's blocks
         tells_by_released_encoder=version is V095,  # from 0.9.1, by the encoder's last width
         comfyui=None if version.second_class else ComfyUIReader(config=comfyui_config),
+        taehv={V2.name: ("taeltx_2",), V23.name: ("taeltx2_3",)}.get(version.name, ()),
     )
 
 

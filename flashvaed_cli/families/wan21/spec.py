@@ -162,5 +162,6 @@ WAN21 = Family(
         diffusers_arguments={},
         reads_single_file=True,
         comfyui=ComfyUIReader(any_width=True),
+        taehv=("taew2_1",),
     ),
 )

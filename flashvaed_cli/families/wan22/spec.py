@@ -130,6 +130,7 @@ WAN22 = Family(
         },
         reads_single_file=False,  # the converter knows Wan 2.1's names only
         comfyui=ComfyUIReader(),
+        taehv=("taew2_2", "taew2_2_super"),
     ),
     config_keys=replace(
         CONFIG_KEYS,

@@ -124,7 +124,7 @@ def load_inputs(
     Raises:
         ArtifactError: not found, unreadable, not the original of the checkpoint, or weights that are not finite.
     """
-    checkpoint = with_plain_operators(load_input(location, family, progress, weights=weights))
+    checkpoint = with_plain_operators(load_input(location, family, progress, weights=weights, original=original))
     parent = with_plain_operators(
         load_original(checkpoint, original, BUILTINS, needs_encoder=False, allow_download=allow_download)
     )
@@ -137,7 +137,14 @@ def load_inputs(
     return Inputs(checkpoint, parent, device)
 
 
-def load_input(location: str, family: str | None, progress: Progress, *, weights: str | None = None) -> Checkpoint:
+def load_input(
+    location: str,
+    family: str | None,
+    progress: Progress,
+    *,
+    weights: str | None = None,
+    original: str | None = None,
+) -> Checkpoint:
     """Load a checkpoint; where names and configuration leave several families open, say so and which one is taken.
 
     What the checkpoint lacks is a warning.
@@ -145,7 +152,7 @@ def load_input(location: str, family: str | None, progress: Progress, *, weights
     Raises:
         ArtifactError: not found, unreadable or not of that family.
     """
-    checkpoint = load_checkpoint(location, builtins=BUILTINS, family=family, weights=weights)
+    checkpoint = load_checkpoint(location, builtins=BUILTINS, family=family, weights=weights, original=original)
     if checkpoint.twins:
         others = " and ".join(checkpoint.twins)
         progress.log(

@@ -142,7 +142,8 @@ class Run(Generic[RecipeT]):
             ArtifactError: not found or unreadable.
         """
         recipe = self.recipe
-        return with_plain_operators(load_input(self.location, recipe.family, self.progress, weights=recipe.weights))
+        settings = {"weights": recipe.weights, "original": recipe.original}
+        return with_plain_operators(load_input(self.location, recipe.family, self.progress, **settings))
 
     def header(
         self,

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint, derived_header, load_checkpoint, save_checkpoint
+from flashvaed_cli.artifact.foreign.taehv import _UNKNOWN_LATENTS
 from flashvaed_cli.artifact.header_checks import check_factors
 from flashvaed_cli.decoders.predict.cost import stage_costs
 from flashvaed_cli.decoders.predict.memory import passages
@@ -20,17 +21,20 @@ from flashvaed_cli.decoders.variants.exact import exact_decoder
 from flashvaed_cli.decoders.variants.still import still_decoder
 from flashvaed_cli.errors import ArtifactError, SpecError
 from flashvaed_cli.export.onnx_graph import OnnxOptions, export_onnx
+from flashvaed_cli.families.registry import FAMILIES
 from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.surgery.layer_fit import FitSettings
 from flashvaed_cli.surgery.reconstruct import reconstruct_coder
 from flashvaed_cli.surgery.transfer import transfer_weights
+from tests.ltx_toy import ltx_decoder
 
 WIDTHS = (8, 6, 4, 4)
 BOUND = 3e-6  # float32, of the range
 
 
 def tensors_of(latent_width: int, patch: int, *, spare_growth: bool = False) -> dict[str, Tensor]:
-    """Three stages, their chains, growths and convolutions; `spare_growth`: the first stage's growth is for two."""
+    """Three stages, their chains, growths and convolutions; `spare_growth`: the first stage's growth is for two, whose
+    first half a decoder that grows four times leaves aside."""
     generator = torch.Generator().manual_seed(0)
     found: dict[str, Tensor] = {}
 
@@ -54,7 +58,7 @@ def tensors_of(latent_width: int, patch: int, *, spare_growth: bool = False) -> 
     return found
 
 
-def expected_frames(tensors: dict[str, Tensor], latents: Tensor, patch: int) -> Tensor:
+def expected_frames(tensors: dict[str, Tensor], latents: Tensor, patch: int, temporal_factor: int = 4) -> Tensor:
     """Frames `[F, 3, H, W]` in [0, 1], not clamped, of normalized latents `[T, C, Hz, Wz]`."""
 
     def conv(name: str, x: Tensor) -> Tensor:
@@ -70,10 +74,10 @@ def expected_frames(tensors: dict[str, Tensor], latents: Tensor, patch: int) -> 
                 h = conv(f"decoder.{start + block}.conv.{slot}", F.relu(h) if slot else h)
             x = F.relu(h + x)
         x = F.interpolate(x, scale_factor=2)
-        frames = 2 if stage else 1
+        frames = 2 if stage or temporal_factor == 8 else 1
         grown = F.conv2d(x, tensors[f"decoder.{start + 4}.conv.weight"][-frames * width :])
         x = conv(f"decoder.{start + 5}", grown.reshape(-1, width, *x.shape[2:]))
-    return F.pixel_shuffle(conv("decoder.22", F.relu(x)), patch)[3:]
+    return F.pixel_shuffle(conv("decoder.22", F.relu(x)), patch)[temporal_factor - 1 :]
 
 
 def written(path: Path, latent_width: int = 16, patch: int = 1, *, spare_growth: bool = False) -> dict[str, Tensor]:
@@ -84,6 +88,15 @@ def written(path: Path, latent_width: int = 16, patch: int = 1, *, spare_growth:
 
 def load(path: Path, family: str | None = "wan2.1") -> Checkpoint:
     return load_checkpoint(path, builtins={}, family=family)
+
+
+def written_ltx2(path: Path) -> Path:
+    """A narrow LTX-2, with latent statistics of its own."""
+    decoder = ltx_decoder(FAMILIES["ltx-2"].decoder_spec(4, 128))
+    statistics = tuple(0.01 * i for i in range(128)), tuple(1 + 0.01 * i for i in range(128))
+    made = Checkpoint("ltx2", "0" * 64, "flashvaed", "ltx-2", decoder, None, *statistics)
+    save_checkpoint(path, derived_header(made), decoder=decoder)
+    return path
 
 
 @pytest.fixture
@@ -154,8 +167,8 @@ def test_what_cannot_be_read_says_why(tmp_path: Path) -> None:
         load(path, None)
     with pytest.raises(ArtifactError, match=r"which those of wan2\.2 are not; it fits wan2\.1, qwen-image"):
         load(path, "wan2.2")
-    written(path, 128, 4)
-    with pytest.raises(ArtifactError, match="statistics of those of ltx-2 stand in that model's own files"):
+    written(path, 128, 4, spare_growth=True)
+    with pytest.raises(ArtifactError, match=r"those of ltx-2 are in that model's own files only\. Give one with --ori"):
         load(path, "ltx-2")
     tensors = tensors_of(16, 1)
     del tensors["decoder.10.conv.0.weight"]
@@ -168,8 +181,48 @@ def test_what_cannot_be_read_says_why(tmp_path: Path) -> None:
     ):
         load(path)
     torch.save({"decoder.0.weight": torch.zeros(2, 2, 1, 1), "decoder.1.conv.0.weight": torch.zeros(4, 1, 7, 7)}, path)
-    with pytest.raises(ArtifactError, match="larger"):
+    with pytest.raises(ArtifactError, match=r"larger \(super\) kind.* depthwise kernels of 7 x 7 on two frames"):
         load(path)
+
+
+def test_a_published_name_tells_the_latents(tmp_path: Path) -> None:
+    """HunyuanVideo's file and Wan 2.1's have the same shapes."""
+    written(tmp_path / "taew2_1.pth")
+    assert load(tmp_path / "taew2_1.pth", None).family == "wan2.1"
+    assert load(tmp_path / "taew2_1.pth", "qwen-image").family == "qwen-image"  # one network with Wan 2.1's
+    (tmp_path / "taew2_1.pth").rename(tmp_path / "taehv.pth")
+    assert load(tmp_path / "taehv.pth", None).family == "hunyuanvideo"
+    with pytest.raises(ArtifactError, match=r"as the one for hunyuanvideo, which those of wan2\.1 are not"):
+        load(tmp_path / "taehv.pth", "wan2.1")
+    (tmp_path / "taehv.pth").rename(tmp_path / "taecvx.pth")
+    for family in (None, "wan2.1"):
+        with pytest.raises(ArtifactError, match=r"TAEHV's file for CogVideoX is called.* Rename the file if"):
+            load(tmp_path / "taecvx.pth", family)
+    written(tmp_path / "taeltx2_3.pth", 128, 4, spare_growth=True)
+    with pytest.raises(ArtifactError, match=r"as the one for ltx-2\.3, which those of ltx-2 are not"):
+        load(tmp_path / "taeltx2_3.pth", "ltx-2")
+
+
+def test_no_published_name_is_known_and_unknown() -> None:
+    known = [name for family in FAMILIES.values() for name in family.elsewhere.taehv]
+    assert known and not set(known) & set(_UNKNOWN_LATENTS)
+
+
+def test_with_the_statistics_of_an_original_it_gives_eight_frames_for_one(tmp_path: Path) -> None:
+    tensors = written(tmp_path / "taeltx_2.pth", 128, 4, spare_growth=True)
+    original = written_ltx2(tmp_path / "ltx2.safetensors")
+    checkpoint = load_checkpoint(tmp_path / "taeltx_2.pth", builtins={}, original=str(original))
+    assert checkpoint.family == "ltx-2"
+    mean, std = checkpoint.require_statistics()
+    assert (mean, std) == load(original, "ltx-2").require_statistics() and len(set(std)) > 1
+    decoder, latents = checkpoint.require_decoder(), torch.randn(128, 3, 1, 2)
+    raw = latents * torch.tensor(std).view(-1, 1, 1, 1) + torch.tensor(mean).view(-1, 1, 1, 1)
+    found = decoder(raw[None])[0].transpose(0, 1)
+    expected = 2 * expected_frames(tensors, latents.transpose(0, 1), 4, 8) - 1
+    assert found.shape == expected.shape and found.shape[0] == decoder.spec.num_frames(3) == 17
+    assert (found - expected).abs().max() < BOUND * (expected.max() - expected.min())
+    clamped = expected.clamp(-1, 1).transpose(0, 1)[None]
+    torch.testing.assert_close(decode(decoder, raw[None], chunk=1), clamped, rtol=0, atol=1e-5)
 
 
 def test_its_first_frame_alone_is_no_image_decoder(taehv: Checkpoint) -> None:

@@ -64,15 +64,17 @@ def num_bytes(key):
 torch.set_num_threads(1)
 layout, width, chunk, tile, dtype = json.loads(sys.argv[1])
 build = {"flash": lambda w: paper_layout(w, 0.125), "wan2.2": lambda w: wan22_decoder_spec(w, 16)}
-build |= {name: get_family(name).decoder_spec for name in ("ltx-2", "hunyuanvideo")}
-spec = build.get(layout, wan_decoder_spec)(width, *([16] if layout in ("ltx-2", "hunyuanvideo") else []))
+of_family = ("ltx-2", "hunyuanvideo", "leanvae", "sd3")
+build |= {name: lambda w, name=name: get_family(name).decoder_spec(w, 16) for name in of_family}
+spec = build.get(layout, wan_decoder_spec)(width)
 decoder = Decoder(exact_spec(spec)).requires_grad_(False)
 settings = DecodeSettings(chunk=chunk, tile=tile, dtype=getattr(torch, dtype), max_memory_bytes=10**12)
 runtime = DecodeRuntime(decoder, settings)
 weights = decoder.parameter_count * settings.dtype.itemsize
 del decoder
 kernels = has_kernels(settings.dtype, torch.device("cpu"))
-latents = torch.randn(1, 16, 2, *((12, 20) if layout == "ltx-2" else (24, 40)))
+grids = {"ltx-2": (2, 12, 20), "leanvae": (5, 32, 48), "sd3": (1, 48, 64)}
+latents = torch.randn(1, 16, *grids.get(layout, (2, 24, 40)))
 predicted = runtime.plan(latents).predicted_bytes
 Path("/proc/self/clear_refs").write_text("5")
 before = num_bytes("VmRSS") - weights
@@ -80,6 +82,7 @@ for frames in runtime.iter_decode(latents):
     pass
 print(num_bytes("VmHWM") - before, predicted, int(kernels))
 """
+WHOLE = 64  # a tile as large as the frames
 CASES = [
     ("original", 8, 1, 16, "float32"),
     ("original", 16, None, None, "bfloat16"),
@@ -88,6 +91,11 @@ CASES = [
     ("wan2.2", 8, None, None, "float32"),
     ("ltx-2", 16, None, None, "float32"),
     ("hunyuanvideo", 16, None, None, "float32"),
+    ("leanvae", 32, 5, WHOLE, "float32"),
+    ("leanvae", 32, 1, WHOLE, "float32"),
+    ("leanvae", 32, 2, WHOLE, "bfloat16"),
+    ("sd3", 32, None, None, "float32"),
+    ("sd3", 32, None, None, "bfloat16"),
 ]
 
 
