@@ -187,7 +187,7 @@ class DistillRecipe(ClipFields, RatioFields, StageRecipe):
     tensorboard: Name | None = Field(default=None, description="Folder to log to for TensorBoard.")
     resume: Literal["auto", "never"] = Field(
         default="auto",
-        description="auto goes on from the checkpoint of an interrupted run of the same recipe; never starts anew, "
+        description="auto continues from the checkpoint of an interrupted run of the same recipe; never starts over, "
         "and the old checkpoint stays until the first new one.",
     )
     output: Name = Field(default=FLASH_FILE, description="Decoder artifact to write.")

@@ -42,8 +42,8 @@ class EvalRecipe(ClipFields, StageRecipe):
     compare: Names = Field(
         default=(), description="Further decoders of the same original, for more columns in the tables; repeatable."
     )
-    num_clips: OptionalCount = Field(default=None, description="Judge at most so many clips.")
-    num_frames: OptionalCount = Field(default=None, description="Judge at most so many frames of each clip.")
+    num_clips: OptionalCount = Field(default=None, description="Judge at most this many clips.")
+    num_frames: OptionalCount = Field(default=None, description="Judge at most this many frames of each clip.")
     chunk: Count | None = Field(
         default=None, description="Latent frames decoded at a time; bounds memory, changes no frame."
     )
@@ -106,7 +106,7 @@ class EvalRecipe(ClipFields, StageRecipe):
         default="signed", description="Pixels that it takes: [-1, 1], [0, 1] or bytes."
     )
     center_crop: OptionalCount = Field(
-        default=None, description="Resize each frame's shorter side to so many pixels, and judge the middle square."
+        default=None, description="Resize each frame's shorter side to this many pixels, and judge the middle square."
     )
     protocol: Literal["ucf101", "davis", "panda"] | None = Field(
         default=None,

@@ -71,7 +71,7 @@ class CommandRecipe(FrozenModel):
         return self._origins.get((field, key))
 
     def given(self, *fields: str) -> list[str]:
-        """Those of `fields` that are not at their defaults, as flags: to say that they play no role."""
+        """Those of `fields` that are not at their defaults, as flags: to say that they are ignored."""
         values = {name: getattr(self, name) for name in fields}
         return [
             ("--no-" if value is False else "--") + name.replace("_", "-")
@@ -106,7 +106,8 @@ class ClipFields(CommandRecipe):
         "ComfyUI's .latent files are raw.",
     )
     max_side: OptionalCount = Field(
-        default=None, description="Shrink clips so that the longer side has at most so many pixels, whole latents."
+        default=None,
+        description="Shrink clips so that the longer side has at most this many pixels, rounded to whole latents.",
     )
 
 
@@ -123,12 +124,12 @@ class CalibratedRecipe(ClipFields):
 
 
 class ReconstructingRecipe(CalibratedRecipe, StageRecipe):
-    """What commands have that change layers and solve their weights anew."""
+    """What commands have that change layers and refit their weights."""
 
     reconstruct: ReconstructMode = Field(
         default="full",
-        description="full solves whole kernels by least squares, channel only the map from the channels that are left "
-        "to those that a layer read before, none keeps cut weights.",
+        description="full refits whole kernels by least squares, channel only the map from the kept channels to those "
+        "that a layer read before; none keeps the cut weights.",
     )
     dampening_frac: Positive = Field(default=1e-4, description="Ridge term, as a fraction of the gram's mean diagonal.")
 
@@ -183,7 +184,7 @@ class RatioFields(RuleField):
         """Fraction kept by the name of a stage or a channel group; what is not in it stays whole.
 
         Args:
-            shallow_stages: the family's stages that `keep_ratio` speaks of.
+            shallow_stages: the family's stages that `keep_ratio` applies to.
         """
         keep_ratio = self.keep_ratio
         if keep_ratio is None and not self.stage_keep_ratios and not self.group_keep_ratios:

@@ -1,4 +1,4 @@
-"""`flashvaed convert-ops`: cheaper operators with weights solved anew, or faster ones that give the same frames."""
+"""`flashvaed convert-ops`: cheaper operators with refitted weights, or faster ones that give the same frames."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _convert_exactly(run: Run[ConvertOpsRecipe], inputs: Inputs, converted: Deco
     recipe = run.recipe
     if idle := recipe.given(*_UNUSED_BY_EXACT):
         run.progress.warn(
-            f"{', '.join(idle)}: no role in --profile {recipe.profile}, which solves nothing and needs no data"
+            f"{', '.join(idle)}: ignored by --profile {recipe.profile}, which fits no weights and needs no data"
         )
     decoder, header = inputs.checkpoint.require_decoder(), inputs.checkpoint.header
     stored = decoder.spec if header is None or header.decoder is None else header.decoder

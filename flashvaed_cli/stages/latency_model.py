@@ -85,7 +85,7 @@ def measure_width_times(
 
     Args:
         decoder: left as it is.
-        budget_s: about so many seconds; slow decoders get fewer widths and rounds.
+        budget_s: roughly how long to measure; slow decoders get fewer widths and rounds.
     """
     stages = get_family(decoder.spec.family).shallow_stages
     profile = partial(profile_modules, synchronize=synchronizer(clip.device))

@@ -172,7 +172,7 @@ def test_an_analysis_of_another_decoder_in_the_folder_is_not_used(folder: Path, 
     words = f"prune other_vae.safetensors --ratio 0.5 --reconstruct none --data clip.mp4 {CALIBRATION}"
     result = invoke(words, cwd=tmp_path)
     assert result.exit_code == 0
-    assert "analysis.safetensors is of another decoder: measuring anew" in result.stderr
+    assert "analysis.safetensors is of another decoder: measuring again" in result.stderr
 
 
 @pytest.mark.parametrize(

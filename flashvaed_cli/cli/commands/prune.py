@@ -14,7 +14,7 @@ from flashvaed_cli.recipe import PruneRecipe
 
 
 def prune(context: typer.Context, settings: PruneRecipe) -> None:
-    """Keep the most independent channels of the shallow stages, and solve the weights around them anew.
+    """Keep the most independent channels of the shallow stages, and refit the weights around them.
 
     Reads a decoder, its analysis and clips; writes pruned.safetensors. A ratio is the fraction KEPT.
     """

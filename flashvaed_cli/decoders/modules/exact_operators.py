@@ -159,7 +159,10 @@ class StackedConv3d(Conv):
                 reach = min(delay, num_frames)
                 first = kt - 1 - delay
                 y[:, :reach] += taps[:, first : first + reach, first]
-        remember(x, kt - 1, self.address, past, future)
+        elif self.spec.time_padding == "first":
+            for delay in range(1, kt):
+                y[:, : min(delay, num_frames)] += taps[:, :1, kt - 1 - delay]
+        remember(x, kt - 1, self.address, past, future, self.spec.time_padding)
         return y.to(x.dtype).permute(0, 2, 1, 3, 4)
 
     def _taps(self, x: Float[Tensor, "B C T H W"], num_taps: int, margins: Margins) -> Float[Tensor, "B T K O Ho Wo"]:

@@ -252,12 +252,12 @@ def _train_phases(job: _Job, files: TrainingFiles, progress: Progress) -> tuple[
 
 
 def _given_up(job: _Job, files: TrainingFiles, progress: Progress) -> list[Path]:
-    """The checkpoints that are there and not to be gone on from; says so."""
+    """Existing checkpoints that this run will not resume from; says so."""
     if job.recipe.resume == "auto" or not (found := files.checkpoints(len(job.phases))):
         return []
     progress.warn(
-        f"resume is never: starting anew. The first checkpoint of this run takes the place of "
-        f"{describe_checkpoints(found)}; until then, running without --resume never goes on from there"
+        f"--resume never: starting over. The first checkpoint of this run replaces "
+        f"{describe_checkpoints(found)}; until then, a run without --resume never continues from there"
     )
     return found
 
@@ -318,7 +318,7 @@ def choose_phases(recipe: DistillRecipe, inputs: Inputs, progress: Progress) -> 
 
 
 def _perceptual(recipe: DistillRecipe, ranks: Ranks, device: torch.device, progress: Progress) -> Perceptual | None:
-    """The LPIPS term, or none: on all ranks, or on none of them. The main one downloads what there is to download."""
+    """The LPIPS term, or none: on all ranks, or on none of them. The main one does any downloading."""
     if recipe.loss_weights.lpips == 0:
         return None
 

@@ -37,7 +37,7 @@ _Job = tuple[ExportTarget, Callable[[], list[ExportResult]]]
 
 @dataclass
 class _Course:
-    """What became of the targets: written, failed (with the reason), not meant for this decoder."""
+    """How the targets fared: written, failed (with the reason), or not meant for this decoder."""
 
     results: list[ExportResult] = field(default_factory=list)
     failed: list[dict[str, str]] = field(default_factory=list)

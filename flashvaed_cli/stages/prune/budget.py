@@ -34,7 +34,7 @@ _DEFAULTS = AnalyzeRecipe()
 
 @dataclass(frozen=True)
 class Budget:
-    """The plan that was found, and the clip whose decoding it speaks of."""
+    """The plan that was found, and the clip whose decoding it is about."""
 
     plan: WidthPlan | None  # None: one width for the whole decoder, found by timing
     clip: TimedClip

@@ -41,7 +41,7 @@ def choose_native(
 ) -> tuple[Budget | None, DecoderSpec, Kept, list[GroupSelection]]:
     """The narrower original, and the channels that are left; a ratio between two base widths is rounded, and said.
 
-    A speed-up is reached by timing: the widest decoder that is so many times as fast, found by bisection.
+    A target speed-up is reached by timing: bisection finds the widest decoder that is fast enough.
 
     Args:
         stored: the latency model of the analysis, if it has one.
@@ -75,7 +75,7 @@ def choose_native(
 
 @torch.no_grad()
 def fast_enough(decoder: Decoder, full: int, clip: TimedClip, recipe: PruneRecipe, progress: Progress) -> int:
-    """The widest base width at which random weights decode the clip so many times as fast.
+    """The widest base width at which random weights decode the clip as many times faster as was asked for.
 
     Raises:
         SpecError: not even the narrowest does.

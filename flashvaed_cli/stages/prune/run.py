@@ -1,4 +1,4 @@
-"""`flashvaed prune`: keep the most independent channels of some stages, and solve the weights around them anew."""
+"""`flashvaed prune`: keep the most independent channels of some stages, and refit the weights around them."""
 
 from __future__ import annotations
 
@@ -220,11 +220,11 @@ def _tell_of_prepared(prepared: Kept, kept: Kept, progress: Progress) -> None:
     if others:
         first = others[0]
         progress.warn(
-            f"phase 2 has prepared {len(prepared[first])} channels of {first} to stay, {len(kept[first])} are asked "
-            "for: they are chosen anew. Without --ratio the prepared ones stay"
+            f"phase 2 prepared {len(prepared[first])} channels of {first} to be kept, but {len(kept[first])} are asked "
+            "for, so they are chosen again. Leave out --ratio to keep the prepared ones"
         )
     elif prepared:
-        progress.log("the channels stay that phase 2 of the distillation has prepared")
+        progress.log("keeping the channels that phase 2 of the distillation prepared")
 
 
 def _statistics(
@@ -238,7 +238,7 @@ def _statistics(
     default = Path(ANALYSIS_FILE)
     if given is None and default.exists():
         belongs = _analyzed_sha256(default) == checkpoint.sha256
-        progress.log(f"analysis: {default}" if belongs else f"{default} is of another decoder: measuring anew")
+        progress.log(f"analysis: {default}" if belongs else f"{default} is of another decoder: measuring again")
         given = str(default) if belongs else None
     if given is None:
         decoder = checkpoint.require_decoder()

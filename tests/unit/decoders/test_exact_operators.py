@@ -84,9 +84,9 @@ def pair(
 def paddings(operator: Operator, kernel: Kernel) -> list[tuple[TimePadding, SpacePadding]]:
     """All that a twin knows."""
     in_time: list[TimePadding] = ["zeros", "first", "edges", "zeros_around"]
-    if kernel[0] == 1 or operator == "stacked3d":
+    if kernel[0] == 1:
         in_time = ["zeros"]
-    elif kernel[0] % 2 == 0:
+    elif kernel[0] % 2 == 0 or operator == "stacked3d":
         in_time = ["zeros", "first"]
     in_space: list[SpacePadding] = ["zeros"] if operator == "subpixel2d" else ["zeros", "reflect", "replicate"]
     return [(time, space) for time in in_time for space in in_space]

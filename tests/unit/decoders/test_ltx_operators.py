@@ -91,7 +91,8 @@ def test_specs_refuse_padding_that_cannot_be() -> None:
         {"kernel": (1, 3, 3), "time_padding": "first"},
         {"kernel": (2, 3, 3), "time_padding": "edges"},
         {"kernel": (2, 3, 3), "time_padding": "zeros_around"},
-        {"operator": "stacked3d", "time_padding": "first"},
+        {"operator": "stacked3d", "time_padding": "edges"},
+        {"operator": "stacked3d", "time_padding": "zeros_around"},
         {"operator": "subpixel2d", "kernel": (1, 3, 3), "space_padding": "reflect"},
     ):
         given = {"operator": "causal3d", "in_width": 2, "out_width": 2, "kernel": (3, 3, 3), **changes}
