@@ -185,7 +185,7 @@ class ConvSpec(OmittingSpec):
             raise ValueError(f"a {self.operator} layer has 3x3 taps in space, not kernel {self.kernel}")
         if self.time_padding != "zeros" and self.kernel[0] == 1:
             raise ValueError(f"a layer with one temporal tap pads nothing in time, not {self.time_padding}")
-        if self.operator == "stacked3d" and self.time_padding == "edges":
+        if self.operator == "stacked3d" and self.time_padding in CENTRED:
             raise ValueError(f"a stacked3d layer is causal in time, not padded with {self.time_padding}")
         if self.enlarges and self.space_padding != "zeros":
             raise ValueError(f"a {self.operator} layer pads zeros around frames, not {self.space_padding}")

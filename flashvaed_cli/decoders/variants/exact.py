@@ -123,7 +123,7 @@ def _plain(_block: BlockSpec, _name: str, layer: ConvSpec) -> Operator:
 def _fastest_on_cpu(block: BlockSpec, name: str, layer: ConvSpec) -> Operator:
     if layer.operator != "causal3d" or layer.kernel[0] == 1:
         return _fastest_elsewhere(block, name, layer)
-    if layer.out_width <= STACKED_WIDTH and layer.in_width >= 2 * layer.out_width and layer.time_padding != "edges":
+    if layer.out_width <= STACKED_WIDTH and layer.in_width >= 2 * layer.out_width and not layer.num_ahead:
         return "stacked3d"
     if layer.kernel[1:] == (3, 3) and min(layer.in_width, layer.out_width) >= WINOGRAD_WIDTH:
         return "winograd3d"
