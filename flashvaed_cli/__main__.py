@@ -17,7 +17,7 @@ def main() -> None:
         from flashvaed_cli.cli.app import main as run_program
 
         run_program()
-    except KeyboardInterrupt:  # while the program itself is loaded; commands speak for themselves
+    except KeyboardInterrupt:  # while the program itself loads; commands handle their own
         print("Error: interrupted: nothing was written", file=sys.stderr)
         sys.exit(130)
 

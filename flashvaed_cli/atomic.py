@@ -1,7 +1,7 @@
-"""Write files and folders whole or not at all: to a hidden sibling, fsync, rename.
+"""Write files and folders atomically: write a hidden sibling, fsync, rename.
 
 SIGKILL leaves the old file or the new one, and perhaps the sibling. Siblings are locked while their writer lives, so
-that the next run on the same output can tell which ones are left over, and removes them.
+that the next run on the same output can tell which ones are left over and remove them.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _LONGEST_STEM_BYTES = 150  # a name has 255 bytes, and the sibling's is longer
 def atomic_path(target: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `target` (same suffix); when the block ends well it becomes `target`.
 
-    Parent folders are made. A link is followed: the file that it names is replaced, and the link stays. When the block
-    raises, the sibling is removed and `target` stays as it was. A killed process can leave the sibling, never a
-    half-written `target`; who writes `target` next removes it.
+    Parent folders are created. Links are followed: the target is replaced, and the link stays. When the block
+    raises, the sibling is removed and `target` stays as it was. A killed process can leave the sibling behind, never a
+    half-written `target`; the next run that writes `target` removes it.
 
     Raises:
-        OSError: the disk refuses, in whatever words a library puts it.
+        OSError: the disk refuses, however a library words it.
     """
     target = real_target(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
 def draft_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder inside a hidden sibling of `folder`; the sibling goes away when the block ends.
 
-    The draft has the rights that a new folder gets here, and so have the files in it when the block ends well.
+    The draft has a new folder's usual permissions, and so have the files in it when the block ends well.
 
     Raises:
         OSError: the disk is full.
@@ -74,7 +74,9 @@ def draft_folder(folder: Path) -> Iterator[Path]:
 
     with _locked(make) as sibling, _disk_speaks(folder):
         try:
-            draft = sibling / "files"  # the sibling itself is its owner's alone, and a folder given as "." has no name
+            draft = (
+                sibling / "files"
+            )  # the sibling itself is private to its owner, and a folder given as "." has no name
             draft.mkdir()
             yield draft
         finally:
@@ -83,7 +85,7 @@ def draft_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def scratch_folder(purpose: str) -> Iterator[Path]:
-    """Yield an empty folder under TMPDIR, and remove it at the end; those that killed runs left there go first.
+    """Yield an empty folder under TMPDIR, and remove it at the end; folders left by killed runs are removed first.
 
     Raises:
         FlashVaedError: TMPDIR is full or cannot be written to.
@@ -91,7 +93,7 @@ def scratch_folder(purpose: str) -> Iterator[Path]:
     try:
         place = Path(tempfile.gettempdir())
     except FileNotFoundError:
-        raise FlashVaedError("no folder for temporary files can be written to. Set TMPDIR to one that can.") from None
+        raise FlashVaedError("no folder for temporary files is writable. Set TMPDIR to one that is.") from None
     prefix = f"flashvaed-{purpose}-"
     _remove_dead(place.glob(f"{prefix}*"))
     with _locked(lambda: Path(tempfile.mkdtemp(prefix=prefix))) as folder:
@@ -109,19 +111,19 @@ def scratch_folder(purpose: str) -> Iterator[Path]:
 
 
 def remove_leftovers(target: Path) -> None:
-    """Remove the siblings of a file or folder that killed runs have left; those of a living one stay."""
+    """Remove siblings of a file or folder left by killed runs; those of a running one stay."""
     target = real_target(target)
     with contextlib.suppress(OSError):
         _remove_dead(path for path in target.parent.iterdir() if path.name.startswith(_prefix(target)))
 
 
 def real_target(target: Path) -> Path:
-    """Where a file is really written: at the end of all links."""
+    """Where a file is really written, after following all links."""
     return Path(os.path.realpath(target)) if target.is_symlink() else Path(target)
 
 
 def open_to_all_allowed(folder: Path) -> None:
-    """Give the files of a folder the rights that new files get here; libraries make some for their owner alone."""
+    """Give the files of a folder the usual permissions of new files; libraries make some for their owner only."""
     rights = 0o666 & ~_umask()
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
@@ -130,7 +132,7 @@ def open_to_all_allowed(folder: Path) -> None:
 
 @contextmanager
 def _disk_speaks(place: Path) -> Iterator[None]:
-    """Raise OSError of `place` where the disk refuses, whatever a library makes of it (torch: a RuntimeError)."""
+    """Raise OSError for `place` if the disk refuses, whatever a library raises (torch: RuntimeError)."""
     try:
         yield
     except FlashVaedError:
@@ -143,7 +145,7 @@ def _disk_speaks(place: Path) -> Iterator[None]:
 
 
 def _disk_error(error: BaseException | None) -> int | None:
-    """The number of the system's error that a library's own stands for, or None."""
+    """The errno behind a library's own error, or None."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error.errno
@@ -160,7 +162,7 @@ def _prefix(target: Path) -> str:
 
 @contextmanager
 def _locked(make: Callable[[], Path]) -> Iterator[Path]:
-    """Hold the kernel's lock of what `make` has made. On a file system without locks nothing is held."""
+    """Hold a kernel lock on what `make` has made; on a file system without locks, none."""
     while True:
         path = make()
         descriptor = os.open(path, os.O_RDONLY)
@@ -168,7 +170,7 @@ def _locked(make: Callable[[], Path]) -> Iterator[Path]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if path.exists():
             break
-        os.close(descriptor)  # another run took it for a leftover between making and locking
+        os.close(descriptor)  # another run took it for a leftover between creation and locking
     try:
         yield path
     finally:

@@ -1,4 +1,4 @@
-"""Errors that a user can mend. Everything else is a bug and keeps its traceback."""
+"""Errors that a user can fix. Everything else is a bug and keeps its traceback."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from flashvaed_cli.limits import MAX_MESSAGE_CHARS
 
 
 class FlashVaedError(Exception):
-    """A mistake that the user can mend: the message says what, where and what to do.
+    """A mistake that the user can fix: the message says what, where and what to do.
 
-    The command line prints it on stderr and exits with `exit_code`. With `is_told_elsewhere` another process of
-    the same launch prints it. A message of more than `MAX_MESSAGE_CHARS` loses its middle.
+    The command line prints it on stderr and exits with `exit_code`. With `is_told_elsewhere`, another process of
+    the same launch prints it. A message longer than `MAX_MESSAGE_CHARS` loses its middle.
     """
 
     exit_code = 2
@@ -30,15 +30,15 @@ class ArtifactError(FlashVaedError):
 
 
 class SpecError(FlashVaedError):
-    """A decoder specification contradicts itself, or a name matches no layer."""
+    """A decoder spec contradicts itself, or a name matches no layer."""
 
 
 class DecodeError(FlashVaedError):
-    """A clip cannot be decoded as asked: no plan fits the memory, or nothing here can compile."""
+    """A clip cannot be decoded as requested: no plan fits the memory, or there is no compiler."""
 
 
 class NonFiniteError(FlashVaedError):
-    """Frames hold NaN or infinite values: a number format is too narrow, or weights are damaged."""
+    """Frames hold NaN or infinite values: the number format is too narrow, or weights are damaged."""
 
 
 class OutOfMemory(FlashVaedError):
@@ -50,7 +50,7 @@ class MediaError(FlashVaedError):
 
 
 class CalibrationError(FlashVaedError):
-    """The statistics cannot support what is asked: too few positions, NaN, dead channels."""
+    """The statistics cannot support what was requested: too few positions, NaN, dead channels."""
 
 
 class TensorFileError(ArtifactError, MediaError):
@@ -69,7 +69,7 @@ class MetricUnavailableError(FlashVaedError):
 
 
 class DistillationError(FlashVaedError):
-    """Training cannot start, resume or go on."""
+    """Training cannot start, resume or continue."""
 
 
 class ExportError(FlashVaedError):
@@ -89,12 +89,12 @@ class Interrupted(FlashVaedError):
 
 
 class GateFailed(FlashVaedError):
-    """The work is done and written, and a condition that was set does not hold."""
+    """The work is done and written, but a given condition failed."""
 
     exit_code = 1
 
 
-_OUT_OF_MEMORY = (  # what torch, oneDNN, CUDA's libraries and C++ say, where the type of the error does not
+_OUT_OF_MEMORY = (  # wordings of torch, oneDNN, CUDA's libraries and C++, for errors whose type does not tell
     "out of memory",
     "can't allocate memory",
     "cannot allocate memory",
@@ -106,7 +106,7 @@ _OUT_OF_MEMORY = (  # what torch, oneDNN, CUDA's libraries and C++ say, where th
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on whatever device; torch need not be loaded."""
+    """Whether an error says that memory ran out, on any device; torch need not be loaded."""
     if isinstance(error, MemoryError):
         return True
     if isinstance(error, OSError):
@@ -117,5 +117,5 @@ def is_out_of_memory(error: BaseException) -> bool:
 def _shortened(message: str) -> str:
     if len(message) <= MAX_MESSAGE_CHARS:
         return message
-    kept = MAX_MESSAGE_CHARS // 2 - 30  # the advice stands at the end
+    kept = MAX_MESSAGE_CHARS // 2 - 30  # the advice comes at the end
     return f"{message[:kept]} [... {len(message) - 2 * kept} characters ...] {message[-kept:]}"

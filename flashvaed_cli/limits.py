@@ -1,4 +1,4 @@
-"""How much of a file from elsewhere this program reads before it refuses. Every such limit stands here.
+"""How much of an untrusted file this program reads before it refuses. Every such limit is here.
 
 Each is far above what real files need (measured on released checkpoints and on this program's largest artifacts) and
 low enough that a refusal takes less than a second and less than 100 MB. Imports nothing.
@@ -13,7 +13,7 @@ MAX_INDEX_BYTES = 16_000_000
 MAX_JSON_VALUES = 600_000
 """Values of one JSON text, counted by its separators."""
 MAX_JSON_DEPTH = 64
-"""Brackets inside brackets, in JSON and YAML alike."""
+"""Nesting of brackets, in JSON and YAML alike."""
 MAX_CONFIG_BYTES = 4_000_000
 """A `config.json` or shard index."""
 MAX_PICKLE_BYTES = 16_000_000
@@ -40,7 +40,7 @@ MAX_WIDTH = 65_536
 MAX_TAPS = 63
 """Extent of a kernel along one axis."""
 MAX_FACTOR = 64
-"""Frames, rows or columns that one position becomes, in one block or one decoder."""
+"""Frames, rows or columns that one position expands to, in one block or one decoder."""
 
 MAX_TILE_LATENTS = 4_096
 """Latent frames that are decoded at once as a clip of their own."""

@@ -1,4 +1,4 @@
-"""Keep a second process from doing the same work at once: the kernel's file locks, so that none outlives its holder."""
+"""Keep a second process from doing the same work: kernel file locks, so that none outlives its holder."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _HOLDER = "process"
 
 @contextmanager
 def exclusive_lock(path: Path, refusal: Callable[[str], FlashVaedError]) -> Iterator[None]:
-    """Hold the lock of a small file while the block runs; the file goes away with it, and the lock with the process.
+    """Lock a small file while the block runs; the file is removed at its end, and the lock ends with the process.
 
-    A killed process leaves the file behind, which locks nothing. On a file system without locks nobody is refused.
+    A killed process leaves the file behind, unlocked. On a file system without locks, nobody is refused.
 
     Args:
-        path: folders are made.
-        refusal: makes the error of who comes second from who came first ("process 7 on box").
+        path: its folders are created.
+        refusal: makes the latecomer's error from the name of the holder ("process 7 on box").
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = _acquire(path, refusal)
@@ -34,7 +34,7 @@ def exclusive_lock(path: Path, refusal: Callable[[str], FlashVaedError]) -> Iter
         yield
     finally:
         with contextlib.suppress(OSError):
-            path.unlink()  # while it is still locked: who has opened it already sees that it is another file
+            path.unlink()  # while it is still locked, so that anyone who has opened it sees that it has been replaced
         file.close()
 
 
@@ -59,7 +59,7 @@ def _acquire(path: Path, refusal: Callable[[str], FlashVaedError]) -> TextIOWrap
 
 
 def _open_own(path: Path) -> TextIOWrapper:
-    """Open or make the file of a lock; nothing is written to what is no lock of this program.
+    """Open or create a lock file; nothing is written to a file that is not a flashvaed lock.
 
     Raises:
         FlashVaedError: a link, a folder, a device, or a file with other content has this name.
@@ -83,7 +83,7 @@ def _open_own(path: Path) -> TextIOWrapper:
 
 def _not_ours(path: Path) -> FlashVaedError:
     return FlashVaedError(
-        f"{path} has the name of this program's lock file but is something else. Move it away, or choose another place."
+        f"{path} is named like a flashvaed lock file but is something else. Move it away, or choose another place."
     )
 
 

@@ -1,6 +1,6 @@
-"""Which files this program wrote: only those are replaced without `--force`, and none of them is taken for data.
+"""Which files flashvaed wrote: only those are replaced without `--force`, and none of them is used as data.
 
-A mark stands in the file itself, so that it holds wherever the file is moved. Imports no torch.
+The mark is inside the file, so it survives when the file is moved. Imports no torch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _OLD_MANIFEST = {"command", "decoder", "sha256", "files"}
 
 
 def is_own_file(path: Path) -> bool:
-    """Whether this program wrote a file: an artifact, a report, a picture or a video of one, a training log."""
+    """Whether flashvaed wrote a file: an artifact, a report, its pictures or videos, a training log."""
     suffix = path.suffix.lower()
     try:
         if suffix == ".safetensors":

@@ -1,15 +1,15 @@
-"""Text from files for a terminal: nothing in it can move the cursor, change the title or hide what follows."""
+"""Make text from files safe for a terminal: it cannot move the cursor, change the title or hide what follows."""
 
 from __future__ import annotations
 
 import re
 
-# C0 and C1 controls but tab and newline, marks of direction, and halves of surrogate pairs (names that are not UTF-8).
+# C0 and C1 controls except tab and newline, direction marks, and lone surrogates (names that are not UTF-8).
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str, longest: int | None = None) -> str:
-    r"""The text with control characters written out (`\x1b`), cut in the middle where it is longer than `longest`."""
+    r"""The text with control characters written out (`\x1b`), cut in the middle if longer than `longest`."""
     text = _UNPRINTABLE.sub(lambda match: _written_out(match.group()), text)
     if longest is None or len(text) <= longest:
         return text
@@ -29,7 +29,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def printable_message(text: str, longest: int | None = None) -> str:
-    """`printable` for a message; lines after the first are indented, so that none can pass for another message."""
+    """`printable` for a message; lines after the first are indented, so that none can pose as another message."""
     return printable(text, longest).replace("\n", "\n  ")
 
 

@@ -1,4 +1,4 @@
-"""How long work tells what it does, without knowing who listens.
+"""Progress reporting, independent of how it is shown.
 
 Every room takes a `Progress`; the command line passes one that draws bars or prints lines.
 The protocols can be checked at run time because the tests check every annotation.
@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 
 @runtime_checkable
 class Task(Protocol):
-    """One piece of counted work."""
+    """A piece of work with a count."""
 
     def advance(self, count: int = 1, **info: object) -> None:
         """Count `count` more units done; `info` is shown beside the bar (`loss=0.12`)."""
@@ -22,18 +22,18 @@ class Task(Protocol):
 
 @runtime_checkable
 class Progress(Protocol):
-    """Where long work reports to."""
+    """Where long-running work reports to."""
 
     def task(self, description: str, total: int | None = None) -> AbstractContextManager[Task]:
-        """A task that lives as long as its `with` block; tasks may nest. `total=None`: length unknown."""
+        """A task that lasts as long as its `with` block; tasks may nest. `total=None`: length unknown."""
         ...
 
     def log(self, message: str) -> None:
-        """Say something worth knowing. Silenced by `--quiet`."""
+        """Report something worth knowing. Silenced by `--quiet`."""
         ...
 
     def warn(self, message: str) -> None:
-        """Say something that changes what the result means (a skipped clip, a missing metric). Never silenced."""
+        """Report something that changes what the result means (a skipped clip, a missing metric). Never silenced."""
         ...
 
 
@@ -43,7 +43,7 @@ class _SilentTask:
 
 
 class SilentProgress:
-    """Swallows everything but warnings, which it keeps in `warnings`. For tests and use as a library."""
+    """Discards everything but warnings, which it keeps in `warnings`. For tests and use as a library."""
 
     def __init__(self) -> None:
         self.warnings: list[str] = []

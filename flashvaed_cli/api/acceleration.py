@@ -1,4 +1,4 @@
-"""`flashvaed.accelerate`: a diffusers pipeline that decodes with another decoder, until that is undone."""
+"""`flashvaed.accelerate`: make a diffusers pipeline decode with another decoder, until undone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from flashvaed_cli.api.diffusers_vae import AutoencoderFlash
 
 _PLACE = "pipe.vae"
-_STATISTICS_BOUND = 1e-3  # of a deviation: what bfloat16 buffers round
+_STATISTICS_BOUND = 1e-3  # of a deviation: the rounding of bfloat16 buffers
 
 
 class Acceleration:
@@ -47,7 +47,7 @@ class Acceleration:
         self._is_undone = False
 
     def undo(self) -> None:
-        """Give the pipeline its own VAE again, where the other is now and in its dtype. Twice does nothing."""
+        """Give the pipeline its VAE back, on the other's current device and in its dtype. Twice does nothing."""
         if self._is_undone:
             return
         self._is_undone = True
@@ -82,17 +82,17 @@ def accelerate(
         flashvaed.accelerate(pipe, "flash.safetensors")    # pipe(...) as always
         flashvaed.accelerate(pipe, exact=True)             # or: the same frames, faster
 
-    The encoder, the configuration, the device and the dtype stay the pipeline's. Tiling, slicing and
+    The encoder, config, device and dtype stay the pipeline's. Tiling, slicing and
     `enable_model_cpu_offload` work as before; `enable_sequential_cpu_offload` does not. A pipeline that is
-    accelerated already is restored first. `pipe.save_pretrained` writes a folder that loads where flashvaed is
+    already accelerated is restored first. `pipe.save_pretrained` writes a folder that loads where flashvaed is
     installed.
 
     Args:
         pipe: a pipeline with a VAE of a family that flashvaed reads.
         decoder: an artifact of that family, or any other location that `load` takes.
         exact: keep the pipeline's decoder, and run it with operators that give the same frames faster.
-        chunk: latent frames per step; None: 1, which takes the least memory (all of a decoder that sees frames ahead).
-        max_memory: limit of the predicted peak of decoding, such as "8GiB", or bytes.
+        chunk: latent frames per step; None: 1, the least memory (all, for a decoder that sees frames ahead).
+        max_memory: limit for the predicted peak of decoding, such as "8GiB", or bytes.
         compile: decode with `torch.compile`; every size compiles once, at its first use (minutes).
     Raises:
         FlashVaedError: diffusers is not installed, the pipeline's VAE is of another family or has other latent
@@ -142,7 +142,7 @@ def _vae_of(pipe: Any) -> nn.Module:
     vae = getattr(pipe, "vae", None)
     if not isinstance(vae, nn.Module):
         raise FlashVaedError(
-            f"{type(pipe).__name__} has no model as vae ({type(vae).__name__}). Give a pipeline that is loaded."
+            f"{type(pipe).__name__} has no model as vae ({type(vae).__name__}). Pass a loaded pipeline."
         )
     return vae
 
@@ -156,10 +156,10 @@ def _require_weights(vae: nn.Module) -> None:
 
 
 def _as_given(vae: nn.Module, model: type[AutoencoderFlash]) -> ForeignWeights:
-    """The tensors and the configuration of a pipeline's VAE.
+    """The tensors and config of a pipeline's VAE.
 
     Raises:
-        FlashVaedError: its class is of no family that this version reads.
+        FlashVaedError: its class belongs to no family that this version reads.
     """
     known = {layout.config_class for layout in LAYOUTS.values() if layout.config_class is not None}
     names = [kind.__name__ for kind in type(vae).__mro__ if kind.__name__ in known]
@@ -171,7 +171,7 @@ def _as_given(vae: nn.Module, model: type[AutoencoderFlash]) -> ForeignWeights:
 
 
 def _require_same_latents(checkpoint: Checkpoint, given: ForeignWeights, base: nn.Module) -> None:
-    """Raise FlashVaedError unless a decoder is for the latents of the pipeline."""
+    """Raise FlashVaedError unless a decoder is for the pipeline's latents."""
     assert given.config is not None
     if "flash" in given.config:
         family = get_family(given.config["flash"]["family"])
@@ -214,7 +214,7 @@ def _decoder_at(given: ForeignWeights) -> Callable[[float], Decoder]:
 
 
 def _carry_over(old: nn.Module | Tensor, vae: AutoencoderFlash) -> None:
-    """Tiling and slicing as they were."""
+    """Keep tiling and slicing as they were."""
     if getattr(old, "use_tiling", False):
         vae.enable_tiling(getattr(old, "tile_sample_min_height", None), getattr(old, "tile_sample_min_width", None))
     if getattr(old, "use_slicing", False):
@@ -233,7 +233,7 @@ def _remove_hooks(vae: nn.Module) -> None:
 
 
 def _put(pipe: Any, vae: nn.Module, *, offloads: bool) -> None:
-    """Set the VAE of a pipeline, in its configuration too, and renew its offload."""
+    """Set a pipeline's VAE, in its config too, and re-create its offload hooks."""
     if hasattr(pipe, "register_modules"):
         pipe.register_modules(vae=vae)
     else:

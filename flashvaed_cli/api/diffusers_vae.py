@@ -1,6 +1,6 @@
 """A decoder of any architecture as a diffusers model: what pipelines call `vae`.
 
-Needs diffusers; nothing but `accelerate` and folders of this class import it.
+Needs diffusers; only `accelerate` and folders of this class import it.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ _TILE_PIXELS = 256
 
 
 class AutoencoderFlash(ModelMixin, ConfigMixin):
-    """diffusers' VAE of a family with another decoder: `decode` is flashvaed's, all else is the family's own class.
+    """diffusers' VAE of a family with another decoder: `decode` is flashvaed's, everything else the family's own class.
 
         vae = AutoencoderFlash.from_pretrained("export/diffusers")
         pipe = WanPipeline.from_pretrained(model, vae=vae)
 
-    `decode` takes raw latents `[B, C, T, Hz, Wz]` and gives frames `[B, 3, F, H, W]` in [-1, 1]; it computes no
-    gradients. `config` has all that the family's class has, and what pipelines read as attributes is there too.
-    Tiles (`enable_tiling`) do not show: they overlap by what their frames depend on.
+    `decode` takes raw latents `[B, C, T, Hz, Wz]` and returns frames `[B, 3, F, H, W]` in [-1, 1], without
+    gradients. `config` and the attributes that pipelines read are those of the family's class.
+    Tiles (`enable_tiling`) leave no seams: they overlap by everything that their frames depend on.
 
     Attributes:
         decoder: flashvaed's module.
         base: a model of the family's class without its decoder; without its encoder too if `has_encoder` is false.
         chunk: latent frames per step; None: the whole clip, which a decoder that sees frames ahead takes by default.
-        max_memory_bytes: limit of the predicted peak of `decode`; None: none.
+        max_memory_bytes: limit for the predicted peak of `decode`; None: no limit.
         compiles: decode with `torch.compile`.
     """
 
@@ -83,7 +83,7 @@ class AutoencoderFlash(ModelMixin, ConfigMixin):
 
     @classmethod
     def replacing(cls, vae: nn.Module, decoder: Decoder, header: ArtifactHeader) -> AutoencoderFlash:
-        """A model with the encoder and the configuration of a pipeline's VAE, sharing its modules, and `decoder`.
+        """A model with `decoder` and with the encoder and config of a pipeline's VAE, sharing its modules.
 
         Args:
             vae: of the family's diffusers class, or one of these models.
@@ -100,13 +100,13 @@ class AutoencoderFlash(ModelMixin, ConfigMixin):
         return model.eval()
 
     def follow_timesteps(self, decoder_at: Callable[[float], Decoder]) -> None:
-        """Decode as a decoder that is conditioned on the timestep: `decoder_at` gives the one of a timestep."""
+        """Decode with timestep conditioning: `decoder_at` returns the decoder for a timestep."""
         self._decoder_at = decoder_at
 
     @property
     def config(self) -> FrozenDict:
-        """That of the family's class, with its defaults, and of this one. A decoder for one timestep is not conditioned
-        on it."""
+        """The config of the family's class, with its defaults, and of this class. A decoder for one timestep is not
+        conditioned on it."""
         own, base = self._internal_dict, self.__dict__.get("_modules", {}).get("base")
         whole = {**({} if base is None else base.config), **own["base_config"]}
         given = {key: value for key, value in whole.items() if key not in own and not key.startswith("_")}
@@ -115,7 +115,7 @@ class AutoencoderFlash(ModelMixin, ConfigMixin):
         return FrozenDict({**given, **own})
 
     def __getattr__(self, name: str) -> Any:
-        """What is not here is the family's: `temperal_downsample`, `latents_mean`, `spatial_compression_ratio`."""
+        """Anything else is the family's: `temperal_downsample`, `latents_mean`, `spatial_compression_ratio`."""
         modules = self.__dict__.get("_modules", {})
         if name in modules or name.startswith("_") or "base" not in modules:
             return super().__getattr__(name)
@@ -149,12 +149,12 @@ class AutoencoderFlash(ModelMixin, ConfigMixin):
         """The frames of raw latents, in [-1, 1].
 
         Args:
-            z: of a family of images also `[B, C, Hz, Wz]`, which gives images `[B, 3, H, W]`.
-            num_frames: of clips whose latents follow each other as images, `[BT, C, Hz, Wz]`: T. Each is decoded at
-                once, as the family's class does, and the frames `[BT, 3, H, W]` follow each other too.
-            timestep, temb: of a decoder that follows timesteps; others were made for one and leave it aside.
-            causal: must be as the decoder is, if it is given.
-            generator: left aside: nothing is drawn.
+            z: for image families also `[B, C, Hz, Wz]`, which gives images `[B, 3, H, W]`.
+            num_frames: for clips whose latents follow each other as images, `[BT, C, Hz, Wz]`: T. Each clip is decoded
+                at once, as the family's class does, and the frames `[BT, 3, H, W]` follow each other too.
+            timestep, temb: for a decoder that follows timesteps; others were made for one and ignore it.
+            causal: if given, must match the decoder.
+            generator: ignored: nothing is drawn.
         Raises:
             SpecError: latents of another shape, another `causal`, or images without `num_frames` for a decoder that
                 sees whole clips.
@@ -169,7 +169,7 @@ class AutoencoderFlash(ModelMixin, ConfigMixin):
             raise SpecError("this decoder sees whole clips: say how many latents are one with num_frames")
         z = z.unsqueeze(2) if are_images else z
         if causal is not None and causal != spec.is_causal:
-            raise SpecError(f"causal is {causal}, and this decoder was made with {spec.is_causal}: leave it out")
+            raise SpecError(f"causal is {causal}, but this decoder was made with {spec.is_causal}: leave it out")
         timestep = temb if timestep is None else timestep
         if self._decoder_at is not None and timestep is not None:
             times = timestep.flatten().tolist() * (z.shape[0] if timestep.numel() == 1 else 1)
@@ -265,7 +265,7 @@ class AutoencoderFlash(ModelMixin, ConfigMixin):
         cast(Any, self.base).disable_slicing()
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """As diffusers does, with the file that `trust_remote_code` reads beside it."""
+        """As diffusers does, adding the file that `trust_remote_code` reads."""
         super().save_pretrained(save_directory, *args, **kwargs)
         (Path(save_directory) / CODE_NAME).write_text(CODE, encoding="utf-8")
 
@@ -275,7 +275,7 @@ class AutoencoderFlash(ModelMixin, ConfigMixin):
 
 
 def _empty_base(base_class: str, base_config: Mapping[str, Any], *, has_encoder: bool) -> nn.Module:
-    """A model of the family's class without decoder, its weights still to be loaded."""
+    """A model of the family's class without a decoder, its weights not yet loaded."""
     import diffusers
 
     build = getattr(diffusers, base_class, None)
@@ -290,7 +290,7 @@ def _empty_base(base_class: str, base_config: Mapping[str, Any], *, has_encoder:
 
 
 def _without_decoder(vae: nn.Module) -> nn.Module:
-    """A VAE that shares all modules with the one given, but has no decoder."""
+    """A VAE that shares all modules with the given one, but has no decoder."""
     base = copy.copy(vae)
     base._modules = dict(vae._modules)
     _drop(base, _DECODER_PARTS)

@@ -1,4 +1,4 @@
-"""`flashvaed.load`: a decoder, with the encoder where there is one, ready to call."""
+"""`flashvaed.load`: a decoder, with its encoder if there is one, ready to call."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flashvaed_cli.stages.common.loading import DTYPES, choose_device
 from flashvaed_cli.zoo.builtin import BUILTINS
 
 LatentScale = Literal["normalized", "raw"]
-"""`normalized`: as diffusion models use latents; `raw`: normalized * std + mean, as the VAE does."""
+"""`normalized`: as diffusion models use latents; `raw`: normalized * std + mean, as the VAE uses them."""
 
 
 def load(
@@ -43,7 +43,7 @@ def load(
         vae = flashvaed.load("flash.safetensors", device="cuda", dtype="bfloat16")
         video = vae.decode(latents, scale="normalized")
 
-    It runs with the fastest operators for the device that give the same frames.
+    It runs on the device's fastest operators that give the same frames.
 
     Args:
         location: an artifact, another program's checkpoint, a diffusers folder, `hf://owner/repo/path` or
@@ -51,16 +51,16 @@ def load(
         device: where to decode; `auto` takes CUDA, then MPS, then the CPU.
         dtype: of weights, activations and frames: `float32`, `bfloat16` or `float16`.
         chunk: latent frames per step; None: all at once, or what `max_memory` allows.
-        tile: side of a tile in latents; None: whole frames, or what `max_memory` asks for. Tiles do not show.
+        tile: side of a tile in latents; None: whole frames, or what `max_memory` requires. Tiles leave no seams.
         clip_length: latent frames that are one clip to a decoder that sees whole clips; None: its own. Other lengths
             give other frames.
-        max_memory: limit of the predicted peak, such as "8GiB", or bytes.
+        max_memory: limit for the predicted peak, such as "8GiB", or bytes.
         compile: decode with `torch.compile`; every clip size compiles once, at its first use.
-        original: the VAE that the decoder was made for, whose encoder `encode` takes; None: the one recorded.
-        family: of a checkpoint whose names leave it open, such as `wan2.1`.
+        original: the VAE that the decoder was made for, whose encoder `encode` uses; None: the recorded one.
+        family: for a checkpoint whose names leave it open, such as `wan2.1`.
         weights: which of several sets of weights in a file, such as `ema`.
     Raises:
-        ArtifactError: not found, not readable or of another model.
+        ArtifactError: not found, not readable or from another model.
         FlashVaedError: this machine has no such device, or an unknown dtype or amount of memory.
         SpecError: a clip length for a decoder that has none, or one that does not fit.
     """
@@ -79,7 +79,7 @@ def load(
 
 
 class Vae:
-    """A decoder with its settings, and the encoder of its latents where there is one. Made by `load`.
+    """A decoder with its settings, and the encoder for its latents if there is one. Made by `load`.
 
     Attributes:
         family: such as `wan2.1`.
@@ -87,7 +87,7 @@ class Vae:
         latent_channels: C of the latents `[B, C, T, Hz, Wz]`.
         temporal_factor, spatial_factor: a clip has F = 1 + temporal_factor * (T - 1) frames of
             Hz * spatial_factor x Wz * spatial_factor pixels.
-        latent_mean, latent_std: per channel; normalized = (raw - mean) / std. Empty where nothing tells them.
+        latent_mean, latent_std: per channel; normalized = (raw - mean) / std. Empty if unknown.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Vae:
         Raises:
             SpecError: latents of another shape, or an unknown scale.
             DecodeError: no plan fits `max_memory`, or frames that are not finite.
-            ArtifactError: normalized latents, and nothing tells their mean and deviation.
+            ArtifactError: the latents are normalized, but their mean and deviation are unknown.
         """
         return self._runtime.decode(self._raw(latents, scale))
 
@@ -155,13 +155,13 @@ class Vae:
     ) -> Float[Tensor, "B C T Hz Wz"]:
         """The latents of frames in [-1, 1]: the mean of the posterior, on the device and in the dtype of the decoder.
 
-        The encoder is the artifact's own or that of the original VAE, which is looked for at the first call.
+        The encoder is the artifact's own or the original VAE's, which is looked up at the first call.
 
             latents = vae.encode(video)   # F = 1 + temporal_factor * n
 
         Raises:
             ArtifactError: there is no encoder.
-            SpecError: a number of frames or a size that the latents cannot stand for.
+            SpecError: a number of frames or a size that latents cannot represent.
         """
         self._check_scale(scale)
         raw = encode(self._require_encoder(), frames.to(self.device, self.dtype))
@@ -196,7 +196,7 @@ class Vae:
     @staticmethod
     def _check_scale(scale: str) -> None:
         if scale not in ("normalized", "raw"):
-            raise SpecError(f"scale is {scale!r}, which is none: give 'normalized' (as diffusion models do) or 'raw'")
+            raise SpecError(f"scale is {scale!r}: give 'normalized' (as diffusion models do) or 'raw'")
 
     def __repr__(self) -> str:
         return f"Vae({self._checkpoint.location!r}, {self.family}, {self.device}, {self.dtype})"
@@ -210,7 +210,7 @@ class VaeStream:
         self._scale: LatentScale = scale
 
     def step(self, latents: Float[Tensor, "B C t Hz Wz"]) -> Float[Tensor, "B 3 f H W"]:
-        """The frames that the next latents settle, in [-1, 1]; none yet where the decoder must see later latents.
+        """The frames that the next latents complete, in [-1, 1]; none if the decoder must see later latents first.
 
         Raises:
             SpecError: latents of another shape than the stream was opened for, or it was flushed.
@@ -218,7 +218,7 @@ class VaeStream:
         return self._stream.step(self._vae._raw(latents, self._scale))
 
     def flush(self) -> Float[Tensor, "B 3 f H W"]:
-        """The frames that are left when the clip has ended. The stream ends with it."""
+        """The remaining frames at the end of the clip. This ends the stream."""
         return self._stream.flush()
 
 

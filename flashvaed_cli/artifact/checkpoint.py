@@ -52,17 +52,17 @@ BUILTIN_SCHEME = "builtin:"
 ARTIFACT_LAYOUT = "flashvaed"
 StatisticsOf = Callable[[Family], Statistics]
 FAMILY_KEY = "flashvaed.family"
-"""Where the metadata of what `export` writes in another layout names the family."""
+"""The metadata key that names the family in files that `export` writes in another layout."""
 _NO_STATISTICS = "no latent statistics (per_channel_statistics.*, or latents_mean and latents_std)"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A VAE, or one half of one, ready to run: float32, eval, no gradients.
+    """A VAE, or half of one, ready to run: float32, eval mode, no gradients.
 
     Attributes:
         location: as given.
-        sha256: of the file (of the list of files for a folder); of an artifact, of its content.
+        sha256: of the file (for a folder, of the list of files; for an artifact, of its content).
         layout: `flashvaed`, `wan-original` or `diffusers`.
         latent_mean: per latent channel, so that normalized = (raw - latent_mean) / latent_std; both are empty where
             nothing tells them.
@@ -70,7 +70,7 @@ class Checkpoint:
         header: None for foreign checkpoints.
         twins: other families that it may be of as well, with the same frames; empty where the user, a configuration
             or the names tell.
-        notes: what was missing or left aside, a line each.
+        notes: what was missing or ignored, a line each.
         weights: the user's word for which of several sets in the file was read.
     """
 
@@ -96,10 +96,10 @@ class Checkpoint:
         return coder.spec.latent_width
 
     def require_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and deviation per latent channel. Raises ArtifactError if nothing tells them."""
+        """Mean and deviation per latent channel. Raises ArtifactError if they are unknown."""
         if not self.latent_mean or not self.latent_std:
             raise ArtifactError(
-                f"{self.location}: {_NO_STATISTICS}, and normalized latents are to be made raw with them. Give raw "
+                f"{self.location}: {_NO_STATISTICS}, which normalized latents need to become raw. Give raw "
                 "latents (--latent-scale raw), or a checkpoint that has them: a diffusers folder, LTX's own file, or "
                 "latents_mean and latents_std in the metadata of the safetensors file."
             )
@@ -115,18 +115,18 @@ class Checkpoint:
         """The encoder. Raises ArtifactError if there is none."""
         if self.encoder is None:
             raise ArtifactError(
-                f"{self.location}: holds a decoder but no encoder, which turning videos into latents needs. "
+                f"{self.location}: holds a decoder but no encoder, which is needed to turn videos into latents. "
                 "Give the VAE that it was made for with --original."
             )
         return self.encoder
 
     @property
     def own_encoder(self) -> Encoder | None:
-        """An encoder that was made together with the decoder; that of an original stays where it is."""
+        """An encoder that was made together with the decoder, not the original's."""
         return self.encoder if self.header is not None and self.header.original is not None else None
 
     def lineage(self, role: str) -> Lineage:
-        """How another artifact names this one."""
+        """How other artifacts refer to this one."""
         return Lineage(role=role, location=self.location, sha256=self.sha256, weights=self.weights)
 
 
@@ -143,7 +143,7 @@ def load_checkpoint(
     Args:
         builtins: what `builtin:NAME` stands for.
         family: of the checkpoint, or `ltx` or `ltx-video`, all of its versions, where its names leave that open;
-            None: told from names and configuration.
+            None: detected from names and config.
         weights: which of several sets of weights in the file: `ema`, or the file's own word; None: the first.
         original: where a light decoder of another project finds the statistics of its latents, if its family's are in
             that one's files only.
@@ -181,7 +181,9 @@ def _load_located(
         foreign = read_foreign(path, weights)
         return _usable(replace(_from_weights(location, foreign, family, statistics_of), weights=weights))
     if weights is not None:
-        raise ArtifactError(f"{location}: an artifact of flashvaed, with one set of weights. Leave --weights out.")
+        raise ArtifactError(
+            f"{location}: a flashvaed artifact, which has only one set of weights. Leave --weights out."
+        )
     checkpoint = _usable(_load_artifact(location, path))
     if family is not None and checkpoint.family not in families_named(family):
         raise ArtifactError(f"{location}: an artifact of the family {checkpoint.family}, not {family}.")
@@ -189,7 +191,7 @@ def _load_located(
 
 
 def locate(location: str, builtins: Mapping[str, Path], *, may_download: bool = True) -> Path:
-    """The file or folder that a location stands for, downloaded if need be and allowed, or out of the Hub's cache.
+    """The file or folder that a location refers to, downloaded if needed and allowed, or from the Hub's cache.
 
     Raises:
         ArtifactError: nothing there; says what is there instead.
@@ -237,7 +239,7 @@ def _load_artifact(location: str, path: Path) -> Checkpoint:
 
 
 def in_memory_checkpoint(weights: ForeignWeights, location: str) -> Checkpoint:
-    """A checkpoint out of tensors and a configuration that another program has loaded; the SHA-256 is left empty.
+    """A checkpoint from tensors and a config that another program has loaded; the SHA-256 is left empty.
 
     Args:
         location: what to call it in messages.
@@ -253,7 +255,9 @@ def _from_weights(
     family = family or weights.metadata.get(FAMILY_KEY)
     config_class = (weights.config or {}).get("_class_name")
     if not isinstance(config_class, str | None):
-        raise ArtifactError(f"{location}: _class_name in its configuration is {config_class!r:.60}, which is no name.")
+        raise ArtifactError(
+            f"{location}: _class_name in its config is {config_class!r:.60}, which is not a class name."
+        )
     if config_class == FLASH_CLASS:
         return _from_flash_folder(location, weights)
     shapes = shapes_of(weights.tensors)
@@ -273,7 +277,7 @@ def _from_weights(
             check_widths(weights.config or {}, specs, location)
     mean, std = latent_statistics(weights, get_family(layout.family), specs, location)
     notes = [] if weights.note is None else [weights.note]
-    notes += [] if mean else [f"{_NO_STATISTICS}: latents can be read in raw scale only"]
+    notes += [] if mean else [f"{_NO_STATISTICS}: only raw latents can be read"]
     notes += [note for spec in specs.values() if (note := get_family(layout.family).config_keys.assumed(spec, config))]
     if unknown:
         listed = ", ".join(key[:MAX_QUOTED_CHARS] for key in unknown[:MAX_LISTED_MISTAKES])
@@ -295,7 +299,7 @@ def _from_weights(
 def _from_tiny(
     location: str, weights: ForeignWeights, layout: str, decoder: Decoder, family: Family, statistics: Statistics
 ) -> Checkpoint:
-    """A light decoder of another project, for the latents of a family."""
+    """A light decoder from another project, for a family's latents."""
     has_encoder = any(name.startswith("encoder.") for name in weights.tensors)
     return Checkpoint(
         location=location,
@@ -306,7 +310,7 @@ def _from_tiny(
         encoder=None,
         latent_mean=statistics[0],
         latent_std=statistics[1],
-        notes=("its encoder is left aside: this program encodes with the family's own",) if has_encoder else (),
+        notes=("its encoder is ignored: flashvaed encodes with the family's own",) if has_encoder else (),
     )
 
 
@@ -335,12 +339,12 @@ def _sha256(weights: ForeignWeights) -> str:
 
 @contextmanager
 def _odd_values_named(location: str) -> Iterator[None]:
-    """Values of a configuration that are of another type than any program writes are the file's fault, not ours."""
+    """Config values of a type that no program writes are the file's fault, not ours."""
     try:
         yield
     except (TypeError, ValueError, AttributeError, KeyError, IndexError, OverflowError) as error:
         raise ArtifactError(
-            f"{location}: its configuration or tensors hold a value that cannot be understood "
+            f"{location}: its config or tensors hold a value that cannot be understood "
             f"({type(error).__name__}: {error!s:.200}). Download it again, or give the weights file alone."
         ) from error
 
@@ -357,10 +361,10 @@ def derived_header(
     measured: Mapping[str, Any] | None = None,
     run: RunRecord | None = None,
 ) -> ArtifactHeader:
-    """The header of what a command makes from `parent`: family, scales and lineage are handed on.
+    """The header of what a command makes from `parent`: family, scales and lineage are passed on.
 
     Args:
-        kept_channels: of the new decoder; None hands on the parent's.
+        kept_channels: of the new decoder; None passes on the parent's.
         parents: further files that the command read (an analysis); `parent` itself is put first.
     """
     original = parent.header.original if parent.header is not None else None
@@ -393,7 +397,7 @@ def save_checkpoint(
 ) -> str:
     """Write a decoder, or with an encoder a whole VAE, as an artifact. Returns the SHA-256 of its content.
 
-    The header's kind and specs are taken from the modules.
+    The header's kind and specs come from the modules.
 
     Raises:
         ArtifactError: a weight does not fit `dtype`, or see `write_artifact`.
@@ -430,14 +434,14 @@ def load_original(
     needs_encoder: bool = True,
     allow_download: bool = False,
 ) -> Checkpoint:
-    """The original that a checkpoint descends from: itself, if it names none.
+    """The original that a checkpoint descends from, or the checkpoint itself if it names none.
 
-    What a checkpoint records may come from a stranger. A recorded path is opened only to compute its SHA-256, and read
-    only if that is the recorded one. A recorded Hub address is looked up in the cache.
+    What a checkpoint records is untrusted. A recorded path is opened only to compute its SHA-256, and read
+    only if that matches the record. A recorded Hub address is looked up in the cache.
 
     Args:
         override: the user's `--original`; must be the same file as the recorded one, by its SHA-256.
-        allow_download: a recorded Hub address may be fetched.
+        allow_download: whether a recorded Hub address may be downloaded.
     Raises:
         ArtifactError: not found, another file than recorded, another latent space, or without an encoder.
     """
@@ -462,7 +466,7 @@ def load_original(
 def _load_recorded(
     checkpoint: Checkpoint, recorded: Lineage, builtins: Mapping[str, Path], allow_download: bool
 ) -> Checkpoint:
-    """Load the recorded original from where it was, or, if the artifact was moved with it, from beside it."""
+    """Load the recorded original from its old place or, if it was moved together with the artifact, from beside it."""
     location = recorded.location
     is_path = "://" not in location and not location.startswith(BUILTIN_SCHEME)
     try:
@@ -479,7 +483,7 @@ def _load_recorded(
 
 
 def _load_verified(location: str, checkpoint: Checkpoint, recorded: Lineage | None, path: Path) -> Checkpoint:
-    """Load an original, after its hash is found to be the recorded one; nothing of another file is parsed."""
+    """Load an original once its hash matches the record; no other file is parsed."""
     weights = None if recorded is None else recorded.weights
     if recorded is not None:
         found = sha256_of_files(checkpoint_files(path, weights))
@@ -492,7 +496,7 @@ def _load_verified(location: str, checkpoint: Checkpoint, recorded: Lineage | No
 
 
 def _check_kept_channels(checkpoint: Checkpoint, original: Checkpoint) -> None:
-    """Raise ArtifactError if kept channels are named that the original does not have."""
+    """Raise ArtifactError if the kept channels include some that the original does not have."""
     if not checkpoint.kept_channels or original.decoder is None:
         return
     widths = tensor_widths(original.decoder.spec)

@@ -1,4 +1,4 @@
-"""What a file is that holds no weights which this program reads: so that a mistake can be named."""
+"""What a file without readable weights is, so that the mistake can be named."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 _HEAD_BYTES = 512
 
-# Where in the file the bytes stand, and what it is then.
+# Offset in the file, the bytes there, and what the file is.
 _MAGIC: tuple[tuple[int, bytes, str], ...] = (
     (4, b"ftyp", "a video (MP4)"),
     (0, b"\x1a\x45\xdf\xa3", "a video (Matroska or WebM)"),
@@ -21,9 +21,9 @@ _TEXTS = {".json": "a JSON file", ".yaml": "a YAML file", ".yml": "a YAML file",
 
 
 def kind_of_file(path: Path) -> str | None:
-    """A name for what the first bytes, or else the suffix, say that a file is; None if they say nothing.
+    """What a file is, by its first bytes or else its suffix; None if they do not tell.
 
-    An empty file says nothing, whatever its suffix: it is one whose writing was cut short.
+    An empty file tells nothing, whatever its suffix: its writing was cut short.
     """
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
@@ -32,5 +32,5 @@ def kind_of_file(path: Path) -> str | None:
     if found := next((what for start, magic, what in _MAGIC if head[start:].startswith(magic)), None):
         return found
     if path.suffix.lower() == ".onnx":
-        return "an ONNX graph, which is made of a decoder (flashvaed export) and not the other way round"
+        return "an ONNX graph, which is made from a decoder (flashvaed export), not the other way round"
     return _TEXTS.get(path.suffix.lower())

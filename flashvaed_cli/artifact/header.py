@@ -1,8 +1,8 @@
-"""What an artifact says about itself: everything but the tensors.
+"""An artifact's header: everything but the tensors.
 
 The header is JSON under the key `flashvaed` of a safetensors file. The hash of an artifact's content (`content_sha256`
-in `artifact/store.py`) leaves out how it was called and when, so that the same work gives the same hash. Imports no
-torch.
+in `artifact/store.py`) leaves out when and by what command it was made, so that the same work gives the same hash.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from flashvaed_cli.errors import ArtifactError
 from flashvaed_cli.untrusted.files import parse_json
 
 SCHEMA_VERSION = 2
-"""2: with `run`. Headers without it are of version 1, as older versions wrote them."""
+"""2: with `run`. Headers without it are version 1, from older versions of flashvaed."""
 
 NO_CONTENT = ("run", "command_line", "schema_version", "tool")
-"""What the hash of the content leaves out."""
+"""Fields that the content hash leaves out."""
 
 
 def _json_value(value: object) -> Any:
-    """JSON values only, tuples as lists; a figure that is not finite becomes null, which JSON can say."""
+    """JSON values only, tuples as lists; non-finite figures become null, because JSON cannot express them."""
     if isinstance(value, dict):
         if not all(isinstance(key, str) for key in value):
             raise ValueError(f"keys must be strings, not {[key for key in value if not isinstance(key, str)][:3]}")
@@ -46,7 +46,7 @@ def _json_value(value: object) -> Any:
         return float(value) if math.isfinite(value) else None
     if value is None or isinstance(value, str | int):
         return value
-    raise ValueError(f"{type(value).__name__} is no JSON value: {value!r:.60}")
+    raise ValueError(f"{type(value).__name__} is not a JSON value: {value!r:.60}")
 
 
 JsonDict = Annotated[dict[str, Any], BeforeValidator(_json_value)]
@@ -57,9 +57,9 @@ class _Frozen(BaseModel):
 
 
 class Lineage(_Frozen):
-    """Another file that this one came from. `role` says as what: `original`, `decoder`, `analysis`.
+    """Another file that this one came from, in the `role` of `original`, `decoder` or `analysis`.
 
-    `weights`: which of several sets of weights in it was read, in the user's word; None: the first.
+    `weights`: which of several sets of weights in it was read, as the user named it; None: the first.
     """
 
     role: str
@@ -69,7 +69,7 @@ class Lineage(_Frozen):
 
     @model_serializer(mode="wrap")
     def _without_absent_choice(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        """Artifacts of files with one set of weights stay readable for versions that know no other."""
+        """Keep artifacts made from files with one set of weights readable for versions that know nothing else."""
         fields = handler(self)
         return fields if self.weights is not None else {name: fields[name] for name in fields if name != "weights"}
 
@@ -81,11 +81,11 @@ class ArtifactHeader(_Frozen):
         tool: version of flashvaed that wrote it.
         latent_mean: per latent channel, so that normalized = (raw - latent_mean) / latent_std.
         kept_channels: tensor address, `up2.0` (a block's output) or `up2.0.conv1` (a layer's), to the indices of
-            the original's channels that are left. An absent address has them all.
+            the kept channels of the original. An absent address keeps them all.
         recipe: the resolved settings of the command that wrote it.
         original: what the pipeline started from; None when this is itself an original.
         parents: the files that the command read.
-        measured: figures, by name; what is not finite is stored as null.
+        measured: figures, by name; non-finite ones are stored as null.
         run: who made it, when and on what.
     """
 
@@ -109,7 +109,7 @@ class ArtifactHeader(_Frozen):
 
 def dump_header(header: ArtifactHeader) -> str:
     """The header as JSON; equal headers give equal text."""
-    # Not pydantic's JSON mode: it stops at file names that are not UTF-8, which JSON can say (as `\\udce9`).
+    # Not pydantic's JSON mode, which fails on file names that are not UTF-8; JSON can express them (as `\\udce9`).
     fields = header.model_dump()
     if header.run is None:
         del fields["run"]
@@ -127,7 +127,7 @@ def parse_header(text: str, location: str) -> ArtifactHeader:
     """The header of the artifact at `location`.
 
     Raises:
-        ArtifactError: written by a newer flashvaed, damaged, or with values that do not fit each other (named).
+        ArtifactError: written by a newer flashvaed, damaged, or with inconsistent values (named).
     """
     try:
         raw = parse_json(text)
@@ -153,7 +153,7 @@ def parse_header(text: str, location: str) -> ArtifactHeader:
 
 
 def _check_values(header: ArtifactHeader) -> None:
-    """Raise ValueError unless the values fit each other."""
+    """Raise ValueError unless the values are consistent."""
     coders = [spec for spec in (header.decoder, header.encoder) if spec is not None]
     check_family(header.family, coders)
     check_statistics(header.latent_mean, header.latent_std, coders)

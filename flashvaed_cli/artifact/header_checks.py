@@ -1,4 +1,4 @@
-"""What must hold between the values of an artifact's header; each fault is named by its field. Imports no torch."""
+"""Consistency checks on an artifact's header; each fault is named by its field. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _COLOURS = 3
 
 
 def check_family(family: str, coders: Iterable[CoderSpec]) -> None:
-    """Raise ValueError unless the family is known, and that of the coders."""
+    """Raise ValueError unless the family is known and matches that of the coders."""
     if family not in FAMILIES:
         raise ValueError(f"family {family!r:.60} is unknown; this version knows {', '.join(FAMILIES)}")
     for spec in coders:
@@ -71,7 +71,7 @@ def check_factors(spec: CoderSpec) -> None:
 
 
 def _scaling(role: str, blocks: Sequence[BlockSpec]) -> list[int]:
-    """How a run of blocks scales frames, rows and columns."""
+    """How a sequence of blocks scales frames, rows and columns."""
     factors = [block.growth if role == "decoder" else block.shrinkage for block in blocks]
     return [prod(factor[axis] for factor in factors) for axis in range(3)]
 

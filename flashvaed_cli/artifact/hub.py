@@ -13,7 +13,7 @@ from flashvaed_cli.errors import ArtifactError
 
 SCHEME = "hf://"
 _FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
-_VERBOSITY = "HF_HUB_VERBOSITY"  # huggingface_hub's own setting: who gives it wants its messages
+_VERBOSITY = "HF_HUB_VERBOSITY"  # huggingface_hub's own setting: if set, the user wants its messages
 _PATIENCE_S = 10.0
 _ADDRESS = re.compile(
     r"hf://(?P<owner>[\w.-]+)/(?P<name>[\w.-]+)(@(?P<early>[\w.-]+))?(/(?P<path>[^@\\]*?))?/?(@(?P<late>[\w./-]+))?"
@@ -33,7 +33,7 @@ class HubAddress:
 
 
 def parse_hub_address(address: str) -> HubAddress:
-    """Take an `hf://` address apart; the revision may also stand after the repository, as huggingface_hub has it.
+    """Parse an `hf://` address; the revision may also follow the repository, as in huggingface_hub.
 
     Raises:
         ArtifactError: not of that form.
@@ -42,8 +42,8 @@ def parse_hub_address(address: str) -> HubAddress:
     parts = () if match is None else [match[name] or "" for name in ("owner", "name", "path", "early", "late")]
     if match is None or (match["early"] and match["late"]) or not all(map(_is_inside, parts)):
         raise ArtifactError(
-            f"{address}: no Hub address. The form is hf://OWNER/REPO/PATH/IN/REPO, with @REVISION at the end "
-            "if it shall not be the newest."
+            f"{address}: not a Hub address. The form is hf://OWNER/REPO/PATH/IN/REPO, with @REVISION at the end "
+            "for any but the newest."
         )
     return HubAddress(f"{match['owner']}/{match['name']}", match["path"] or "", match["early"] or match["late"])
 
@@ -54,13 +54,13 @@ def _is_inside(path: str) -> bool:
 
 
 def fetch_hub_file(address: str, *, only_cached: bool = False) -> Path:
-    """The file or diffusers folder at an `hf://` address, downloaded or out of the cache.
+    """The file or diffusers folder at an `hf://` address, downloaded or from the cache.
 
     A path that ends like a weights file is one file; any other is a folder, of which `config.json` and the
     weights are fetched. What the Hub calls its files is checked before anything is written under such a name.
 
     Args:
-        only_cached: ask no network.
+        only_cached: do not use the network.
     Raises:
         ArtifactError: no such repository, revision or path, no permission, names that leave the cache, or no network
             and not in the cache.
@@ -70,7 +70,7 @@ def fetch_hub_file(address: str, *, only_cached: bool = False) -> Path:
 
     place = parse_hub_address(address)
     if _VERBOSITY not in os.environ:
-        logging.set_verbosity_error()  # what goes wrong is in our own error
+        logging.set_verbosity_error()  # our own error says what went wrong
     folder = f"{place.path}/" if place.path else ""
     wanted = [folder + pattern for pattern in _FOLDER_PATTERNS]
     is_file = place.path.endswith(_FILE_SUFFIXES)
@@ -97,7 +97,7 @@ def fetch_hub_file(address: str, *, only_cached: bool = False) -> Path:
 
 
 def _answers(place: HubAddress, wanted: Sequence[str]) -> bool:
-    """Whether the Hub answers at all, asked once: a download of one file asks six times over half a minute.
+    """Whether the Hub responds at all, tried once: downloading a file retries six times over half a minute.
 
     Raises:
         ArtifactError: what it calls the wanted files would be written outside the cache.
@@ -112,7 +112,7 @@ def _answers(place: HubAddress, wanted: Sequence[str]) -> bool:
             about = get_hf_file_metadata(hf_hub_url(place.repo, name, revision=place.revision), timeout=_PATIENCE_S)
             _check_names(place, name, about.etag or "", about.commit_hash or "")
     except HfHubHTTPError:
-        return True  # a refusal is an answer: the download says which
+        return True  # a refusal is a response: the download reports it
     except ArtifactError:
         raise
     except Exception:  # offline, or any error of a network stack
@@ -121,7 +121,7 @@ def _answers(place: HubAddress, wanted: Sequence[str]) -> bool:
 
 
 def _check_names(place: HubAddress, name: str, tag: str, commit: str) -> None:
-    """Raise ArtifactError unless a file's name, tag and commit, which name files of the cache, stay inside it."""
+    """Raise ArtifactError unless a file's name, tag and commit, which become cache paths, stay inside the cache."""
     if not _is_inside(name) or not _SAFE_TAG.fullmatch(tag) or not _SAFE_COMMIT.fullmatch(commit):
         raise ArtifactError(
             f"hf://{place.repo}: the Hub calls {name!r:.80} {tag!r:.80} (commit {commit!r:.50}), which cannot name a "
@@ -142,7 +142,7 @@ def _reason(error: Exception, place: HubAddress) -> str:
     )
 
     if isinstance(error, HFValidationError):
-        return f"no valid name of a repository: {error}"
+        return f"not a valid repository name: {error}"
     if isinstance(error, GatedRepoError):
         return f"{place.repo} asks for consent: accept its terms on huggingface.co, then run 'hf auth login'."
     if isinstance(error, RepositoryNotFoundError):

@@ -1,7 +1,7 @@
-"""What commands measure and leave in an artifact's header under `measured`: one record for each command.
+"""What commands measure and store in an artifact's header under `measured`: one record for each command.
 
-Whoever writes such figures fills in a record, whoever reads them gets one back, so the names of the JSON stand here and
-nowhere else. Artifacts of other versions may lack fields or have more; what does not fit a record at all is no record.
+Writers fill in a record and readers get one back, so the JSON names appear here and nowhere else. Artifacts from
+other versions may lack fields or have more; what does not fit a record at all is ignored.
 Imports no torch.
 """
 
@@ -17,11 +17,11 @@ from flashvaed_cli.artifact.header import ArtifactHeader
 
 RecordT = TypeVar("RecordT", bound="Record")
 Figure = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
-"""A measured value; what was not finite is null in a header, and is read back as NaN."""
+"""A measured value; a non-finite one is null in a header, and is read back as NaN."""
 
 
 class Record(BaseModel):
-    """Figures by name. Those that were never set are absent from the JSON, as are those of `optional` that are None."""
+    """Figures by name. Those never set are absent from the JSON, as are `optional` ones that are None."""
 
     model_config = ConfigDict(frozen=True)
     optional: ClassVar[tuple[str, ...]] = ()
@@ -41,7 +41,7 @@ class Record(BaseModel):
 
 
 class Conditions(Record):
-    """What makes decoding times comparable: the clip in pixels, and what decoded it how.
+    """The conditions under which decoding times are comparable: the clip in pixels, and how it was decoded.
 
     `num_threads` is None off the CPU.
     """
@@ -75,7 +75,7 @@ class WidthTimes(Conditions):
 
     Attributes:
         stages: whose widths were varied, the family's shallow ones.
-        fixed_ms: time of all blocks that their widths do not reach.
+        fixed_ms: time of all blocks that their widths do not affect.
         ladders: the widths at which each channel group was measured, widest first.
     """
 
@@ -86,7 +86,7 @@ class WidthTimes(Conditions):
 
 
 class StageFigures(Record):
-    """Cost of one stage; `effective_rank` and `width` are of the stream that it hands on, if it has one."""
+    """Cost of one stage; `effective_rank` and `width` are those of the stream that it passes on, if it has one."""
 
     stage: str
     parameters: int
@@ -98,11 +98,11 @@ class StageFigures(Record):
 
 
 class GroupFigures(Record):
-    """How far the channels of a group depend on one another.
+    """How strongly the channels of a group depend on one another.
 
     Attributes:
-        order: in which channels are kept.
-        r2: of the kept ones after each pick.
+        order: the order in which channels are kept.
+        r2: R² of the kept ones after each pick.
         spectrum: shares of the variance, largest component first.
         dead, constant: indices of the channels without variance, without and with a mean.
     """
@@ -120,12 +120,12 @@ class GroupFigures(Record):
 
     @property
     def is_stream(self) -> bool:
-        """Whether its channels are those that the stage's blocks hand on to each other."""
+        """Whether its channels are those that the stage's blocks pass on to each other."""
         return self.group.endswith(".stream")
 
 
 class CalibratedClips(Record):
-    """What statistics were collected on: `positions` by tensor, `skipped` clips with the reason."""
+    """The clips that statistics were collected on: `positions` by tensor, `skipped` clips with the reason."""
 
     num_clips: int = 0
     skipped: dict[str, str] = {}
@@ -137,7 +137,7 @@ class CalibratedClips(Record):
 
 
 class AnalysisRecord(Record):
-    """`analyze`. `rule`: by which the channels are ordered, as `prune --rule` would."""
+    """`analyze`. `rule`: the rule that orders the channels, as in `prune --rule`."""
 
     optional = ("width_latency",)
 
@@ -149,7 +149,7 @@ class AnalysisRecord(Record):
 
 
 class SelectedChannels(Record):
-    """What was kept of one channel group; `r2` is that of the kept set."""
+    """What was kept of one channel group; `r2` is that of the kept channels."""
 
     group: str
     width: int
@@ -170,7 +170,7 @@ class LayerFigures(Record):
 
 
 class HeldOutFigures(Record):
-    """How a decoder did on clips that no weight was fitted to; `which` says how they relate to those of the fit."""
+    """How a decoder did on clips that no weight was fitted to; `which` says how they relate to the fitted ones."""
 
     clips: tuple[str, ...]
     which: str
@@ -182,7 +182,7 @@ class HeldOutFigures(Record):
 
 
 class PredictedTimes(Record):
-    """What the latency model says of a clip."""
+    """The latency model's prediction for a clip."""
 
     speedup: float
     latency_before_ms: float
@@ -190,14 +190,14 @@ class PredictedTimes(Record):
 
 
 class MeasuredTimes(PredictedTimes):
-    """What was timed, in alternation; the range is over the rounds."""
+    """What was timed, taking turns; the range is over the rounds."""
 
     speedup_min: float
     speedup_max: float
 
 
 class BudgetedGroup(Record):
-    """The width that a budget leaves a channel group, and the error 1 - R² predicted for it."""
+    """The width that a budget gives a channel group, and the predicted error 1 - R²."""
 
     group: str
     width: int
@@ -210,8 +210,8 @@ class BudgetRecord(Conditions):
 
     Attributes:
         predicted: None without a latency model (`--target-gflops`).
-        gflop_before, gflop_after: arithmetic of decoding that clip.
-        groups: none for the native layout, which has one width for all.
+        gflop_before, gflop_after: operations for decoding that clip.
+        groups: none for the native layout, which has one width for everything.
     """
 
     target_speedup: float | None
@@ -264,7 +264,7 @@ class ConversionRecord(Record):
 
 
 class PhaseRecord(Record):
-    """One phase of `distill`; `history` has an entry for every step that was logged."""
+    """One phase of `distill`; `history` has an entry for every logged step."""
 
     phase: int
     num_steps: int
@@ -285,7 +285,7 @@ class SameClips(Record):
 
 
 class NewStudent(Record):
-    """The shape of a light student, its width, and what its first weights missed (`random`: nothing was fitted)."""
+    """A light student's shape, width, and what its initial weights missed (`random`: nothing was fitted)."""
 
     shape: str
     width: int
@@ -293,7 +293,7 @@ class NewStudent(Record):
 
 
 class DistillRecord(Record):
-    """`distill`. `prepared_channels`: by tensor, those that phase 2 prepared the decoder to keep."""
+    """`distill`. `prepared_channels`: by tensor, the channels that phase 2 prepared the decoder to keep."""
 
     optional = ("student",)
 

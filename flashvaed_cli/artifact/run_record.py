@@ -1,4 +1,4 @@
-"""Who made an artifact, when, on what and from which data: told in its header, and no part of its content's hash."""
+"""How an artifact was made: when, on what and from which data. Stored in its header, but not part of its hash."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class DataFile(_Frozen):
 
     Attributes:
         name: without its folder.
-        sha256: None in large sets, of which names and sizes are noted only.
+        sha256: None in large data sets, for which only names and sizes are recorded.
     """
 
     name: str
@@ -28,11 +28,11 @@ class RunRecord(_Frozen):
     """One run of a command.
 
     Attributes:
-        commit: of the source tree that ran, where it is one of git; ends in `+` with changes that are not committed.
+        commit: of the source tree that ran, if it is a git one; ends in `+` if there are uncommitted changes.
         torch: its version.
         device: what was computed on, such as `cuda:0 (NVIDIA H100)`.
         started: UTC, ISO 8601.
-        duration_s: seconds until the artifact was written; of the last session where a training was resumed.
+        duration_s: seconds until the artifact was written; if training was resumed, those of the last run.
         speedup: times faster than the eager original, measured at the end of the command.
         data: the first `MAX_LISTED_FILES` of the `num_data_files`.
     """

@@ -1,4 +1,4 @@
-"""Artifact files: one safetensors file with tensors and header, written whole or not at all."""
+"""Artifact files: one safetensors file with tensors and header, written atomically."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write_artifact(
         tensors: any device and layout; dtypes are kept.
         force: also replace a file that flashvaed did not write.
     Raises:
-        ArtifactError: the file is somebody else's and `force` is not set, or it cannot be written.
+        ArtifactError: another program wrote the file and `force` is not set, or it cannot be written.
     """
     path = Path(path)
     if path.is_dir():
@@ -47,7 +47,7 @@ def write_artifact(
         size_mb = sum(tensor.nbytes for tensor in plain.values()) / 1e6
         raise ArtifactError(
             f"cannot write {path} ({size_mb:.1f} MB): {error.strerror}. "
-            "What was there before is untouched; free the space or choose another place with --output."
+            "What was there before is untouched; free some space or choose another place with --output."
         ) from error
 
 
@@ -73,8 +73,8 @@ def read_header(path: str | Path) -> ArtifactHeader:
     metadata = read_metadata(path)
     if HEADER_KEY not in metadata:
         raise ArtifactError(
-            f"{path}: a safetensors file without a flashvaed header, so no artifact of this program. "
-            "If it is a checkpoint of a VAE, give it where a checkpoint is asked for."
+            f"{path}: a safetensors file without a flashvaed header, so not a flashvaed artifact. "
+            "If it is a VAE checkpoint, give it where a checkpoint is expected."
         )
     return parse_header(metadata[HEADER_KEY], str(path))
 
@@ -129,7 +129,7 @@ def _plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def sha256_of_files(files: Sequence[Path]) -> str:
-    """One SHA-256 for a checkpoint: that of its file, or of the list of names and hashes when there are several."""
+    """One SHA-256 for a checkpoint: that of its file, or of the list of names and hashes if there are several."""
     if len(files) == 1:
         return content_sha256(files[0])
     lines = sorted(f"{file.name} {sha256_of(file)}\n" for file in files)
@@ -137,7 +137,7 @@ def sha256_of_files(files: Sequence[Path]) -> str:
 
 
 def content_sha256(path: str | Path) -> str:
-    """What identifies a file: of an artifact, the SHA-256 of its tensors and of what its header says of them.
+    """What identifies a file: for an artifact, the SHA-256 of its tensors and of what its header says about them.
 
     How and when an artifact was made does not count: the same work gives the same hash. Other files, and artifacts of
     version 0.3 and older, are identified by the SHA-256 of the whole file.

@@ -1,4 +1,4 @@
-"""What must hold for the values of the weights that are read."""
+"""Checks on the values of weights that are read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flashvaed_cli.limits import MAX_WEIGHT
 
 
 def require_usable_weights(coder: Coder, location: str) -> None:
-    """Refuse weights that no coder can run with.
+    """Refuse weights that no coder can use.
 
     Args:
         location: where they come from, for the message.
@@ -25,5 +25,5 @@ def require_usable_weights(coder: Coder, location: str) -> None:
         found = f"{max(low, high, key=abs):.2g}, far beyond any weight" if is_finite else "NaN or infinite values"
         raise ArtifactError(
             f"{location}: {name.removeprefix('stages.')} of the {coder.spec.role} holds {found}; "
-            "the file is damaged, or its number format too narrow: get or make it again"
+            "the file is damaged, or its number format too narrow: download it or make it again"
         )

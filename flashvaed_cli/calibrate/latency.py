@@ -18,7 +18,7 @@ Profiler = Callable[[Decoder, Callable[[], object], list[str]], dict[str, float]
 """Median milliseconds of named modules within one call; see `metrics.module_times.profile_modules`."""
 
 OTHER = "other"
-"""What no named module accounts for: activations, additions, interpolation, copies."""
+"""Time outside all named modules: activations, additions, interpolation, copies."""
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Covariances of every prunable tensor of a decoder or an encoder, accumulated clip by clip.
 
-Memory does not grow with the number of clips: one clip's activations live at a time, and each tensor
+Memory does not grow with the number of clips: only one clip's activations are held at a time, and each tensor
 leaves a C x C matrix and a mean.
 
 Reference: arXiv 2602.19161, section 3.1.

@@ -1,10 +1,10 @@
 """The latency model of pruning: narrowed decoders with random weights, every block timed in its place.
 
-Only the blocks that pruning reaches run narrowed (the tail of the decoder), on the activations that the decoder
-itself hands them, with exact operators and channels-last, as the product runs. Neighbouring stages trade the roles of
+Only the blocks that pruning reaches (the tail of the decoder) run narrowed, on the activations that the decoder
+itself feeds them, with exact operators and channels-last, as in production. Neighbouring stages swap the roles of
 stream and inside, so that one sweep over two ratios covers each residual block's grid of stream by inside and each
-upsampler's grid of the streams before and behind it. The whole decoder takes turns with the narrowed tails, and what
-counts are ratios.
+upsampler's grid of the streams before and after it. The whole decoder takes turns with the narrowed tails, and only
+ratios count.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class _Run:
     def latency(self) -> dict[str, float]:
         """Medians by block, scaled to add up to the median of the sum.
 
-        On a busy machine a short block is often left alone and a long one never, so medians of short ones are low.
+        On a busy machine a short block often runs undisturbed and a long one never, so medians of short ones are low.
         """
         medians = {address: statistics.median(times) for address, times in self.samples.items()}
         total = statistics.median(sum(times) for times in zip(*self.samples.values(), strict=True))
@@ -100,16 +100,16 @@ def measure_width_latency(
 ) -> WidthLatency:
     """Time a decoder over a grid of widths of the channel groups of some stages.
 
-    The grid has all widths of `width_ladder`, or every second one where that would not fit in the time; each of its
-    points is timed once at least, however long that takes.
+    The grid has all widths of `width_ladder`, or every second one if time is short; each of its
+    points is timed at least once, however long that takes.
 
     Args:
-        decoder: left as it is.
+        decoder: left unchanged.
         latents: on the decoder's device, in the number format to measure.
         stages: stages whose widths vary, as pruning would change them.
         narrow: makes the specs to time.
         profile: measures named modules.
-        num_rounds: most rounds over the grid; the median counts.
+        num_rounds: maximum number of rounds over the grid; the median counts.
         budget_s: seconds after which no further round begins.
     Raises:
         ValueError: the stages have no channel group.
@@ -149,7 +149,7 @@ def _time_round(
 ) -> list[float]:
     """One sample of every tail in units of the whole decoder's time, which is measured again before every few.
 
-    A busy machine is so for seconds to minutes, and slows down alike what runs close together. Returns the whole
+    A machine stays busy for seconds to minutes, and slows down equally what runs close together. Returns the whole
     decoder's times in milliseconds.
     """
     whole_ms: list[float] = []
@@ -164,7 +164,7 @@ def _time_round(
 def _grid(
     spec: DecoderSpec, groups: Sequence[ChannelGroup], ladders: Mapping[str, Sequence[int]]
 ) -> list[dict[str, int]]:
-    """All sets of widths to time but the full one."""
+    """All sets of widths to time except the full one."""
     odd = _odd_groups(spec, groups)
     length = max(len(ladder) for ladder in ladders.values())
     found: list[dict[str, int]] = []
@@ -179,8 +179,8 @@ def _grid(
 
 
 def _odd_groups(spec: DecoderSpec, groups: Sequence[ChannelGroup]) -> set[str]:
-    """Groups that vary apart from the others, so that the two axes of every block do: a stream behind a block, other
-    than a residual one, that joins it to another stream, if that before does not; and of a residual block the inside,
+    """Groups that vary separately from the others, so that the two axes of every block do: the stream after a
+    non-residual block that connects two streams, if the stream before it does not; and the inside of a residual block,
     if its stream does not."""
     owner = {tensor: group.name for group in groups for tensor in group.tensors}
     odd: set[str] = set()
@@ -201,7 +201,7 @@ def _every_second(ladder: Sequence[int]) -> tuple[int, ...]:
 
 
 def _grid_seconds(grid: Sequence[Mapping[str, int]], groups: Sequence[ChannelGroup], tail_s: float) -> float:
-    """Rough time of one round: narrowing saves at most two thirds, small decoders are far from their arithmetic."""
+    """Rough time of one round: narrowing saves at most two thirds, because small decoders are not arithmetic-bound."""
     shares = []
     for widths in grid:
         ratios = {group.name: widths[group.name] / group.width for group in groups}
@@ -223,7 +223,7 @@ def _whole_run(
 
 
 def _tail_start(spec: DecoderSpec, first: str) -> str:
-    """Where a run that is to time the block `first` begins: what enters a stage's bypass must be there."""
+    """Where a run that times the block `first` must begin: it needs the input of the stage's bypass."""
     stage = stage_of(first)
     return first if spec.stage(stage).bypass is None else f"{stage}.0"
 
@@ -236,7 +236,7 @@ def _name_bypasses(names: dict[str, tuple[str, ...]], spec: DecoderSpec) -> None
 
 
 def _tail_run(spec: DecoderSpec, widths: dict[str, int], addresses: Sequence[str], entering: Tensor) -> _Run:
-    """All blocks of a narrowed spec from the first that pruning reaches on, with random weights."""
+    """All blocks of a narrowed spec, starting with the first that pruning reaches, with random weights."""
     start = _tail_start(spec, addresses[0])
     first_stage, skipped = split_block(start)
     stages = [stage.name for stage in spec.stages]
@@ -257,7 +257,7 @@ def _tail_run(spec: DecoderSpec, widths: dict[str, int], addresses: Sequence[str
 def _table(
     address: str, axes: tuple[Axis, ...], times: Sequence[tuple[Mapping[str, int], Mapping[str, float]]]
 ) -> BlockLatency:
-    """The times of one block: where several runs share its coordinates, their median."""
+    """The times of one block; the median if several runs share its coordinates."""
     samples: dict[tuple[float, ...], list[float]] = defaultdict(list)
     for group_widths, latency_ms in times:
         samples[tuple(coordinate(axis, group_widths) for axis in axes)].append(latency_ms[address])

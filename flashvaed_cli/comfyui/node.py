@@ -1,4 +1,4 @@
-"""The loader node: one class for each exported decoder, so that several exports live side by side."""
+"""The loader node: one class for each exported decoder, so that several exports can coexist."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ NODE_PREFIX = "FlashVaedLoader_"
 
 
 def node_mappings(decoder: Path) -> tuple[dict[str, type], dict[str, str]]:
-    """What ComfyUI reads of a folder in `custom_nodes`: its node classes and how they are shown.
+    """What ComfyUI reads from a folder in `custom_nodes`: its node classes and their display names.
 
     Args:
         decoder: the artifact that the node loads.
@@ -23,13 +23,13 @@ def node_mappings(decoder: Path) -> tuple[dict[str, type], dict[str, str]]:
 
 
 class _Loader:
-    """A node without required inputs; `encoder` is a VAE that encodes in the decoder's place."""
+    """A node without required inputs; `encoder` is a VAE that does the encoding."""
 
     path: ClassVar[Path]
     RETURN_TYPES = ("VAE",)
     FUNCTION = "load"
     CATEGORY = "loaders"
-    DESCRIPTION = "A fast decoder for the same latents. It decodes only, unless a VAE is connected to `encoder`."
+    DESCRIPTION = "A fast decoder for the same latents. It only decodes, unless a VAE is connected to `encoder`."
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, dict[str, tuple[str, ...]]]:  # noqa: N802 - ComfyUI's name

@@ -1,6 +1,6 @@
-"""A decoder as ComfyUI's VAE: nodes for decoding, tiled decoding and previews take it like any other.
+"""A decoder as a ComfyUI VAE: nodes for decoding, tiled decoding and previews use it like any other.
 
-Reference: what those nodes read of `comfy.sd.VAE` (facts only), ComfyUI 0.3.75.
+Reference: what those nodes read from `comfy.sd.VAE` (facts only), ComfyUI 0.3.75.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from flashvaed_cli.families.registry import original_layout
 
 _DTYPES: dict[torch.dtype, DType] = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _FREE_PART = 0.9
-"""Of the memory that ComfyUI calls free, what a decode plans with."""
+"""The share of the memory that ComfyUI reports as free that a decode plans with."""
 
 
 def load_vae(path: Path, encoder: Any = None) -> Any:
     """A `comfy.sd.VAE` that decodes with the artifact at `path`.
 
     Args:
-        encoder: a `comfy.sd.VAE` of the same latents, which encodes in its place.
+        encoder: a `comfy.sd.VAE` for the same latents, which does the encoding.
     Raises:
         ArtifactError: the artifact cannot be read.
     """
@@ -54,7 +54,7 @@ def load_vae(path: Path, encoder: Any = None) -> Any:
 
 
 class _Model(nn.Module):
-    """What ComfyUI moves between devices and calls: latents as its samplers give them to frames in [-1, 1]."""
+    """What ComfyUI moves between devices and calls: latents from its samplers to frames in [-1, 1]."""
 
     def __init__(
         self, decoder: Decoder, statistics: tuple[Sequence[float], Sequence[float]] | None, free_bytes: Any
@@ -72,7 +72,7 @@ class _Model(nn.Module):
     def decode(
         self, latents: Float[Tensor, "B C T H W"], *, tile: int | None = None, chunk: int | None = None, **_options: Any
     ) -> Float[Tensor, "B 3 F Hp Wp"]:
-        """All frames; without `tile` and `chunk` in steps that fit the memory which is free."""
+        """All frames; without `tile` and `chunk`, in steps that fit the free memory."""
         if self._statistics is not None:
             mean, std = (latents.new_tensor(row).view(-1, 1, 1, 1) for row in self._statistics)
             latents = latents * std + mean
@@ -81,13 +81,13 @@ class _Model(nn.Module):
         return runtime.decode(latents)
 
     def peak_bytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
-        """The least that decoding whole frames of these latents takes."""
+        """The least memory that decoding whole frames of these latents takes."""
         chunk = 1 if self.spec.is_causal else None
         return predict_peak_bytes(self.spec, (shape[2], shape[3], shape[4]), chunk=chunk, dtype=_DTYPES[dtype])
 
 
 def _statistics(checkpoint: Checkpoint) -> tuple[Sequence[float], Sequence[float]] | None:
-    """Families whose own files keep the statistics among the weights get normalized latents, the others raw ones."""
+    """Families whose own files store the statistics among the weights get normalized latents, the others raw ones."""
     return checkpoint.require_statistics() if original_layout(checkpoint.family).statistics is not None else None
 
 
@@ -112,23 +112,23 @@ def _vae_class(parent: type) -> type:
         def decode_tiled_3d(
             self, samples: Tensor, tile_t: int = 999, tile_x: int = 32, tile_y: int = 32, overlap: Any = None
         ) -> Tensor:
-            """Tiles and steps that do not show: `overlap` is what the decoder sees around a tile, not what is given."""
+            """Seamless tiles and steps: the overlap is what the decoder sees around a tile, whatever `overlap` says."""
             latents = samples.to(self.device, self.vae_dtype)
             frames = self.first_stage_model.decode(latents, tile=min(tile_x, tile_y), chunk=tile_t)
             return self.process_output(frames.to(self.output_device).float())
 
         def encode(self, *given: Any, **options: Any) -> Any:
-            """By the VAE that was connected."""
+            """Encode with the connected VAE."""
             return self._require_encoder().encode(*given, **options)
 
         def encode_tiled(self, *given: Any, **options: Any) -> Any:
-            """By the VAE that was connected."""
+            """Encode with the connected VAE."""
             return self._require_encoder().encode_tiled(*given, **options)
 
         def _require_encoder(self) -> Any:
             if self._encoder is None:
                 raise FlashVaedError(
-                    "this VAE decodes only: connect the VAE that it was made from to the loader's `encoder`, or encode "
+                    "this VAE only decodes: connect the VAE that it was made from to the loader's `encoder`, or encode "
                     "with that one"
                 )
             return self._encoder

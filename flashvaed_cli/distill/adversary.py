@@ -1,8 +1,8 @@
-"""The adversarial term: a discriminator of patches that learns beside the student to tell its frames from the
+"""The adversarial term: a patch discriminator that trains alongside the student, learning to tell its frames from the
 original's. Off unless it has a weight.
 
-Reference: PatchGAN of arXiv 1611.07004, hinge losses of arXiv 1705.02894. Departure: group norms, whose frames do not
-depend on one another, so that neither the batch nor the number of processes shows.
+Reference: PatchGAN of arXiv 1611.07004, hinge losses of arXiv 1705.02894. Departure: group norms, which keep frames
+independent of one another, so that neither the batch nor the number of processes matters.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Frames = Float[Tensor, "B 3 T H W"]
 
 WIDTH = 64
 SMALLEST_SIDE = 24
-"""Below it nothing is left of a frame behind three halvings and two unpadded layers."""
+"""Below it, three halvings and two unpadded layers leave nothing of a frame."""
 _NUM_HALVINGS = 3
 _SLOPE = 0.2
 _NORM_GROUPS = 8
@@ -31,7 +31,7 @@ _SEED = 1234
 
 
 class PatchDiscriminator(nn.Module):
-    """Frames `[N, 3, H, W]` to a score for each of their overlapping patches of 70 pixels, `[N, 1, h, w]`."""
+    """Maps frames `[N, 3, H, W]` to a score for each overlapping patch of 70 pixels, `[N, 1, h, w]`."""
 
     def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Adversary:
     """The discriminator, its optimizer, and when it begins.
 
     Attributes:
-        start: the step of the phase at which it begins to learn, and its term to count.
+        start: the step of the phase at which it begins to learn and its term begins to count.
     """
 
     def __init__(self, device: torch.device, *, start: int, learning_rate: float, width: int = WIDTH) -> None:
@@ -70,10 +70,10 @@ class Adversary:
         return step >= self.start
 
     def term(self, student: Frames) -> Float[Tensor, ""]:
-        """What the student lowers by frames that score high; no gradient reaches the discriminator.
+        """The loss that the student lowers by making frames that score high; no gradient reaches the discriminator.
 
         Raises:
-            DistillationError: frames too small for it.
+            DistillationError: the frames are too small for it.
         """
         if min(student.shape[-2:]) < SMALLEST_SIDE:
             raise DistillationError(
@@ -84,7 +84,7 @@ class Adversary:
             return -self.network(frames_as_batch(student)).mean()
 
     def learn(self, student: Frames, teacher: Frames, *, share: float) -> Float[Tensor, ""]:
-        """Accumulate the gradient of its hinge loss on one micro-batch, which counts `share`; returns the loss."""
+        """Accumulate the gradient of its hinge loss on one micro-batch, weighted by `share`; returns the loss."""
         with torch.enable_grad():
             real, made = (self.network(frames_as_batch(frames.detach())) for frames in (teacher, student))
             loss = F.relu(1 - real).mean() + F.relu(1 + made).mean()
@@ -92,7 +92,7 @@ class Adversary:
         return loss.detach()
 
     def step(self, ranks: Ranks) -> None:
-        """Move the discriminator by what it has accumulated."""
+        """Update the discriminator with the accumulated gradient."""
         ranks.average_gradients(list(self.network.parameters()))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -102,14 +102,14 @@ class Adversary:
         return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from `state_dict`."""
+        """Resume from `state_dict`."""
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
 
 
 @contextmanager
 def _frozen(network: nn.Module) -> Iterator[None]:
-    """Gradients pass through, but stay out of its weights."""
+    """Let gradients pass through the network, but not into its weights."""
     network.requires_grad_(False)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Averages that training keeps: of the weights (EMA) and of the loss terms between two log entries."""
+"""Running averages: of the weights (EMA) and of the loss terms between two log entries."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 class WeightAverage:
     """Exponential moving average of parameters, by name.
 
-    The decay rises as (1 + n) / (10 + n) up to its value, so that a short run is not the average of its start.
+    The decay rises as (1 + n) / (10 + n) up to its value, so that a short run does not average mostly its start.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
@@ -22,7 +22,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Take one more step into the average."""
+        """Add one more step to the average."""
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         self.num_updates += 1
         for name, value in self.values.items():
@@ -59,14 +59,14 @@ class WeightAverage:
 
 
 class TermAverage:
-    """Means of named scalars since the last `take`; waits for no device until then."""
+    """Means of named scalars since the last `take`; does not wait for the device until then."""
 
     def __init__(self) -> None:
         self.count = 0
         self.sums: dict[str, Tensor] = {}
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Count the values of one step."""
+        """Add the values of one step."""
         self.count += 1
         for name, value in values.items():
             value = value.detach().double() if value.device.type != "mps" else value.detach().cpu().double()

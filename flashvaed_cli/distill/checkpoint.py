@@ -27,13 +27,13 @@ class TrainState:
     """Everything that changes while a phase trains.
 
     Attributes:
-        run_key: the caller's name for what is being made of what (a hash of recipe and inputs, say): a
-            checkpoint of another run is not taken up.
+        run_key: the caller's identifier of the run (a hash of recipe and inputs, for example): a
+            checkpoint with another one is refused.
         num_ranks: processes that train together.
         step: steps done; also the number of the next batch, and so the position in the data.
         seconds, data_seconds: spent on steps, and on waiting for their batches.
         history: one entry per `log_every_steps`: means of the loss terms, PSNR and more.
-        first_loss: what an exploding loss is measured by.
+        first_loss: the loss that an exploding one is compared with.
         saved_step: the step of this run's checkpoint on disk, if there is one.
     """
 
@@ -75,7 +75,7 @@ _COUNTERS = ("step", "seconds", "data_seconds", "num_clips", "first_loss", "hist
 
 
 def save_checkpoint(state: TrainState, path: Path) -> None:
-    """Write the state to `path`; the checkpoint that was there stays whole until the new one is.
+    """Write the state to `path`; the previous checkpoint stays intact until the new one is complete.
 
     Raises:
         DistillationError: the disk is full or the folder cannot be written to.
@@ -99,19 +99,19 @@ def save_checkpoint(state: TrainState, path: Path) -> None:
         with atomic_path(path) as sibling, sibling.open("wb") as file:
             torch.save(content, file)
     except OSError as error:
-        kept = "there is none before it" if state.saved_step is None else f"that of step {state.saved_step} is whole"
+        kept = "there is no earlier one" if state.saved_step is None else f"that of step {state.saved_step} is intact"
         raise DistillationError(
             f"The checkpoint of step {state.step} cannot be written to {path} ({error.strerror}); {kept}. "
-            "Make room or choose another folder, then run the same command again."
+            "Free some space or choose another folder, then run the same command again."
         ) from error
     state.saved_step = state.step
 
 
 def load_checkpoint(state: TrainState, path: Path) -> int:
-    """Bring `state` to where the checkpoint was saved.
+    """Restore `state` from a checkpoint.
 
     Returns:
-        How many processes trained it until then.
+        How many processes had trained it.
     Raises:
         DistillationError: damaged, or of another run, phase, decoder or settings.
     """
@@ -129,8 +129,7 @@ def load_checkpoint(state: TrainState, path: Path) -> int:
         torch.set_rng_state(content["rng"]["cpu"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise DistillationError(
-            f"{path} does not fit the decoder that is to be trained ({' '.join(str(error).split()):.300}). "
-            "Delete it to start again."
+            f"{path} does not fit the decoder to train ({' '.join(str(error).split()):.300}). Delete it to start again."
         ) from error
     for name, value in content["counters"].items():
         setattr(state, name, value)
@@ -142,7 +141,7 @@ def load_checkpoint(state: TrainState, path: Path) -> int:
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """How far the run of a checkpoint is."""
+    """How far a checkpoint's run has got."""
 
     phase: int
     step: int
@@ -194,7 +193,7 @@ def _require_same_run(content: dict, state: TrainState, path: Path) -> None:
     if content["run_key"] != state.run_key:
         reasons.append("another recipe, decoder or data")
     wanted, saved = asdict(state.settings), content["settings"]
-    if isinstance(saved.get("loss_weights"), dict):  # terms that came later were not there
+    if isinstance(saved.get("loss_weights"), dict):  # lacks terms that were added later
         saved = {**saved, "loss_weights": {**dict.fromkeys(wanted["loss_weights"], 0.0), **saved["loss_weights"]}}
     reasons += [
         f"{name} {value} instead of {wanted.get(name)}"

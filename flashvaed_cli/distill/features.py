@@ -1,4 +1,4 @@
-"""Run a decoder and collect tensors inside it; compare a student's with its teacher's."""
+"""Run a decoder and collect tensors inside it; compare the student's with the teacher's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run_with_features(
     """Decode a whole clip and keep the outputs of the named blocks (`up2.0`) and layers (`up2.0.conv1`).
 
     Args:
-        recompute: keep no activation inside a block; the backward pass runs it again.
+        recompute: keep no activations inside a block; the backward pass runs it again.
     Returns:
         The frames, not clamped, and the tensors by address.
     """
@@ -45,7 +45,7 @@ def _recomputed(block: nn.Module, *inputs: object) -> Tensor:
 
 @contextmanager
 def _layer_outputs(decoder: Decoder, addresses: Sequence[str], features: Features) -> Iterator[None]:
-    """Tensors inside a block have no other way out than a hook."""
+    """Tensors inside a block can only be reached by hooks."""
 
     def keeper(address: str) -> Callable[[nn.Module, object, Tensor], None]:
         def keep(_module: nn.Module, _inputs: object, output: Tensor) -> None:
@@ -75,7 +75,7 @@ class _ChannelMap(nn.Module):
 
 
 class FeatureMatcher(nn.Module):
-    """Mean absolute difference of matched tensors. Holds the projections, which are thrown away after training."""
+    """Mean absolute difference of matched tensors. Holds the projections, which are discarded after training."""
 
     def __init__(self, matches: Sequence[FeatureMatch]) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class FeatureMatcher(nn.Module):
         """The feature loss: the mean over all matches.
 
         Reference: arXiv 2602.19161, section 3.3. Departure: mean instead of sum, so that its weight
-        means the same however many tensors are matched.
+        has the same meaning however many tensors are matched.
         """
         distances = [self.distance(m, student[m.address], teacher[m.address]) for m in self.matches]
         return torch.stack(distances).mean()

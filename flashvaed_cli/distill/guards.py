@@ -1,4 +1,4 @@
-"""Stop a training that has gone wrong before it spoils the weights, and say what is left of it."""
+"""Stop a training run that has gone wrong before it spoils the weights, and say what can be saved."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 from flashvaed_cli.distill.checkpoint import TrainState
 from flashvaed_cli.errors import DistillationError
 
-_SMALLEST_FIRST_LOSS = 1.0  # a student that starts as its teacher may get worse before it gets better
+_SMALLEST_FIRST_LOSS = 1.0  # a student that starts equal to its teacher may get worse before it gets better
 
 
 def require_sane_step(loss: float, gradient_norm: float, state: TrainState, checkpoint_path: Path | None) -> None:
-    """Check one step before its gradient is applied; the first loss is what later ones are measured by.
+    """Check one step before its gradient is applied; later losses are compared with the first.
 
     Raises:
         DistillationError: loss or gradient is not finite, or the loss has exploded.

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP as a wish to stop at the next good moment, not as an exception anywhere."""
+"""SIGINT, SIGTERM and SIGHUP as a request to stop at the next good moment, not as an exception anywhere."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @dataclass
 class StopWish:
-    """Whether somebody asked to stop; `signal_number` says by which signal."""
+    """Whether a stop was requested; `signal_number` says by which signal."""
 
     signal_number: int | None = None
 
 
 @contextmanager
 def stop_wish() -> Iterator[StopWish]:
-    """Collect the signals while the block runs. The second one acts as it would have without the block.
+    """Collect signals while the block runs. A second one acts as it would have without the block.
 
-    Outside the main thread, where Python cannot catch signals, the wish is never set.
+    Outside the main thread, where Python cannot catch signals, no request is ever seen.
     """
     wish = StopWish()
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,4 @@
-"""One training loop for every phase. It reads from top to bottom in `train`."""
+"""One training loop for every phase; read `train` from top to bottom."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ Batches = Callable[[int], Sequence[Tensor]]
 """Step number to this rank's micro-batches of raw latents `[B, C, T, Hz, Wz]`: always the same for the same number."""
 
 Validate = Callable[[], Mapping[str, float]]
-"""Figures of the student on clips that it does not train on, for the history."""
+"""Figures of the student on held-out clips, for the history."""
 
 AfterStep = Callable[[int, HistoryEntry | None], None]
-"""Told, on the main rank, how many steps are done, and the entry of the history that was just closed, if one was.
+"""Called on the main rank with the number of steps done and the history entry just completed, if any.
 
-At the start it is told of every entry there is already, so that a log which lacks some is made whole.
+At the start it is called with every existing entry, so that a log with gaps is completed.
 """
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a phase gave; the weights are in the student.
+    """The result of a phase; the weights are in the student.
 
     Attributes:
         history: means of the loss terms (unweighted), `loss` (weighted sum), `psnr_db` to the teacher's frames,
@@ -53,7 +53,7 @@ class TrainResult:
         num_steps: steps done, those before a resumption included.
         seconds, data_seconds: spent on steps, and, of these, on waiting for batches.
         clips_per_s: throughput over `seconds`.
-        resumed_from: the step at which a checkpoint was taken up.
+        resumed_from: the step of the checkpoint that the run resumed from.
         absent_terms: terms with a weight that could not be computed (`lpips` without a network for it,
             `feature` without any tensor to match).
         unmatched: tensors that the feature loss had to leave out.
@@ -87,21 +87,21 @@ def train(
     validate: Validate | None = None,
     after_step: AfterStep | None = None,
 ) -> TrainResult:
-    """Train the student in place to give the teacher's frames and features.
+    """Train the student in place to reproduce the teacher's frames and features.
 
-    On the CPU a run that was stopped and resumed ends with the same weights, bit for bit, as one that was not.
+    On the CPU a run that was stopped and resumed ends with the same weights, bit for bit, as an uninterrupted one.
     Micro-batches and ranks share a step: their gradients are averaged, as if their clips were one batch.
 
     Args:
         batches: the micro-batches of a step, on any device.
-        checkpoint_path: where to save; the file of a finished phase stays (resuming it does no step)
+        checkpoint_path: where to save; the file of a finished phase stays (resuming it runs no steps)
             and is the caller's to delete. All ranks read it, the main one writes it.
-        resume: go on from `checkpoint_path` if it is there.
-        replaces: files of an earlier run that are given up: the main rank removes them when the first checkpoint of
+        resume: continue from `checkpoint_path` if it exists.
+        replaces: discarded files of an earlier run: the main rank removes them once the first checkpoint of
             this one is on disk.
-        run_key: names the run in the checkpoint; see `TrainState`.
+        run_key: identifies the run in the checkpoint; see `TrainState`.
         perceptual: the LPIPS term; without it the term is absent, and the result says so.
-        told_absent: absent terms that the user has been told of.
+        told_absent: absent terms that the user already knows about.
         ranks: the processes that train together.
         validate: called on the main rank, with the weights that the student would end with, before the first
             step, every `validate_every_steps` and after the last. Its time is not counted.
@@ -189,7 +189,7 @@ def train(
 
 
 def _accumulate_gradients(objective: Objective, micro_batches: Sequence[Tensor], step: int) -> dict[str, Tensor]:
-    """Leave the gradient of the mean loss in the parameters; returns the means of what is worth logging."""
+    """Leave the gradient of the mean loss in the parameters; returns the means of the logged values."""
     sums: dict[str, Tensor] = {}
     for latents in micro_batches:
         loss, values = objective(latents, step=step, share=1 / len(micro_batches))
@@ -206,7 +206,7 @@ def _mean_over_ranks(values: dict[str, Tensor], ranks: Ranks) -> dict[str, Tenso
 
 
 def _agree(ranks: Ranks, state: TrainState, signal_number: int | None, saved_at: float) -> tuple[int | None, bool]:
-    """What all ranks do together: stop for a signal that any of them got, save because the main one's clock says so."""
+    """What all ranks do together: stop if any of them got a signal, save when the main one's clock says so."""
     every_s = state.settings.checkpoint_every_s
     is_late = every_s is not None and ranks.is_main and time.monotonic() - saved_at >= every_s
     if ranks.count == 1:
@@ -262,8 +262,8 @@ def _resume(state: TrainState, path: Path | None, ranks: Ranks, progress: Progre
     progress.log(f"going on from step {state.step} of {state.settings.num_steps} ({path})")
     if num_ranks_before != ranks.count:
         progress.warn(
-            f"{path} was trained by {num_ranks_before} processes and goes on with {ranks.count}: from here on a step "
-            "sees other clips than it would have"
+            f"{path} was trained by {num_ranks_before} processes and continues with {ranks.count}: from here on, steps "
+            "see different clips than they would have"
         )
     return state.step
 
@@ -275,7 +275,7 @@ def _report_gaps(progress: Progress, objective: Objective, told: Sequence[str]) 
     if plan.unmatched:
         progress.warn(
             f"distill phase {plan.number} cannot match the features of {', '.join(plan.unmatched)}: they are "
-            "narrower than the original's, and nothing says which channels were kept"
+            "narrower than the original's, and the kept channels are not recorded"
         )
 
 
@@ -302,7 +302,7 @@ def _checked(latents: Tensor, student: Decoder) -> Float[Tensor, "B C T Hz Wz"]:
 
 
 def _validated(state: TrainState, validate: Validate | None) -> Mapping[str, float]:
-    """The figures of the student, with its average weights if it has them, where they are due."""
+    """The student's figures, with its average weights if it has them, when they are due."""
     every = state.settings.validate_every_steps
     is_due = state.step == state.settings.num_steps or (every is not None and state.step % every == 0)
     if validate is None or not is_due:
@@ -312,7 +312,7 @@ def _validated(state: TrainState, validate: Validate | None) -> Mapping[str, flo
 
 
 def _close_entry(state: TrainState, learning_rate: float, figures: Mapping[str, float]) -> HistoryEntry | None:
-    """Close an entry of the history where one is due, or figures are there to be kept."""
+    """Close a history entry if one is due, or if there are figures to record."""
     is_due = state.step % state.settings.log_every_steps == 0 or state.step == state.settings.num_steps
     if not is_due and not figures:
         return None
@@ -330,7 +330,7 @@ def _close_entry(state: TrainState, learning_rate: float, figures: Mapping[str, 
 
 
 def _shown(state: TrainState, entry: HistoryEntry | None) -> dict[str, object]:
-    """What stands beside the progress bar."""
+    """The values shown beside the progress bar."""
     if entry is None:
         return {}
     shown = {name: value for name, value in entry.items() if name not in ("step", "learning_rate", "seconds")}
@@ -349,7 +349,7 @@ def _checkpoint_is_due(state: TrainState, stop_signal: int | None, *, is_late: b
 
 def _interrupted(state: TrainState, signal_number: int, checkpoint_path: Path | None, ranks: Ranks) -> Interrupted:
     name = signal.Signals(signal_number).name
-    saved = "nothing was saved" if checkpoint_path is None else f"saved to {checkpoint_path}; run again to go on"
+    saved = "nothing was saved" if checkpoint_path is None else f"saved to {checkpoint_path}; run again to resume"
     error = Interrupted(
         f"Stopped by {name} after step {state.step} of {state.settings.num_steps} of phase {state.phase}: {saved}.",
         signal_number,

@@ -1,4 +1,4 @@
-"""The terms of the distillation loss: differentiable, each a scalar, unweighted, computed in float32.
+"""The terms of the distillation loss: differentiable, unweighted scalars, computed in float32.
 
 Frames are `[B, 3, T, H, W]`, nominally in [-1, 1] and not clamped: where the teacher overshoots, so may
 the student, and no gradient is lost. The target is always the teacher's output.
@@ -30,7 +30,7 @@ DATA_RANGE = 2.0
 _NUM_PYRAMID_LEVELS = 3
 _NUM_ENERGY_OCTAVES = 2
 _ENERGY_FLOOR = 1e-6
-"""Mean squared Laplacian at which a clip counts as flat; rounding to 8 bits alone gives about 1e-4."""
+"""Mean squared Laplacian below which a clip counts as flat; rounding to 8 bits alone gives about 1e-4."""
 _R2_DAMPENING_FRAC = 1e-6
 
 
@@ -67,13 +67,13 @@ def l1_loss(student: Frames, teacher: Frames) -> Scalar:
 def ssim_loss(student: Frames, teacher: Frames) -> Scalar:
     """1 - SSIM of single frames and colour channels, averaged.
 
-    Gaussian window of 11 pixels (sigma 1.5), without padding; frames that are smaller take the largest
+    Gaussian window of 11 pixels (sigma 1.5), without padding; smaller frames use the largest
     odd window that fits.
     """
     a, b = frames_as_batch(student), frames_as_batch(teacher)  # [BT, 3, H, W]
     window = min(SSIM_WINDOW, *a.shape[-2:])
     kernel = gaussian_window(window - 1 + window % 2, a)
-    # What the teacher alone gives takes no part in the backward pass.
+    # Terms of the teacher alone take no part in the backward pass.
     mean_a, square_a, product = _smooth(torch.stack([a, a * a, a * b]), kernel)
     mean_b, square_b = _smooth(torch.stack([b, b * b]), kernel)
     variance_a, variance_b = square_a - mean_a**2, square_b - mean_b**2
@@ -85,7 +85,7 @@ def ssim_loss(student: Frames, teacher: Frames) -> Scalar:
 
 
 def _smooth(planes: Float[Tensor, "M N 3 H W"], kernel: Float[Tensor, " size"]) -> Float[Tensor, "M N 3 h w"]:
-    """Every plane by itself, without padding. Planes as channels: as images of a batch, 30 times slower on a CPU."""
+    """Each plane separately, without padding. Planes as channels: as images of a batch, 30 times slower on a CPU."""
     flat = planes.flatten(0, 2)[None]  # [1, M N 3, H, W]
     count = flat.shape[1]
     rows = kernel.expand(count, 1, 1, -1)
@@ -96,8 +96,8 @@ def _smooth(planes: Float[Tensor, "M N 3 H W"], kernel: Float[Tensor, " size"]) 
 def sharpness_loss(student: Frames, teacher: Frames) -> Scalar:
     """Mean absolute difference of Laplacian pyramids, averaged over three octaves.
 
-    Unlike L1, it gives the finest detail the same say as everything coarser. But it is a difference too:
-    detail that the student cannot place is best left out, as far as this term is concerned.
+    Unlike L1, it gives the finest detail the same weight as everything coarser. But it is a difference too:
+    for this term, detail that the student cannot place is best left out.
     """
     difference = frames_as_batch(student - teacher)  # bands are linear, so those of the difference suffice
     bands = _laplacian_bands(difference)
@@ -107,9 +107,9 @@ def sharpness_loss(student: Frames, teacher: Frames) -> Scalar:
 def energy_loss(student: Frames, teacher: Frames) -> Scalar:
     """How much less, or more, detail there is: mean absolute logarithm of the ratio of Laplacian energies.
 
-    Per clip, of the luma at full and at half size. Terms that compare pixel by pixel are smallest when what cannot be
-    predicted is left out, so they soften; this one asks only that there is as much detail, wherever it lies, and
-    so serves beside them. 0.1 is an energy that is a tenth off.
+    Per clip, of the luma at full and at half size. Terms that compare pixel by pixel are smallest when unpredictable
+    detail is left out, so they soften; this one asks only for the same amount of detail, wherever it lies, and
+    so complements them. 0.1 means that the energy is off by a tenth.
     """
     pairs = zip(_detail_energies(student), _detail_energies(teacher), strict=True)
     ratios = [((ours + _ENERGY_FLOOR) / (theirs + _ENERGY_FLOOR)).log().abs() for ours, theirs in pairs]
@@ -129,7 +129,7 @@ def _detail_energies(frames: Frames) -> list[Float[Tensor, " B"]]:
 
 
 def _laplacian_bands(images: Float[Tensor, "N C H W"]) -> list[Tensor]:
-    """Finest first, each half the size of the one before; images of a single row or column have none."""
+    """Finest first, each half the size of the previous one; images of a single row or column have none."""
     bands = []
     for _ in range(_NUM_PYRAMID_LEVELS):
         if min(images.shape[-2:]) < 2:
@@ -141,7 +141,7 @@ def _laplacian_bands(images: Float[Tensor, "N C H W"]) -> list[Tensor]:
 
 
 def temporal_loss(student: Frames, teacher: Frames) -> Scalar:
-    """Mean absolute difference of the changes from frame to frame; 0 for single frames."""
+    """Mean absolute difference of frame-to-frame changes; 0 for single frames."""
     changes = (student - teacher).diff(dim=2)
     return changes.abs().mean() if changes.numel() else changes.sum()
 
@@ -177,7 +177,7 @@ def r2_loss(
     and no factorisation is differentiated.
 
     Args:
-        kept: the channels that will stay.
+        kept: the channels that will be kept.
         mean_over_ranks: the mean of a tensor over all processes. With it the value is that of the batches of all
             of them together, and the mean of their gradients is its gradient.
     Reference:

@@ -51,7 +51,7 @@ class Objective:
     def __call__(
         self, latents: Float[Tensor, "B C T Hz Wz"], *, step: int = 0, share: float = 1.0
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """The loss of one micro-batch, and everything worth logging: `loss`, the unweighted terms, `clamped_error`.
+        """The loss of one micro-batch, and the values to log: `loss`, the unweighted terms, `clamped_error`.
 
         Args:
             step: of the phase.
@@ -70,7 +70,7 @@ class Objective:
     def terms(self, latents: Float[Tensor, "B C T Hz Wz"]) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
         """The student's frames and the teacher's, the unweighted terms, and the error of clamped frames, for the PSNR.
 
-        The adversarial term, which needs a state, is not among them.
+        The adversarial term, which has state, is not included.
         """
         if self.settings.channels_last:
             latents = latents.contiguous(memory_format=torch.channels_last_3d)
@@ -94,7 +94,7 @@ class Objective:
         return frames, target, terms, clamped_error(frames, target)
 
     def _l_ce(self, features: Float[Tensor, "B C T H W"], kept: tuple[int, ...]) -> Float[Tensor, ""]:
-        """Over the clips of all ranks together; of micro-batches that follow each other it is the mean."""
+        """Over the clips of all ranks together; over successive micro-batches it is the mean."""
         return r2_loss(features.float(), kept, mean_over_ranks=self.ranks.mean if self.ranks.count > 1 else None)
 
 
@@ -133,7 +133,7 @@ def choose_terms(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The terms that a phase computes, and those with a weight that it cannot.
 
-    L_ce belongs to phase 2: that it plays no part in the others is no gap.
+    L_ce belongs to phase 2, so its absence from the others does not count as missing.
     """
     possible = {
         **dict.fromkeys(FRAME_LOSSES, True),

@@ -1,4 +1,4 @@
-"""The optimizer, and which parameters it moves how far: by kind, and by the size that they have."""
+"""The optimizer, and how far it moves each parameter: by kind and by magnitude."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def parameter_groups(
     Args:
         parameters: what trains, by name.
         projections: of the feature loss.
-        held: names of parameters some rows of which are held still: weight decay would move these rows although
+        held: names of parameters some of whose rows are held still: weight decay would move these rows although
             their gradient is masked, and so would a rotation of the output channels.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}

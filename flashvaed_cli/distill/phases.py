@@ -1,8 +1,8 @@
 """The three phases as data: what trains, what is matched, what is held still.
 
-1. The converted deep stages learn to give the teacher's features; everything else is frozen.
-2. Before pruning, the whole decoder trains while L_ce makes the channels that will go linearly
-   dependent on those that stay. The weights that produce the channels to go are held still, so that
+1. The converted deep stages learn to reproduce the teacher's features; everything else is frozen.
+2. Before pruning, the whole decoder trains while L_ce makes the channels to be pruned linearly
+   dependent on the kept ones. The weights that produce the channels to be pruned are held still, so that
    these do not collapse towards the kept ones.
 3. After pruning, the whole decoder trains; narrower tensors are matched through a 1x1 projection,
    or by the index of their kept channels.
@@ -31,9 +31,9 @@ Projection = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class FeatureMatch:
-    """One tensor that the student should share with its teacher.
+    """One tensor in which the student should match its teacher.
 
-    Channel i of the student stands for channel i of the teacher; with `kept`, for channel `kept[i]`;
+    Channel i of the student corresponds to channel i of the teacher; with `kept`, to channel `kept[i]`;
     with `projection`, the student's channels are first mapped to all of the teacher's.
     """
 
@@ -50,9 +50,9 @@ class PhasePlan:
         number: 1, 2 or 3.
         trained_stages: the stages whose weights train; the others are frozen.
         matches: the tensors of the feature loss.
-        to_keep: phase 2: channels that will stay, by the address of the block or layer that gives them.
-        unmatched: tensors that the feature loss leaves out, because the widths differ and nothing says
-            which channels were kept.
+        to_keep: phase 2: the channels that will be kept, by the address of the block or layer that outputs them.
+        unmatched: tensors that the feature loss leaves out, because the widths differ and the kept
+            channels are not recorded.
     """
 
     number: int
@@ -63,9 +63,9 @@ class PhasePlan:
 
 
 def swapped_stages(student: DecoderSpec, teacher: DecoderSpec) -> tuple[str, ...]:
-    """The stages in which some layer has another operator than the teacher's, in forward order.
+    """The stages in which some layer's operator differs from the teacher's, in forward order.
 
-    A shortcut that only one of the two has is a matter of pruning and does not count.
+    A shortcut that only one of the two has comes from pruning and does not count.
     """
     originals = {address: layer.operator for address, layer in teacher.layers()}
     changed = {
@@ -83,7 +83,7 @@ def plan_phase_1(
     shallow_stages: Collection[str],
     kept_channels: Mapping[str, Channels] | None = None,
 ) -> PhasePlan:
-    """Train the stages that were converted, the shallow ones excepted, and match their features.
+    """Train the converted stages, except the shallow ones, and match their features.
 
     Args:
         shallow_stages: the family's.
@@ -107,14 +107,14 @@ def plan_phase_2(student: DecoderSpec, teacher: DecoderSpec, *, to_keep: Mapping
     """Train everything on an unpruned decoder, with L_ce on the tensors that will be pruned.
 
     Args:
-        to_keep: channels that will stay, by the address of the block or layer that gives them.
+        to_keep: channels that will be kept, by the address of the block or layer that outputs them.
     Raises:
-        DistillationError: nothing will be pruned, or one of these tensors is narrower than the teacher's already.
+        DistillationError: nothing will be pruned, or one of these tensors is already narrower than the teacher's.
         SpecError: student and teacher do not have the same blocks, or an address is unknown.
     """
     if not to_keep:
         raise DistillationError(
-            "Phase 2 prepares channels for pruning, and none are chosen: give a ratio, or leave phase 2 out."
+            "Phase 2 prepares channels for pruning, but none are chosen: give a ratio, or leave phase 2 out."
         )
     addresses = _block_addresses(student, teacher)
     student_widths, teacher_widths = _tensor_widths(student), _tensor_widths(teacher)
@@ -138,11 +138,11 @@ def plan_phase_3(
     kept_channels: Mapping[str, Channels] | None = None,
     projections: Mapping[str, Projection] | None = None,
 ) -> PhasePlan:
-    """Train everything; match every block's output, and the inside tensors that the arguments name.
+    """Train everything; match every block's output, and the inner tensors that the arguments name.
 
     Args:
-        kept_channels: which of the teacher's channels the student's are, by block or layer address.
-        projections: least-squares maps from the kept channels to all; they win over `kept_channels`.
+        kept_channels: which of the teacher's channels the student has, by block or layer address.
+        projections: least-squares maps from the kept channels to all; they take precedence over `kept_channels`.
     Raises:
         DistillationError: a map or a set does not fit the widths.
         SpecError: student and teacher do not have the same blocks, or an address is unknown.
@@ -156,7 +156,7 @@ def plan_phase_3(
 
 
 def plan_other_shape(student: DecoderSpec) -> PhasePlan:
-    """Phase 3 of a student whose blocks have no counterparts in the original: everything trains, on frames alone."""
+    """Phase 3 for a student whose blocks have no counterparts in the original: everything trains, on frames alone."""
     return PhasePlan(number=3, trained_stages=tuple(stage.name for stage in student.stages), matches=())
 
 
@@ -168,10 +168,10 @@ def trained_parameters(student: Decoder, plan: PhasePlan) -> dict[str, nn.Parame
 
 
 def gradient_masks(student: Decoder, plan: PhasePlan) -> dict[str, Tensor]:
-    """Phase 2: what to multiply gradients with, by parameter name; 0 where a channel to go is produced.
+    """Phase 2: factors for the gradients, by parameter name; 0 where a channel to be pruned is produced.
 
     Covers weight rows and bias of the layers that write to the tensors in `plan.to_keep`: for a residual
-    block conv2 and its shortcut. What happens upstream of these layers still trains.
+    block, conv2 and its shortcut. Everything upstream of these layers still trains.
     """
     names = {id(parameter): name for name, parameter in student.named_parameters()}
     masks: dict[str, Tensor] = {}
@@ -247,7 +247,7 @@ def _match(
 
 def _require_known(address: str, widths: Mapping[str, int]) -> None:
     if address not in widths:
-        raise SpecError(f"'{address}' names no block or layer of this decoder; it has {', '.join(widths)}.")
+        raise SpecError(f"'{address}' is not a block or layer of this decoder; it has {', '.join(widths)}.")
 
 
 def _require_indices(address: str, kept: Channels, width: int) -> None:

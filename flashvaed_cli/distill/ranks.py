@@ -1,9 +1,9 @@
 """The processes that train together, one per device, as `accelerate launch` or torchrun starts them.
 
 Gradients are averaged by hand after the last backward pass of a step instead of by DistributedDataParallel: the
-clips of a step, however they are spread, then give one gradient, whatever is frozen, recomputed or left without a
-gradient; and the clipped norm is that of the whole. What DDP would hide behind the backward pass is one all-reduce
-of 24 MB (Wan's student) in a step of about a second.
+clips of a step, however they are split, then give the same gradient, whatever is frozen, recomputed or left without a
+gradient; and the norm that is clipped is that of the whole. All that DDP would overlap with the backward pass is one
+all-reduce of 24 MB (Wan's student) in a step of about a second.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PATIENCE = timedelta(hours=6)  # the others wait while the main process encodes
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process' number among those that train together. Rank 0 is the main one: it alone writes and prints."""
+    """This process's number among those that train together. Only rank 0, the main one, writes and prints."""
 
     rank: int = 0
     count: int = 1
@@ -49,7 +49,7 @@ class Ranks:
         return self.sum(values) / self.count
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace every gradient by its mean over all ranks. Who has none takes part with zeros."""
+        """Replace every gradient by its mean over all ranks. A rank without one contributes zeros."""
         if self.count == 1:
             return
         trained = list(parameters)
@@ -65,12 +65,12 @@ class Ranks:
                 distributed.broadcast(tensor.detach(), src=0)
 
     def wait(self) -> None:
-        """Return when all ranks have come here."""
+        """Return when all ranks have got here."""
         if self.count > 1:
             self.sum(torch.zeros(1, device=_own_device()))
 
     def gather(self, value: T) -> list[T]:
-        """The values of all ranks, in their order, on every rank."""
+        """The values of all ranks, in rank order, on every rank."""
         if self.count == 1:
             return [value]
         found: list = [None] * self.count
@@ -105,7 +105,7 @@ ALONE = Ranks()
 
 
 def told_by_main(message: str, exit_code: int) -> FlashVaedError:
-    """The error of another rank, which has printed it."""
+    """An error that another rank has already printed."""
     error = FlashVaedError(message)
     error.exit_code = exit_code
     error.is_told_elsewhere = True
@@ -113,16 +113,16 @@ def told_by_main(message: str, exit_code: int) -> FlashVaedError:
 
 
 def _own_device() -> torch.device:
-    """Where this process' tensors must be for the ranks to exchange them."""
+    """Where this process's tensors must be for the ranks to exchange them."""
     return torch.device("cuda" if distributed.get_backend() == "nccl" else "cpu")
 
 
 @contextmanager
 def joined_ranks(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
-    """Meet the other processes of a launch, by gloo on CPUs and NCCL on GPUs; alone where there is no launch.
+    """Join the other processes of a launch, by gloo on CPUs and NCCL on GPUs; alone if there is no launch.
 
     Yields:
-        The ranks, and this process' own device.
+        The ranks, and this process's own device.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE, device

@@ -1,4 +1,4 @@
-"""How to train, whatever the phase: plain values, from which the learning rate of every step follows."""
+"""How to train, in any phase: plain values that determine the learning rate of every step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TrainSettings:
             of tiny weights would be scrambled: its learning rate is at most this fraction of its weights' root
             mean square at the start of the phase. Biases and gains are exempt. None for no limit. Not for soap.
         schedule: what the learning rate does after that: stay, or fall to `final_rate_frac` of itself.
-        gradient_clip_norm: longest gradient that is let through unscaled; None lets all through.
+        gradient_clip_norm: gradients with a larger norm are scaled down to it; None: never.
         ema_decay: with it, the student ends with the moving average of its weights.
         compute_dtype: of activations (autocast); weights, losses and optimizer are float32 always.
         channels_last: lay activations out channels-last.
@@ -35,7 +35,7 @@ class TrainSettings:
         adversarial_start: the step at which the adversarial term begins, if it has a weight.
         explosion_factor: stop when a loss is this many times the first one.
         log_every_steps: steps that one entry of the history averages over.
-        validate_every_steps: try the student on the validation clips so often, and at start and end.
+        validate_every_steps: how often to validate the student, besides at start and end.
         checkpoint_every_steps, checkpoint_every_s: save after this many steps or seconds, whichever
             comes first; None for neither. The end of the phase and a signal save in any case.
 

@@ -1,8 +1,8 @@
 """SOAP, Adam in the eigenbasis of the gradients: an optimizer that is gentle with weights solved in closed form.
 
-Weights that least squares gave sit in a narrow valley: what their inputs share is fitted to many digits, and a step of
-AdamW, as long in every weight, leaves it at once. In the eigenbasis of the gradient's covariances, one per axis of the
-weight, steep and flat directions are separate coordinates, each with a scale of its own.
+Least-squares weights sit in a narrow valley: what their inputs share is fitted to many digits, and a step of
+AdamW, equally long in every weight, leaves it at once. In the eigenbasis of the gradient's covariances, one per axis of
+the weight, steep and flat directions are separate coordinates, each with its own scale.
 
 Reference: Vyas et al., SOAP: Improving and Stabilizing Shampoo using Adam, arXiv 2409.11321. Departures: a kernel's
 taps are one axis beside output and input channels; a coordinate moves by at most ten times the learning rate; groups
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 _LONGEST_STEP = 10.0
-"""In learning rates. A coordinate that first sees a gradient late would take a huge one."""
+"""Longest step, in learning rates. A coordinate that first sees a gradient late would otherwise take a huge one."""
 
 _BASIS_UPDATES_BY_DOUBLING = 8
-"""Up to this step the bases are renewed at every power of two: at the start they rest on few gradients."""
+"""Up to this step the bases are renewed at every power of two, because at first they rest on few gradients."""
 
 
 class Soap(torch.optim.Optimizer):
@@ -38,7 +38,7 @@ class Soap(torch.optim.Optimizer):
         max_axis: int = 1024,
         weight_decay: float = 0.0,
     ) -> None:
-        """Set up; the state of a parameter begins with its first gradient.
+        """Set up; a parameter's state begins with its first gradient.
 
         Args:
             betas: decay of the mean gradient, and of its square in the eigenbasis.
@@ -61,7 +61,7 @@ class Soap(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """One step on every parameter with a gradient; a parameter's first step only begins its bases."""
+        """Step every parameter that has a gradient; a parameter's first step only initialises its bases."""
         assert closure is None
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -91,7 +91,7 @@ class Soap(torch.optim.Optimizer):
         turned = rotate(gradient, state["bases"])
         state["square"].mul_(second).addcmul_(turned, turned, value=1 - second)
         scale = (state["square"] / (1 - second**step)).sqrt_().add_(group["eps"])
-        # not in place: what is not rotated is a view of the mean itself
+        # not in place: an unrotated tensor is a view of the mean itself
         direction = rotate(state["mean"], state["bases"]) / (scale * (1 - first**step))
         direction = direction.clamp(-_LONGEST_STEP, _LONGEST_STEP)
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
@@ -113,7 +113,7 @@ def axes_of(parameter: Tensor) -> tuple[int, ...]:
 
 def rotate(x: Tensor, bases: list[Tensor], *, back: bool = False) -> Tensor:
     """Into the bases of all axes (columns are basis vectors), or back; an empty basis leaves its axis as it is."""
-    for basis in bases:  # each turn moves the first axis to the end: after all of them the order is the old one
+    for basis in bases:  # each round moves the first axis to the end, so the final order is the original one
         x = x.movedim(0, -1)
         if basis.numel():
             x = x @ (basis.T if back else basis)
@@ -133,8 +133,8 @@ def _eigenbasis(covariance: Tensor) -> Tensor:
 
 
 def _renewed(basis: Tensor, covariance: Tensor) -> Tensor:
-    """One step of the power iteration: near the eigenbasis, with the columns in their order.
+    """One step of power iteration: close to the eigenbasis, with the columns in order.
 
-    Columns do not change places, so that the running squares stay with theirs.
+    Columns do not change places, so that each keeps its running squares.
     """
     return torch.linalg.qr(covariance @ basis)[0] if basis.numel() else basis

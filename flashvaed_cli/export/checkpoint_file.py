@@ -1,4 +1,4 @@
-"""The decoder as safetensors in a layout that others read; what is written is read back before it appears."""
+"""The decoder as safetensors in a layout that others read; every file is read back before it appears."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from flashvaed_cli.errors import ExportError
 from flashvaed_cli.export.parity import copy_in, own_rounding, relative_difference, require_parity
 from flashvaed_cli.export.result import ExportResult, Target
 
-# float32: equal weights through equal code, but another memory format may choose another kernel.
-# The halves: weights rounded to 11 and 8 bits, over some forty layers.
+# float32: equal weights through equal code, but another memory format may select another kernel.
+# Half precision: weights rounded to 11 and 8 bits, over some forty layers.
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 READ_BACK = f"flashvaed {__version__}, torch {torch.__version__}"
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "diffusion_pytorch_model.safetensors"
@@ -57,9 +57,9 @@ def export_safetensors(
         target: what the result calls it.
         dtype: of the weights in the file.
         exact: names that keep their dtype.
-        notes: passed on to the result (where the file fits).
+        notes: passed on to the result (where the file can be used).
     Raises:
-        ExportError: an unknown dtype, weights that overflow in it, or the file read back decodes differently.
+        ExportError: an unknown dtype, weights that overflow in it, or the file decodes differently when read back.
     """
     with atomic_path(path) as draft:
         save_file(_written(tensors, dtype, exact), draft, metadata=dict(metadata))
@@ -87,7 +87,7 @@ def export_diffusers(
         config: what the class takes, with `_class_name`.
         folder: a new one.
         beside: further text files, by name.
-        dtype, exact, notes: as of `export_safetensors`.
+        dtype, exact, notes: as for `export_safetensors`.
     Raises:
         ExportError: as `export_safetensors`.
     """
@@ -109,7 +109,7 @@ def export_diffusers(
 
 
 def _written(tensors: Mapping[str, Tensor], dtype: torch.dtype, exact: frozenset[str]) -> dict[str, Tensor]:
-    """Tensors of their own, on the CPU, in the dtype of the file."""
+    """Separate copies, on the CPU, in the dtype of the file."""
     if dtype not in TOLERANCES:
         known = ", ".join(str(kind).removeprefix("torch.") for kind in TOLERANCES)
         raise ExportError(f"a checkpoint holds one of {known}, not {str(dtype).removeprefix('torch.')}")
@@ -123,7 +123,7 @@ def _written(tensors: Mapping[str, Tensor], dtype: torch.dtype, exact: frozenset
 
 
 def read_back(reference: Reference, draft: Path, dtype: torch.dtype, name: str) -> tuple[float, float]:
-    """The difference of the frames of what was written, and what was allowed.
+    """How far the written file's frames differ, and what was allowed.
 
     Raises:
         ExportError: it is larger.

@@ -1,4 +1,4 @@
-"""What ComfyUI takes of a decoder: a file for `models/vae`, or a folder for `custom_nodes`.
+"""A decoder in the forms that ComfyUI takes: a file for `models/vae`, or a folder for `custom_nodes`.
 
 Reference: the loader of ComfyUI 0.3.75 (facts only).
 """
@@ -17,7 +17,7 @@ LATENTS = "latents.latent"
 
 
 def single_file_obstacle(decoder: DecoderSpec, encoder: EncoderSpec | None) -> str | None:
-    """Why ComfyUI's own loader does not read a decoder's file; None if it does."""
+    """Why ComfyUI's own loader cannot read a decoder's file; None if it can."""
     family = get_family(decoder.family)
     fit, reader = fits_uniform_layout(decoder, original_like(decoder)), family.elsewhere.comfyui
     if reader is None:
@@ -27,20 +27,20 @@ def single_file_obstacle(decoder: DecoderSpec, encoder: EncoderSpec | None) -> s
     if not reader.any_width and fit.base_width != family.released_base_width:
         return f"it builds {family.name} at base width {family.released_base_width} only, this has {fit.base_width}"
     if encoder is None:
-        return "it wants an encoder in the file, and none is at hand"
+        return "it needs an encoder in the file, and none is available"
     width = encoder_base_width(encoder)
     if reader.any_width and width != fit.base_width:
-        return f"it wants encoder and decoder of one base width, these have {width} and {fit.base_width}"
+        return f"it needs encoder and decoder at one base width, but these have {width} and {fit.base_width}"
     return None
 
 
 def stand_in_encoder(decoder: DecoderSpec, encoder: EncoderSpec | None) -> Encoder | None:
-    """An encoder of zeros for a decoder that lacks only one of its width; None where that is not what is lacking.
+    """An encoder of zeros for a decoder that lacks nothing but an encoder of its width; None otherwise.
 
-    A program that builds both at one width loads the file then, and decodes with it.
+    A program that builds both at one width can then load the file and decode with it.
 
     Args:
-        encoder: what would be written else.
+        encoder: what would be written otherwise.
     """
     base_width = fits_uniform_layout(decoder, original_like(decoder)).base_width
     reader = get_family(decoder.family).elsewhere.comfyui
@@ -63,10 +63,10 @@ def file_metadata(decoder: DecoderSpec) -> dict[str, str]:
 
 
 def write_node_folder(folder: Path, decoder: Path, node: str, family: str) -> tuple[Path, ...]:
-    """Write what makes a folder of a decoder a custom node; returns the files.
+    """Write what turns a decoder's folder into a custom node; returns the files.
 
     Args:
-        folder: holds `decoder` already.
+        folder: already holds `decoder`.
         node: the key of the loader node.
     """
     texts = {
@@ -80,7 +80,7 @@ def write_node_folder(folder: Path, decoder: Path, node: str, family: str) -> tu
 
 
 def _workflow(node: str, name: str) -> dict[str, object]:
-    """Saved latents through the decoder to pictures, in ComfyUI's API format."""
+    """A workflow from saved latents through the decoder to pictures, in ComfyUI's API format."""
     return {
         "1": {"class_type": node, "inputs": {}},
         "2": {"class_type": "LoadLatent", "inputs": {"latent": LATENTS}},
@@ -103,9 +103,9 @@ _README = """# A fast {family} decoder for ComfyUI
 1. Install flashvaed in ComfyUI's Python: `pip install flashvaed`.
 2. Put this folder into `ComfyUI/custom_nodes/` and restart ComfyUI.
 3. Add *Load VAE: ... (flashvaed)* and connect its VAE where the stock VAE was: VAE Decode, VAE Decode (Tiled) and
-   previews work as before. Tiles do not show, whatever overlap you choose.
+   previews work as before. Tiles leave no seams, whatever overlap you choose.
 
-It decodes only. To encode (image to video), connect the stock VAE to the node's `encoder` input, or encode with that.
+It only decodes. To encode (image to video), connect the stock VAE to the node's `encoder` input, or encode with it.
 
 `workflow.json` decodes saved latents: put a file from *Save Latent* into `ComfyUI/input/` as `{latents}`, and drop the
 workflow on ComfyUI's window. `{name}` holds the weights; nothing else in `{folder}/` depends on it.

@@ -1,6 +1,6 @@
-"""The configuration with which diffusers builds a decoder, and an encoder beside it; which files its classes read.
+"""The config from which diffusers builds a decoder and its encoder, and which files its classes read.
 
-Values come from what the families say of configurations (`Family.config_keys`); here stand the names that each class
+Values come from what the families say about configs (`Family.config_keys`); this file has the names that each class
 takes.
 
 Reference: the constructors of diffusers' classes (facts only).
@@ -30,18 +30,18 @@ def diffusers_config(
     encoder: EncoderSpec | None,
     statistics: tuple[tuple[float, ...], tuple[float, ...]],
 ) -> dict[str, Any]:
-    """`config.json` for a decoder, with an encoder that `encoder_fault` finds nothing against; None: weights without.
+    """`config.json` for a decoder, with an encoder that `encoder_fault` accepts; None: weights without an encoder.
 
     Args:
         statistics: mean and deviation per latent channel.
     Raises:
-        ExportError: the class has no configuration for this decoder, or the statistics are not known.
+        ExportError: the class has no config for this decoder, or the statistics are unknown.
     """
     fit = fits_uniform_layout(decoder, original_like(decoder))
     if fit.base_width is None:
         raise ExportError(f"{class_name} has no decoder like this one ({fit.deviation})")
     if not all(statistics):
-        raise ExportError("a diffusers model has latent statistics, and this decoder has none")
+        raise ExportError("a diffusers model needs latent statistics, and this decoder has none")
     own_width = None if encoder is None else encoder_base_width(encoder)
     known = dict(_known(class_name, decoder, encoder))
     known |= _widths(class_name, get_family(decoder.family), fit.base_width, own_width or fit.base_width)
@@ -53,10 +53,10 @@ def diffusers_config(
 
 
 def encoder_fault(class_name: str, decoder: DecoderSpec, encoder: EncoderSpec) -> str | None:
-    """Why an encoder cannot stand beside a decoder in one model of diffusers; None if it can."""
+    """Why an encoder cannot be combined with a decoder in one diffusers model; None if it can."""
     base_width, family = encoder_base_width(encoder), get_family(decoder.family)
     if base_width is None or encoder.latent_width != decoder.latent_width:
-        return "its encoder is another network than the original's"
+        return "its encoder is a different network from the original's"
     keys = {_width_key(class_name, family, role)[0] for role in ("encoder", "decoder")}
     needed = fits_uniform_layout(decoder, original_like(decoder)).base_width
     if len(keys) == 1 and needed != base_width:
@@ -90,7 +90,7 @@ def single_file_note(class_name: str | None, decoder: DecoderSpec, encoder: Enco
 
 
 def _known(class_name: str, decoder: DecoderSpec, encoder: EncoderSpec | None) -> Iterator[tuple[str, Any]]:
-    """What the families' keys and the specs say, under all names that some class takes."""
+    """What the families' keys and the specs say, under every name that any class takes."""
     family = get_family(decoder.family)
     for key, values in family.config_keys.fixed.items():
         yield key, values[0]
@@ -104,7 +104,7 @@ def _known(class_name: str, decoder: DecoderSpec, encoder: EncoderSpec | None) -
     yield "downsample_type", family.config_keys.fixed.get("downsample_type", (("conv",) * 4,))[0]
     noise = [any(isinstance(b, ResBlockSpec) and b.noise for b in stage.blocks) for stage in decoder.stages[1:-1]]
     yield "decoder_inject_noise", noise[::-1]
-    # The class is built for the encoder that is there; without one the decoder's word counts.
+    # The class is built for the encoder, if there is one; otherwise the decoder decides.
     released = family.encoder_spec(family.released_base_width, decoder.latent_width)
     for spec in (released, decoder) if encoder is None else (decoder, encoder):
         yield from family.described(spec).items()
@@ -134,6 +134,6 @@ def _widths(class_name: str, family: Family, decoder_width: int, encoder_width: 
 
 
 def _require_takes(class_name: str, known: Mapping[str, Any]) -> None:
-    """Raise ExportError if a value that is not the constructor's only one has no name there."""
+    """Raise ExportError if a value cannot be passed to the constructor and is not the only one that it supports."""
     if "decoder_spatial_padding_mode" not in ARGUMENTS[class_name] and known["decoder_spatial_padding_mode"] != "zeros":
         raise ExportError(f"{class_name} has no decoder that mirrors frames at their borders")

@@ -1,7 +1,7 @@
-"""A decoder as graphs that others run: what they take and give, and how their caches are called.
+"""A decoder as graphs that others run: their inputs and outputs, and the names of their caches.
 
-A cache is named after the address of its layer with underscores for dots: layer `up0.1.conv1` reads
-`past_up0_1_conv1` and gives `future_up0_1_conv1`. Any batch, number of latent frames, height and width go in.
+A cache is named after its layer's address with underscores for dots: layer `up0.1.conv1` reads
+`past_up0_1_conv1` and writes `future_up0_1_conv1`. Batch, latent frames, height and width can be anything.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from flashvaed_cli.decoders.spec.blocks import AttentionSpec, UpsampleSpec
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.decoders.variants.half_range import cast_decoder
 
-TRACE_BATCH = 2  # an axis of one is taken for a constant
-TRACE_GRID = (3, 5, 6)  # latent frames, height, width: unequal, so that no two axes are taken for one
+TRACE_BATCH = 2  # an axis of length one is taken for a constant
+TRACE_GRID = (3, 5, 6)  # latent frames, height, width: all different, so that no two axes are taken for the same one
 
 
 def trace_grid(spec: DecoderSpec) -> tuple[int, int, int]:
@@ -53,11 +53,11 @@ def clip_notes(spec: DecoderSpec) -> tuple[str, ...]:
 
 
 MAX_SIZE = 2**31 - 1
-"""Of a batch, and of frames; without a bound older torch guards against one of 2^63 - 1, and refuses its own guard."""
+"""Of batches and frames; without a bound, older torch guards against 2^63 - 1, and rejects its own guard."""
 
 
 class _AnyLengthUpsample(Upsample):
-    """The same frames without a branch on the number of latents, so that one graph serves 1 and more."""
+    """The same frames without a branch on the number of latents, so that one graph handles 1 and more."""
 
     def double_frames(
         self, x: Float[Tensor, "B C T H W"], past: Past = None, future: Future = None
@@ -66,7 +66,7 @@ class _AnyLengthUpsample(Upsample):
             return super().double_frames(x, past, future)
         first = x[:, :, :1]
         later = (torch.arange(x.shape[2], device=x.device) > 0).to(x.dtype)
-        unseen = x * later.view(1, 1, -1, 1, 1)  # what precedes a clip is zero too
+        unseen = x * later.view(1, 1, -1, 1, 1)  # zeros precede a clip too
         assert self.temporal is not None
         doubled = self.temporal(unseen, None, future).chunk(2, dim=1)
         rest = torch.stack(doubled, dim=3).flatten(2, 3)[:, :, 2:]  # [B, C, 2 (T - 1), H, W]
@@ -90,7 +90,7 @@ class _AnyLengthAttention(Attention):
 
 
 class _AnyLengthLowRank(LowRankConv3d):
-    """The same frames by a window of past and present ones: the sum over taps branches on how many there are."""
+    """The same frames from a window of past and present ones: the sum over taps branches on how many there are."""
 
     def forward(
         self, x: Float[Tensor, "B C T H W"], past: Past = None, future: Future = None
@@ -102,7 +102,7 @@ class _AnyLengthLowRank(LowRankConv3d):
 class _KeptEpsNorm(ChannelRMSNorm):
     """The same norm with the sum in multiples of its eps.
 
-    torch's ONNX optimiser takes a summand of 1e-8 for zero and drops it: a vector of zeros then becomes NaN, and a
+    torch's ONNX optimiser treats a summand of 1e-8 as zero and drops it: a zero vector then becomes NaN, and a
     short one too long.
     """
 
@@ -137,7 +137,7 @@ class ClipGraph(nn.Module):
 
 
 class StepGraph(nn.Module):
-    """One chunk of raw latents, and the caches unless it is the first, to its frames and the caches for the next."""
+    """One chunk of raw latents (and the caches, unless it is the first) to its frames and the next chunk's caches."""
 
     def __init__(self, decoder: Decoder, addresses: tuple[str, ...]) -> None:
         super().__init__()
@@ -192,14 +192,14 @@ def cache_name(address: str) -> str:
 
 @torch.no_grad()
 def first_caches(decoder: Decoder, latents: Float[Tensor, "B C Tz Hz Wz"]) -> dict[str, Tensor]:
-    """The caches after a first step, by the address of their layer, each in memory of its own."""
+    """The caches after a first step, by layer address, each in its own memory."""
     future: dict[str, Tensor] = {}
     decoder(latents, None, future)
     return {address: cache.contiguous() for address, cache in future.items()}
 
 
 def dynamic_axes(inputs: Sequence[Tensor]) -> tuple[object, ...]:
-    """The axes of a graph's inputs that vary, by name; those of the caches as multiples of the latent's.
+    """The dynamic axes of a graph's inputs, by name; those of the caches as multiples of the latents'.
 
     Args:
         inputs: latents of `trace_grid`, then the caches of a later step.

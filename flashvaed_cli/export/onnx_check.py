@@ -1,4 +1,4 @@
-"""Run exported graphs in onnxruntime on the CPU, as their user would, and compare with PyTorch."""
+"""Run exported graphs in onnxruntime on the CPU, as a user would, and compare with PyTorch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SILENT = 4  # onnxruntime's "fatal only": failures arrive as exceptions
 
 
 class OnnxDecoder:
-    """An exported decoder: one whole-clip graph, or the first and the next step of a streaming one."""
+    """An exported decoder: one whole-clip graph, or the first-step and next-step graphs of a streaming one."""
 
     def __init__(self, first: Path, following: Path | None = None) -> None:
         self._first = _open_session(first)
@@ -48,7 +48,7 @@ class OnnxDecoder:
 
 
 def alternating_ms(first: Callable[[], object], second: Callable[[], object]) -> tuple[float, float]:
-    """Median wall time of two functions, called in turn after one call of each to warm up."""
+    """Median wall times of two functions, called in turn after a warm-up call of each."""
     times: tuple[list[float], list[float]] = ([], [])
     for run in range(NUM_TIMED_RUNS + 1):
         for function, kept in zip((first, second), times, strict=True):

@@ -1,8 +1,8 @@
-"""The decoder as ONNX: a graph for whole clips and two for streaming with the caches in the open, weights beside them.
+"""The decoder as ONNX: a graph for whole clips and two for streaming with explicit caches, weights in a shared file.
 
-All take raw latents `[B, C, Tz, Hz, Wz]` of any length and size and give frames in [-1, 1] (clamped).
-Streaming: the first step takes `latents` and gives `frames` and `future_*`; each next step takes
-`latents` and those caches as `past_*`, and gives the same again.
+All take raw latents `[B, C, Tz, Hz, Wz]` of any length and size and return frames in [-1, 1] (clamped).
+Streaming: the first step takes `latents` and returns `frames` and `future_*`; each next step takes
+`latents` and those caches as `past_*`, and returns the same again.
 The files appear only after onnxruntime has reproduced PyTorch's frames with them: within `TOLERANCES`, or, for decoders
 that magnify rounding, within a few times what rounding does to PyTorch's own (`parity.ROUNDING_FACTOR`).
 """
@@ -48,11 +48,11 @@ from flashvaed_cli.export.parity import (
 from flashvaed_cli.export.result import ExportResult
 from flashvaed_cli.progress import Progress, SilentProgress, Task
 
-MIN_OPSET = 18  # the oldest that torch's exporter writes by itself
-# float32: the two runtimes add in other orders. float16: its 11 bits, over some forty layers.
+MIN_OPSET = 18  # the oldest that torch's exporter writes natively
+# float32: the two runtimes sum in different orders. float16: 11 bits, over some forty layers.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2}
 _ADVICE = "Use another target"
-# Batch, (latent frames, height, width), and the chunks of a streaming check: near the traced size, another, the least.
+# Batch, (latent frames, height, width), and the chunks of a streaming check: near the traced size, another, smallest.
 CHECKS = ((2, TRACE_GRID, (2, 1)), (1, (4, 4, 7), (1, 1, 2)), (3, (1, 3, 2), (1,)))
 GraphKind = Literal["clip", "step"]
 GraphName = Literal["clip", "step.first", "step.next"]
@@ -65,7 +65,7 @@ class OnnxOptions:
 
     `dtype` is float32 or float16 (weights, latents, caches and frames). `latent_mean` and `latent_std`
     (raw = normalized * std + mean) scale the latents of the check and are written into the file.
-    `speed_grid`, latent frames, height and width, asks for the time of onnxruntime beside PyTorch's.
+    `speed_grid`, latent frames, height and width: also time onnxruntime against PyTorch.
     """
 
     dtype: torch.dtype = torch.float32
@@ -87,14 +87,14 @@ def export_onnx(
 ) -> list[ExportResult]:
     """Write graphs of a decoder with their weights in one file, `NAME.onnx.data`.
 
-    `clip` is one graph, `NAME.onnx`: latents of a whole clip to all its frames. `step` are two, `NAME.step.first.onnx`
+    `clip` is one graph, `NAME.onnx`: latents of a whole clip to all its frames. `step` is two, `NAME.step.first.onnx`
     and `NAME.step.next.onnx`: some latents to their frames, with explicit caches.
 
     Args:
         path: `NAME.onnx`; the other files are its siblings.
         metadata: added to the JSON that the graphs carry under the key `flashvaed`.
     Returns:
-        A result for each kind; the data file counts to the first.
+        A result for each kind; the data file counts towards the first.
     Raises:
         ExportError: the options or the decoder do not fit ONNX, or onnxruntime does not reproduce its frames. No file
             is written then.

@@ -1,4 +1,4 @@
-"""The weights of several ONNX graphs in one file beside them, each tensor once."""
+"""The weights of several ONNX graphs in one file beside them, each tensor stored once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ALIGNMENT = 4096  # a page: runtimes map the file instead of reading it
 
 
 class SharedWeights:
-    """A data file that graphs refer to. Equal tensors are stored once, whatever graphs call them.
+    """A data file that graphs refer to. Equal tensors are stored once, whatever the graphs call them.
 
     Example:
         with SharedWeights(folder / "decoder.onnx.data") as weights:
@@ -26,7 +26,7 @@ class SharedWeights:
         """Create the file.
 
         Args:
-            path: in the folder of the graphs, under the name that they are to refer to.
+            path: in the graphs' folder, under the name by which they refer to it.
         """
         self.path = path
         self._file = path.open("xb")
@@ -43,7 +43,7 @@ class SharedWeights:
         self._file.close()
 
     def move_from(self, model: ir.Model) -> None:
-        """Write the weights of a graph here, and leave references to them in it."""
+        """Write a graph's weights here, and leave references to them in the graph."""
         for value in model.graph.initializers.values():
             tensor = value.const_value
             if tensor is None or tensor.nbytes < INLINE_BYTES:

@@ -14,11 +14,11 @@ from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.errors import ExportError
 
 ROUNDING_FACTOR = 8.0
-"""How many times its own rounding a decoder's export may differ from it.
+"""A decoder's export may differ from it by this many times the decoder's own rounding.
 
-A norm over few channels meets vectors near zero and magnifies the rounding of whatever comes before it: float32 no
-longer gives four digits then, in PyTorch as little as elsewhere. Toy students with two and three channels in a norm:
-float32 in PyTorch 1.1e-6 to 1.8e-3 of the range from float64, onnxruntime 0.2 to 4.7 times that from PyTorch."""
+A norm over few channels meets vectors near zero and magnifies the rounding of whatever comes before it: float32 then
+no longer gives four digits, in PyTorch or anywhere else. For toy students with two and three channels in a norm,
+float32 in PyTorch is 1.1e-6 to 1.8e-3 of the range from float64, and onnxruntime 0.2 to 4.7 times that from PyTorch."""
 _FINER = {torch.float16: torch.float32, torch.float32: torch.float64}
 
 
@@ -59,7 +59,7 @@ def relative_difference(exported: Float[Tensor, "*S"], expected: Float[Tensor, "
 
 @torch.no_grad()
 def own_rounding(decoder: Decoder, latents: Float[Tensor, "B C Tz Hz Wz"], dtype: torch.dtype = torch.float32) -> float:
-    """How far a decoder in `dtype` is from itself in the next finer format, as `relative_difference` measures it."""
+    """How far a decoder in `dtype` is from itself in the next finer format, measured by `relative_difference`."""
     frames = [decode(copy_in(decoder, kind), latents.to("cpu", kind)) for kind in (dtype, _FINER[dtype])]
     return relative_difference(*frames)
 
@@ -74,13 +74,13 @@ def copy_in(decoder: Decoder, dtype: torch.dtype) -> Decoder:
 def require_parity(
     difference: float, tolerance: float, *, where: str, rounding: Callable[[], float] | None = None, advice: str = ""
 ) -> float:
-    """What was allowed: `tolerance`, or `ROUNDING_FACTOR` times the decoder's own rounding where that is more.
+    """Return what is allowed: `tolerance`, or `ROUNDING_FACTOR` times the decoder's own rounding if that is more.
 
     Args:
-        rounding: gives the decoder's own rounding; asked only if `difference` is above `tolerance`.
+        rounding: returns the decoder's own rounding; called only if `difference` is above `tolerance`.
         advice: what the user can do.
     Raises:
-        ExportError: `difference` is larger, or not a number.
+        ExportError: `difference` is larger, or NaN.
     """
     if difference <= tolerance:
         return tolerance

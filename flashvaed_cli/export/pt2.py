@@ -1,5 +1,5 @@
-"""The decoder as `torch.export` programs (`.pt2`), which PyTorch runs without this program's code, or as packages that
-AOTInductor has compiled for this machine's processor or GPU.
+"""The decoder as `torch.export` programs (`.pt2`), which PyTorch runs without flashvaed's code, or as packages that
+AOTInductor has compiled for this machine's CPU or GPU.
 
 Inputs and outputs are those of the ONNX graphs: a clip at once, or steps with their caches.
 """
@@ -39,7 +39,7 @@ from flashvaed_cli.progress import Progress, SilentProgress, Task
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 COMPILED_TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""A compiler adds up in another order."""
+"""A compiler sums in another order."""
 _CHECKS = ((2, TRACE_GRID), (1, (4, 4, 7)), (3, (1, 3, 2)))  # batch; latent frames, height, width
 _CPU = torch.device("cpu")
 
@@ -58,7 +58,7 @@ def export_pt2(
     """Write `NAME.pt2`, whole clips, and for causal decoders `NAME.step.first.pt2` and `NAME.step.next.pt2`.
 
     Raises:
-        ExportError: torch cannot export the decoder, or what is loaded again decodes differently. No file is written.
+        ExportError: torch cannot export the decoder, or it decodes differently when loaded again. No file is written.
     """
     with _task("pt2", decoder, progress) as task, draft_folder(path) as draft:
         files = []
@@ -90,8 +90,8 @@ def export_aoti(
         path: that of the first, `.../NAME.aoti.pt2`.
         device: what they are compiled for: this machine's CPU or GPU, and machines with the same instructions.
     Raises:
-        DecodeError: no compiler here.
-        ExportError: torch cannot export or compile the decoder, or what is loaded decodes differently. No file is
+        DecodeError: there is no compiler here.
+        ExportError: torch cannot export or compile the decoder, or it decodes differently when loaded. No file is
             written.
     """
     require_compiler(device)
@@ -150,7 +150,7 @@ def _traced(graph: ClipGraph | StepGraph, inputs: list[torch.Tensor], name: str)
 
 @contextmanager
 def _torch_speaks(task: str) -> Iterator[None]:
-    """The exceptions of torch's exporter and compiler share no parent of their own: one message with their reason."""
+    """Turn exceptions of torch's exporter and compiler, which share no base class, into one error with the reason."""
     try:
         yield
     except Exception as error:
@@ -161,7 +161,7 @@ def _torch_speaks(task: str) -> Iterator[None]:
 def _moved(
     target: Target, files: Sequence[Path], folder: Path, difference: float, allowed: float, notes: tuple[str, ...]
 ) -> ExportResult:
-    """The result, with its files moved out of their draft."""
+    """The result, with its files moved out of the draft folder."""
     size_bytes = sum(file.stat().st_size for file in files)
     paths = tuple(file.replace(folder / file.name) for file in files)
     return ExportResult(target, paths, size_bytes, difference, allowed, f"torch {torch.__version__}", notes=notes)

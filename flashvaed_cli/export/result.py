@@ -1,4 +1,4 @@
-"""What an export says of itself, the same for every target."""
+"""The record of an export, the same for every target."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ Target = Literal["safetensors", "diffusers", "onnx-clip", "onnx-step", "comfyui"
 class ExportResult:
     """One verified export.
 
-    `max_abs_difference` is that of the frames to the decoder's own, as a fraction of the range of those;
-    it was found to be at most `tolerance`, by the program that `checked_with` names. Times are medians of the same
+    `max_abs_difference` is the largest difference from the decoder's own frames, as a fraction of their range,
+    found to be at most `tolerance` by the program that `checked_with` names. Times are medians on the same
     latents, in the same run.
     """
 

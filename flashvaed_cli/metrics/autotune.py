@@ -1,7 +1,7 @@
-"""Which way of running a decoder is fastest on this machine: tried, not guessed; remembered in a file.
+"""Which way of running a decoder is fastest on this machine: measured, not guessed, and remembered in a file.
 
 Memory layout and operators are tried together, then chunk sizes with the best of them, then compilation with the
-best of those: the choices hardly interact beyond that, and all combinations would take many times as long.
+best of those: the choices hardly interact beyond that, and trying all combinations would take many times as long.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _NUM_ROUNDS = 3
 
 @dataclass(frozen=True)
 class Choice:
-    """One way of running a decoder: `exact` with the exact twins of its operators; `chunk` None decodes at once."""
+    """One way of running a decoder: `exact` uses exact operators; `chunk` None decodes everything at once."""
 
     memory_format: MemoryFormat = "channels-last"
     exact: bool = True
@@ -39,7 +39,7 @@ class Choice:
 
     def __str__(self) -> str:
         """As shown in tables."""
-        operators = "exact twins" if self.exact else "plain operators"
+        operators = "exact operators" if self.exact else "plain operators"
         chunk = "" if self.chunk is None else f", chunk {self.chunk}"
         return f"{operators}, {self.memory_format}{', compiled' if self.compile else ''}{chunk}"
 
@@ -88,7 +88,7 @@ def autotune(
             break
     if best is None:
         raise MemoryError("no way of running the decoder fits into memory")
-    # The best so far competes again, so that what is compared was timed in one run.
+    # The best so far competes again, so that only times from one run are compared.
     if others := [replace(best, chunk=chunk) for chunk in chunks if chunk != best.chunk]:
         best = best_of([best, *others]) or best
     if with_compile:
@@ -105,7 +105,7 @@ def cache_file() -> Path:
 def cache_key(
     spec: DecoderSpec, grid: tuple[int, int, int], dtype: torch.dtype, device: torch.device, **more: object
 ) -> str:
-    """What a choice depends on: the machine, torch, the decoder, the size and what the user fixed."""
+    """What a choice depends on: the machine, torch, the decoder, the size and the user's constraints."""
     facts = {
         "device": device_name(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
@@ -138,7 +138,7 @@ def _processor_name() -> str:
 
 
 def remembered_choice(path: Path, key: str) -> Choice | None:
-    """The choice kept under a key; None if there is none, or the file cannot be read."""
+    """The choice stored under a key; None if there is none, or the file cannot be read."""
     try:
         return Choice(**_entries(path)[key])
     except (KeyError, TypeError):
@@ -146,7 +146,7 @@ def remembered_choice(path: Path, key: str) -> Choice | None:
 
 
 def remember_choice(path: Path, key: str, choice: Choice) -> None:
-    """Keep a choice; the others in the file stay. Raises OSError."""
+    """Store a choice, keeping the others in the file. Raises OSError."""
     entries = {**_entries(path), key: asdict(choice)}
     with atomic_path(path) as sibling:
         sibling.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
-"""How far colours are from those of a reference, as people see it: CIEDE2000.
+"""How far colours are from those of a reference, as perceived: CIEDE2000.
 
 Pixels in [-1, 1] are taken as sRGB under D65. A difference of 1 is just noticeable side by side; a constant shift of a
-whole picture is seen from about 2.
+whole picture becomes visible at about 2.
 
 Reference: Sharma, Wu and Dalal 2005, The CIEDE2000 color-difference formula; IEC 61966-2-1 (sRGB).
 """
@@ -21,9 +21,9 @@ _BINS_PER_UNIT = 50
 
 
 class ColourShift:
-    """Mean and 95th percentile of Delta E 2000, frame by frame, in memory that does not grow.
+    """Mean and 95th percentile of Delta E 2000, frame by frame, in constant memory.
 
-    Every second pixel of every second row counts: a shift of colour is no matter of single pixels.
+    Only every second pixel of every second row is used: a colour shift does not hide in single pixels.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class ColourShift:
 
     @property
     def percentile_95(self) -> float | None:
-        """To a fiftieth, interpolated; None before the first frame. A NaN among the pixels makes it NaN."""
+        """Interpolated, to 0.02; None before the first frame. A NaN among the pixels makes it NaN."""
         if not self._count or not math.isfinite(self._total):
             return math.nan if self._count else None
         share = self._histogram.cumsum(0) / self._count

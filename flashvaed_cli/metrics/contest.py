@@ -1,4 +1,4 @@
-"""A contest of decoders: cold start, peak memory and speed of each, in one process and in alternation."""
+"""A contest of decoders: cold start, peak memory and speed of each, in one process, taking turns."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Contestant:
     Attributes:
         name: as shown; unique in a contest.
         prepare: gets everything ready and returns the call that is timed. Its time is part of the cold start.
-        refusal: why it is not run at all; None runs it.
+        refusal: why it is not run at all; None if it is.
     """
 
     name: str
@@ -31,14 +31,14 @@ class Contestant:
 
 @dataclass(frozen=True)
 class ContestResult:
-    """What one contestant did.
+    """The result of one contestant.
 
     Attributes:
         speed: of the warm calls; None if it failed.
-        cold_start_s: preparing and the first call, compilation included. The process itself is warm: what an
-            earlier contestant set up (threads, kernels) is not paid again.
+        cold_start_s: preparation and the first call, compilation included. The process itself is warm: what an
+            earlier contestant set up (threads, kernels) is not paid for again.
         memory: growth during a warm call.
-        failure: why there is nothing else.
+        failure: why there are no figures.
     """
 
     name: str
@@ -49,7 +49,7 @@ class ContestResult:
 
     @property
     def compile_s(self) -> float | None:
-        """What the cold start took beyond a warm call."""
+        """How much longer the cold start took than a warm call."""
         return None if self.speed is None or self.cold_start_s is None else self.cold_start_s - self.speed.median
 
 
@@ -64,12 +64,12 @@ def run_contest(
 ) -> list[ContestResult]:
     """Start every contestant cold, call it once more for its memory, then time all in turns.
 
-    One that runs out of memory is left out of the rounds and says so.
+    One that runs out of memory is left out of the rounds, and its result says so.
 
     Args:
         num_rounds: counted rounds, at least 1.
         budget_s: see `time_alternating`.
-        progress: told after every call.
+        progress: advanced after every call.
     Returns:
         Results in the order of `contestants`.
     """
@@ -103,7 +103,7 @@ def run_contest(
 def _start(
     contestant: Contestant, device: torch.device | str
 ) -> ContestResult | tuple[Callable[[], object], ContestResult]:
-    """The call, warm, and what starting it took; or the failure."""
+    """The warm call and how long starting it took, or the failure."""
     name = contestant.name
     if contestant.refusal is not None:
         return ContestResult(name, failure=contestant.refusal)
@@ -127,7 +127,7 @@ def _start(
 
 
 def free_device_memory(device: torch.device | str) -> None:
-    """Give back what a failed call left behind."""
+    """Release what a failed call left behind."""
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()

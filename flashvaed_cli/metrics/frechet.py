@@ -1,8 +1,8 @@
 """Fréchet distance between the features of two sets of videos or images, with any TorchScript network: FVD, FID and
-their kin.
+the like.
 
-The distance is that of two normal distributions with the mean and the covariance (centred, over N - 1) of the features.
-It falls with the number of samples at equal quality: compare figures of one number only.
+It is the distance between two normal distributions with the features' mean and covariance (centred, over N - 1).
+At equal quality it falls with the number of samples, so compare only figures from the same number.
 
 Reference: Heusel et al. 2017, arXiv 1706.08500 (FID); Unterthiner et al. 2018, arXiv 1812.01717 (FVD).
 """
@@ -26,7 +26,7 @@ FeatureInput = Literal["clip", "image"]
 PixelRange = Literal["signed", "unit", "bytes"]
 
 _MAX_WIDTH = 8192
-# Arguments that published extractors have, and what this program gives: it resizes and scales itself.
+# Arguments of published extractors, and the values passed: flashvaed resizes and scales by itself.
 _KNOWN_ARGUMENTS = {"return_features": True, "rescale": False, "resize": False}
 
 
@@ -52,7 +52,7 @@ class FeatureStatistics:
 
     @staticmethod
     def added_up(parts: Sequence[FeatureStatistics]) -> FeatureStatistics:
-        """Those of all samples together."""
+        """The statistics of all samples together."""
         together = FeatureStatistics(len(parts[0].total))
         for part in parts:
             together.count += part.count
@@ -87,11 +87,11 @@ def frechet_distance(one: FeatureStatistics, other: FeatureStatistics) -> float:
 
 
 def needs_more_samples(num_samples: int, width: int) -> str | None:
-    """A warning where the covariance cannot have full rank; None where it can."""
+    """A warning if the covariance cannot have full rank; None if it can."""
     if num_samples > width:
         return None
     return (
-        f"Fréchet distance from {num_samples} samples of {width} features: the covariance is of lower rank, so that "
+        f"Fréchet distance from {num_samples} samples of {width} features: the covariance is rank-deficient, so "
         f"distances are too large and only comparable at the same number. Judge more than {width} windows"
     )
 
@@ -103,7 +103,7 @@ class FeatureExtractor:
     Attributes:
         takes: windows of `num_frames` frames `[N, 3, T, S, S]`, or images `[N, 3, S, S]`.
         size: side S that frames are resized to (bilinear, antialiased, whole frame).
-        pixels: what it wants: [-1, 1], [0, 1], or bytes.
+        pixels: the range it expects: [-1, 1], [0, 1], or bytes.
     """
 
     network: Any
@@ -119,7 +119,7 @@ class FeatureExtractor:
         """Features of a window (one row) or of every frame of it (T rows); frames in [-1, 1].
 
         Raises:
-            MetricUnavailableError: the network refuses the frames, or gives no vectors.
+            MetricUnavailableError: the network refuses the frames, or does not return vectors.
         """
         x = functional.interpolate(
             frames.transpose(0, 1).float().to(self.device),
@@ -156,10 +156,10 @@ class FeatureExtractor:
 def load_extractor(
     path: str | Path, device: torch.device, *, takes: FeatureInput, num_frames: int, size: int, pixels: PixelRange
 ) -> FeatureExtractor:
-    """Load a TorchScript file. It is a program: give only files that you trust.
+    """Load a TorchScript file. It is a program: use only files that you trust.
 
     Raises:
-        MetricUnavailableError: absent, or no TorchScript.
+        MetricUnavailableError: absent, or not TorchScript.
     """
     try:
         with warnings.catch_warnings():

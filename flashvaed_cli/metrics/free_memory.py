@@ -1,4 +1,4 @@
-"""How much memory a decoder may still take, so that what cannot fit is not tried: Linux kills without a message."""
+"""How much memory a decoder may still take, so that what cannot fit is not tried: Linux kills without warning."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CGROUP = (  # limit and use of the container: version 2, version 1
 
 
 def free_bytes(device: torch.device | str) -> int | None:
-    """Bytes that are free on a device now, the container's limit considered; None where nobody says."""
+    """Bytes that are free on a device now, within the container's limit; None if unknown."""
     device = torch.device(device)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)

@@ -1,4 +1,4 @@
-"""LPIPS, whose backbone is not part of any package: found on disk, or fetched only when the user allows.
+"""LPIPS, whose backbone comes with no package: found on disk, or downloaded only if the user allows it.
 
 Reference: Zhang et al. 2018, arXiv 1801.03924; the `lpips` package, version 0.1 of its heads.
 """
@@ -23,7 +23,7 @@ _DOWNLOAD_TIMEOUT_S = 30.0
 
 @dataclass(frozen=True)
 class _Backbone:
-    """Where torchvision keeps a backbone, and the smallest side that its pooling leaves anything of."""
+    """Where torchvision keeps a backbone, and the smallest side that survives its pooling."""
 
     file_name: str
     size_mb: int
@@ -31,12 +31,12 @@ class _Backbone:
 
     @property
     def hash_prefix(self) -> str:
-        """First digits of the SHA-256, part of the name."""
+        """First digits of the SHA-256, which are part of the file name."""
         return Path(self.file_name).stem.rsplit("-", 1)[1]
 
     @property
     def url(self) -> str:
-        """Where torchvision gets it."""
+        """Where torchvision downloads it from."""
         return f"https://download.pytorch.org/models/{self.file_name}"
 
 
@@ -77,7 +77,7 @@ def load_lpips(
     Args:
         net: backbone; `alex` is the usual one for reporting.
         device: where it runs.
-        allow_download: fetch a missing backbone from download.pytorch.org. Without it the network is never touched.
+        allow_download: fetch a missing backbone from download.pytorch.org. Without it, nothing is downloaded.
     Returns:
         The metric, float32, frozen.
     Raises:
@@ -105,7 +105,7 @@ def _download(net: LpipsNet, path: Path) -> None:
     backbone = _BACKBONES[net]
     path.parent.mkdir(parents=True, exist_ok=True)
     usual_timeout_s = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT_S)  # torch.hub sets none and would wait for minutes
+    socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT_S)  # torch.hub sets none, and would wait for minutes
     try:
         torch.hub.download_url_to_file(backbone.url, str(path), hash_prefix=backbone.hash_prefix, progress=False)
     except (OSError, RuntimeError) as error:  # no network, full disk; wrong hash

@@ -24,8 +24,8 @@ def profile_modules(
     """Median wall time of modules within one call of the model.
 
     A module that runs several times in a call (chunks) counts the sum. Times are inclusive: a stage
-    holds the time of its layers, so only names that do not contain each other add up. Waiting for
-    the device at every module makes the whole slower than it is unprofiled; the shares are what counts.
+    includes its layers, so only names that do not contain each other add up. Waiting for
+    the device at every module makes the whole slower than without profiling; only the shares matter.
 
     Args:
         model: holds the modules.
@@ -63,7 +63,7 @@ def _find_modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module
 
 @contextmanager
 def _timed(modules: dict[str, nn.Module], synchronize: Callable[[], object] | None) -> Iterator[dict[str, float]]:
-    """Hooks on the modules for the length of the block; yields the seconds by name."""
+    """Hook the modules while the block runs; yields the seconds by name."""
     seconds: dict[str, float] = {}
     starts: dict[str, float] = {}
 

@@ -1,4 +1,4 @@
-"""How near a decoder's frames come to a reference, chunk by chunk.
+"""How close a decoder's frames come to a reference, chunk by chunk.
 
 Pixels are in [-1, 1]. All figures are built from per-frame values, so a long video needs memory for
 one chunk and one frame. Definitions:
@@ -67,7 +67,7 @@ class QualityResult:
 
 
 class _RunningMean:
-    """Mean of values that arrive in pieces; None as long as there are none."""
+    """Mean of values that arrive in pieces; None until the first."""
 
     def __init__(self) -> None:
         self.total = 0.0
@@ -85,7 +85,7 @@ class _RunningMean:
 class QualityAccumulator:
     """Compares one clip, or a batch of clips of one size, chunk after chunk.
 
-    Values are clamped to [-1, 1] first: what is compared is what a video file would show.
+    Values are clamped to [-1, 1] first, so that what is compared is what a video file would show.
     """
 
     def __init__(
@@ -101,8 +101,8 @@ class QualityAccumulator:
         Args:
             lpips: see `load_lpips`; None leaves LPIPS out.
             lpips_min_side: smallest frame side that `lpips` can take; smaller frames are left out.
-            thorough: MS-SSIM and Delta E too, which take longer than all others together.
-            frames_per_latent: of every latent frame but the first, which is one frame.
+            thorough: also MS-SSIM and Delta E, which take longer than everything else together.
+            frames_per_latent: frames of every latent frame but the first, which is one frame.
         """
         self._frames_per_latent = frames_per_latent
         self._num_seen = 0
@@ -151,7 +151,7 @@ class QualityAccumulator:
                 self._reference_energy.add(_laplacian_energy_per_frame(r))
 
     def _add_flicker(self, error: Float[Tensor, "B C T H W"]) -> None:
-        # (y[t] - y[t-1]) - (r[t] - r[t-1]) is the difference of errors, so one frame of error is all to remember
+        # (y[t] - y[t-1]) - (r[t] - r[t-1]) is a difference of errors, so one frame of error is all that must be kept
         if self._last_error is not None:
             error = torch.cat([self._last_error.unsqueeze(2), error], dim=2)
         if error.shape[2] > 1:
@@ -174,7 +174,7 @@ class QualityAccumulator:
         """The figures over all frames so far.
 
         Raises:
-            ValueError: there was no frame yet.
+            ValueError: no frames have been added.
         """
         mse = self._squared_error.mean
         if mse is None:
@@ -213,9 +213,9 @@ def compare_frames(
 
 
 def mean_quality(results: Sequence[QualityResult]) -> QualityResult:
-    """Mean over clips, every clip with the same weight; `num_frames` is their sum, the worst frame that of all.
+    """Mean over clips, each with the same weight; `num_frames` is their sum, the worst frame the worst of all.
 
-    Decibels are averaged as such, identical clips counting `PSNR_CAP_DB`. A figure that some clips
+    Decibels are averaged directly, identical clips counting as `PSNR_CAP_DB`. A figure that some clips
     lack is averaged over those that have it.
 
     Raises:

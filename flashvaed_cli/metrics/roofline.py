@@ -1,6 +1,6 @@
-"""What the machine can do at best: how fast it multiplies matrices, how fast it moves memory.
+"""The most the machine can do: how fast it multiplies matrices, how fast it moves memory.
 
-A decoder can be no faster than its operations at the one rate and its bytes at the other.
+A decoder can be no faster than its operations at one rate and its bytes at the other.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class MachineRates:
     """Measured, not looked up.
 
     Attributes:
-        matmul_gflop_per_s: product of two large square matrices in the dtype that is asked about.
+        matmul_gflop_per_s: product of two large square matrices in the given dtype.
         copy_gbyte_per_s: bytes read plus bytes written while a large tensor is copied.
     """
 
@@ -42,7 +42,7 @@ class MachineRates:
     copy_gbyte_per_s: float
 
     def best(self, other: MachineRates) -> MachineRates:
-        """The higher of each rate: other work on the machine can only lower them."""
+        """The higher of each rate, because other work on the machine can only lower them."""
         return MachineRates(
             max(self.matmul_gflop_per_s, other.matmul_gflop_per_s), max(self.copy_gbyte_per_s, other.copy_gbyte_per_s)
         )
@@ -56,7 +56,7 @@ def measure_rates(device: torch.device | str, dtype: torch.dtype, *, budget_s: f
 
 @torch.no_grad()
 def _matmul_rate(device: torch.device, dtype: torch.dtype, budget_s: float) -> float:
-    """The side grows until a product takes long enough to be timed; the best rate of all counts."""
+    """The side grows until a product takes long enough to time; the best rate counts."""
     deadline = time.perf_counter() + budget_s
     best, side = 0.0, 256
     while True:
@@ -80,7 +80,7 @@ def _copy_rate(device: torch.device, budget_s: float) -> float:
 
 
 def _fastest(call: Callable[[], object], device: torch.device, deadline: float, *, max_calls: int = 8) -> float:
-    """Seconds of the fastest call, after one to warm up; at least one is timed."""
+    """Seconds of the fastest call, after a warm-up call; at least one is timed."""
     synchronize = synchronizer(device) or (lambda: None)
     call()
     fastest = float("inf")
@@ -96,10 +96,10 @@ def _fastest(call: Callable[[], object], device: torch.device, deadline: float, 
 
 
 def traffic_elements(spec: DecoderSpec, grid: tuple[int, int, int]) -> int:
-    """Elements that a decoder reads and writes at least, were everything between two layers fused.
+    """The fewest elements that a decoder reads and writes, if everything between two layers were fused.
 
     Every convolution reads its input and writes its output once, a shortcut is read once; norms, activations,
-    additions, enlarged frames, windows over the past and the weights count nothing. So a real decoder moves more.
+    additions, enlarged frames, windows over the past and the weights do not count. So a real decoder moves more.
 
     Args:
         grid: latent frames, height, width; batch 1.

@@ -1,4 +1,4 @@
-"""How fast candidates run against each other, in one process and in alternation.
+"""How fast candidates run against each other, in one process, taking turns.
 
 A machine drifts (heat, other work), so candidates take turns A B A B and are compared round by round.
 """
@@ -41,13 +41,13 @@ class SpeedResult:
         return max(self.seconds)
 
     def per_second(self, count: int) -> float:
-        """Units per second at the median, for calls that handle `count` units (frames) each."""
+        """Units per second at the median, for calls that process `count` units (frames) each."""
         return count / self.median
 
 
 @dataclass(frozen=True)
 class SpeedRatio:
-    """How many times faster one candidate is than another, one value per round. Spread: min to max."""
+    """How many times faster one candidate is than another, one value per round, from min to max."""
 
     ratios: tuple[float, ...]
 
@@ -92,7 +92,7 @@ def time_alternating(
         num_rounds: counted rounds, at least 1.
         budget_s: a round begins only if it is expected to end within this many seconds; one is always counted.
         synchronize: called before each reading of the clock; see `synchronizer`.
-        progress: told after every call.
+        progress: advanced after every call.
     Returns:
         Results in the order of `candidates`.
     Raises:
@@ -139,7 +139,7 @@ def speed_ratio(baseline: SpeedResult, candidate: SpeedResult) -> SpeedRatio:
 
 
 def synchronizer(device: torch.device | str) -> Callable[[], object] | None:
-    """What waits for the device's queued work; None on the CPU, which queues nothing."""
+    """A function that waits for the device's queued work; None on the CPU, which queues nothing."""
     device = torch.device(device)
     if device.type == "cuda":
         return lambda: torch.cuda.synchronize(device)
@@ -149,13 +149,13 @@ def synchronizer(device: torch.device | str) -> Callable[[], object] | None:
 
 
 def peak_memory_bytes(call: Callable[[], object], device: torch.device | str) -> PeakMemory:
-    """Run `call` once and measure how far memory grows above what is held just before it.
+    """Run `call` once and measure how far memory grows above what was held just before.
 
-    Weights and inputs that are there already do not count, so candidates in one process do not charge each other.
+    Weights and inputs that already exist do not count, so candidates in one process are not charged for each other.
     CUDA: the allocator's peak; fragmentation and the context are left out.
     CPU (Linux): growth of the resident set. Free pages are given back first; those that the process still
     holds and uses again are not seen, so it is a lower bound, near the truth when the activations are large.
-    A process per candidate would see those too, but also what the libraries set up once. Elsewhere: not measured.
+    A process per candidate would see those too, but also what libraries set up once. Elsewhere: not measured.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -172,7 +172,7 @@ def peak_memory_bytes(call: Callable[[], object], device: torch.device | str) ->
 
 
 def _peak_resident_growth(call: Callable[[], object]) -> PeakMemory:
-    gc.collect(1)  # a full collection takes longer than many a decoder
+    gc.collect(1)  # a full collection takes longer than many decoders do
     _return_free_pages()
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present size
@@ -187,7 +187,7 @@ def _peak_resident_growth(call: Callable[[], object]) -> PeakMemory:
 
 
 def _return_free_pages() -> None:
-    """Ask glibc to give back what earlier calls freed, so that using it again counts. No effect elsewhere."""
+    """Ask glibc to return what earlier calls freed, so that using it again counts. No effect elsewhere."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 

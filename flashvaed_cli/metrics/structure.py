@@ -1,7 +1,7 @@
-"""SSIM and MS-SSIM of frames in [-1, 1], by separable filters: what torchmetrics gives, in less time.
+"""SSIM and MS-SSIM of frames in [-1, 1], by separable filters: torchmetrics' values, in less time.
 
-A Gaussian window, 11 wide, sigma 1.5, on each colour channel; K1 = 0.01, K2 = 0.03. Borders are mirrored, and count
-where luminance does; contrast alone is averaged without them.
+A Gaussian window, 11 wide, sigma 1.5, on each colour channel; K1 = 0.01, K2 = 0.03. Borders are mirrored; they count
+in scores that include luminance, while contrast alone is averaged without them.
 
 Reference: Wang, Bovik, Sheikh and Simoncelli 2004, Image quality assessment; Wang, Simoncelli and Bovik 2003,
 Multiscale structural similarity.
@@ -59,6 +59,6 @@ def _similarities(x: Float[Tensor, "N C H W"], y: Float[Tensor, "N C H W"]) -> t
 def _blurred(maps: Float[Tensor, "1 M H W"]) -> Float[Tensor, "1 M H W"]:
     window = gaussian_window(SSIM_WINDOW, maps)
     padded = functional.pad(maps, (_BORDER, _BORDER, _BORDER, _BORDER), mode="reflect")
-    count = maps.shape[1]  # as channels: convolutions of many maps of one channel are three times slower
+    count = maps.shape[1]  # as channels: convolving many single-channel maps is three times slower
     rows = functional.conv2d(padded, window.view(1, 1, -1, 1).expand(count, 1, -1, 1), groups=count)
     return functional.conv2d(rows, window.view(1, 1, 1, -1).expand(count, 1, 1, -1), groups=count)

@@ -1,7 +1,7 @@
-"""VMAF by an ffmpeg that has libvmaf: frames go to it as they come, so nothing is stored.
+"""VMAF by an ffmpeg that has libvmaf: frames are passed on as they come, so nothing is stored.
 
 Reference: Netflix, github.com/Netflix/vmaf; model vmaf_v0.6.1, ffmpeg's default. Both videos are converted to 8-bit
-4:2:0 as they would be to be watched.
+4:2:0, as they would be for viewing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from flashvaed_cli.errors import MetricUnavailableError
 
 Pixels = UInt8[np.ndarray, "H W 3"]
 
-_HOW_TO_GET = "pip install 'flashvaed[vmaf]' brings one"
+_HOW_TO_GET = "pip install 'flashvaed[vmaf]' provides one"
 _GRAPH = (
     "[0:v]format=yuv420p[a];[1:v]format=yuv420p[b];[a][b]libvmaf=log_fmt=json:n_threads={threads}:log_path=vmaf.json"
 )
@@ -60,7 +60,7 @@ def _imageios() -> str | None:
 
 
 class VmafStream:
-    """The VMAF of one clip, chunk by chunk. A context manager: leaving it ends ffmpeg in any case."""
+    """The VMAF of one clip, chunk by chunk. A context manager: leaving it always ends ffmpeg."""
 
     def __init__(self, ffmpeg: str, height: int, width: int) -> None:
         """Start an ffmpeg that reads frames of that size from two pipes."""

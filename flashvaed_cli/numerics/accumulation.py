@@ -20,7 +20,7 @@ def plain_arithmetic(device: torch.device) -> Iterator[None]:
     """Run without autograd, autocast, TF32 or bfloat16 products, whatever the caller has switched on.
 
     Tensors made inside are ordinary ones even under `torch.inference_mode`, so that sums collected
-    there may be updated elsewhere.
+    there can be updated elsewhere.
     """
     with (
         torch.inference_mode(False),
@@ -41,7 +41,7 @@ def _full_float32_products() -> Iterator[None]:
         finally:
             torch.set_float32_matmul_precision(before)
         return
-    # One backend at a time: the global switch refuses to answer where a caller has set them apart.
+    # One backend at a time: the global switch cannot be read if a caller has set them differently.
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # pyright: ignore[reportAttributeAccessIssue]
     settings = [backend.fp32_precision for backend in backends]
     try:
@@ -82,7 +82,7 @@ def require_finite(values: Float[Tensor, "*shape"], label: str) -> None:
 def add_upper_gram_(gram: Float64[Tensor, "K K"], block: Float64[Tensor, "N K"]) -> None:
     """Add XᵀX to the upper triangle of `gram`, panel by panel.
 
-    Half the products of a full one, and a temporary of one panel instead of K x K. The part below
+    Half the products of a full update, and a temporary of one panel instead of K x K. The part below
     the diagonal is left undefined; see `mirror_upper_`.
     """
     for start in range(0, gram.shape[0], _PANEL_WIDTH):

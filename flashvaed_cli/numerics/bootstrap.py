@@ -1,4 +1,4 @@
-"""How sure a mean over few clips is: percentile bootstrap."""
+"""How certain a mean over a few clips is: percentile bootstrap."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def bootstrap_interval(
     """The percentile interval of a statistic over resampled samples; None for fewer than three.
 
     Args:
-        samples: one per clip; of decoders that are compared, their values together.
-        seed: same seed, same interval.
+        samples: one per clip; for a comparison of decoders, their values together.
+        seed: the same seed gives the same interval.
     Reference: Efron 1979, Bootstrap methods.
     """
     if len(samples) < MIN_SAMPLES:
@@ -43,8 +43,8 @@ def bootstrap_mean_interval(
 ) -> tuple[float, float] | None:
     """`bootstrap_interval` of the mean, fast for thousands of samples; None for fewer than three.
 
-    Of two decoders that are compared, give the differences clip by clip: what differs between clips alone then does not
-    widen the interval.
+    To compare two decoders, pass the per-clip differences, so that variation between clips does not widen the
+    interval.
     """
     count = len(samples)
     if count < MIN_SAMPLES:

@@ -32,8 +32,8 @@ class TensorStatistics:
 class CovarianceAccumulator:
     """Count, sum and XXᵀ of C channels over all positions of all clips seen.
 
-    Values are shifted by a provisional mean, taken from the first batch, so that channels far from zero lose nothing
-    by cancellation. Products and sums are float64. Memory is O(C²) whatever the data.
+    Values are shifted by a provisional mean, taken from the first batch, so that channels far from zero lose no
+    precision by cancellation. Products and sums are float64. Memory is O(C²) whatever the data.
 
     Args:
         width: C.
@@ -83,7 +83,7 @@ class CovarianceAccumulator:
         self.count += sample.shape[1]
 
     def merge(self, other: CovarianceAccumulator) -> None:
-        """Add what another accumulator has seen; the other is left as it is."""
+        """Add what another accumulator has seen, which is left unchanged."""
         if other.width != self.width:
             raise ValueError(f"{self.label}: cannot merge {other.width} channels into {self.width}")
         if other.count == 0:

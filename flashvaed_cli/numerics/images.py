@@ -1,4 +1,4 @@
-"""What metrics and losses both measure of images: luma, its Laplacian, the window of SSIM. All differentiable."""
+"""Image measures shared by metrics and losses: luma, its Laplacian, the SSIM window. All differentiable."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch.nn import functional
 
 LUMA_WEIGHTS = (0.2126, 0.7152, 0.0722)  # ITU-R BT.709
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
-"""Of Wang, Bovik, Sheikh and Simoncelli 2004."""
+"""From Wang, Bovik, Sheikh and Simoncelli 2004."""
 _LAPLACIAN = ((0.0, 1.0, 0.0), (1.0, -4.0, 1.0), (0.0, 1.0, 0.0))
 
 
 def luma(images: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N 1 H W"]:
-    """BT.709 luma of RGB images, in their range."""
+    """BT.709 luma of RGB images, in the same range."""
     weights = torch.tensor(LUMA_WEIGHTS, device=images.device, dtype=images.dtype).view(1, 3, 1, 1)
     return (images * weights).sum(dim=1, keepdim=True)
 

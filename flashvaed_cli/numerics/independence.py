@@ -1,4 +1,4 @@
-"""How far channels depend on one another: what a kept set explains, and the least-squares map back to all channels."""
+"""How channels depend on one another: what a kept set explains, and the least-squares map back to all channels."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ResidualCovariance:
         self._floor = (NEGLIGIBLE_SHARE * variance).clamp(min=torch.finfo(torch.float64).tiny)
         self._metric = metric
         self._weighted = self.matrix if metric is None else self.matrix @ metric  # S M
-        # Gains below this are what rounding leaves where the metric no longer sees any difference.
+        # Gains below this are rounding: the metric no longer sees any difference.
         self._least_gain = 0.0 if metric is None else 1e-13 * float(self._weighted.trace())
 
     @property
@@ -48,12 +48,12 @@ class ResidualCovariance:
         return min(max(1.0 - left, 0.0), 1.0)
 
     def variances(self) -> Float64[Tensor, " C"]:
-        """Variance that is left of each channel; zero where only rounding is left."""
+        """Each channel's remaining variance; zero where only rounding remains."""
         variance = self.matrix.diagonal()
         return torch.where(self.alive & (variance > self._floor), variance, 0.0)
 
     def gains(self) -> Float64[Tensor, " C"]:
-        """Drop of tr(M S) by each pick: S[j,:] M S[:,j] / S[j,j]; zero where only rounding is left."""
+        """Drop of tr(M S) by each pick: S[j,:] M S[:,j] / S[j,j]; zero where only rounding remains."""
         variance = self.variances()
         gains = (self._weighted * self.matrix).sum(dim=1) / torch.where(variance > 0, variance, 1.0)
         return torch.where((variance > 0) & (gains > self._least_gain), gains, 0.0)
@@ -88,8 +88,8 @@ def reconstruction_map(
 ) -> tuple[Float64[Tensor, "C k"], Float64[Tensor, " C"]]:
     """Least-squares map from the kept channels to all: Y ≈ W X + b.
 
-    A kept channel maps to itself exactly. Where kept channels depend on one another, the map of
-    least norm (in units of each channel's deviation) is taken; a dead kept channel helps no other.
+    A kept channel maps to itself exactly. If kept channels depend on one another, the map of
+    least norm (in units of each channel's deviation) is used; a dead kept channel contributes nothing to the others.
 
     Returns:
         W and b, float64.
@@ -100,7 +100,7 @@ def reconstruction_map(
     covariance = covariance.detach().double()
     index = torch.as_tensor(list(kept), device=covariance.device)
     if len(set(kept)) != len(kept):
-        raise ValueError(f"a channel is kept twice: {list(kept)}")
+        raise ValueError(f"a channel appears twice: {list(kept)}")
     variance = covariance.diagonal()
     alive = variance[index] > NEGLIGIBLE_SHARE * variance.max()
     scale = torch.where(alive, variance[index], 1.0).rsqrt() * alive  # [k]
@@ -155,7 +155,7 @@ def nuclear_norm_drops(second_moment: Float64[Tensor, "C C"]) -> Float64[Tensor,
 
 
 def require_covariance(covariance: Float64[Tensor, "C C"]) -> None:
-    """Refuse a covariance that nothing can be chosen from.
+    """Refuse a covariance that is no basis for choosing channels.
 
     Raises:
         CalibrationError: NaN or infinite values, or no channel that varies.

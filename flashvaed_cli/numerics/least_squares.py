@@ -1,4 +1,4 @@
-"""Ridge least squares of one layer from normal equations that are accumulated clip by clip."""
+"""Ridge least squares for one layer, from normal equations accumulated clip by clip."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flashvaed_cli.numerics.accumulation import (
     rows_per_block,
 )
 
-# A feature whose centred energy is below this share of the largest does not vary: what is left is rounding.
+# A feature whose centred energy is below this share of the largest does not vary: the rest is rounding.
 _DEAD_SHARE = 1e-12
 
 
@@ -104,7 +104,7 @@ class NormalEquations:
         self.num_rows += len(features)
 
     def merge(self, other: NormalEquations) -> None:
-        """Add what another set of equations has seen; its values stay the same (they may be re-centred)."""
+        """Add what another set of equations has seen; it keeps its values (though they may be re-centred)."""
         if (other.num_features, other.num_outputs) != (self.num_features, self.num_outputs):
             raise ValueError(f"{self.label}: cannot merge equations of other sizes")
         if other.num_rows == 0:
@@ -190,7 +190,7 @@ class RidgeSolution:
     """A solved layer, float64 on the device of the sums.
 
     `relative_error` is ||XWᵀ + b - Y||² / ||Y - mean Y||² on the rows accumulated.
-    With `num_rows` below `num_unknowns` (K + 1 per output) only the ridge makes the solution unique.
+    If `num_rows` is below `num_unknowns` (K + 1 per output), only the ridge makes the solution unique.
     """
 
     weight: Float64[Tensor, "O K"]
@@ -208,12 +208,12 @@ def solve_ridge(
     Minimises ||XWᵀ + b - Y||² + λ Σ_k d_k ||w_k - w0_k||², λ = dampening_frac, the gram centred, d its diagonal
     and w0 = `prior_weight` or zero: every feature is damped in units of its own variance, so that the solution does
     not depend on how features are scaled. A feature that does not vary (d below 1e-12 of the largest) is damped
-    as the largest are, and so keeps its prior. Holds the gram and one copy of it, no third.
+    like the largest, and so keeps its prior. Memory: the gram and one copy of it.
 
     Args:
         equations: the accumulated sums; still usable afterwards.
         dampening_frac: dimensionless, >= 0.
-        prior_weight: the weight to stay close to where the data does not say otherwise.
+        prior_weight: the weight to stay close to unless the data say otherwise.
     Raises:
         CalibrationError: the damped gram is not positive definite (too few positions, or dead inputs).
     Reference:
@@ -269,7 +269,7 @@ def solve_positive_(
     """Solve a symmetric system by Cholesky, overwriting `matrix` with its factor.
 
     Raises:
-        CalibrationError: not positive definite to working precision; says what `equations` lack.
+        CalibrationError: not positive definite to working precision; the message says what `equations` lack.
     """
     size = matrix.shape[0]
     scale = float(matrix.diagonal().max())
@@ -289,9 +289,9 @@ def solve_positive_(
 
 
 def relative_error(equations: NormalEquations, weight: Float[Tensor, "O K"], bias: Float[Tensor, " O"]) -> float:
-    """||XWᵀ + b - Y||² / ||Y - mean Y||², from the sums only; nothing below 0.
+    """||XWᵀ + b - Y||² / ||Y - mean Y||², from the sums alone; never below 0.
 
-    For outputs that do not vary see `error_share`.
+    For outputs that do not vary, see `error_share`.
     """
     gram = equations.gram
     with plain_arithmetic(gram.device):

@@ -19,8 +19,8 @@ def fit_gain(
 
     Needed after pruning, because the RMS over the kept channels differs from that over all.
 
-    Dead channels: where <x, x> is zero, or below 1e-12 of the largest, the data says nothing about
-    the gain. They keep `prior`; without one they get 1.
+    Dead channels: where <x, x> is zero, or below 1e-12 of the largest, the data say nothing about
+    the gain. They keep `prior`, or get 1 without one.
 
     Args:
         target_dot_input: sum over positions of the original's output times the normalised input.

@@ -1,4 +1,4 @@
-"""Least squares of a layer that may have a given rank only: the best of all such layers, in closed form."""
+"""Least squares for a layer of limited rank: the best of all such layers, in closed form."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flashvaed_cli.numerics.least_squares import NormalEquations, damping_energy
 def factorise(
     weight: Float[Tensor, "O K"], rank: int, gram: Float[Tensor, "K K"] | None = None
 ) -> tuple[Float64[Tensor, "O r"], Float64[Tensor, "r K"]]:
-    """The product of rank r nearest to a weight: minimises tr((W - A B) G (W - A B)ᵀ), G = `gram` or the identity.
+    """The rank-r product nearest to a weight: minimises tr((W - A B) G (W - A B)ᵀ), G = `gram` or the identity.
 
     A holds the r leading eigenvectors of W G Wᵀ, B = Aᵀ W: Eckart and Young's theorem for W G^(1/2).
 

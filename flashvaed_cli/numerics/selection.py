@@ -1,9 +1,9 @@
-"""Which channels to keep: greedy R² and the rules that it is compared with, one function each.
+"""Which channels to keep: greedy R² and the rules it is compared with, one function each.
 
 A rule orders the channels of one group by importance, from what is known about them (`ChannelEvidence`). For every
-rule growing counts give nested sets, scores that are equal up to rounding go to the lowest index, and channels that
-do not vary over the calibration clips (dead or constant ones) come behind all that do, by index; to `greedy-energy`
-only dead ones are such.
+rule, larger counts give supersets, ties (up to rounding) go to the lowest index, and channels that
+do not vary over the calibration clips (dead or constant ones) come after all that do, by index; for `greedy-energy`
+only dead ones come last.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TIE_SHARE = 1e-12
 
 @dataclass(frozen=True)
 class ChannelEvidence:
-    """What is known about the channels of one group; a rule that misses what it needs says so.
+    """What is known about the channels of one group; a rule that lacks what it needs says so.
 
     Attributes:
         covariance: centred, over all calibration positions.
@@ -32,8 +32,8 @@ class ChannelEvidence:
         producer_l1: sum of the absolute weights of the filters that produce each channel.
         consumer_metric: M such that tr(M E) is the squared error of what the consumers compute, E the covariance of
             the error of their input.
-        run: channels that are picked together, as they follow each other: the run with the largest sum of scores,
-            each score as if the channel were picked by itself.
+        run: number of neighbouring channels that are picked together: the run with the largest sum of scores wins,
+            each score as if the channel were picked alone.
     """
 
     covariance: Float64[Tensor, "C C"]
@@ -52,7 +52,7 @@ class Selection:
 
 
 class SelectionRule(Protocol):
-    """The call that every entry of `SELECTION_RULES` answers to.
+    """The signature of every entry of `SELECTION_RULES`.
 
     Raises CalibrationError when `num_kept` is not in 1 to C, the evidence is not finite or lacks what the rule
     needs, or no channel varies.
@@ -62,7 +62,7 @@ class SelectionRule(Protocol):
 
 
 def select_greedy_r2(evidence: ChannelEvidence, num_kept: int, *, seed: int = 0) -> Selection:
-    """Keep the channels that together explain most of the variance of all, one after another.
+    """Keep the channels that together explain most of the total variance, one after another.
 
     Each pick is the channel with the largest gain in R² = 1 - ||Y - Ŷ||² / ||Y - mean Y||², Ŷ the least-squares
     prediction from the kept channels; exact, O(C²) per pick. Once everything is explained, dependent channels
@@ -78,13 +78,13 @@ def select_greedy_r2(evidence: ChannelEvidence, num_kept: int, *, seed: int = 0)
 
 
 def select_greedy_energy(evidence: ChannelEvidence, num_kept: int, *, seed: int = 0) -> Selection:
-    """Greedy R² about zero instead of about the mean: a channel counts for its mean too.
+    """Greedy R² about zero instead of about the mean, so that a channel's mean counts too.
 
-    A norm divides by the root mean square of all channels, so a channel that is large and nearly constant steadies
-    every other; without it they would be normalised by one another. Centred R² cannot see that.
+    A norm divides by the root mean square of all channels, so a channel that is large and nearly constant stabilises
+    all others; without it they would be normalised by one another. Centred R² cannot see that.
 
     Reference:
-        arXiv 2602.19161, section 3.1. Departure: second moments in place of covariances, no constant in the fit.
+        arXiv 2602.19161, section 3.1. Departure: second moments instead of covariances, no constant in the fit.
     """
     del seed
     _require_num_kept(evidence, num_kept)
@@ -133,7 +133,7 @@ def select_pivoted_qr(evidence: ChannelEvidence, num_kept: int, *, seed: int = 0
 
 
 def select_chip(evidence: ChannelEvidence, num_kept: int, *, seed: int = 0) -> Selection:
-    """Keep the channels whose removal would lower the nuclear norm of the feature matrix most, each by itself.
+    """Keep the channels whose removal would lower the nuclear norm of the feature matrix most, each judged alone.
 
     Reference:
         CHIP, arXiv 2110.13981. Departure: one feature matrix over all positions of all clips, instead of the mean
@@ -147,7 +147,7 @@ def select_chip(evidence: ChannelEvidence, num_kept: int, *, seed: int = 0) -> S
 
 
 def select_l1(evidence: ChannelEvidence, num_kept: int, *, seed: int = 0) -> Selection:
-    """Keep the channels whose filters have the largest sum of absolute weights, each by itself.
+    """Keep the channels whose filters have the largest sum of absolute weights, each judged alone.
 
     Reference:
         arXiv 1608.08710 (Pruning Filters for Efficient ConvNets). Departure: where several layers write to a
@@ -160,7 +160,7 @@ def select_l1(evidence: ChannelEvidence, num_kept: int, *, seed: int = 0) -> Sel
 
 
 def select_variance(evidence: ChannelEvidence, num_kept: int, *, seed: int = 0) -> Selection:
-    """Keep the channels with the largest variance, each judged by itself."""
+    """Keep the channels with the largest variance, each judged alone."""
     del seed
     _require_num_kept(evidence, num_kept)
     return _pick_ranked(evidence, evidence.covariance.diagonal(), num_kept)
@@ -207,7 +207,7 @@ def _pick_greedily(
     tie_share: float = _TIE_SHARE,
     run: int = 1,
 ) -> Selection:
-    """Pick the best by a score of what the picks so far leave, again and again; the last run may be cut."""
+    """Repeatedly pick the best by a score of what the picks so far leave; the last run may be cut short."""
     available = torch.ones_like(residual.alive)
     kept, r2 = [], []
     while len(kept) < num_kept:
@@ -228,12 +228,12 @@ def _pick_greedily(
 def _pick_ranked(
     evidence: ChannelEvidence, score: Float64[Tensor, " C"], num_kept: int, tie_share: float = _TIE_SHARE
 ) -> Selection:
-    """Pick the best by a score that each channel has by itself."""
+    """Pick the best by a score that each channel has on its own."""
     return _pick_greedily(ResidualCovariance(evidence.covariance), num_kept, lambda: score, tie_share, evidence.run)
 
 
 def _first_best(score: Float64[Tensor, " C"], alive: Tensor, available: Tensor, tie_share: float) -> int:
-    """Lowest index of the best available channel, on every machine the same; the dead come last."""
+    """Lowest index of the best available channel, the same on every machine; dead channels come last."""
     living = alive & available
     if not bool(living.any()):
         return int(available.nonzero()[0, 0])

@@ -1,4 +1,4 @@
-"""Depthwise-separable kernels in place of dense ones: closed-form starts and alternating least squares."""
+"""Depthwise-separable kernels to replace dense ones: closed-form starts and alternating least squares."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _CHANNELS_PER_BLOCK = 16
 class SeparableFit:
     """A fitted depthwise-separable layer, float64 on the device of the sums.
 
-    Errors are relative, ||fit - Y||² / ||Y - mean Y||² on the rows given. `start_error` is that of the
-    factors handed over, with their own bias if there is one; `error_history` starts with the factors
-    that were chosen to start from, at their best bias, and goes on with the lowest error so far after
+    Errors are relative, ||fit - Y||² / ||Y - mean Y||² on the given rows. `start_error` is that of the
+    factors passed in, with their own bias if there is one; `error_history` starts with the factors
+    that were chosen to start from, at their best bias, and continues with the lowest error so far after
     each iteration. `relative_error` exceeds neither.
     """
 
@@ -88,7 +88,7 @@ def separable_start(
 def frame_from_causal(weight: Float[Tensor, "O C kt kh kw"]) -> Float[Tensor, "O C kh kw"]:
     """The per-frame kernel that equals a causal 3D one on static video: the sum over its temporal taps.
 
-    Exact where all kt frames that the kernel sees are alike (so not on the first kt - 1 frames,
+    Exact where all kt frames that the kernel sees are the same (so not on the first kt - 1 frames,
     which see zeros).
     """
     return weight.sum(dim=2)
@@ -110,8 +110,8 @@ def fit_separable(
 
     Each iteration improves the depthwise by a few conjugate-gradient steps with the pointwise fixed,
     then solves the pointwise weight and the bias exactly; a pointwise solve comes before the first.
-    Both are damped towards the current value, not towards zero: this steadies directions that the
-    data leaves open and never raises the error. The ridge is `dampening_frac` times the mean
+    Both are damped towards the current value, not towards zero: this stabilises directions that the
+    data leave open and never raises the error. The ridge is `dampening_frac` times the mean
     diagonal of the step's gram, with every depthwise channel at unit output variance in the pointwise
     step and each channel's own diagonal in the depthwise one, so that no channel's scale matters.
     Matrix-free: reads the patches twice per conjugate-gradient step; beyond them it holds a few
@@ -119,14 +119,14 @@ def fit_separable(
 
     Args:
         patches: what the depthwise kernel of each channel reads at N positions, contiguous. They are
-            centred IN PLACE, not copied: the caller gives them up. float64 patches keep float64 products.
-        targets: the layer's outputs at the same positions; left as they are.
+            centred IN PLACE, not copied, so the caller must not reuse them. float64 patches keep float64 products.
+        targets: the layer's outputs at the same positions; left unchanged.
         depthwise0: start, usually from `separable_from_dense`; a channel whose two factors are both zero stays so.
         pointwise0: start.
         num_iterations: at least 0; 0 fits pointwise and bias alone.
         dampening_frac: dimensionless, > 0.
         bias0: the start's bias, for `start_error` alone; without it that takes the best bias.
-        dense_weight: the kernel that the layer stands for. The fit then starts from its `separable_start`
+        dense_weight: the kernel that the layer replaces. The fit then starts from its `separable_start`
             in the metric of these patches, if the first pointwise solve leaves less error there.
         label: the layer, for error messages.
     Raises:
@@ -149,7 +149,7 @@ def fit_separable(
         best, history = min(*starts, current, key=_squared_error), [problem.share(start)]
         for _ in range(num_iterations):
             current = problem.solve_pointwise(problem.solve_depthwise(current), current.pointwise)
-            # In exact arithmetic the last is the best; in float32 a converged fit trembles.
+            # In exact arithmetic the last is the best; in float32 a converged fit jitters.
             best = min(best, current, key=_squared_error)
             history.append(problem.share(best))
         depthwise, pointwise = _balance(best.depthwise, best.pointwise)
@@ -159,7 +159,7 @@ def fit_separable(
 
 @dataclass(frozen=True, eq=False)
 class _Factors:
-    """A separable map of centred rows with its best bias there, and the squared error summed over rows."""
+    """A separable map of centred rows with its best bias, and the squared error summed over rows."""
 
     depthwise: Float64[Tensor, "C taps"]
     pointwise: Float64[Tensor, "O C"]
@@ -204,7 +204,7 @@ class _SeparableProblem:
         return self._evaluate(self._outputs(depthwise), depthwise, pointwise)
 
     def bias(self, factors: _Factors) -> Float64[Tensor, " O"]:
-        """Their best bias for rows that are not centred."""
+        """Their best bias for uncentred rows."""
         offset = (factors.depthwise * self.patch_mean).sum(dim=1)  # [C]
         return self.target_mean + factors.bias - factors.pointwise @ offset
 
@@ -249,7 +249,7 @@ class _SeparableProblem:
         right = self._gather(self._like_rows(pointwise.T) @ residual.T)  # [C, taps]
         blocks = self.grams * coupling.diagonal()[:, None, None]  # [C, taps, taps]
         mean = blocks.diagonal(dim1=1, dim2=2).mean(dim=1, keepdim=True)  # [C, 1]
-        mean = torch.where(mean > 0, mean, 1.0)  # a dead channel: nothing pulls at it
+        mean = torch.where(mean > 0, mean, 1.0)  # a dead channel: nothing acts on it
         ridge = self.dampening_frac * mean
         # Float32 sums may leave a gram slightly indefinite; the preconditioner need not be exact.
         blocks.diagonal(dim1=1, dim2=2).add_(mean * max(self.dampening_frac, _PRECONDITIONER_RIDGE))
@@ -315,7 +315,7 @@ def _require_rows(patches: Float[Tensor, "C N taps"], targets: Float[Tensor, "N 
 def _centre_patches_(patches: Float[Tensor, "C N taps"]) -> Float[Tensor, "C taps"]:
     """Subtract each tap's mean in place and return it as subtracted.
 
-    Channels go in small groups: a float64 mean of all would copy everything.
+    Channels are processed in small groups: a float64 mean of all would copy everything.
     """
     means = []
     with torch.inference_mode():  # for patches that were made in inference mode themselves
@@ -355,7 +355,7 @@ def _conjugate_gradients(
 def _balance(
     depthwise: Float64[Tensor, "C taps"], pointwise: Float64[Tensor, "O C"]
 ) -> tuple[Float64[Tensor, "C taps"], Float64[Tensor, "O C"]]:
-    """Give both factors of each channel the same norm, the product unchanged; a zero factor is left alone."""
+    """Give both factors of each channel the same norm, keeping the product; a zero factor is left alone."""
     depthwise_norm, pointwise_norm = depthwise.norm(dim=1), pointwise.norm(dim=0)  # [C]
     usable = (depthwise_norm > 0) & (pointwise_norm > 0)
     ratio = torch.where(usable, pointwise_norm / depthwise_norm, 1.0).sqrt()

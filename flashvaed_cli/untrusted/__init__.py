@@ -1,1 +1,1 @@
-"""Opening files that anybody may have made: bounded in time and memory, and no code of theirs is run."""
+"""Open untrusted files: bounded in time and memory, and never running code from them."""

@@ -1,6 +1,6 @@
-"""Which container formats FFmpeg may take a file for: those that hold their pictures themselves. Imports nothing.
+"""Which container formats FFmpeg may try on a file: only those that contain their own pictures. Imports nothing.
 
-Without a list FFmpeg looks at the content alone, and a text that calls itself `clip.mp4` can be a playlist
+Without a list FFmpeg goes by content alone, and a text file called `clip.mp4` can be a playlist
 (ffconcat, HLS, DASH) that reads other files and addresses.
 """
 
@@ -18,4 +18,4 @@ VIDEO_OPTIONS = _options(f"{_VIDEOS} {_STILLS}")
 """For `av.open(f"file:{path}", options=VIDEO_OPTIONS)`."""
 
 STILL_OPTIONS = _options(f"{_STILLS} image2")
-"""For files that are opened by Python and handed over: by name, image2 would take a `%` for a pattern."""
+"""For files opened in Python and passed on: given a name, image2 would take a `%` for a pattern."""

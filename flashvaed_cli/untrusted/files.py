@@ -15,7 +15,7 @@ _KINDS = {stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket", stat.S_ISCHR: "a d
 
 
 def kind_if_irregular(path: Path) -> str | None:
-    """What a path is that cannot be read like a file (`a pipe`, `a device`); None for files, folders, nothing."""
+    """The kind of a path that cannot be read like a file (`a pipe`, `a device`); None for files, folders, nothing."""
     try:
         mode = path.stat().st_mode
     except OSError:
@@ -24,7 +24,7 @@ def kind_if_irregular(path: Path) -> str | None:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading; a pipe or device is refused at once, where opening it could wait for ever.
+    """Open a file for reading; a pipe or device, which could block forever, is refused at once.
 
     Raises:
         TensorFileError: a pipe, a socket or a device.

@@ -1,7 +1,7 @@
-"""Walk through the pickle of a PyTorch file without building anything, and refuse what would not end well.
+"""Walk through a PyTorch file's pickle without building anything, and refuse what would end badly.
 
-torch.load(weights_only=True) runs no code of a file, but takes its sizes on trust. The walk keeps a stack of numbers,
-texts and tuples of these only; everything else is one placeholder.
+torch.load(weights_only=True) runs no code from a file, but trusts its sizes. The walk keeps a stack of numbers,
+texts and tuples of these; everything else becomes one placeholder.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def scan_pickle(file: BinaryIO, path: Path, record_bytes: Mapping[str, int] | in
 
     Args:
         path: for errors.
-        record_bytes: size of the data that each storage key stands for; one number: of all together.
+        record_bytes: size of the data behind each storage key; a single number is the size of all together.
     Raises:
-        TensorFileError: too long, nested too deep, a storage larger than its data, or of tensors that are not dense.
-        ValueError: no pickle.
+        TensorFileError: too long, nested too deep, a storage larger than its data, or non-dense tensors.
+        ValueError: not a pickle.
     """
     _Scan(path, record_bytes).run(file)
 
@@ -65,7 +65,7 @@ class _Scan:
         for step, (opcode, argument, _) in enumerate(pickletools.genops(file)):
             if step >= MAX_PICKLE_STEPS:
                 raise TensorFileError(
-                    f"{self.path}: its pickle takes more than {MAX_PICKLE_STEPS} steps: no file of weights. "
+                    f"{self.path}: its pickle takes more than {MAX_PICKLE_STEPS} steps: not a file of weights. "
                     "Save the VAE's state dict alone."
                 )
             try:
@@ -88,7 +88,7 @@ class _Scan:
             stack.append(pickletools.markobject)
         elif name == "GLOBAL":
             if (what := _REFUSED_NAMES.get(str(argument))) is not None:
-                raise TensorFileError(f"{self.path}: holds {what}; only plain dense tensors are read. Save it as such.")
+                raise TensorFileError(f"{self.path}: holds {what}; only plain dense tensors are read. Save it as one.")
             stack.append(_Global(str(argument)))
         elif name == "BINPERSID":
             self._check_storage(stack.pop())
@@ -99,7 +99,7 @@ class _Scan:
     def _take_other(self, opcode: pickletools.OpcodeInfo, argument: object) -> None:
         if pickletools.markobject in opcode.stack_before:
             self._pop_to_mark()
-            # What stands before the mark is changed in place, or (in a pickle of lists) the mark opens it.
+            # The item before the mark is changed in place, or (in a pickle of lists) the mark opens it.
             for _ in opcode.stack_before[: opcode.stack_before.index(pickletools.markobject)]:
                 self.stack.pop()
         else:
@@ -118,14 +118,14 @@ class _Scan:
         depth = 1 + max((item.depth for item in items if isinstance(item, _Tuple)), default=0)
         if depth > MAX_TUPLE_DEPTH:
             raise TensorFileError(
-                f"{self.path}: tuples nested deeper than {MAX_TUPLE_DEPTH}: no file of weights. "
+                f"{self.path}: tuples nested deeper than {MAX_TUPLE_DEPTH}: not a file of weights. "
                 "Save the VAE's state dict alone."
             )
-        # Long tuples are shapes of nothing that this walk needs.
+        # Long tuples are not shapes that this walk needs.
         self.stack.append(_Tuple(tuple(items[:8]), depth))
 
     def _check_storage(self, reference: object) -> None:
-        """`("storage", type, key, device, elements, ...)`: are there as many bytes as it says?"""
+        """`("storage", type, key, device, elements, ...)`: check that it has as many bytes as it says."""
         if not isinstance(reference, _Tuple) or len(reference.items) < 5:
             raise ValueError("a damaged pickle")
         _, kind, key, _, elements = reference.items[:5]
@@ -136,6 +136,6 @@ class _Scan:
         there = self.record_bytes if isinstance(self.record_bytes, int) else self.record_bytes.get(str(key), 0)
         if num_bytes > there:
             raise TensorFileError(
-                f"{self.path}: damaged or truncated: storage {key!s:.40} takes {num_bytes} bytes, {there} are there. "
+                f"{self.path}: damaged or truncated: storage {key!s:.40} takes {num_bytes} bytes of {there}. "
                 "Copy or download it again."
             )

@@ -20,7 +20,7 @@ from flashvaed_cli.untrusted.files import open_regular
 from flashvaed_cli.untrusted.pickle_scan import scan_pickle
 
 _MAGIC_PARTS = 5
-"""Pickles at the head of a file of before PyTorch 1.6: a magic number, a version, the system, the content, keys."""
+"""Pickles at the start of a file from before PyTorch 1.6: a magic number, a version, the system, the content, keys."""
 _END, _END64 = b"PK\x05\x06", b"PK\x06\x06"
 _END_BYTES = 65_536 + 22
 
@@ -29,7 +29,7 @@ def load_pytorch(path: Path, *, mapped: bool = True) -> object:
     """What torch.save wrote: a tensor, or dicts, lists and tuples of tensors, numbers and texts.
 
     Args:
-        mapped: the tensors' data stay on disk until they are used.
+        mapped: the tensors' data stay on disk until used.
     Raises:
         TensorFileError: it could run code, is damaged, or is more than the limits allow: too many tensors, tensors
             that fill more memory than the file (expanded), sparse tensors, compressed records.
@@ -43,7 +43,7 @@ def load_pytorch(path: Path, *, mapped: bool = True) -> object:
         reason = str(error).strip().splitlines()[0]
         raise TensorFileError(
             f"{path}: not a plain file of weights: reading it could run code, which flashvaed never does. "
-            "Where you trust it, load it in PyTorch and save its state dict as safetensors. "
+            "If you trust it, load it in PyTorch and save its state dict as safetensors. "
             f"(torch: {reason:.200})"
         ) from error
     except (TensorFileError, OSError):
@@ -51,7 +51,7 @@ def load_pytorch(path: Path, *, mapped: bool = True) -> object:
     except Exception as error:  # a damaged pickle can raise anything
         raise TensorFileError(
             f"{path}: cannot be read as a PyTorch file ({type(error).__name__}: {str(error).strip():.200}). "
-            "It is damaged, truncated or of another format: copy or download it again."
+            "It is damaged, truncated or in another format: copy or download it again."
         ) from error
     _check_tensors(content, path)
     return content
@@ -59,7 +59,7 @@ def load_pytorch(path: Path, *, mapped: bool = True) -> object:
 
 def _load(path: Path, mapped: bool) -> object:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about pickle protocols: whether it could be read is what counts
+        warnings.simplefilter("ignore")  # about pickle protocols; all that matters is whether it can be read
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except RuntimeError as error:
@@ -100,7 +100,7 @@ def _storages(records: Mapping[str, int], pickle_name: str) -> dict[str, int]:
 
 
 def _check_directory(file: BinaryIO, path: Path, size: int) -> None:
-    """Raise if the archive's list of files is too long: it is read at once."""
+    """Raise if the archive's list of files is too long, since it is read at once."""
     file.seek(max(0, size - _END_BYTES))
     tail = file.read(_END_BYTES)
     place = tail.rfind(_END)

@@ -1,4 +1,4 @@
-"""Safetensors files: the index within limits, then the tensors that it promises. The index alone needs no torch."""
+"""Safetensors files: the index, within limits, then the tensors that it promises. The index alone needs no torch."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _METADATA = "__metadata__"
 
 @dataclass(frozen=True)
 class SafetensorsIndex:
-    """What stands at the head of a safetensors file.
+    """The header of a safetensors file.
 
     Attributes:
         shapes: of the tensors, by name.
-        metadata: free text of whoever wrote the file.
-        num_bytes: of the whole file, as the index promises.
+        metadata: free text from whoever wrote the file.
+        num_bytes: of the whole file, according to the index.
         start: where the tensors begin.
-        entries: dtype, shape and place of the tensors as they stand there, by name.
+        entries: dtype, shape and place of the tensors as written there, by name.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -44,7 +44,7 @@ class NotSafetensorsError(TensorFileError):
 
 
 def read_index(path: Path) -> SafetensorsIndex:
-    """The index of a safetensors file; its tensors need not all be there.
+    """The index of a safetensors file, whose tensors may be incomplete.
 
     Raises:
         NotSafetensorsError: no index of that format.

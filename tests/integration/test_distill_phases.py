@@ -172,7 +172,7 @@ def test_sigterm_between_two_phases_says_what_is_kept(folder: Path, monkeypatch:
     result = invoke(f"{DISTILL} --quiet --cache-latents cache", cwd=folder)
     assert result.exit_code == 143
     assert result.stderr == (
-        "Error: terminated: nothing was written to flash.safetensors; run again to go on from flash.phase1.ckpt "
+        "Error: terminated: nothing was written to flash.safetensors; run again to resume from flash.phase1.ckpt "
         "(phase 2, 2 of 2 steps); what was encoded is kept in cache\n"
     )
     assert not list(folder.glob(".*"))  # the lock is gone

@@ -134,8 +134,8 @@ def test_sigterm_saves_and_says_how_to_go_on(folder: Path) -> None:
     process.send_signal(signal.SIGTERM)
     printed, errors = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 143, errors
-    assert "run again to go on" in strict_json(printed.decode())["message"]
-    assert b"run again to go on" in errors
+    assert "run again to resume" in strict_json(printed.decode())["message"]
+    assert b"run again to resume" in errors
     assert (folder / "flash.phase1.ckpt").exists() and not (folder / "flash.safetensors").exists()
     # Cadence may change between a run and its resumption.
     assert succeed(DISTILL, cwd=folder)["phases"][0]["resumed_from"] >= 1

@@ -60,7 +60,7 @@ def test_a_link_or_a_file_of_something_else_is_left_alone(tmp_path: Path) -> Non
     (tmp_path / ".folder.lock").mkdir()
     for name in (".link.lock", ".pipe.lock", ".folder.lock", "victim.txt"):
         with (
-            pytest.raises(FlashVaedError, match="has the name of this program's lock file"),
+            pytest.raises(FlashVaedError, match="is named like a flashvaed lock file"),
             exclusive_lock(tmp_path / name, FlashVaedError),
         ):
             pytest.fail(f"{name} is taken for a lock")

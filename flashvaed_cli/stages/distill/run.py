@@ -151,7 +151,7 @@ def _note_what_is_kept(error: KeyboardInterrupt, recipe: DistillRecipe, files: T
     """Tell who reports the interruption that the run can go on."""
     if kept := files.checkpoints(len(recipe.schedule())):
         how = "run again" if recipe.resume == "auto" else "run without --resume never"
-        error.add_note(f"{how} to go on from {describe_checkpoints(kept[-1:])}")
+        error.add_note(f"{how} to resume from {describe_checkpoints(kept[-1:])}")
     if recipe.cache_latents is not None and user_path(recipe.cache_latents).exists():
         error.add_note(f"what was encoded is kept in {recipe.cache_latents}")
 

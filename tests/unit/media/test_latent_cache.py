@@ -247,7 +247,7 @@ def test_what_differs_is_named(tmp_path: Path) -> None:
 
 def test_folders_that_are_no_cache(tmp_path: Path) -> None:
     (tmp_path / "holiday.mp4").touch()
-    with pytest.raises(MediaError, match=r"not empty \(holiday\.mp4\) and holds no latent cache"):
+    with pytest.raises(MediaError, match=r"not empty \(holiday\.mp4\) and is not a latent cache"):
         claim_folder(tmp_path, KEY)
     for name, content in {"key.json": "{", "index.json": '{"key": 3}', "key2": "[]", "key3": '{"format": 99}'}.items():
         folder = tmp_path / name

@@ -38,8 +38,8 @@ def test_an_array_file_holds_the_frames(tmp_path: Path, suffix: str, dtype: torc
     ("chunks", "error", "told"),
     [
         ([FRAMES[:, :5]], MediaError, "5 of 7 frames"),
-        ([FRAMES[:, :2], FRAMES[..., :2]], ValueError, "go on"),
-        ([FRAMES, FRAMES], ValueError, "go on"),
+        ([FRAMES[:, :2], FRAMES[..., :2]], ValueError, "continue"),
+        ([FRAMES, FRAMES], ValueError, "continue"),
     ],
 )
 def test_an_array_file_of_other_frames_than_announced_is_not_there(

@@ -38,7 +38,7 @@ def test_what_yields_nothing_is_named(folder: Path) -> None:
         "nowhere.mp4": "nowhere.mp4 does not exist",
         "empty": "empty holds no clips. Accepted are videos",
         "*.avi": "matches no clip",
-        "notes.md": "of no accepted kind",
+        "notes.md": "not of an accepted kind",
     }
     for name, message in cases.items():
         with pytest.raises(MediaError) as caught:

@@ -108,5 +108,5 @@ def test_a_key_names_all_that_a_choice_depends_on() -> None:
 
 
 def test_a_choice_in_words() -> None:
-    assert str(Choice()) == "exact twins, channels-last"
+    assert str(Choice()) == "exact operators, channels-last"
     assert str(Choice("contiguous", False, True, 2)) == "plain operators, contiguous, compiled, chunk 2"

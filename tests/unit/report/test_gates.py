@@ -91,8 +91,8 @@ def test_documents_and_junit_say_the_same(tmp_path: Path) -> None:
     report = replace(REPORT, gates=gates)
     assert [gate["passed"] for gate in report_document(report)["gates"]] == [True, False]  # type: ignore[index, union-attr]
     text = report_markdown(report)
-    assert "- passed: psnr_db>=40: of flash it is 40\n" in text
-    assert "- **failed**: lpips<=0.1: of flash it was not measured\n" in text
+    assert "- passed: psnr_db>=40: for flash it is 40\n" in text
+    assert "- **failed**: lpips<=0.1: for flash it was not measured\n" in text
     path = tmp_path / "eval.xml"
     write_junit(report, path)
     suite = ElementTree.parse(path).getroot().find("testsuite")
@@ -100,7 +100,7 @@ def test_documents_and_junit_say_the_same(tmp_path: Path) -> None:
     cases = {case.get("name"): case.find("failure") for case in suite.iter("testcase")}
     assert cases["psnr_db>=40"] is None
     failure = cases["lpips<=0.1"]
-    assert failure is not None and failure.get("message") == "lpips<=0.1: of flash it was not measured"
+    assert failure is not None and failure.get("message") == "lpips<=0.1: for flash it was not measured"
     assert is_own_file(path)
     path.write_text('<testsuites><testsuite name="pytest"/></testsuites>')
     assert not is_own_file(path)

@@ -30,7 +30,7 @@ EAGER = SpeedRow(
 )
 EXACT = SpeedRow(
     "original, exact", Spread(12.0, 11.5, 12.5), Spread(4.01, 3.9, 4.1), None, 2 * 10**9, 4000.0, 4 * 10**9, 60.0, 48.0,
-    "exact twins, channels-last, compiled",
+    "exact operators, channels-last, compiled",
 )  # fmt: skip
 FLASH = SpeedRow(
     "flash", Spread(0.5, 0.48, 0.531), Spread(96.2, 90.0, 110.0), Spread(24.0, 22.0, 26.0), 5 * 10**8, 166.0, 10**9, 1.0
@@ -89,14 +89,14 @@ def test_json_and_markdown(tmp_path: Path) -> None:
     text = paths["markdown"].read_text(encoding="utf-8")
     assert text == speed_markdown(report)
     assert text.startswith("# Speed\n\n- device: cpu\n") and "## Speed: Wan 2.1" in text
-    assert "- large is large\n" in text and "- original, exact: exact twins, channels-last, compiled\n" in text
+    assert "- large is large\n" in text and "- original, exact: exact operators, channels-last, compiled\n" in text
 
 
 def test_ways_that_differ_are_told_apart() -> None:
-    other = replace(TABLE, num_frames=81, rows=(replace(EXACT, way="exact twins, chunk 1"),))
+    other = replace(TABLE, num_frames=81, rows=(replace(EXACT, way="exact operators, chunk 1"),))
     notes = all_notes(SpeedReport((TABLE, other)))
-    assert "original, exact, Wan 2.1, 9 frames of 192×256, float32: exact twins, channels-last, compiled" in notes
-    assert "original, exact, Wan 2.1, 81 frames of 192×256, float32: exact twins, chunk 1" in notes
+    assert "original, exact, Wan 2.1, 9 frames of 192×256, float32: exact operators, channels-last, compiled" in notes
+    assert "original, exact, Wan 2.1, 81 frames of 192×256, float32: exact operators, chunk 1" in notes
 
 
 def test_figures_that_are_not_finite_are_null() -> None:
