@@ -202,7 +202,7 @@ def _require_same_latents(checkpoint: Checkpoint, given: ForeignWeights, base: n
 
 
 def _decoder_at(given: ForeignWeights) -> Callable[[float], Decoder]:
-    """The pipeline's decoder for a timestep; norms are folded anew for each."""
+    """The pipeline's decoder for a timestep; norms are folded again for each."""
     assert given.config is not None
     config = dict(given.config)
 

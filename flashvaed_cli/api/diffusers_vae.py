@@ -205,7 +205,7 @@ class AutoencoderFlash(ModelMixin, ConfigMixin):
         *args: Any,
         **more: Any,
     ) -> None:
-        """Decode in tiles of at most so many pixels a side; of the encoder, as the family's class does.
+        """Decode in tiles of at most this many pixels a side; of the encoder, as the family's class does.
 
         Strides are for the encoder alone: these tiles overlap by what their frames depend on.
         """

@@ -168,7 +168,7 @@ def locate(location: str, builtins: Mapping[str, Path], *, may_download: bool = 
     """The file or folder that a location stands for, downloaded if need be and allowed, or out of the Hub's cache.
 
     Raises:
-        ArtifactError: nothing there; says what there is instead.
+        ArtifactError: nothing there; says what is there instead.
     """
     if location.startswith(SCHEME):
         return fetch_hub_file(location, only_cached=not may_download)
@@ -256,7 +256,7 @@ def _from_weights(location: str, weights: ForeignWeights, family: str | None) ->
     if unknown:
         listed = ", ".join(key[:MAX_QUOTED_CHARS] for key in unknown[:MAX_LISTED_MISTAKES])
         more = f" and {len(unknown) - MAX_LISTED_MISTAKES} more" if len(unknown) > MAX_LISTED_MISTAKES else ""
-        notes.append(f"keys of its configuration that are not known and play no role: {listed}{more}")
+        notes.append(f"unknown keys of its configuration, which are ignored: {listed}{more}")
     return Checkpoint(
         location=location,
         sha256=_sha256(weights),

@@ -139,7 +139,7 @@ def sha256_of_files(files: Sequence[Path]) -> str:
 def content_sha256(path: str | Path) -> str:
     """What identifies a file: of an artifact, the SHA-256 of its tensors and of what its header says of them.
 
-    How an artifact was called and when plays no role: the same work gives the same hash. Other files, and artifacts of
+    How and when an artifact was made does not count: the same work gives the same hash. Other files, and artifacts of
     version 0.3 and older, are identified by the SHA-256 of the whole file.
     """
     path = Path(path)

@@ -147,7 +147,7 @@ def measure_width_latency(
 def _time_round(
     whole: _Run, tails: Sequence[_Run], profile: RoundProfiler, *, num_warmup: int, task: Task
 ) -> list[float]:
-    """One sample of every tail in units of the whole decoder's time, which is taken anew before every few.
+    """One sample of every tail in units of the whole decoder's time, which is measured again before every few.
 
     A busy machine is so for seconds to minutes, and slows down alike what runs close together. Returns the whole
     decoder's times in milliseconds.

@@ -136,7 +136,7 @@ FLAGS: Mapping[str, Flag] = {
     "size": Flag(metavar="FRAMESxHEIGHTxWIDTH"),
     "family": Flag(
         metavar="NAME",
-        default="told by names, shapes and configuration; ltx or ltx-video leaves only the version to them",
+        default="detected from names, shapes and config; ltx or ltx-video leaves only the version open",
     ),
     "weights": Flag(metavar="NAME"),
     "device": Flag(metavar="auto|cpu|gpu|cuda[:N]|mps"),

@@ -55,7 +55,7 @@ def signals_raise() -> Iterator[list[signal.Signals]]:
 
 
 def interruption(error: KeyboardInterrupt, outcome: str) -> Interrupted:
-    """What the user is told: how it ended, what came of it, and what was noted on the way out."""
+    """What the user is told: how it ended, what is left of it, and what was noted on the way out."""
     number = error.number if isinstance(error, Terminated) else signal.SIGINT
     name = _NAMES[number]
     interrupted = Interrupted("; ".join([f"{name}: {outcome}", *getattr(error, "__notes__", ())]), number)

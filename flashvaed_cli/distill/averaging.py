@@ -73,7 +73,7 @@ class TermAverage:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def take(self) -> dict[str, float]:
-        """The means, and start anew."""
+        """The means; then start over."""
         means = {name: float(total) / self.count for name, total in self.sums.items()}
         self.count, self.sums = 0, {}
         return means

@@ -204,5 +204,5 @@ def _require_same_run(content: dict, state: TrainState, path: Path) -> None:
     if reasons:
         raise DistillationError(
             f"{path} belongs to another run ({'; '.join(reasons)}). Give the settings it was made with to go on, "
-            "or delete it (or set resume to never) to start anew."
+            "or delete it (or set resume to never) to start over."
         )

@@ -36,7 +36,7 @@ class TrainSettings:
         explosion_factor: stop when a loss is this many times the first one.
         log_every_steps: steps that one entry of the history averages over.
         validate_every_steps: try the student on the validation clips so often, and at start and end.
-        checkpoint_every_steps, checkpoint_every_s: save after so many steps or seconds, whichever
+        checkpoint_every_steps, checkpoint_every_s: save after this many steps or seconds, whichever
             comes first; None for neither. The end of the phase and a signal save in any case.
 
     Reference: arXiv 2602.19161, section 4 (AdamW, learning rate and weight decay).

@@ -88,7 +88,7 @@ class CutSettings:
         exact: a clip has the size of a bucket, and files too small for all are left out; otherwise it has what the
             file gives, up to the one bucket's size.
         num_clips: how many to draw; equal ones count once.
-        max_side: shrink frames first so that their longer side has at most so many pixels.
+        max_side: shrink frames first so that their longer side has at most this many pixels.
     """
 
     buckets: tuple[Bucket, ...]

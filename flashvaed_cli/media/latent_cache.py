@@ -83,7 +83,7 @@ class CachedLatents:
             stored = _open_shard(path, shard.sha256).get_slice(_name(number))
             part = stored[:, : size.num_frames, top : top + size.height, left : left + size.width]
         except (SafetensorError, OSError) as error:
-            raise MediaError(f"{path} cannot be read any more ({error}). Run again: it will be made anew.") from error
+            raise MediaError(f"{path} cannot be read any more ({error}). Run again: it will be rebuilt.") from error
         return part.float()
 
 
@@ -111,7 +111,7 @@ def claim_folder(folder: Path, wanted: CacheKey) -> CacheKey:
     if reasons := cache_misfits(stored, wanted):
         raise MediaError(
             f"{folder} caches other latents: {'; '.join(reasons)}. Give the settings and data it was made with, "
-            "or another folder, or delete it to encode anew."
+            "or another folder, or delete it to encode again."
         )
     return stored
 
@@ -139,7 +139,7 @@ def read_key(folder: Path) -> CacheKey | None:
 def read_cache(folder: Path, key: CacheKey, warn: Callable[[str], None]) -> CachedLatents | None:
     """The complete cache of a folder, its shards not yet checked; None if it is not complete.
 
-    A damaged index is one that is missing: `CacheWriter` makes it anew from the shards. `warn` is told.
+    A damaged index is one that is missing: `CacheWriter` rebuilds it from the shards. `warn` is told.
 
     Raises:
         MediaError: the index is there and may not be read.
@@ -158,7 +158,7 @@ def read_cache(folder: Path, key: CacheKey, warn: Callable[[str], None]) -> Cach
         return CachedLatents(folder, key, shards, dict(content["skipped"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = str(error) or type(error).__name__
-        warn(f"{path} is damaged ({reason}): it is made anew from the shards, and what they lack is encoded again")
+        warn(f"{path} is damaged ({reason}): it is rebuilt from the shards, and what they lack is encoded again")
         return None
 
 
@@ -214,7 +214,7 @@ class CacheWriter:
             if shard is not None:
                 self.shards.append(shard)
             elif _is_ours(path):
-                warn(f"{path} is damaged or of another cache: its clips are encoded anew")
+                warn(f"{path} is damaged or of another cache: its clips are encoded again")
                 path.unlink()
             else:
                 warn(f"{path} is no file of this cache: it is left alone")
@@ -335,9 +335,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _unreadable(path: Path, error: Exception) -> MediaError:
-    return MediaError(
-        f"{path} cannot be read as part of a latent cache ({error}). Delete the folder to encode anew, or give another."
-    )
+    return MediaError(f"{path} cannot be read as part of a latent cache ({error}). Delete the folder, or give another.")
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:

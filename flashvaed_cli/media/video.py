@@ -160,7 +160,7 @@ def read_clip(
     """Read a clip as float32 RGB in [-1, 1].
 
     Args:
-        num_frames: at most so many frames; a file that ends earlier gives what it has. None: to the end.
+        num_frames: at most this many; a file that ends earlier gives what it has. None: to the end.
         max_side: shrink until the longer side is at most this many pixels.
         crop: rectangle cut after scaling.
     Raises:

@@ -90,7 +90,7 @@ def time_alternating(
         candidates: name to call; run in this order in every round.
         num_warmup: rounds that are run but not counted (compilation, allocator, caches).
         num_rounds: counted rounds, at least 1.
-        budget_s: no further round begins that is not expected to end within so many seconds; one is always counted.
+        budget_s: a round begins only if it is expected to end within this many seconds; one is always counted.
         synchronize: called before each reading of the clock; see `synchronizer`.
         progress: told after every call.
     Returns:

@@ -7,10 +7,10 @@ from typing import ClassVar
 from pydantic import Field
 
 from flashvaed_cli.recipe.fields import ANALYSIS_FILE, BUILTIN_VAE, Count, Name, OptionalCount, Switch
-from flashvaed_cli.recipe.settings import CalibratedRecipe, RuleField
+from flashvaed_cli.recipe.settings import CalibratedRecipe, RuleField, StageRecipe
 
 
-class AnalyzeRecipe(CalibratedRecipe, RuleField):
+class AnalyzeRecipe(CalibratedRecipe, RuleField, StageRecipe):
     """Settings of `flashvaed analyze`."""
 
     command: ClassVar[str] = "analyze"
@@ -18,9 +18,6 @@ class AnalyzeRecipe(CalibratedRecipe, RuleField):
 
     input: Name | None = Field(
         default=None, description="VAE to analyze: a file, folder, hf:// address or builtin:NAME."
-    )
-    original: Name | None = Field(
-        default=None, description="The original VAE, where it is not the one that the input remembers."
     )
     latency_frames: Count = Field(
         default=9, description="Frames of the clip whose decoding is timed, rounded up to whole latents."

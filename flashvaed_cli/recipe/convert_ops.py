@@ -30,7 +30,7 @@ class ConvertOpsRecipe(ReconstructingRecipe):
     )
     profile: OperatorProfile = Field(
         default="paper",
-        description="paper: the paper's cheaper operator for each stage, weights solved anew. exact: for each layer "
+        description="paper: the paper's cheaper operator for each stage, weights refitted. exact: for each layer "
         "the fastest operator that gives the same frames, without data. image: the decoder of single images (one "
         "latent frame) that gives the same pixels, without data; its layers work on frames alone.",
     )

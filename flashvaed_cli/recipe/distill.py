@@ -27,7 +27,7 @@ from flashvaed_cli.recipe.fields import (
     WholeNumber,
     int_as_text,
 )
-from flashvaed_cli.recipe.settings import ClipFields, FrozenModel, RatioFields
+from flashvaed_cli.recipe.settings import ClipFields, FrozenModel, RatioFields, StageRecipe
 
 _FEWEST_WARMUP_STEPS = 20
 NEW_STUDENT_LEARNING_RATE = 3e-3
@@ -71,7 +71,7 @@ class PhaseRecipe(FrozenModel):
     learning_rate: Positive = Field(default=3e-4, description="Learning rate of the optimizer.")
 
 
-class DistillRecipe(ClipFields, RatioFields):
+class DistillRecipe(ClipFields, RatioFields, StageRecipe):
     """Settings of `flashvaed distill`; the ratios and the rule name the channels that phase 2 prepares for pruning."""
 
     command: ClassVar[str] = "distill"
@@ -79,9 +79,6 @@ class DistillRecipe(ClipFields, RatioFields):
 
     input: Name | None = Field(
         default=None, description="Decoder to train: a file, folder, hf:// address or builtin:NAME."
-    )
-    original: Name | None = Field(
-        default=None, description="The original VAE, where it is not the one that the input remembers."
     )
     student: StudentShape | None = Field(
         default=None,
@@ -190,7 +187,7 @@ class DistillRecipe(ClipFields, RatioFields):
     tensorboard: Name | None = Field(default=None, description="Folder to log to for TensorBoard.")
     resume: Literal["auto", "never"] = Field(
         default="auto",
-        description="auto goes on from the checkpoint of an interrupted run of the same recipe; never starts anew, "
+        description="auto continues from the checkpoint of an interrupted run of the same recipe; never starts over, "
         "and the old checkpoint stays until the first new one.",
     )
     output: Name = Field(default=FLASH_FILE, description="Decoder artifact to write.")

@@ -23,14 +23,14 @@ from flashvaed_cli.recipe.fields import (
     Switch,
 )
 from flashvaed_cli.recipe.quantities import NAMED_SIZES
-from flashvaed_cli.recipe.settings import ClipFields
+from flashvaed_cli.recipe.settings import ClipFields, StageRecipe
 
 _PROTOCOLS = {"ucf101": (17, 256), "davis": (17, 256), "panda": (33, 256)}
 _SPEED_ONLY = ("sizes", "frames", "compile", "autotune")
 _JUDGING_ONLY = ("require", "junit", "features", "protocol", "center_crop")
 
 
-class EvalRecipe(ClipFields):
+class EvalRecipe(ClipFields, StageRecipe):
     """Settings of `flashvaed eval`."""
 
     command: ClassVar[str] = "eval"
@@ -39,14 +39,11 @@ class EvalRecipe(ClipFields):
     input: Name | None = Field(
         default=None, description="Decoder to judge: a file, folder, hf:// address or builtin:NAME."
     )
-    original: Name | None = Field(
-        default=None, description="The original VAE, where it is not the one that the input remembers."
-    )
     compare: Names = Field(
         default=(), description="Further decoders of the same original, for more columns in the tables; repeatable."
     )
-    num_clips: OptionalCount = Field(default=None, description="Judge at most so many clips.")
-    num_frames: OptionalCount = Field(default=None, description="Judge at most so many frames of each clip.")
+    num_clips: OptionalCount = Field(default=None, description="Judge at most this many clips.")
+    num_frames: OptionalCount = Field(default=None, description="Judge at most this many frames of each clip.")
     chunk: Count | None = Field(
         default=None, description="Latent frames decoded at a time; bounds memory, changes no frame."
     )
@@ -109,7 +106,7 @@ class EvalRecipe(ClipFields):
         default="signed", description="Pixels that it takes: [-1, 1], [0, 1] or bytes."
     )
     center_crop: OptionalCount = Field(
-        default=None, description="Resize each frame's shorter side to so many pixels, and judge the middle square."
+        default=None, description="Resize each frame's shorter side to this many pixels, and judge the middle square."
     )
     protocol: Literal["ucf101", "davis", "panda"] | None = Field(
         default=None,

@@ -15,10 +15,10 @@ from flashvaed_cli.recipe.fields import (
     Name,
     one_as_tuple,
 )
-from flashvaed_cli.recipe.settings import CommandRecipe
+from flashvaed_cli.recipe.settings import StageRecipe
 
 
-class ExportRecipe(CommandRecipe):
+class ExportRecipe(StageRecipe):
     """Settings of `flashvaed export`."""
 
     command: ClassVar[str] = "export"
@@ -26,6 +26,10 @@ class ExportRecipe(CommandRecipe):
 
     input: Name | None = Field(
         default=None, description="Decoder to export: a file, folder, hf:// address or builtin:NAME."
+    )
+    original: Name | None = Field(
+        default=None,
+        description="The original VAE, whose encoder is exported too, where it is not the one the input remembers.",
     )
     targets: Annotated[tuple[ExportTarget, ...], BeforeValidator(one_as_tuple), Field(min_length=1)] = Field(
         default=("safetensors", "diffusers", "onnx"),

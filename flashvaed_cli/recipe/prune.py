@@ -47,20 +47,21 @@ class PruneRecipe(ReconstructingRecipe, RatioFields):
     )
     target_speedup: Annotated[float, Field(gt=1, strict=True)] | None = Field(
         default=None,
-        description="In place of ratios: prune the family's shallow stages until decoding is predicted to be so many "
+        description="Instead of ratios: prune the family's shallow stages until decoding is predicted to be this many "
         "times as fast as that of the input, on this device, by the latency model of the analysis; with the native "
         "layout, the whole decoder, by timing widths.",
     )
     target_gflops: Positive | None = Field(
         default=None,
-        description="In place of ratios: prune the family's shallow stages until decoding the timed clip takes so many "
-        "GFLOP.",
+        description="Instead of ratios: prune the family's shallow stages until decoding the timed clip takes this "
+        "many GFLOP.",
     )
     latency_frames: Count | None = Field(
-        default=None, description="Frames of the clip that a target speaks of; those of the analysis, or else 9."
+        default=None, description="Frames of the clip that a target refers to. Default: those of the analysis, or 9."
     )
     latency_side: Count | None = Field(
-        default=None, description="Height and width of the clip that a target speaks of; the analysis', or else 128."
+        default=None,
+        description="Height and width of the clip that a target refers to. Default: those of the analysis, or 128.",
     )
     output: Name = Field(default=PRUNED_FILE, description="Decoder artifact to write.")
 

@@ -71,7 +71,7 @@ class CommandRecipe(FrozenModel):
         return self._origins.get((field, key))
 
     def given(self, *fields: str) -> list[str]:
-        """Those of `fields` that are not at their defaults, as flags: to say that they play no role."""
+        """Those of `fields` that are not at their defaults, as flags: to say that they are ignored."""
         values = {name: getattr(self, name) for name in fields}
         return [
             ("--no-" if value is False else "--") + name.replace("_", "-")
@@ -82,6 +82,16 @@ class CommandRecipe(FrozenModel):
     seed: WholeNumber = Field(default=0, le=2**31 - 1, description="Seed of everything random.")
     device: Device = Field(default="auto", description="Where to compute; auto takes CUDA, then MPS, then the CPU.")
     dtype: DType = Field(default="float32", description="Number format of weights and activations.")
+
+
+class StageRecipe(CommandRecipe):
+    """What commands have that read a decoder and write what they make of it."""
+
+    input: Name | None = Field(default=None, description="Decoder to read.")
+    original: Name | None = Field(
+        default=None, description="The original VAE, where it is not the one that the input remembers."
+    )
+    output: Name = Field(description="What to write.")
 
 
 class ClipFields(CommandRecipe):
@@ -96,7 +106,8 @@ class ClipFields(CommandRecipe):
         "ComfyUI's .latent files are raw.",
     )
     max_side: OptionalCount = Field(
-        default=None, description="Shrink clips so that the longer side has at most so many pixels, whole latents."
+        default=None,
+        description="Shrink clips so that the longer side has at most this many pixels, rounded to whole latents.",
     )
 
 
@@ -112,16 +123,13 @@ class CalibratedRecipe(ClipFields):
     )
 
 
-class ReconstructingRecipe(CalibratedRecipe):
-    """What commands have that change layers and solve their weights anew."""
+class ReconstructingRecipe(CalibratedRecipe, StageRecipe):
+    """What commands have that change layers and refit their weights."""
 
-    original: Name | None = Field(
-        default=None, description="The original VAE, where it is not the one that the input remembers."
-    )
     reconstruct: ReconstructMode = Field(
         default="full",
-        description="full solves whole kernels by least squares, channel only the map from the channels that are left "
-        "to those that a layer read before, none keeps cut weights.",
+        description="full refits whole kernels by least squares, channel only the map from the kept channels to those "
+        "that a layer read before; none keeps the cut weights.",
     )
     dampening_frac: Positive = Field(default=1e-4, description="Ridge term, as a fraction of the gram's mean diagonal.")
 
@@ -176,7 +184,7 @@ class RatioFields(RuleField):
         """Fraction kept by the name of a stage or a channel group; what is not in it stays whole.
 
         Args:
-            shallow_stages: the family's stages that `keep_ratio` speaks of.
+            shallow_stages: the family's stages that `keep_ratio` applies to.
         """
         keep_ratio = self.keep_ratio
         if keep_ratio is None and not self.stage_keep_ratios and not self.group_keep_ratios:

@@ -123,7 +123,7 @@ class _CloseUp:
 
 
 def _find_close_up(difference: Float[Tensor, "n H W"], cell: _Cell) -> _CloseUp:
-    """The window with the greatest mean difference; at most half a side, so that there is something to enlarge."""
+    """The window with the greatest mean difference; at most half a side, so that enlarging it shows more."""
     _, height, width = difference.shape
     window_width, window_height = (max(1, min(cell.width, width // 2)), max(1, min(cell.height, height // 2)))
     means = torch.nn.functional.avg_pool2d(

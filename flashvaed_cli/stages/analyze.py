@@ -1,26 +1,20 @@
 """`flashvaed analyze`: what each stage costs, and how far its channels depend on one another.
 
 The analysis artifact holds tensors `covariance.TENSOR` and `mean.TENSOR` (float64; TENSOR is an address of
-`decoders.spec.groups`) and, in its header under `measured`:
-    stages: one record per stage (parameters, gflop, latency_ms by operator, activation_mib, effective_rank, width).
-    rule: by which the channels are ordered, as `prune --rule` would.
-    groups: one record per channel group (stage, width, effective_rank, order in which channels are kept, r2 of the
-        kept ones after each pick, spectrum, indices of the dead and the constant channels).
-    clips: number of clips, positions per tensor, and the size of the timed run.
-    width_latency: decoding time as a function of the widths that pruning leaves; see `stages.latency_model`.
+`decoders.spec.groups`) and, in its header under `measured`, an `AnalysisRecord`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from flashvaed_cli.artifact.measured import AnalysisRecord, CalibratedClips, GroupFigures, StageFigures
 from flashvaed_cli.artifact.store import write_artifact
 from flashvaed_cli.calibrate.latency import measure_latency
 from flashvaed_cli.calibrate.statistics import collect_statistics
@@ -43,7 +37,7 @@ from flashvaed_cli.stages.common.clips import find_data, plan_calibration
 from flashvaed_cli.stages.common.loading import DTYPES
 from flashvaed_cli.stages.common.result import StageOutcome
 from flashvaed_cli.stages.common.run import Run
-from flashvaed_cli.stages.latency_model import TimedClip, latency_model_record, whole_clip
+from flashvaed_cli.stages.latency_model import TimedClip, measure_width_times, whole_clip
 from flashvaed_cli.surgery.evidence import channel_evidence
 
 SHOWN_RATIOS = (0.125, 0.25, 0.5)
@@ -77,39 +71,37 @@ def run_analyze(recipe: AnalyzeRecipe, *, progress: Progress, force: bool, comma
     statistics = collect_statistics(decoder, clips, num_clips=len(clips), progress=progress)
     groups = _group_records(decoder, statistics, recipe.rule, recipe.seed, progress)
     stages = _stage_records(decoder, groups, recipe, timed, progress)
-    measured = {
-        "stages": stages,
-        "rule": recipe.rule,
-        "groups": groups,
-        "clips": {
-            "num_clips": len(clips),
-            "skipped": clips.skipped,
-            "positions": {address: one.count for address, one in statistics.items()},
-            "latency_frames": timed.num_frames,
-            "latency_side": timed.side,
-            "device": device.type,
-            "dtype": recipe.dtype,
-        },
-    }
+    times = None
     if recipe.width_latency_s is not None:
-        measured["width_latency"] = latency_model_record(
-            decoder,
-            timed,
-            budget_s=float(recipe.width_latency_s),
-            seed=recipe.seed,
-            progress=progress,
-        )
+        budget_s = float(recipe.width_latency_s)
+        times = measure_width_times(decoder, timed, budget_s=budget_s, seed=recipe.seed, progress=progress)
+    record = AnalysisRecord(
+        stages=stages,
+        rule=recipe.rule,
+        groups=groups,
+        clips=CalibratedClips(
+            num_clips=len(clips),
+            skipped=clips.skipped,
+            positions={address: one.count for address, one in statistics.items()},
+            latency_frames=timed.num_frames,
+            latency_side=timed.side,
+            device=device.type,
+            dtype=recipe.dtype,
+        ),
+        width_latency=times,
+    )
     tensors = {f"covariance.{address}": one.covariance for address, one in statistics.items()}
     tensors |= {f"mean.{address}": one.mean for address, one in statistics.items()}
-    header = run.header(inputs, measured, kind="analysis", files=clips.files)
+    header = run.header(inputs, record, kind="analysis", files=clips.files)
     write_artifact(run.output, tensors, header, force=force)
-    plots = draw_plots(measured, run.output) if recipe.plots else []
-    return StageOutcome((run.output, *plots), (_stage_table(stages, timed), _group_table(groups)), measured)
+    plots = draw_plots(record, run.output) if recipe.plots else []
+    tables = (_stage_table(stages, timed), _group_table(groups))
+    return StageOutcome((run.output, *plots), tables, record.as_json())
 
 
 def _group_records(
     decoder: Decoder, statistics: Mapping[str, TensorStatistics], rule: SelectionRule, seed: int, progress: Progress
-) -> list[dict[str, Any]]:
+) -> tuple[GroupFigures, ...]:
     records = []
     groups = channel_groups(decoder.spec)
     with progress.task(f"order by {rule}", len(groups)) as task:
@@ -118,21 +110,21 @@ def _group_records(
             order = SELECTION_RULES[rule](evidence, group.width, seed=seed + index)
             dead, constant = unvarying_channels(evidence)
             records.append(
-                {
-                    "group": group.name,
-                    "stage": group.stage,
-                    "width": group.width,
-                    "tensors": list(group.tensors),
-                    "effective_rank": effective_rank(evidence.covariance),
-                    "order": order.kept,
-                    "r2": order.r2,
-                    "spectrum": _spectrum(evidence.covariance),
-                    "dead": dead,
-                    "constant": constant,
-                }
+                GroupFigures(
+                    group=group.name,
+                    stage=group.stage,
+                    width=group.width,
+                    tensors=group.tensors,
+                    effective_rank=effective_rank(evidence.covariance),
+                    order=tuple(order.kept),
+                    r2=tuple(order.r2),
+                    spectrum=tuple(_spectrum(evidence.covariance)),
+                    dead=tuple(dead),
+                    constant=tuple(constant),
+                )
             )
             task.advance(group=group.name)
-    return records
+    return tuple(records)
 
 
 def _spectrum(covariance: Float64[Tensor, "C C"]) -> list[float]:
@@ -142,27 +134,27 @@ def _spectrum(covariance: Float64[Tensor, "C C"]) -> list[float]:
 
 
 def _stage_records(
-    decoder: Decoder, groups: list[dict[str, Any]], recipe: AnalyzeRecipe, clip: TimedClip, progress: Progress
-) -> list[dict[str, Any]]:
+    decoder: Decoder, groups: Sequence[GroupFigures], recipe: AnalyzeRecipe, clip: TimedClip, progress: Progress
+) -> tuple[StageFigures, ...]:
     spec = decoder.spec
     dtype = DTYPES[recipe.dtype]
     profile = partial(profile_modules, num_rounds=recipe.num_latency_rounds, synchronize=synchronizer(clip.device))
     progress.log(f"latency: {counted(clip.num_frames, 'frame')} of {clip.side} x {clip.side}")
     latency = measure_latency(decoder.to(dtype), clip.latents(spec, recipe.seed), profile)
     decoder.float()
-    streams = {record["stage"]: record for record in groups if record["group"].endswith(".stream")}
-    return [
-        {
-            "stage": cost.name,
-            "parameters": cost.parameters,
-            "gflop": cost.flop / 1e9,
-            "latency_ms": latency[cost.name],
-            "activation_mib": cost.peak_activation_elements * dtype.itemsize / 2**20,
-            "width": streams.get(cost.name, {}).get("width"),
-            "effective_rank": streams.get(cost.name, {}).get("effective_rank"),
-        }
+    streams = {record.stage: record for record in groups if record.is_stream}
+    return tuple(
+        StageFigures(
+            stage=cost.name,
+            parameters=cost.parameters,
+            gflop=cost.flop / 1e9,
+            latency_ms=latency[cost.name],
+            activation_mib=cost.peak_activation_elements * dtype.itemsize / 2**20,
+            width=streams[cost.name].width if cost.name in streams else None,
+            effective_rank=streams[cost.name].effective_rank if cost.name in streams else None,
+        )
         for cost in stage_costs(spec, clip.grid(spec))
-    ]
+    )
 
 
 def plot_files(output: Path) -> tuple[Path, Path, Path]:
@@ -174,13 +166,13 @@ def plot_files(output: Path) -> tuple[Path, Path, Path]:
     )
 
 
-def draw_plots(measured: Mapping[str, Any], output: Path) -> list[Path]:
+def draw_plots(analysis: AnalysisRecord, output: Path) -> list[Path]:
     """R2 curves, spectra and latency as PNG files beside the analysis."""
-    curves: dict[str, dict[str, list[float]]] = {}
-    for record in sorted(measured["groups"], key=lambda one: one["group"].endswith(".inner")):  # the stream is first
-        curves.setdefault(record["stage"], {})[_curve_name(record["group"], record["stage"])] = record["r2"]
-    eigenvalues = {r["stage"]: r["spectrum"] for r in measured["groups"] if r["group"].endswith(".stream")}
-    latency_ms = {record["stage"]: record["latency_ms"] for record in measured["stages"]}
+    curves: dict[str, dict[str, Sequence[float]]] = {}
+    for record in sorted(analysis.groups, key=lambda one: one.group.endswith(".inner")):  # the stream is first
+        curves.setdefault(record.stage, {})[_curve_name(record.group, record.stage)] = record.r2
+    eigenvalues = {record.stage: record.spectrum for record in analysis.groups if record.is_stream}
+    latency_ms = {record.stage: record.latency_ms for record in analysis.stages}
     figures = (
         explained_variance(curves, PAPER, title="What the kept channels leave unexplained (1 - R²)"),
         spectra(eigenvalues, PAPER, title="How few components carry a stage's stream"),
@@ -195,24 +187,24 @@ def _curve_name(group: str, stage: str) -> str:
     return f"inside block {name.removesuffix('.inner')}" if name.endswith(".inner") else name
 
 
-def _stage_table(stages: list[dict[str, Any]], clip: TimedClip) -> TableData:
-    total = sum(sum(record["latency_ms"].values()) for record in stages)
+def _stage_table(stages: Sequence[StageFigures], clip: TimedClip) -> TableData:
+    total = sum(sum(record.latency_ms.values()) for record in stages)
     rows = []
     for record in stages:
-        operators = record["latency_ms"]
+        operators = record.latency_ms
         ms = sum(operators.values())
         shares = sorted(operators.items(), key=lambda item: -item[1])[:3]
         shown = ", ".join(f"{name} {100 * value / ms:.0f} %" for name, value in shares if value > 0.01 * ms)
         rows.append(
             (
-                record["stage"],
-                record["parameters"],
-                record["gflop"],
+                record.stage,
+                record.parameters,
+                record.gflop,
                 ms,
                 100 * ms / total,
                 shown,
-                record["activation_mib"],
-                None if record["width"] is None else f"{record['effective_rank']} of {record['width']}",
+                record.activation_mib,
+                None if record.width is None else f"{record.effective_rank} of {record.width}",
             )
         )
     columns = (
@@ -229,7 +221,7 @@ def _stage_table(stages: list[dict[str, Any]], clip: TimedClip) -> TableData:
     return TableData(title, columns, tuple(rows))
 
 
-def _group_table(groups: list[dict[str, Any]]) -> TableData:
+def _group_table(groups: Sequence[GroupFigures]) -> TableData:
     columns = (
         Column("channel group", align="left"),
         Column("width", "d"),
@@ -238,10 +230,10 @@ def _group_table(groups: list[dict[str, Any]]) -> TableData:
     )
     rows = tuple(
         (
-            record["group"],
-            record["width"],
-            record["effective_rank"],
-            *(record["r2"][max(round(ratio * record["width"]), 1) - 1] for ratio in SHOWN_RATIOS),
+            record.group,
+            record.width,
+            record.effective_rank,
+            *(record.r2[max(round(ratio * record.width), 1) - 1] for ratio in SHOWN_RATIOS),
         )
         for record in groups
     )

@@ -1,4 +1,4 @@
-"""`flashvaed convert-ops`: cheaper operators with weights solved anew, or faster ones that give the same frames."""
+"""`flashvaed convert-ops`: cheaper operators with refitted weights, or faster ones that give the same frames."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from flashvaed_cli.artifact.checkpoint import save_checkpoint
+from flashvaed_cli.artifact.measured import ConversionRecord
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.predict.cost import total_gflop
 from flashvaed_cli.decoders.spec.addresses import stage_of
@@ -28,7 +28,13 @@ from flashvaed_cli.stages.common.asked_names import require_known_operators, req
 from flashvaed_cli.stages.common.clips import find_data, plan_calibration
 from flashvaed_cli.stages.common.held_out import judge_held_out, summary_tables
 from flashvaed_cli.stages.common.loading import DTYPES, Inputs
-from flashvaed_cli.stages.common.reconstruction import choose_reference, error_table, fit_settings, reconstruct
+from flashvaed_cli.stages.common.reconstruction import (
+    choose_reference,
+    error_table,
+    fit_settings,
+    layer_figures,
+    reconstruct,
+)
 from flashvaed_cli.stages.common.result import StageOutcome
 from flashvaed_cli.stages.common.run import Run
 from flashvaed_cli.stages.info.next_step import next_commands
@@ -86,17 +92,19 @@ def run_convert_ops(recipe: ConvertOpsRecipe, *, progress: Progress, force: bool
         reference, kept = choose_reference(inputs, {}, progress)
         errors = reconstruct(decoder, student, reference, kept, clips, settings, progress)
         skipped, data = clips.skipped, clips.files
-    measured = {
-        "operators": operators,
-        "time_ranks": {address: layer.rank for address, layer in spec.layers() if layer.rank is not None},
-        "layer_errors": [vars(error) for error in errors],
-        "skipped_clips": skipped,
-    }
     judged = judge_held_out(inputs.reference(), student, inputs.original, clips, recipe, device, progress)
-    measured["held_out"] = judged.figures
+    record = ConversionRecord(
+        operators=dict(operators),
+        time_ranks={address: layer.rank for address, layer in spec.layers() if layer.rank is not None},
+        layer_errors=layer_figures(errors),
+        skipped_clips=skipped,
+        held_out=judged.figures,
+        gflop_9x256x256_before=_gflop(decoder.spec),
+        gflop_9x256x256_after=_gflop(student.spec),
+    )
     tables = summary_tables(judged, (decoder.parameter_count, student.parameter_count), errors)
     details = (_operator_table(decoder, student), *error_table(errors))
-    outcome = _written(run, inputs, student, measured, tables, files=data, speedup=judged.speedup)
+    outcome = _written(run, inputs, student, record, tables, files=data, speedup=judged.speedup)
     return replace(outcome, details=details, figures={**outcome.figures, "speedup": judged.speedup})
 
 
@@ -105,7 +113,7 @@ def _convert_exactly(run: Run[ConvertOpsRecipe], inputs: Inputs, converted: Deco
     recipe = run.recipe
     if idle := recipe.given(*_UNUSED_BY_EXACT):
         run.progress.warn(
-            f"{', '.join(idle)}: no role in --profile {recipe.profile}, which solves nothing and needs no data"
+            f"{', '.join(idle)}: ignored by --profile {recipe.profile}, which fits no weights and needs no data"
         )
     decoder, header = inputs.checkpoint.require_decoder(), inputs.checkpoint.header
     stored = decoder.spec if header is None or header.decoder is None else header.decoder
@@ -122,34 +130,32 @@ def _convert_exactly(run: Run[ConvertOpsRecipe], inputs: Inputs, converted: Deco
     ).to(inputs.device)
     with torch.no_grad():
         difference = float((converted(latents) - decoder(latents)).abs().max()) / 2.0
-    measured = {
-        "operators": {address: after for address, _, after in changes},
-        "max_difference_of_range": difference,
-    }
+    record = ConversionRecord(
+        operators={address: after for address, _, after in changes},
+        max_difference_of_range=difference,
+        gflop_9x256x256_before=_gflop(decoder.spec),
+        gflop_9x256x256_after=_gflop(converted.spec),
+    )
     tables = (_exact_table(changes, difference),)
-    return _written(run, inputs, converted, measured, tables)
+    return _written(run, inputs, converted, record, tables)
 
 
 def _written(
     run: Run[ConvertOpsRecipe],
     inputs: Inputs,
     converted: Decoder,
-    measured: dict[str, Any],
+    record: ConversionRecord,
     tables: tuple[TableData, ...],
     *,
     files: Sequence[Path] = (),
     speedup: float | None = None,
 ) -> StageOutcome:
-    """Write the artifact, the cost before and after among what was measured."""
-    measured |= {
-        "gflop_9x256x256_before": _gflop(inputs.checkpoint.require_decoder().spec),
-        "gflop_9x256x256_after": _gflop(converted.spec),
-    }
-    header = run.header(inputs, measured, files=files, speedup=speedup)
+    """Write the artifact."""
+    header = run.header(inputs, record, files=files, speedup=speedup)
     encoder, dtype = inputs.checkpoint.own_encoder, DTYPES[run.recipe.dtype]
     save_checkpoint(run.output, header, decoder=converted, encoder=encoder, dtype=dtype, force=run.force)
     following = next_commands(run.recipe.output, header, None, data=run.recipe.data)
-    return StageOutcome((run.output,), tables, measured, next_commands=following)
+    return StageOutcome((run.output,), tables, record.as_json(), next_commands=following)
 
 
 def _exact_table(changes: list[tuple[str, Operator, Operator]], difference: float) -> TableData:

@@ -1,31 +1,19 @@
-"""The latency model of pruning as `analyze` stores it and `prune --target-speedup` reads it, or measures it anew.
-
-The record `measured.width_latency` of an analysis:
-    num_frames, side: size of the clip that was decoded.
-    device, num_threads, dtype, layout: what it was decoded on and how.
-    stages: the stages whose widths were varied, the family's shallow ones.
-    fixed_ms: time of all blocks that their widths do not reach.
-    blocks: per other block its address `block`, `axes` (one or two lists of channel groups), `widths` (per axis the
-        coordinates: the group's width, the geometric mean of two groups' widths), and `latency_ms` (one value per grid
-        point, the last axis fastest).
-    ladders: the widths at which each channel group was measured, widest first.
-"""
+"""The latency model of pruning: `analyze` measures and stores it, `prune --target-speedup` reads it or measures it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from flashvaed_cli.artifact.measured import BlockTimes, Conditions, WidthTimes
 from flashvaed_cli.calibrate.width_latency import measure_width_latency
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.predict.cost import Grid
-from flashvaed_cli.decoders.predict.latency import WidthLatency
+from flashvaed_cli.decoders.predict.latency import BlockLatency, WidthLatency
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.families.registry import get_family
 from flashvaed_cli.metrics.module_times import profile_modules
@@ -60,16 +48,16 @@ class TimedClip:
         latents = torch.randn(1, spec.latent_width, *self.grid(spec), generator=generator)
         return latents.to(self.device, DTYPES[self.dtype])
 
-    def conditions(self) -> dict[str, Any]:
+    def conditions(self) -> Conditions:
         """What makes times comparable."""
-        return {
-            "num_frames": self.num_frames,
-            "side": self.side,
-            "device": self.device.type,
-            "num_threads": torch.get_num_threads() if self.device.type == "cpu" else None,
-            "dtype": self.dtype,
-            "layout": LAYOUT,
-        }
+        return Conditions(
+            num_frames=self.num_frames,
+            side=self.side,
+            device=self.device.type,
+            num_threads=torch.get_num_threads() if self.device.type == "cpu" else None,
+            dtype=self.dtype,
+            layout=LAYOUT,
+        )
 
 
 def whole_clip(
@@ -90,14 +78,14 @@ def whole_clip(
     return whole
 
 
-def latency_model_record(
+def measure_width_times(
     decoder: Decoder, clip: TimedClip, *, budget_s: float, seed: int, progress: Progress
-) -> dict[str, Any]:
-    """Measure the latency model of a decoder; the record is described above.
+) -> WidthTimes:
+    """Measure the latency model of a decoder.
 
     Args:
         decoder: left as it is.
-        budget_s: about so many seconds; slow decoders get fewer widths and rounds.
+        budget_s: roughly how long to measure; slow decoders get fewer widths and rounds.
     """
     stages = get_family(decoder.spec.family).shallow_stages
     profile = partial(profile_modules, synchronize=synchronizer(clip.device))
@@ -111,20 +99,38 @@ def latency_model_record(
         budget_s=budget_s,
         progress=progress,
     )
-    return {**clip.conditions(), "stages": list(stages), **model.as_record()}
+    blocks = tuple(
+        BlockTimes(block=block.address, axes=block.axes, widths=block.widths, latency_ms=block.latency_ms)
+        for block in model.blocks
+    )
+    return WidthTimes(
+        **clip.conditions().as_json(),
+        stages=tuple(stages),
+        fixed_ms=model.fixed_ms,
+        blocks=blocks,
+        ladders=dict(model.ladders),
+    )
 
 
-def stored_model(record: Mapping[str, Any] | None, clip: TimedClip) -> tuple[WidthLatency | None, str]:
-    """The model of a record, or None and why it does not hold for a clip."""
-    if not isinstance(record, Mapping):
+def width_latency(times: WidthTimes) -> WidthLatency:
+    """The model to compute with.
+
+    Raises:
+        ValueError: the times of a block do not fill its grid.
+    """
+    blocks = tuple(BlockLatency(one.block, one.axes, one.widths, one.latency_ms) for one in times.blocks)
+    return WidthLatency(times.fixed_ms, blocks, times.ladders)
+
+
+def stored_model(times: WidthTimes | None, clip: TimedClip) -> tuple[WidthLatency | None, str]:
+    """The model of an analysis, or None and why it does not hold for a clip."""
+    if times is None:
         return None, "the analysis holds no latency model"
-    wanted = clip.conditions()
-    different = [
-        f"{name} {record.get(name)} instead of {value}" for name, value in wanted.items() if record.get(name) != value
-    ]
+    found, wanted = times.as_json(), clip.conditions().as_json()
+    different = [f"{name} {found[name]} instead of {value}" for name, value in wanted.items() if found[name] != value]
     if different:
         return None, f"the analysis' latency model is for {', '.join(different)}"
     try:
-        return WidthLatency.from_record(record), ""
-    except (KeyError, TypeError, ValueError, IndexError):
+        return width_latency(times), ""
+    except ValueError:
         return None, "the analysis' latency model is damaged"

@@ -153,6 +153,18 @@ def test_an_original_that_moved_is_asked_for_and_found(folder: Path, tmp_path: P
     succeed(f"{words} --force", cwd=tmp_path)
 
 
+def test_an_export_finds_the_encoder_of_an_original_that_moved(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "cut.safetensors").write_bytes((folder / "cut.safetensors").read_bytes())
+    words = "export cut.safetensors -t diffusers"
+    (alone,) = succeed(words, cwd=tmp_path)["notes"]
+    assert "it decodes only" in alone and "--original" in alone
+    (named,) = succeed(f"{words} --original '{folder / 'vae.safetensors'}' --force", cwd=tmp_path)["notes"]
+    assert "encoder included" in named
+    wrong = invoke(f"{words} --original '{folder / 'other_vae.safetensors'}' --force", cwd=tmp_path)
+    assert wrong.exit_code == 2
+    assert "is not the original of cut.safetensors" in " ".join(wrong.stderr.split())
+
+
 def test_an_analysis_of_another_decoder_in_the_folder_is_not_used(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "analysis.safetensors").write_bytes((folder / "study.safetensors").read_bytes())
     for name in ("other_vae.safetensors", "clip.mp4"):
@@ -160,7 +172,7 @@ def test_an_analysis_of_another_decoder_in_the_folder_is_not_used(folder: Path, 
     words = f"prune other_vae.safetensors --ratio 0.5 --reconstruct none --data clip.mp4 {CALIBRATION}"
     result = invoke(words, cwd=tmp_path)
     assert result.exit_code == 0
-    assert "analysis.safetensors is of another decoder: measuring anew" in result.stderr
+    assert "analysis.safetensors is of another decoder: measuring again" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_sizes_and_lengths_are_multiplied_and_rounded_up(folder: Path, tmp_path:
         (1, 16, 8), (5, 16, 8), (1, 16, 16), (5, 16, 16),
     ]  # fmt: skip
     assert "4 frames of 10×10 are timed as 5 frames of 16×16" in result.stderr
-    assert "--no-video: no role with --speed" in result.stderr
+    assert "--no-video: ignored with --speed" in result.stderr
 
 
 def test_decoders_of_single_images_are_timed_on_one_frame(folder: Path, tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from flashvaed_cli.artifact.measured import WidthTimes
 from flashvaed_cli.artifact.store import read_artifact, read_header, write_artifact
 from flashvaed_cli.decoders.predict.cost import total_gflop
-from flashvaed_cli.decoders.predict.latency import WidthLatency
 from flashvaed_cli.stages import latency_model
+from flashvaed_cli.stages.latency_model import width_latency
 from tests.commands import CALIBRATION, invoke, succeed
 from tests.toy import write_toy_clip, write_toy_vae
 
@@ -49,7 +50,7 @@ def test_the_analysis_holds_a_latency_model(folder: Path) -> None:
     record = read_header(folder / "analysis.safetensors").measured["width_latency"]
     assert (record["num_frames"], record["side"], record["device"], record["dtype"]) == (1, 32, "cpu", "float32")
     assert (record["layout"], record["stages"]) == ("channels-last, exact operators", ["up2", "up3"])
-    model = WidthLatency.from_record(record)
+    model = width_latency(WidthTimes.model_validate(record))
     assert model({name: ladder[0] for name, ladder in model.ladders.items()}) > model.fixed_ms > 0
     assert "width_latency" not in read_header(folder / "bare.safetensors").measured
 

@@ -124,7 +124,7 @@ def test_starting_anew_says_what_it_gives_up_and_keeps_it_until_its_first_checkp
         patch.setattr(TrainingData, "draw", dying_in(1, 0, TrainingData.draw))
         result = invoke(f"{DISTILL} --resume never", cwd=killed)
     assert (
-        "Warning: resume is never: starting anew. The first checkpoint of this run takes the place of "
+        "Warning: --resume never: starting over. The first checkpoint of this run replaces "
         "flash.phase1.ckpt (phase 2, 2 of 2 steps), flash.phase2.ckpt (phase 3, 2 of 3 steps)"
     ) in result.stderr
     assert contents(killed) == before

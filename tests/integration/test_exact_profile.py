@@ -67,4 +67,4 @@ def test_its_own_output_has_nothing_to_change(folder: Path) -> None:
     )
     assert result.exit_code == 2 and not (folder / "again.safetensors").exists()
     assert "every layer has its fastest exact operator; nothing to change" in result.stderr
-    assert "--data: no role in --profile exact" in result.stderr
+    assert "--data: ignored by --profile exact" in result.stderr

@@ -183,7 +183,7 @@ def check_keys(config: Mapping[str, Any], specs: Mapping[Role, CoderSpec], locat
 
 def _agrees(key: str, said: object, supported: object) -> bool:
     """Whether two values are the same: lists as tuples, one flag for all of a list of flags; decoders' lists are read
-    from the end, so that what they have in front of that plays no role."""
+    from the end, so that what comes before it does not matter."""
     if not isinstance(supported, tuple):
         return said == supported and isinstance(said, bool) == isinstance(supported, bool)
     if isinstance(said, bool):

@@ -14,14 +14,10 @@ def convert_ops(context: typer.Context, settings: ConvertOpsRecipe) -> None:
 
     Reads a decoder and clips; writes converted.safetensors. Operators: causal3d, dwsep3d, frame2d.
     """
-    if context.params["dry_run"]:
-        from flashvaed_cli.stages.dry_run import preview_convert_ops
-
-        run_stage(context, preview_convert_ops, settings)
-        return
     from flashvaed_cli.stages.convert_ops import run_convert_ops
+    from flashvaed_cli.stages.dry_run import preview_convert_ops
 
-    run_stage(context, run_convert_ops, settings)
+    run_stage(context, preview_convert_ops if context.params["dry_run"] else run_convert_ops, settings)
 
 
 COMMAND = Command(

@@ -16,14 +16,10 @@ def distill(context: typer.Context, settings: DistillRecipe) -> None:
     for pruning. An interrupted run goes on where it was. With --student a new, light decoder is trained instead, from
     the original's frames alone.
     """
-    if context.params["dry_run"]:
-        from flashvaed_cli.stages.dry_run import preview_distill
-
-        run_stage(context, preview_distill, settings)
-        return
     from flashvaed_cli.stages.distill.run import run_distill
+    from flashvaed_cli.stages.dry_run import preview_distill
 
-    run_stage(context, run_distill, settings)
+    run_stage(context, preview_distill if context.params["dry_run"] else run_distill, settings)
 
 
 COMMAND = Command(

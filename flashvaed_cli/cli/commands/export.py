@@ -27,7 +27,7 @@ def export(context: typer.Context, settings: ExportRecipe) -> None:
 COMMAND = Command(
     recipe=ExportRecipe,
     run=export,
-    options=("targets", "opset", "output"),
+    options=("targets", "opset", "original", "output"),
     examples=(
         "flashvaed export",
         "flashvaed export flash.safetensors --target onnx --opset 20 --output deploy/",

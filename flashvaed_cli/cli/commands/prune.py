@@ -14,18 +14,14 @@ from flashvaed_cli.recipe import PruneRecipe
 
 
 def prune(context: typer.Context, settings: PruneRecipe) -> None:
-    """Keep the most independent channels of the shallow stages, and solve the weights around them anew.
+    """Keep the most independent channels of the shallow stages, and refit the weights around them.
 
     Reads a decoder, its analysis and clips; writes pruned.safetensors. A ratio is the fraction KEPT.
     """
-    if context.params["dry_run"]:
-        from flashvaed_cli.stages.dry_run import preview_prune
-
-        run_stage(context, preview_prune, settings)
-        return
+    from flashvaed_cli.stages.dry_run import preview_prune
     from flashvaed_cli.stages.prune.run import run_prune
 
-    run_stage(context, run_prune, settings)
+    run_stage(context, preview_prune if context.params["dry_run"] else run_prune, settings)
 
 
 def _target_replaces_ratios(given: Mapping[str, Any]) -> Overrides:

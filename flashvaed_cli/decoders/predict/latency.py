@@ -14,7 +14,6 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from flashvaed_cli.decoders.spec.coders import CoderSpec
 from flashvaed_cli.decoders.spec.groups import ChannelGroup, input_tensors
@@ -139,31 +138,3 @@ class WidthLatency:
     def __call__(self, widths: Mapping[str, int]) -> float:
         """Milliseconds of decoding at the given widths of all its groups."""
         return self.fixed_ms + sum(block(widths) for block in self.blocks)
-
-    def as_record(self) -> dict[str, Any]:
-        """For JSON."""
-        blocks = [
-            {
-                "block": block.address,
-                "axes": [list(axis) for axis in block.axes],
-                "widths": [list(values) for values in block.widths],
-                "latency_ms": list(block.latency_ms),
-            }
-            for block in self.blocks
-        ]
-        ladders = {name: list(widths) for name, widths in self.ladders.items()}
-        return {"fixed_ms": self.fixed_ms, "blocks": blocks, "ladders": ladders}
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> WidthLatency:
-        """What `as_record` gave."""
-        blocks = tuple(
-            BlockLatency(
-                block["block"],
-                tuple(tuple(axis) for axis in block["axes"]),
-                tuple(tuple(values) for values in block["widths"]),
-                tuple(block["latency_ms"]),
-            )
-            for block in record["blocks"]
-        )
-        return cls(record["fixed_ms"], blocks, {name: tuple(widths) for name, widths in record["ladders"].items()})

@@ -20,7 +20,7 @@ from torch.nn import functional
 Frames = Float[Tensor, "3 T H W"]
 
 DIFFERENCE_FULL_SCALE = 32
-"""Differences of so many of 255 levels, and larger ones, have the last colour of the scale."""
+"""Differences of this many of 255 levels, and larger ones, have the last colour of the scale."""
 
 _MAX_SIDE_PX = 640
 _NUM_FRAMES = 12

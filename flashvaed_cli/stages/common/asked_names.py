@@ -17,7 +17,7 @@ def require_known_ratios(recipe: RatioFields, spec: DecoderSpec) -> None:
     """Refuse ratios for stages and channel groups that the decoder lacks.
 
     Raises:
-        SpecError: names who asked (a recipe file and its key, or the flag), what there is, and how to mend it.
+        SpecError: says who asked (a recipe file and its key, or the flag), which names exist, and what to do.
     """
     groups = channel_groups(spec)
     shallow = shallow_stages(spec)
@@ -63,7 +63,7 @@ def require_own_blocks(spec: DecoderSpec, location: str) -> None:
     """Refuse to convert the operators of a decoder that is not made of its family's blocks.
 
     Raises:
-        SpecError: says what there is instead.
+        SpecError: it lacks them; says what it has.
     """
     if not has_family_blocks(spec):
         raise SpecError(

@@ -54,7 +54,7 @@ def to_raw(latents: Float[Tensor, "B C T Hz Wz"], scale: LatentScale, vae: Check
 
 @dataclass(frozen=True)
 class CalibrationClips:
-    """A plan of clips; every pass over it loads and encodes them anew, one at a time.
+    """A plan of clips; every pass over it loads and encodes them again, one at a time.
 
     A clip that turns out to be damaged is named and left out, in that pass and in later ones.
     """

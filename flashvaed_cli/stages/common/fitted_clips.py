@@ -30,7 +30,7 @@ def fitted_to_vae(
 
     Args:
         still: single frames, for a decoder of single images; said only where another number was given.
-        unused: fields that play no role, and are left as they are.
+        unused: fields that have no effect, and are left as they are.
     Raises:
         MediaError: a side holds no latent.
     """

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint
+from flashvaed_cli.artifact.measured import HeldOutFigures
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.predict.cost import total_gflop
 from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
@@ -37,12 +37,11 @@ class HeldOut:
     """How a decoder did; None where nothing could be judged.
 
     Attributes:
-        figures: `clips` (names), `which` (how they relate to those of the fit), `num_clips`, `psnr_db`,
-            `sharpness_ratio`, GFLOP of the last clip before and after.
+        figures: GFLOP are of the last clip.
         speed: how many times faster than the eager original.
     """
 
-    figures: Mapping[str, Any] | None = None
+    figures: HeldOutFigures | None = None
     speed: SpeedRatio | None = None
 
     @property
@@ -110,26 +109,26 @@ def _judged(
     ratio = speed_ratio(speeds["original"], speeds["student"])
     mean = mean_quality(quality)
     grid = (last.shape[2], last.shape[3], last.shape[4])
-    record = {
-        "clips": [path.name for path in clips.files],
-        "which": which,
-        "num_clips": len(quality),
-        "psnr_db": mean.psnr_db,
-        "sharpness_ratio": mean.sharpness_ratio,
-        "gflop_before": total_gflop(original.spec, grid),
-        "gflop_after": total_gflop(student.spec, grid),
-    }
-    return HeldOut(record, ratio)
+    figures = HeldOutFigures(
+        clips=tuple(path.name for path in clips.files),
+        which=which,
+        num_clips=len(quality),
+        psnr_db=mean.psnr_db,
+        sharpness_ratio=mean.sharpness_ratio,
+        gflop_before=total_gflop(original.spec, grid),
+        gflop_after=total_gflop(student.spec, grid),
+    )
+    return HeldOut(figures, ratio)
 
 
 def summary_tables(judged: HeldOut, parameters: tuple[int, int], errors: Sequence[LayerError]) -> tuple[TableData, ...]:
     """What matters: quality, speed and size in one column, and the layers that least squares could reproduce least."""
     rows: list[tuple[Cell, ...]] = []
     if (record := judged.figures) is not None:
-        rows.append((f"PSNR to the original, dB, {record['which']}", f"{min(record['psnr_db'], 100):.2f}"))
-        if record["sharpness_ratio"] is not None:
-            rows.append(("sharpness, the original's is 1", f"{record['sharpness_ratio']:.3f}"))
-        rows.append(("GFLOP for such a clip", f"{record['gflop_before']:.1f} to {record['gflop_after']:.1f}"))
+        rows.append((f"PSNR to the original, dB, {record.which}", f"{min(record.psnr_db, 100):.2f}"))
+        if record.sharpness_ratio is not None:
+            rows.append(("sharpness, the original's is 1", f"{record.sharpness_ratio:.3f}"))
+        rows.append(("GFLOP for such a clip", f"{record.gflop_before:.1f} to {record.gflop_after:.1f}"))
     if judged.speed is not None:
         rows.append(("times faster than the eager original", _speedup(judged.speed)))
     rows.append(("million parameters", f"{parameters[0] / 1e6:.3f} to {parameters[1] / 1e6:.3f}"))

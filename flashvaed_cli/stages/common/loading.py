@@ -15,7 +15,7 @@ from flashvaed_cli.decoders.variants.exact import plain_decoder
 from flashvaed_cli.decoders.variants.still import still_decoder
 from flashvaed_cli.errors import FlashVaedError
 from flashvaed_cli.progress import Progress
-from flashvaed_cli.recipe.settings import CommandRecipe
+from flashvaed_cli.recipe.settings import CommandRecipe, StageRecipe
 from flashvaed_cli.zoo.builtin import BUILTINS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -93,10 +93,10 @@ class InputSettings(TypedDict):
     allow_download: bool
 
 
-def input_settings(recipe: CommandRecipe) -> InputSettings:
+def input_settings(recipe: StageRecipe) -> InputSettings:
     """What a recipe says of the files to load."""
     return InputSettings(
-        original=getattr(recipe, "original", None),
+        original=recipe.original,
         family=recipe.family,
         weights=recipe.weights,
         allow_download=recipe.allow_download,

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from flashvaed_cli.artifact.measured import LayerFigures
 from flashvaed_cli.decoders.modules.coder import Coder, Decoder
 from flashvaed_cli.decoders.spec.groups import Kept, compose_kept, tensor_widths
 from flashvaed_cli.decoders.spec.light import has_same_blocks
@@ -85,6 +86,11 @@ def reconstruct(
     if unsolved:
         progress.warn(f"too large to be solved, left as they were: {', '.join(unsolved)}")
     return errors
+
+
+def layer_figures(errors: Iterable[LayerError]) -> tuple[LayerFigures, ...]:
+    """For the artifact."""
+    return tuple(LayerFigures(**vars(error)) for error in errors)
 
 
 def error_table(errors: list[LayerError]) -> tuple[TableData, ...]:

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
 
 import torch
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint, derived_header
 from flashvaed_cli.artifact.header import ArtifactHeader, Lineage
+from flashvaed_cli.artifact.measured import Record
 from flashvaed_cli.progress import Progress
-from flashvaed_cli.recipe.settings import CommandRecipe
+from flashvaed_cli.recipe.settings import StageRecipe
 from flashvaed_cli.stages.common.loading import (
     Inputs,
     choose_device,
@@ -31,7 +32,7 @@ from flashvaed_cli.stages.common.result import StageOutcome
 from flashvaed_cli.stages.common.run_watch import RunWatch
 from flashvaed_cli.stages.common.up_to_date import finished_artifact
 
-RecipeT = TypeVar("RecipeT", bound=CommandRecipe)
+RecipeT = TypeVar("RecipeT", bound=StageRecipe)
 ResultT = TypeVar("ResultT")
 
 
@@ -90,9 +91,9 @@ class Run(Generic[RecipeT]):
                 of other settings is there and `force` is not set.
         """
         watch = RunWatch()
-        location = choose_input(getattr(recipe, "input", None), type(recipe), progress)
-        read = (location, getattr(recipe, "original", None), *reads)
-        output = claim_file(_place(recipe), force=force, reads=read, beside=beside)
+        location = choose_input(recipe.input, type(recipe), progress)
+        read = (location, recipe.original, *reads)
+        output = claim_file(recipe.output, force=force, reads=read, beside=beside)
         run = cls(recipe, location, output, progress, force, command_line, watch)
         return replace(run, finished=finished_artifact(output, recipe, location, data, force=force))
 
@@ -112,8 +113,8 @@ class Run(Generic[RecipeT]):
             FlashVaedError: no place to write to, or the folder holds files of something else and `force` is not set.
         """
         watch = RunWatch()
-        output = from_main(lambda: claim_folder(_place(recipe), *markers, force=force))
-        location = choose_input(getattr(recipe, "input", None), type(recipe), progress)
+        output = from_main(lambda: claim_folder(recipe.output, *markers, force=force))
+        location = choose_input(recipe.input, type(recipe), progress)
         return cls(recipe, location, output, progress, force, command_line, watch)
 
     @property
@@ -146,7 +147,7 @@ class Run(Generic[RecipeT]):
     def header(
         self,
         inputs: Inputs,
-        measured: Mapping[str, Any],
+        measured: Record,
         *,
         kind: Literal["decoder", "analysis"] = "decoder",
         kept_channels: Mapping[str, Sequence[int]] | None = None,
@@ -169,10 +170,6 @@ class Run(Generic[RecipeT]):
             seed=self.recipe.seed,
             kept_channels=kept_channels,
             parents=parents,
-            measured=measured,
+            measured=measured.as_json(),
             run=self.watch.record(inputs.device, files, speedup=speedup),
         )
-
-
-def _place(recipe: CommandRecipe) -> str:
-    return str(recipe.output)  # type: ignore[attr-defined]

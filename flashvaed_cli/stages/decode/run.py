@@ -29,7 +29,7 @@ from flashvaed_cli.stages.decode.targets import Clip, Target, claim_targets, pla
 
 @dataclass
 class _Course:
-    """What became of the clips: decoded, or failed (with the reason)."""
+    """How the clips fared: decoded, or failed (with the reason)."""
 
     decoded: list[dict[str, Cell]] = field(default_factory=list)
     paths: list[Path] = field(default_factory=list)

@@ -94,7 +94,7 @@ class ClipSource:
         return cls(inputs.original, inputs.device, paths, key, recipe.latent_scale, recipe.num_workers)
 
     def workers(self, num_clips: int) -> int:
-        """Processes for so many clips."""
+        """How many processes to use for this many clips."""
         return default_num_workers(num_clips) if self.num_workers is None else min(self.num_workers, num_clips)
 
     def encode(

@@ -138,7 +138,7 @@ class TrainingData:
         }
 
     def _cut_at(self, number: int, size: ClipSize, down: float, right: float) -> Float[Tensor, "C T Hz Wz"]:
-        """The rectangle at this fraction of the room that there is; a clip always begins with its first latent."""
+        """The rectangle at this fraction of the available room; a clip always begins with its first latent."""
         stored = self.latents.sizes[number]
         top, left = int(down * (stored.height - size.height + 1)), int(right * (stored.width - size.width + 1))
         return self.latents.cut(number, size, top, left)
@@ -210,7 +210,7 @@ def _drop_damaged(cached: CachedLatents, progress: Progress) -> bool:
                 damaged.append(shard)
             task.advance()
     for shard in damaged:
-        progress.warn(f"{cached.folder / shard.name} is damaged: its {len(shard.clips)} clips are encoded anew")
+        progress.warn(f"{cached.folder / shard.name} is damaged: its {len(shard.clips)} clips are encoded again")
     if damaged:
         drop_shards(cached.folder, damaged)
     return bool(damaged)

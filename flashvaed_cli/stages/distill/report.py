@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from flashvaed_cli.artifact.measured import PhaseRecord
 from flashvaed_cli.distill.loop import TrainResult
 from flashvaed_cli.recipe.distill import PhaseRecipe
 from flashvaed_cli.report.charts.style import PAPER, save_png
@@ -15,18 +15,18 @@ from flashvaed_cli.report.tables import Column, TableData
 PhaseResult = tuple[PhaseRecipe, TrainResult]
 
 
-def phase_record(phase: PhaseRecipe, result: TrainResult) -> dict[str, Any]:
+def phase_record(phase: PhaseRecipe, result: TrainResult) -> PhaseRecord:
     """What the artifact and `--json` keep of one phase."""
-    return {
-        "phase": phase.phase,
-        "num_steps": result.num_steps,
-        "seconds": result.seconds,
-        "data_seconds": result.data_seconds,
-        "clips_per_s": result.clips_per_s,
-        "resumed_from": result.resumed_from,
-        "absent_terms": list(result.absent_terms),
-        "history": result.history,
-    }
+    return PhaseRecord(
+        phase=phase.phase,
+        num_steps=result.num_steps,
+        seconds=result.seconds,
+        data_seconds=result.data_seconds,
+        clips_per_s=result.clips_per_s,
+        resumed_from=result.resumed_from,
+        absent_terms=result.absent_terms,
+        history=tuple(result.history),
+    )
 
 
 def draw_curves(output: Path, results: Sequence[PhaseResult]) -> Path:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flashvaed_cli.artifact.checkpoint import save_checkpoint
 from flashvaed_cli.artifact.header import ArtifactHeader
+from flashvaed_cli.artifact.measured import DistillRecord, NewStudent, SameClips
 from flashvaed_cli.calibrate.statistics import collect_statistics
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.run.streaming import decode
@@ -118,21 +119,23 @@ def _run_alone(run: Run[DistillRecipe], ranks: Ranks, device: torch.device, file
     before = _psnr_db(job, clips)
     results, prepared = _train_phases(job, files, progress)
     after = _psnr_db(job, clips)
-    measured = {
-        "data": job.data.record(),
-        "phases": [phase_record(phase, result) for phase, result in results],
-        "num_processes": ranks.count,
-        "prepared_channels": prepared,
-        "same_clips": {"num_clips": len(clips), "psnr_db_before": before, "psnr_db_after": after},
-    }
+    student = None
     if recipe.student is not None:
         width = job.student.spec.stage("head").blocks[0].in_width
-        measured["student"] = {"shape": recipe.student, "width": width, "start": job.start or "random"}
-    header = run.header(job.inputs, measured, files=job.data.files)
+        student = NewStudent(shape=recipe.student, width=width, start=job.start or "random")
+    record = DistillRecord(
+        data=job.data.record(),
+        phases=tuple(phase_record(phase, result) for phase, result in results),
+        num_processes=ranks.count,
+        prepared_channels=dict(prepared),
+        same_clips=SameClips(num_clips=len(clips), psnr_db_before=before, psnr_db_after=after),
+        student=student,
+    )
+    header = run.header(job.inputs, record, files=job.data.files)
     curves = ranks.from_main(lambda: _finish(files, header, job, results, force=run.force))
     tables = (phase_table(results), same_clips_table(before, after, len(clips)))
     following = next_commands(recipe.output, header, None, data=recipe.data)
-    return StageOutcome((files.output, curves, files.log), tables, measured, next_commands=following)
+    return StageOutcome((files.output, curves, files.log), tables, record.as_json(), next_commands=following)
 
 
 @torch.no_grad()
@@ -249,12 +252,12 @@ def _train_phases(job: _Job, files: TrainingFiles, progress: Progress) -> tuple[
 
 
 def _given_up(job: _Job, files: TrainingFiles, progress: Progress) -> list[Path]:
-    """The checkpoints that are there and not to be gone on from; says so."""
+    """Existing checkpoints that this run will not resume from; says so."""
     if job.recipe.resume == "auto" or not (found := files.checkpoints(len(job.phases))):
         return []
     progress.warn(
-        f"resume is never: starting anew. The first checkpoint of this run takes the place of "
-        f"{describe_checkpoints(found)}; until then, running without --resume never goes on from there"
+        f"--resume never: starting over. The first checkpoint of this run replaces "
+        f"{describe_checkpoints(found)}; until then, a run without --resume never continues from there"
     )
     return found
 
@@ -322,7 +325,7 @@ def choose_phases(recipe: DistillRecipe, inputs: Inputs, progress: Progress) -> 
 
 
 def _perceptual(recipe: DistillRecipe, ranks: Ranks, device: torch.device, progress: Progress) -> Perceptual | None:
-    """The LPIPS term, or none: on all ranks, or on none of them. The main one downloads what there is to download."""
+    """The LPIPS term, or none: on all ranks, or on none of them. The main one does any downloading."""
     if recipe.loss_weights.lpips == 0:
         return None
 

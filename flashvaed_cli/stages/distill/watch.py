@@ -130,7 +130,7 @@ class TrainingWatch:
         self._refused: set[str] = set()
 
     def for_phase(self, index: int, phase: int, done_before: int) -> AfterStep:
-        """What to call after each step of the `index`th phase (from 1), before which so many steps were done."""
+        """What to call after each step of the `index`th phase (from 1), after `done` steps of earlier phases."""
 
         def after_step(step: int, entry: HistoryEntry | None) -> None:
             if entry is not None:

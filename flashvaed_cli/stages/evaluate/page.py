@@ -9,13 +9,13 @@ from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint
+from flashvaed_cli.artifact.measured import AnalysisRecord
 from flashvaed_cli.atomic import scratch_folder
 from flashvaed_cli.media.writer import VideoWriter
 from flashvaed_cli.ownership import SOFTWARE
@@ -84,14 +84,14 @@ def page_extras(checkpoint: Checkpoint, albums: Sequence[ClipAlbum], command_lin
     header = checkpoint.header
     parents = () if header is None else find_parents(header, checkpoint.location)
     ancestors = [one.header for one in flat(parents) if one.header is not None]
-    analysis = next((one for one in ancestors if one.kind == "analysis"), None)
+    analysis = AnalysisRecord.of(next((one for one in ancestors if one.kind == "analysis"), None))
     curves, phases = _training(Path(checkpoint.location)) if header is not None else ({}, ())
     commands = [one.command_line for one in reversed(ancestors) if one.command_line]
     commands += [header.command_line] if header is not None and header.command_line else []
     return PageExtras(
         albums=tuple(albums),
-        latency_ms=None if analysis is None else _latency(analysis.measured),
-        r2=None if analysis is None else _r2(analysis.measured),
+        latency_ms=None if analysis is None else _latency(analysis),
+        r2=None if analysis is None else _r2(analysis),
         training=curves or None,
         phases=phases,
         lineage=_lineage(checkpoint),
@@ -109,15 +109,12 @@ def _lineage(checkpoint: Checkpoint) -> tuple[LineageEntry, ...]:
     return tuple({entry.sha256: entry for entry in entries}.values())
 
 
-def _latency(measured: Mapping[str, Any]) -> dict[str, dict[str, float]] | None:
-    stages = measured.get("stages")
-    return {one["stage"]: one["latency_ms"] for one in stages if one["latency_ms"]} if stages else None
+def _latency(analysis: AnalysisRecord) -> dict[str, dict[str, float]] | None:
+    return {one.stage: one.latency_ms for one in analysis.stages if one.latency_ms} or None
 
 
-def _r2(measured: Mapping[str, Any]) -> dict[str, list[float]] | None:
-    groups = measured.get("groups")
-    streams = {one["stage"]: one["r2"] for one in groups or () if one["group"].endswith(".stream")}
-    return streams or None
+def _r2(analysis: AnalysisRecord) -> dict[str, tuple[float, ...]] | None:
+    return {one.stage: one.r2 for one in analysis.groups if one.is_stream} or None
 
 
 def _training(location: Path) -> tuple[dict[str, list[tuple[float, float]]], tuple[tuple[float, str], ...]]:

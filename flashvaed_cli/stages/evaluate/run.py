@@ -77,7 +77,7 @@ MAX_PICTURED = 12
 
 @dataclass
 class _Course:
-    """What became of the clips of one process."""
+    """How the clips of one process fared."""
 
     rows: list[ClipFigures] = field(default_factory=list)
     pictured: list[Comparison] = field(default_factory=list)

@@ -31,7 +31,7 @@ def export_comfyui(checkpoint: Checkpoint, folder: Path, name: str, recipe: Expo
     Raises:
         ExportError: what was written does not reproduce the decoder.
     """
-    written, encoder = prepared(checkpoint), encoder_at_hand(checkpoint)
+    written, encoder = prepared(checkpoint), encoder_at_hand(checkpoint, recipe)
     stand_in = stand_in_encoder(written.decoder.spec, None if encoder is None else encoder.spec)
     encoder = stand_in or encoder
     obstacle = single_file_obstacle(written.decoder.spec, None if encoder is None else encoder.spec)

@@ -43,7 +43,7 @@ def export_flash_folder(
     """
     assert layout.config_class is not None
     decoder, statistics = checkpoint.require_decoder(), (checkpoint.latent_mean, checkpoint.latent_std)
-    lacks = "no encoder is at hand" if encoder is None else None
+    lacks = "no encoder is at hand (--original names the VAE that has it)" if encoder is None else None
     width = None if encoder is None else encoder_base_width(encoder.spec)
     base = original_like(decoder.spec)(
         width or get_family(checkpoint.family).released_base_width, decoder.spec.latent_width

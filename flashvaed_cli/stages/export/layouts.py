@@ -131,7 +131,7 @@ def export_diffusers_folder(checkpoint: Checkpoint, folder: Path, recipe: Export
     spec, layout, class_name = written.decoder.spec, written.diffusers, written.class_name
     if layout is None or class_name is None:
         raise ExportError(f"diffusers: it has no class for {checkpoint.family}")
-    encoder = encoder_at_hand(checkpoint)
+    encoder = encoder_at_hand(checkpoint, recipe)
     uniform = fits_uniform_layout(spec, original_like(spec)).base_width is not None
     if not uniform or encoder is None or encoder_fault(class_name, spec, encoder.spec) is not None:
         reference = replace(written.reference(recipe.seed), decoder=checkpoint.require_decoder())
@@ -172,13 +172,20 @@ def prepared(checkpoint: Checkpoint) -> Prepared:
     return Prepared(checkpoint, decoder, decoder.spec != given.spec, own, layouts[0] if layouts else None)
 
 
-def encoder_at_hand(checkpoint: Checkpoint) -> Encoder | None:
-    """The encoder of a checkpoint, or of the original that it records; None if neither can be read."""
+def encoder_at_hand(checkpoint: Checkpoint, recipe: ExportRecipe) -> Encoder | None:
+    """The encoder of a checkpoint, or of its original; None if neither can be read.
+
+    Raises:
+        ArtifactError: the recipe names an original that is none of this decoder, or cannot be read.
+    """
     if checkpoint.encoder is not None or checkpoint.header is None or checkpoint.header.original is None:
         return checkpoint.encoder
+    named, download = recipe.original, recipe.allow_download
     try:
-        return load_original(checkpoint, None, BUILTINS, needs_encoder=False).encoder
+        return load_original(checkpoint, named, BUILTINS, needs_encoder=False, allow_download=download).encoder
     except ArtifactError:
+        if named is not None:
+            raise
         return None
 
 

@@ -37,7 +37,7 @@ _Job = tuple[ExportTarget, Callable[[], list[ExportResult]]]
 
 @dataclass
 class _Course:
-    """What became of the targets: written, failed (with the reason), not meant for this decoder."""
+    """How the targets fared: written, failed (with the reason), or not meant for this decoder."""
 
     results: list[ExportResult] = field(default_factory=list)
     failed: list[dict[str, str]] = field(default_factory=list)
@@ -72,7 +72,7 @@ def run_export(recipe: ExportRecipe, *, progress: Progress, force: bool, command
             "command": command_line,
             "decoder": location,
             "sha256": checkpoint.sha256,
-            "made_with": provenance(recipe, _hashes(location, checkpoint), ()),
+            "made_with": provenance(recipe, _hashes(location, checkpoint, recipe.original), ()),
             "files": [result.to_record(draft) for result in course.results],
             "failed": course.failed,
         }
@@ -85,10 +85,10 @@ def run_export(recipe: ExportRecipe, *, progress: Progress, force: bool, command
     return StageOutcome((*paths, output / CARD, output / MANIFEST), (table,), manifest, course.notes())
 
 
-def _hashes(location: str, checkpoint: Checkpoint) -> dict[str, str]:
+def _hashes(location: str, checkpoint: Checkpoint, named: str | None) -> dict[str, str]:
     """What an export depends on: the decoder, and the original, whose encoder goes into it."""
     original = None if checkpoint.header is None else checkpoint.header.original
-    return {location: checkpoint.sha256} | ({} if original is None else {original.location: original.sha256})
+    return {location: checkpoint.sha256} | ({} if original is None else {named or original.location: original.sha256})
 
 
 def export_name(location: str) -> str:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from flashvaed_cli.artifact.header import ArtifactHeader
+from flashvaed_cli.artifact.measured import (
+    AnalysisRecord,
+    ConversionRecord,
+    DistillRecord,
+    LayerFigures,
+    PhaseRecord,
+    PruneRecord,
+)
 from flashvaed_cli.printable import counted
 
 _NUM_WORST = 3
@@ -14,84 +21,69 @@ _NUM_WORST = 3
 def measured_figures(header: ArtifactHeader) -> dict[str, str]:
     """Figures by name. What is not there, or not of the shape that flashvaed writes, is left out."""
     found: dict[str, str] = {}
-    for name, read in _FIGURES.items():
-        try:
-            if text := read(header.measured):
-                found[name] = text
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, ZeroDivisionError):
-            continue
-    return found
+    if header.kind == "analysis":
+        if analysis := AnalysisRecord.of(header):
+            found |= _of_analysis(analysis)
+    elif pruned := PruneRecord.of(header):
+        found |= _of_pruning(pruned)
+    elif converted := ConversionRecord.of(header):
+        found |= _of_conversion(converted)
+    elif trained := DistillRecord.of(header):
+        found |= _of_training(trained)
+    return {name: text for name, text in found.items() if text}
 
 
-def _clips(measured: Mapping[str, Any]) -> str:
-    clips = measured["clips"]
-    return f"{clips['num_clips']:d} ({len(clips['skipped'])} skipped)"
+def _of_analysis(record: AnalysisRecord) -> dict[str, str]:
+    clips = record.clips
+    total = sum(sum(stage.latency_ms.values()) for stage in record.stages)
+    size = f"{counted(clips.latency_frames, 'frame')} of {clips.latency_side} x {clips.latency_side}"
+    return {
+        "clips": f"{clips.num_clips} ({len(clips.skipped)} skipped)",
+        "latency": f"{total:.0f} ms for {size}, {clips.device}" if record.stages else "",
+    }
 
 
-def _latency(measured: Mapping[str, Any]) -> str:
-    total = sum(sum(stage["latency_ms"].values()) for stage in measured["stages"])
-    clips = measured["clips"]
-    side = clips["latency_side"]
-    return f"{total:.0f} ms for {counted(clips['latency_frames'], 'frame')} of {side} x {side}, {clips['device']}"
+def _of_pruning(record: PruneRecord) -> dict[str, str]:
+    explained = ""
+    if record.selection:
+        worst = min(record.selection, key=lambda one: one.r2)
+        explained = f"R2 {worst.r2:.4f} at the least ({worst.group}, {len(worst.kept)} of {worst.width})"
+    return {
+        "parameters": f"{record.parameters_before:,d} to {record.parameters_after:,d}",
+        "layout": record.layout or "",
+        "variance that kept channels explain": explained,
+        "largest errors of layers": _worst_layers(record.layer_errors),
+        "speed-up": "" if record.budget is None else f"{record.budget.measured.speedup:.2f}x when it was pruned",
+    }
 
 
-def _parameters(measured: Mapping[str, Any]) -> str:
-    return f"{measured['parameters_before']:,d} to {measured['parameters_after']:,d}"
-
-
-def _explained(measured: Mapping[str, Any]) -> str:
-    worst = min(measured["selection"], key=lambda one: one["r2"])
-    return f"R2 {worst['r2']:.4f} at the least ({worst['group']}, {len(worst['kept'])} of {worst['width']})"
-
-
-def _worst_layers(measured: Mapping[str, Any]) -> str:
-    errors = sorted(measured["layer_errors"], key=lambda one: one["after"], reverse=True)
-    return ", ".join(f"{one['address']} {100 * one['after']:.2g} %" for one in errors[:_NUM_WORST])
-
-
-def _budget(measured: Mapping[str, Any]) -> str:
-    return f"{measured['budget']['measured']['speedup']:.2f}x when it was pruned"
-
-
-def _gflop(measured: Mapping[str, Any]) -> str:
-    return f"{measured['gflop_9x256x256_before']:.1f} to {measured['gflop_9x256x256_after']:.1f} for 9 x 256 x 256"
-
-
-def _difference(measured: Mapping[str, Any]) -> str:
-    return f"{measured['max_difference_of_range']:.1e} of the range, the largest"
-
-
-def _phases(measured: Mapping[str, Any]) -> str:
-    return "; ".join(
-        f"phase {one['phase']}: {one['num_steps']} steps, {one['seconds'] / 60:.1f} min" for one in measured["phases"]
+def _of_conversion(record: ConversionRecord) -> dict[str, str]:
+    before, after, difference = (
+        record.gflop_9x256x256_before,
+        record.gflop_9x256x256_after,
+        record.max_difference_of_range,
     )
+    return {
+        "largest errors of layers": _worst_layers(record.layer_errors),
+        "GFLOP": f"{before:.1f} to {after:.1f} for 9 x 256 x 256",
+        "difference to the original": "" if difference is None else f"{difference:.1e} of the range, the largest",
+    }
 
 
-def _progress(measured: Mapping[str, Any]) -> str:
-    return _from_to([entry for phase in measured["phases"] for entry in phase["history"]], "psnr_db", "dB")
+def _of_training(record: DistillRecord) -> dict[str, str]:
+    phases = (f"phase {one.phase}: {one.num_steps} steps, {one.seconds / 60:.1f} min" for one in record.phases)
+    return {
+        "training": "; ".join(phases),
+        "PSNR to the original while training": _first_to_last(record.phases, "psnr_db"),
+        "PSNR on validation clips": _first_to_last(record.phases, "validation_psnr_db"),
+    }
 
 
-def _validation(measured: Mapping[str, Any]) -> str:
-    entries = [entry for phase in measured["phases"] for entry in phase["history"]]
-    return _from_to(entries, "validation_psnr_db", "dB")
+def _worst_layers(errors: Iterable[LayerFigures]) -> str:
+    worst = sorted(errors, key=lambda one: one.after, reverse=True)[:_NUM_WORST]
+    return ", ".join(f"{one.address} {100 * one.after:.2g} %" for one in worst)
 
 
-def _from_to(entries: Sequence[Mapping[str, Any]], key: str, unit: str) -> str:
-    values = [float(entry[key]) for entry in entries if entry.get(key) is not None]
-    return f"{values[0]:.2f} to {values[-1]:.2f} {unit}" if values else ""
-
-
-_FIGURES: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "clips": _clips,
-    "latency": _latency,
-    "parameters": _parameters,
-    "layout": lambda measured: str(measured["layout"]),
-    "variance that kept channels explain": _explained,
-    "largest errors of layers": _worst_layers,
-    "speed-up": _budget,
-    "GFLOP": _gflop,
-    "difference to the original": _difference,
-    "training": _phases,
-    "PSNR to the original while training": _progress,
-    "PSNR on validation clips": _validation,
-}
+def _first_to_last(phases: Sequence[PhaseRecord], figure: str) -> str:
+    values = [value for phase in phases for entry in phase.history if (value := entry.get(figure)) is not None]
+    return f"{values[0]:.2f} to {values[-1]:.2f} dB" if values else ""

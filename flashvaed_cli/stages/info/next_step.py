@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint
 from flashvaed_cli.artifact.header import ArtifactHeader
+from flashvaed_cli.artifact.measured import ConversionRecord, DistillRecord, PruneRecord
 from flashvaed_cli.decoders.spec.light import light_shape
 from flashvaed_cli.families.registry import FAMILIES
 
@@ -71,14 +72,13 @@ def _can_be_converted(family_name: str) -> bool:
 
 
 def _command_of(header: ArtifactHeader | None) -> str | None:
-    """Which command wrote an artifact: its settings tell, whatever it was called by."""
+    """Which command wrote an artifact, as what it measured shows, however it was called."""
     if header is None:
         return None
     if header.kind == "analysis":
         return "analyze"
-    if "phases" in header.measured:
-        return "distill"
-    return "prune" if "selection" in header.measured else "convert-ops" if "operators" in header.measured else None
+    records = {"distill": DistillRecord, "prune": PruneRecord, "convert-ops": ConversionRecord}
+    return next((command for command, record in records.items() if record.of(header) is not None), None)
 
 
 def _is_finished(header: ArtifactHeader) -> bool:

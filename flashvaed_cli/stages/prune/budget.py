@@ -1,13 +1,4 @@
-"""`prune --target-speedup` and `--target-gflops`: widths from a budget, and what came of the prediction.
-
-The record `measured.budget` of the pruned decoder:
-    target_speedup, target_gflops: what was asked for.
-    num_frames, side, device, num_threads, dtype, layout: what the times are of.
-    predicted, measured: speedup, latency_before_ms, latency_after_ms; measured also speedup_min and speedup_max over
-        the rounds. Without a latency model (`--target-gflops`) nothing is predicted about time.
-    gflop_before, gflop_after: arithmetic of decoding that clip.
-    groups: per channel group (none for the native layout) its width, the width kept, and the predicted error 1 - R2.
-"""
+"""`prune --target-speedup` and `--target-gflops`: widths from a budget, and how the prediction turned out."""
 
 from __future__ import annotations
 
@@ -15,10 +6,10 @@ import math
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from flashvaed_cli.artifact.measured import BudgetedGroup, BudgetRecord, MeasuredTimes, PredictedTimes, WidthTimes
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.modules.memory_format import channels_last, use_channels_last
 from flashvaed_cli.decoders.predict.cost import total_gflop
@@ -35,7 +26,7 @@ from flashvaed_cli.recipe.analyze import AnalyzeRecipe
 from flashvaed_cli.recipe.prune import PruneRecipe
 from flashvaed_cli.report.tables import Column, TableData
 from flashvaed_cli.stages.common.loading import DTYPES
-from flashvaed_cli.stages.latency_model import TimedClip, latency_model_record, stored_model, whole_clip
+from flashvaed_cli.stages.latency_model import TimedClip, measure_width_times, stored_model, whole_clip, width_latency
 from flashvaed_cli.surgery.budget import WidthPlan, gflop_cost, group_curves, plan_gflops, plan_speedup
 
 _NUM_SPEED_ROUNDS = 7
@@ -44,7 +35,7 @@ _DEFAULTS = AnalyzeRecipe()
 
 @dataclass(frozen=True)
 class Budget:
-    """The plan that was found, and the clip whose decoding it speaks of."""
+    """The plan that was found, and the clip whose decoding it is about."""
 
     plan: WidthPlan | None  # None: one width for the whole decoder, found by timing
     clip: TimedClip
@@ -54,7 +45,7 @@ def plan_budget(
     recipe: PruneRecipe,
     decoder: Decoder,
     statistics: Mapping[str, TensorStatistics],
-    stored: Mapping[str, Any] | None,
+    stored: WidthTimes | None,
     device: torch.device,
     progress: Progress,
 ) -> Budget:
@@ -88,64 +79,60 @@ def plan_budget(
 def target_clip(
     recipe: PruneRecipe,
     spec: DecoderSpec,
-    stored: Mapping[str, Any] | None,
+    stored: WidthTimes | None,
     device: torch.device,
     progress: Progress,
 ) -> TimedClip:
-    """The clip that a target speaks of: the recipe's, or else the analysis', or else the default one."""
-    size = stored or {"num_frames": _DEFAULTS.latency_frames, "side": _DEFAULTS.latency_side}
-    num_frames, side = recipe.latency_frames or size["num_frames"], recipe.latency_side or size["side"]
+    """The clip that a target is about: the recipe's, else the one of the analysis, else the default."""
+    frames, side = (stored.num_frames, stored.side) if stored else (_DEFAULTS.latency_frames, _DEFAULTS.latency_side)
+    num_frames, side = recipe.latency_frames or frames, recipe.latency_side or side
     return whole_clip(TimedClip(num_frames, side, device, recipe.dtype), spec, recipe, progress)
 
 
 def _latency_model(
-    recipe: PruneRecipe, decoder: Decoder, stored: Mapping[str, Any] | None, clip: TimedClip, progress: Progress
+    recipe: PruneRecipe, decoder: Decoder, stored: WidthTimes | None, clip: TimedClip, progress: Progress
 ) -> WidthLatency:
     model, reason = stored_model(stored, clip)
     if model is not None:
         return model
     progress.log(f"{reason}: measuring it now")
     budget_s = float(_DEFAULTS.width_latency_s or 0)
-    record = latency_model_record(decoder, clip, budget_s=budget_s, seed=recipe.seed, progress=progress)
-    return WidthLatency.from_record(record)
+    return width_latency(measure_width_times(decoder, clip, budget_s=budget_s, seed=recipe.seed, progress=progress))
 
 
 @torch.no_grad()
 def judge_budget(
     recipe: PruneRecipe, budget: Budget, decoder: Decoder, student: Decoder, progress: Progress
-) -> dict[str, Any]:
-    """Time decoder and student in alternation, as the product runs them; returns the record described above."""
+) -> BudgetRecord:
+    """Time decoder and student in alternation, as the product runs them."""
     clip, plan = budget.clip, budget.plan
     times = times_of(decoder, student, clip, recipe.seed, _NUM_SPEED_ROUNDS, progress)
     ratio = speed_ratio(times["before"], times["after"])
     predicted = None
     if recipe.target_speedup is not None and plan is not None:
-        predicted = {
-            "speedup": plan.speedup,
-            "latency_before_ms": plan.full_cost,
-            "latency_after_ms": plan.cost,
-        }
-    return {
-        "target_speedup": recipe.target_speedup,
-        "target_gflops": recipe.target_gflops,
-        **clip.conditions(),
-        "predicted": predicted,
-        "measured": {
-            "speedup": ratio.median,
-            "speedup_min": ratio.min,
-            "speedup_max": ratio.max,
-            "latency_before_ms": 1e3 * times["before"].median,
-            "latency_after_ms": 1e3 * times["after"].median,
-        },
-        "gflop_before": total_gflop(decoder.spec, clip.grid(decoder.spec)),
-        "gflop_after": total_gflop(student.spec, clip.grid(decoder.spec)),
-        "groups": []
-        if plan is None
-        else [
-            {"group": name, "width": full, "num_kept": plan.widths[name], "predicted_error": plan.errors[name]}
-            for name, full in plan.full_widths.items()
-        ],
-    }
+        predicted = PredictedTimes(speedup=plan.speedup, latency_before_ms=plan.full_cost, latency_after_ms=plan.cost)
+    measured = MeasuredTimes(
+        speedup=ratio.median,
+        speedup_min=ratio.min,
+        speedup_max=ratio.max,
+        latency_before_ms=1e3 * times["before"].median,
+        latency_after_ms=1e3 * times["after"].median,
+    )
+    full_widths = {} if plan is None else plan.full_widths
+    return BudgetRecord(
+        **clip.conditions().as_json(),
+        target_speedup=recipe.target_speedup,
+        target_gflops=recipe.target_gflops,
+        predicted=predicted,
+        measured=measured,
+        gflop_before=total_gflop(decoder.spec, clip.grid(decoder.spec)),
+        gflop_after=total_gflop(student.spec, clip.grid(decoder.spec)),
+        groups=tuple(
+            BudgetedGroup(group=name, width=full, num_kept=plan.widths[name], predicted_error=plan.errors[name])
+            for name, full in full_widths.items()
+            if plan is not None
+        ),
+    )
 
 
 def times_of(
@@ -164,21 +151,20 @@ def times_of(
     )
 
 
-def budget_table(record: Mapping[str, Any]) -> TableData:
+def budget_table(record: BudgetRecord) -> TableData:
     """Predicted against measured."""
-    predicted, measured = record["predicted"] or {}, record["measured"]
+    predicted, measured = record.predicted, record.measured
     rows: list[tuple[str | float | None, ...]] = [
-        (label, predicted.get(key), measured[key])
+        (label, getattr(predicted, key, None), getattr(measured, key))
         for label, key in (
             ("speed-up", "speedup"),
             ("ms before", "latency_before_ms"),
             ("ms after", "latency_after_ms"),
         )
     ]
-    gflop = (record["gflop_before"], record["gflop_after"])
+    gflop = (record.gflop_before, record.gflop_after)
     rows.append(("GFLOP before / after", " / ".join(f"{value:.4g}" for value in gflop), None))
-    asked = "speed-up {target_speedup:g}" if record["target_speedup"] else "{target_gflops:g} GFLOP"
-    frames = counted(record["num_frames"], "frame")
-    title = f"Budget: {asked.format(**record)}, {frames} of {record['side']} x {record['side']}"
+    asked = f"speed-up {record.target_speedup:g}" if record.target_speedup else f"{record.target_gflops:g} GFLOP"
+    title = f"Budget: {asked}, {counted(record.num_frames, 'frame')} of {record.side} x {record.side}"
     columns = (Column("", align="left"), Column("predicted", ".3g"), Column("measured", ".3g"))
     return TableData(title, columns, tuple(rows))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
+from flashvaed_cli.artifact.measured import WidthTimes
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.predict.cost import total_gflop
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
@@ -35,13 +35,13 @@ def choose_native(
     recipe: PruneRecipe,
     decoder: Decoder,
     statistics: Mapping[str, TensorStatistics],
-    stored: Mapping[str, Any] | None,
+    stored: WidthTimes | None,
     device: torch.device,
     progress: Progress,
 ) -> tuple[Budget | None, DecoderSpec, Kept, list[GroupSelection]]:
     """The narrower original, and the channels that are left; a ratio between two base widths is rounded, and said.
 
-    A speed-up is reached by timing: the widest decoder that is so many times as fast, found by bisection.
+    A target speed-up is reached by timing: bisection finds the widest decoder that is fast enough.
 
     Args:
         stored: the latency model of the analysis, if it has one.
@@ -75,7 +75,7 @@ def choose_native(
 
 @torch.no_grad()
 def fast_enough(decoder: Decoder, full: int, clip: TimedClip, recipe: PruneRecipe, progress: Progress) -> int:
-    """The widest base width at which random weights decode the clip so many times as fast.
+    """The widest base width at which random weights decode the clip as many times faster as was asked for.
 
     Raises:
         SpecError: not even the narrowest does.

@@ -7,11 +7,11 @@ decoder is, by the same selection and the same least squares, against what the o
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint
+from flashvaed_cli.artifact.measured import EncoderFigures
 from flashvaed_cli.calibrate.statistics import collect_statistics
 from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
 from flashvaed_cli.decoders.run.streaming import decode, encode
@@ -21,7 +21,7 @@ from flashvaed_cli.metrics.quality import PSNR_CAP_DB, compare_frames
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.prune import PruneRecipe
 from flashvaed_cli.stages.common.clips import CalibrationClips
-from flashvaed_cli.stages.common.reconstruction import fit_settings, reconstruct
+from flashvaed_cli.stages.common.reconstruction import fit_settings, layer_figures, reconstruct
 from flashvaed_cli.surgery.native import select_native
 from flashvaed_cli.surgery.transfer import transfer_weights
 
@@ -33,7 +33,7 @@ def narrow_encoder(
     clips: CalibrationClips,
     recipe: PruneRecipe,
     progress: Progress,
-) -> tuple[Encoder, dict[str, Any]]:
+) -> tuple[Encoder, EncoderFigures]:
     """The original's encoder at a base width, and how good it is.
 
     Args:
@@ -53,12 +53,12 @@ def narrow_encoder(
     if recipe.reconstruct != "none":
         pixels = list(clips.pixels())
         errors = reconstruct(encoder, narrowed, encoder, kept, pixels, fit_settings(recipe), progress)
-    record = {
-        "parameters_before": encoder.parameter_count,
-        "parameters_after": narrowed.parameter_count,
-        "layer_errors": [vars(error) for error in errors],
+    record = EncoderFigures(
+        parameters_before=encoder.parameter_count,
+        parameters_after=narrowed.parameter_count,
+        layer_errors=layer_figures(errors),
         **_quality(encoder, narrowed, decoder, clips),
-    }
+    )
     return narrowed, record
 
 

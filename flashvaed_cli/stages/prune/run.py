@@ -1,15 +1,22 @@
-"""`flashvaed prune`: keep the most independent channels of some stages, and solve the weights around them anew."""
+"""`flashvaed prune`: keep the most independent channels of some stages, and refit the weights around them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint, save_checkpoint
 from flashvaed_cli.artifact.header import ArtifactHeader, Lineage
+from flashvaed_cli.artifact.measured import (
+    AnalysisRecord,
+    DistillRecord,
+    EncoderFigures,
+    PruneRecord,
+    SelectedChannels,
+    WidthTimes,
+)
 from flashvaed_cli.artifact.store import content_sha256, read_artifact, read_header
 from flashvaed_cli.calibrate.statistics import collect_statistics
 from flashvaed_cli.decoders.modules.coder import Decoder
@@ -27,7 +34,13 @@ from flashvaed_cli.stages.common.asked_names import require_known_ratios
 from flashvaed_cli.stages.common.clips import CalibrationClips, find_data, plan_calibration
 from flashvaed_cli.stages.common.held_out import judge_held_out, summary_tables
 from flashvaed_cli.stages.common.loading import DTYPES, Inputs
-from flashvaed_cli.stages.common.reconstruction import choose_reference, error_table, fit_settings, reconstruct
+from flashvaed_cli.stages.common.reconstruction import (
+    choose_reference,
+    error_table,
+    fit_settings,
+    layer_figures,
+    reconstruct,
+)
 from flashvaed_cli.stages.common.result import StageOutcome
 from flashvaed_cli.stages.common.run import Run
 from flashvaed_cli.stages.info.next_step import next_commands
@@ -83,29 +96,30 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
         encoder, encoder_record = narrow_encoder(
             inputs.original, student, native_base_width(student.spec), clips, recipe, progress
         )
-    measured = {
-        "layout": recipe.layout,
-        "selection": [vars(selection) for selection in selections],
-        "layer_errors": [vars(error) for error in errors],
-        "parameters_before": decoder.parameter_count,
-        "parameters_after": student.parameter_count,
-        "skipped_clips": clips.skipped,
-    }
-    if encoder_record is not None:
-        measured["encoder"] = encoder_record
+    budgeted = None
     if budget is not None:
-        measured["budget"] = judge_budget(recipe, budget, decoder, student, progress)
-        reached = measured["budget"]["measured"]["speedup"]
+        budgeted = judge_budget(recipe, budget, decoder, student, progress)
+        reached = budgeted.measured.speedup
         if recipe.target_speedup is not None and reached < 0.85 * recipe.target_speedup:
             progress.warn(
                 f"asked for a speed-up of {recipe.target_speedup:g}, measured {reached:.2f}: on a busy machine measure "
                 "again (flashvaed analyze), or ask for more"
             )
     judged = judge_held_out(inputs.reference(), student, inputs.original, clips, recipe, device, progress)
-    measured["held_out"] = judged.figures
+    record = PruneRecord(
+        layout=recipe.layout,
+        selection=tuple(SelectedChannels(**vars(selection)) for selection in selections),
+        layer_errors=layer_figures(errors),
+        parameters_before=decoder.parameter_count,
+        parameters_after=student.parameter_count,
+        skipped_clips=clips.skipped,
+        encoder=encoder_record,
+        budget=budgeted,
+        held_out=judged.figures,
+    )
     header = run.header(
         inputs,
-        measured,
+        record,
         kept_channels=_kept_of_original(inputs, kept),
         parents=parents,
         files=clips.files,
@@ -115,11 +129,15 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
     details = (_selection_table(selections, decoder, student), *error_table(errors))
     tables = [*summary_tables(judged, (decoder.parameter_count, student.parameter_count), errors)]
     tables += _encoder_table(encoder_record)
-    if budget is not None:
-        tables.append(budget_table(measured["budget"]))
+    if budgeted is not None:
+        tables.append(budget_table(budgeted))
     following = next_commands(recipe.output, header, None, data=recipe.data)
     return StageOutcome(
-        (run.output,), tuple(tables), {**measured, "speedup": judged.speedup}, details=details, next_commands=following
+        (run.output,),
+        tuple(tables),
+        {**record.as_json(), "speedup": judged.speedup},
+        details=details,
+        next_commands=following,
     )
 
 
@@ -134,7 +152,7 @@ def _choose_free(
     recipe: PruneRecipe,
     inputs: Inputs,
     statistics: Mapping[str, TensorStatistics],
-    latency_model: Mapping[str, Any] | None,
+    latency_model: WidthTimes | None,
     device: torch.device,
     progress: Progress,
 ) -> tuple[Budget | None, Kept, list[GroupSelection]]:
@@ -186,8 +204,8 @@ def _unpruned(groups: Sequence[ChannelGroup], ratios: Mapping[str, float], kept:
 
 def _prepared_channels(checkpoint: Checkpoint) -> Kept:
     """The channels that phase 2 of a distillation has prepared the decoder to keep."""
-    found = checkpoint.header.measured.get("prepared_channels", {}) if checkpoint.header else {}
-    return {tensor: tuple(kept) for tensor, kept in found.items()}
+    trained = DistillRecord.of(checkpoint.header)
+    return {} if trained is None else trained.prepared_channels
 
 
 def _ratios_of(prepared: Kept, spec: DecoderSpec) -> dict[str, float]:
@@ -202,16 +220,16 @@ def _tell_of_prepared(prepared: Kept, kept: Kept, progress: Progress) -> None:
     if others:
         first = others[0]
         progress.warn(
-            f"phase 2 has prepared {len(prepared[first])} channels of {first} to stay, {len(kept[first])} are asked "
-            "for: they are chosen anew. Without --ratio the prepared ones stay"
+            f"phase 2 prepared {len(prepared[first])} channels of {first} to be kept, but {len(kept[first])} are asked "
+            "for, so they are chosen again. Leave out --ratio to keep the prepared ones"
         )
     elif prepared:
-        progress.log("the channels stay that phase 2 of the distillation has prepared")
+        progress.log("keeping the channels that phase 2 of the distillation prepared")
 
 
 def _statistics(
     recipe: PruneRecipe, checkpoint: Checkpoint, clips: CalibrationClips, progress: Progress
-) -> tuple[dict[str, TensorStatistics], tuple[Lineage, ...], Mapping[str, Any] | None]:
+) -> tuple[dict[str, TensorStatistics], tuple[Lineage, ...], WidthTimes | None]:
     """From the analysis given, from `analysis.safetensors` here if it is of this decoder, else measured now.
 
     Returns the statistics, the analysis as a parent, and its latency model.
@@ -220,7 +238,7 @@ def _statistics(
     default = Path(ANALYSIS_FILE)
     if given is None and default.exists():
         belongs = _analyzed_sha256(default) == checkpoint.sha256
-        progress.log(f"analysis: {default}" if belongs else f"{default} is of another decoder: measuring anew")
+        progress.log(f"analysis: {default}" if belongs else f"{default} is of another decoder: measuring again")
         given = str(default) if belongs else None
     if given is None:
         decoder = checkpoint.require_decoder()
@@ -237,7 +255,8 @@ def _statistics(
         )
     statistics = _read_statistics(given, header, tensors, checkpoint.require_decoder().spec)
     parents = (Lineage(role="analysis", location=given, sha256=content_sha256(given)),)
-    return statistics, parents, header.measured.get("width_latency")
+    analysis = AnalysisRecord.of(header)
+    return statistics, parents, None if analysis is None else analysis.width_latency
 
 
 def _read_statistics(
@@ -248,14 +267,14 @@ def _read_statistics(
     Raises:
         ArtifactError: some are missing, of another shape, or not finite.
     """
-    clips = header.measured.get("clips")
-    positions = clips.get("positions") if isinstance(clips, Mapping) else None
+    analysis = AnalysisRecord.of(header)
+    positions = {} if analysis is None else analysis.clips.positions
     statistics: dict[str, TensorStatistics] = {}
     for address, width in tensor_widths(spec).items():
-        count = positions.get(address) if isinstance(positions, Mapping) else None
+        count = positions.get(address)
         covariance, mean = tensors.get(f"covariance.{address}"), tensors.get(f"mean.{address}")
         fault = "is not there"
-        if isinstance(count, int) and count > 0 and covariance is not None and mean is not None:
+        if count is not None and covariance is not None and mean is not None:
             fits = covariance.shape == (width, width) and mean.shape == (width,) and covariance.is_floating_point()
             fault = "is not finite" if fits else f"is not of {width} channels"
             if fits and torch.isfinite(covariance).all() and torch.isfinite(mean).all():
@@ -283,7 +302,7 @@ def _warn_of_unvarying(selections: list[GroupSelection], progress: Progress) -> 
         progress.warn("channels that do not vary over the calibration clips are kept last. " + "; ".join(found))
 
 
-def _encoder_table(record: Mapping[str, Any] | None) -> tuple[TableData, ...]:
+def _encoder_table(record: EncoderFigures | None) -> tuple[TableData, ...]:
     if record is None:
         return ()
     columns = (
@@ -292,8 +311,8 @@ def _encoder_table(record: Mapping[str, Any] | None) -> tuple[TableData, ...]:
         Column("PSNR through it, dB", ".2f"),
         Column("through the original's, dB", ".2f"),
     )
-    figures = ("parameters_after", "latent_error", "psnr_db", "psnr_db_with_original_encoder")
-    return (TableData("The narrowed encoder, on the calibration clips", columns, (tuple(record[f] for f in figures),)),)
+    row = (record.parameters_after, record.latent_error, record.psnr_db, record.psnr_db_with_original_encoder)
+    return (TableData("The narrowed encoder, on the calibration clips", columns, (row,)),)
 
 
 def _selection_table(selections: list[GroupSelection], before: Decoder, after: Decoder) -> TableData:

@@ -54,7 +54,7 @@ def run_speed(recipe: EvalRecipe, *, progress: Progress, force: bool, command_li
     tables, notes = [], []
     misfits: list[DecodeError] = []
     if idle := recipe.given(*_UNUSED):
-        progress.warn(f"{', '.join(idle)}: no role with --speed, which decodes random latents and judges no clip")
+        progress.warn(f"{', '.join(idle)}: ignored with --speed, which decodes random latents and judges no clip")
     for height, width in map(parse_size, recipe.sizes):
         for num_frames in lengths:
             size = _whole(ClipSize(num_frames, height, width), original, progress)

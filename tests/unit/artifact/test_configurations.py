@@ -145,7 +145,7 @@ def test_a_whole_configuration_of_wan_is_known(tmp_path: Path) -> None:
 
 def test_keys_that_are_not_known_are_noted(tmp_path: Path) -> None:
     (note,) = load(wan_folder(tmp_path, use_tail_norm=True, block_shape=[1])).notes
-    assert note.endswith("not known and play no role: use_tail_norm, block_shape")
+    assert note.endswith("which are ignored: use_tail_norm, block_shape")
 
 
 @pytest.mark.parametrize(
