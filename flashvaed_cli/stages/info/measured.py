@@ -36,7 +36,7 @@ def measured_figures(header: ArtifactHeader) -> dict[str, str]:
 def _of_analysis(record: AnalysisRecord) -> dict[str, str]:
     clips = record.clips
     total = sum(sum(stage.latency_ms.values()) for stage in record.stages)
-    size = f"{counted(clips.latency_frames, 'frame')} of {clips.latency_side} x {clips.latency_side}"
+    size = f"{counted(clips.latency_frames or 0, 'frame')} of {clips.latency_side} x {clips.latency_side}"
     return {
         "clips": f"{clips.num_clips} ({len(clips.skipped)} skipped)",
         "latency": f"{total:.0f} ms for {size}, {clips.device}" if record.stages else "",
