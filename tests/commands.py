@@ -59,6 +59,10 @@ def put_in_place_of_stages(patch: pytest.MonkeyPatch, stage: Callable[..., Any])
         module = ModuleType(f"flashvaed_cli.stages.{module_name}")
         setattr(module, f"run_{name}", stage)
         patch.setitem(sys.modules, module.__name__, module)
+    previews = ModuleType("flashvaed_cli.stages.dry_run")  # it imports from the real ones
+    for name in ("prune", "convert_ops", "distill"):
+        setattr(previews, f"preview_{name}", stage)
+    patch.setitem(sys.modules, previews.__name__, previews)
 
 
 def strict_json(text: str) -> dict[str, Any]:

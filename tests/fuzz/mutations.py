@@ -50,12 +50,12 @@ def documents(draw: Draw, document: Any) -> Any:
         if not places:
             break
         *path, key = draw(st.sampled_from(places))
-        holder = changed
+        holder: Any = changed
         for part in path:
             holder = holder[part]
         action = draw(st.sampled_from(["replace", "replace", "remove", "rename", "repeat", "exchange"]))
         if action == "replace":
-            holder[key] = draw(ODD_VALUES)
+            holder[key] = copy.deepcopy(draw(ODD_VALUES))  # a container that is drawn twice is one object
         elif action == "remove":
             del holder[key]
         elif action == "rename" and isinstance(holder, dict):
@@ -64,7 +64,7 @@ def documents(draw: Draw, document: Any) -> Any:
             holder[key:key] = [copy.deepcopy(holder[key])] * draw(st.sampled_from([1, 2, 300]))
         elif action == "exchange":
             other = draw(st.sampled_from(places))
-            value = changed
+            value: Any = changed
             for part in other:
                 value = value[part] if _has(value, part) else None
             holder[key] = copy.deepcopy(value)

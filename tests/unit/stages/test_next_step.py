@@ -13,7 +13,11 @@ from flashvaed_cli.decoders.spec.light import light_spec
 from flashvaed_cli.families.registry import FAMILIES
 from flashvaed_cli.stages.info.next_step import next_commands
 
-MEASURED = {"prune": {"selection": {}}, "convert-ops": {"operators": {}}, "distill": {"phases": []}}
+MEASURED = {
+    "prune": {"selection": [], "parameters_before": 2, "parameters_after": 1},
+    "convert-ops": {"operators": {}, "gflop_9x256x256_before": 2.0, "gflop_9x256x256_after": 1.0},
+    "distill": {"phases": []},
+}
 
 
 def made_by(command: str, family: str, *, is_light: bool = False) -> ArtifactHeader:
