@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -16,12 +15,10 @@ from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings, De
 from flashvaed_cli.decoders.run.streaming import encode
 from flashvaed_cli.decoders.variants.exact import exact_decoder
 from flashvaed_cli.errors import FlashVaedError, SpecError
+from flashvaed_cli.recipe.fields import LatentScale
 from flashvaed_cli.recipe.quantities import parse_memory
 from flashvaed_cli.stages.common.loading import DTYPES, choose_device
 from flashvaed_cli.zoo.builtin import BUILTINS
-
-LatentScale = Literal["normalized", "raw"]
-"""`normalized`: as diffusion models use latents; `raw`: normalized * std + mean, as the VAE uses them."""
 
 
 def load(

@@ -74,7 +74,7 @@ _PARTS: dict[str, type] = {
 _COUNTERS = ("step", "seconds", "data_seconds", "num_clips", "first_loss", "history")
 
 
-def save_checkpoint(state: TrainState, path: Path) -> None:
+def save_train_state(state: TrainState, path: Path) -> None:
     """Write the state to `path`; the previous checkpoint stays intact until the new one is complete.
 
     Raises:
@@ -107,7 +107,7 @@ def save_checkpoint(state: TrainState, path: Path) -> None:
     state.saved_step = state.step
 
 
-def load_checkpoint(state: TrainState, path: Path) -> int:
+def load_train_state(state: TrainState, path: Path) -> int:
     """Restore `state` from a checkpoint.
 
     Returns:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.distill.adversary import Adversary
 from flashvaed_cli.distill.averaging import WeightAverage
-from flashvaed_cli.distill.checkpoint import HistoryEntry, TrainState, load_checkpoint, save_checkpoint
+from flashvaed_cli.distill.checkpoint import HistoryEntry, TrainState, load_train_state, save_train_state
 from flashvaed_cli.distill.features import FeatureMatcher
 from flashvaed_cli.distill.guards import require_sane_step
 from flashvaed_cli.distill.interrupts import stop_wish
@@ -219,7 +219,7 @@ def _agree(ranks: Ranks, state: TrainState, signal_number: int | None, saved_at:
 
 
 def _save(state: TrainState, path: Path, ranks: Ranks, replaces: Sequence[Path]) -> None:
-    ranks.from_main(lambda: save_checkpoint(state, path))
+    ranks.from_main(lambda: save_train_state(state, path))
     state.saved_step = state.step
     if ranks.is_main:
         for old in replaces:
@@ -258,7 +258,7 @@ def _start(student: Decoder, plan: PhasePlan, settings: TrainSettings, run_key: 
 def _resume(state: TrainState, path: Path | None, ranks: Ranks, progress: Progress) -> int | None:
     if path is None or not ranks.from_main(path.exists):
         return None
-    num_ranks_before = load_checkpoint(state, path)
+    num_ranks_before = load_train_state(state, path)
     progress.log(f"going on from step {state.step} of {state.settings.num_steps} ({path})")
     if num_ranks_before != ranks.count:
         progress.warn(

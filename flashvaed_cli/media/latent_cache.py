@@ -87,7 +87,7 @@ class CachedLatents:
         return part.float()
 
 
-def claim_folder(folder: Path, wanted: CacheKey) -> CacheKey:
+def claim_cache(folder: Path, wanted: CacheKey) -> CacheKey:
     """The key of the cache in a folder; an empty or absent folder becomes a cache with the wanted key.
 
     Raises:

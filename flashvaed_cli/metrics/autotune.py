@@ -22,9 +22,9 @@ from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.metrics.contest import Contestant, run_contest
 from flashvaed_cli.progress import Progress, SilentProgress
 
-MemoryFormat = Literal["contiguous", "channels-last"]
+MemoryLayout = Literal["contiguous", "channels-last"]
 CHUNKS = (1, 2, 4, 8)
-_FORMATS: tuple[MemoryFormat, ...] = ("contiguous", "channels-last")
+_FORMATS: tuple[MemoryLayout, ...] = ("contiguous", "channels-last")
 _NUM_ROUNDS = 3
 
 
@@ -32,7 +32,7 @@ _NUM_ROUNDS = 3
 class Choice:
     """One way of running a decoder: `exact` uses exact operators; `chunk` None decodes everything at once."""
 
-    memory_format: MemoryFormat = "channels-last"
+    memory_format: MemoryLayout = "channels-last"
     exact: bool = True
     compile: bool = False
     chunk: int | None = None

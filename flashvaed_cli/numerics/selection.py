@@ -51,7 +51,7 @@ class Selection:
     r2: list[float]
 
 
-class SelectionRule(Protocol):
+class OrdersChannels(Protocol):
     """The signature of every entry of `SELECTION_RULES`.
 
     Raises CalibrationError when `num_kept` is not in 1 to C, the evidence is not finite or lacks what the rule
@@ -174,7 +174,7 @@ def select_random(evidence: ChannelEvidence, num_kept: int, *, seed: int = 0) ->
     return _pick_ranked(evidence, order.argsort().neg().double().to(evidence.covariance.device), num_kept)
 
 
-SELECTION_RULES: dict[str, SelectionRule] = {
+SELECTION_RULES: dict[str, OrdersChannels] = {
     "greedy-r2": select_greedy_r2,
     "greedy-energy": select_greedy_energy,
     "next-layer": select_next_layer,

@@ -4,7 +4,7 @@ from flashvaed_cli.recipe.analyze import AnalyzeRecipe
 from flashvaed_cli.recipe.commands import COMMAND_RECIPES
 from flashvaed_cli.recipe.convert_ops import ConvertOpsRecipe
 from flashvaed_cli.recipe.decode import DecodeRecipe
-from flashvaed_cli.recipe.distill import DistillRecipe, LossWeights, PhaseRecipe
+from flashvaed_cli.recipe.distill import DistillRecipe, LossWeightSettings, PhaseRecipe
 from flashvaed_cli.recipe.evaluate import EvalRecipe
 from flashvaed_cli.recipe.export import ExportRecipe
 from flashvaed_cli.recipe.info import InfoRecipe
@@ -22,7 +22,7 @@ __all__ = [
     "EvalRecipe",
     "ExportRecipe",
     "InfoRecipe",
-    "LossWeights",
+    "LossWeightSettings",
     "PhaseRecipe",
     "PruneRecipe",
     "Recipe",

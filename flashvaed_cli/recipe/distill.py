@@ -35,7 +35,7 @@ NEW_STUDENT_LEARNING_RATE = 3e-3
 the original: 23.8 with 1e-3, 27.5 with 3e-3, 27.8 with 1e-2; from a random start 25.1 with 3e-3."""
 
 
-class LossWeights(FrozenModel):
+class LossWeightSettings(FrozenModel):
     """Weight of every term of the distillation loss; 0 switches a term off.
 
     Reference: arXiv 2602.19161 for L1, LPIPS, feature, SSIM and L_ce; the others are ours.
@@ -167,7 +167,7 @@ class DistillRecipe(ClipFields, RatioFields, StageRecipe):
         default="float32",
         description="Number format of that folder; float16 takes half the space and rounds latents to 11 bits.",
     )
-    loss_weights: LossWeights = Field(default=LossWeights(), description="Weight of every loss term.")
+    loss_weights: LossWeightSettings = Field(default=LossWeightSettings(), description="Weight of every loss term.")
     adversarial_start: WholeNumber = Field(
         default=0, description="The step of a phase at which the adversarial term starts, if it has a weight."
     )

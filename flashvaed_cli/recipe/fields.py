@@ -29,6 +29,7 @@ StageOperator = Literal["causal3d", "dwsep3d", "frame2d"]
 PhaseChoice = Literal["1", "2", "3", "all"]
 ExportTarget = Literal["safetensors", "diffusers", "onnx", "comfyui", "pt2", "aoti"]
 LatentScale = Literal["normalized", "raw"]
+"""`normalized`: as diffusion models use latents; `raw`: normalized * std + mean, as the VAE uses them."""
 FrameFormat = Literal["mp4", "png", "npy", "pt"]
 
 

@@ -38,7 +38,7 @@ from flashvaed_cli.surgery.layer_fit import (
     LinearFit,
     LowRankFit,
     MeasuredOnly,
-    SeparableFit,
+    SeparableLayerFit,
     num_taps,
     rows_for,
 )
@@ -92,7 +92,7 @@ class BlockPair:
             dense = None
             if not isinstance(source, SeparableConv3d):
                 dense = pick(pick(dense_kernel(source), after, 0), before, 1)
-            return SeparableFit(layer, dense_weight=dense, settings=self.settings)
+            return SeparableLayerFit(layer, dense_weight=dense, settings=self.settings)
         if isinstance(layer, LowRankConv3d):
             dense = pick(pick(dense_kernel(source), after, 0), before, 1)
             return LowRankFit(layer, dense_weight=dense, settings=self.settings)

@@ -126,7 +126,7 @@ class DenseFit:
         return LayerError(self.address, before, solution.relative_error, rows, unknowns)
 
 
-class SeparableFit:
+class SeparableLayerFit:
     """Fit of one depthwise-separable layer; the sampled patches are held, a bounded number of them."""
 
     def __init__(

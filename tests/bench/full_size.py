@@ -15,8 +15,8 @@ from flashvaed_cli.families.wan21.spec import WAN21, wan_decoder_spec
 from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.report.speed import SpeedReport, SpeedTable, all_notes, speed_tables
 from flashvaed_cli.report.tables import to_rich
-from flashvaed_cli.stages.speed.run import describe_device
-from flashvaed_cli.stages.speed.table import ClipSize, SpeedSettings, time_decoders
+from flashvaed_cli.stages.speed.run import device_with_threads
+from flashvaed_cli.stages.speed.table import SpeedSettings, TimedSize, time_decoders
 from flashvaed_cli.surgery.respec import converted_spec, narrowed_spec
 
 
@@ -45,7 +45,7 @@ def random_decoder(spec: DecoderSpec, device: str) -> Decoder:
 
 
 def print_speed(
-    base_width: int, flash: str, size: ClipSize, settings: SpeedSettings, *, label: str, device: str = "cpu"
+    base_width: int, flash: str, size: TimedSize, settings: SpeedSettings, *, label: str, device: str = "cpu"
 ) -> SpeedTable:
     """Time the original of a base width and its paper layout, and print both tables.
 
@@ -58,7 +58,7 @@ def print_speed(
     derived = {flash: random_decoder(paper_layout(base_width, 0.125), device)}
     place = torch.device(device)
     table, notes = time_decoders(original, derived, size, settings, place, progress=SilentProgress(), label=label)
-    report = SpeedReport((table,), {}, (f"{describe_device(place)}, torch {torch.__version__}", *notes))
+    report = SpeedReport((table,), {}, (f"{device_with_threads(place)}, torch {torch.__version__}", *notes))
     console = Console(width=120)
     for view in speed_tables(report):
         console.print(to_rich(view))

@@ -23,7 +23,7 @@ from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.recipe import DistillRecipe
 from flashvaed_cli.report.tables import Column, TableData, to_rich
 from flashvaed_cli.stages.distill.run import run_distill
-from flashvaed_cli.stages.speed.run import describe_device
+from flashvaed_cli.stages.speed.run import device_with_threads
 from flashvaed_cli.zoo.builtin import BUILTINS
 from tests.bench.full_size import paper_layout, random_decoder, setting
 
@@ -72,7 +72,7 @@ def test_tiny_wan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool)
         phase["clips_per_s"],
         share,
     )
-    place = describe_device(torch.device("cpu"))
+    place = device_with_threads(torch.device("cpu"))
     print_rows(f"builtin:tiny-wan, paper's layout at 1/2, 2 clips of 9x96x96, {place}", [(*row, None)])
     assert phase["num_steps"] == NUM_STEPS
 
@@ -108,6 +108,6 @@ def test_full_size_on_a_gpu() -> None:
             label = f"batch {num_clips}" + (", activations recomputed" if checkpoint_activations else "")
             share = 100 * result.data_seconds / result.seconds
             rows.append((label, result.num_steps / result.seconds, result.clips_per_s, share, peak))
-    place = describe_device(torch.device("cuda"))
+    place = device_with_threads(torch.device("cuda"))
     print_rows(f"Wan 2.1, paper's layout at 1/8, 17x256x256, bfloat16, {place}", rows)
     assert all(row[1] > 0 for row in rows)

@@ -19,7 +19,7 @@ from flashvaed_cli.families.wan21.spec import WAN21, wan_decoder_spec
 from flashvaed_cli.stages.common import memory_fit
 from flashvaed_cli.stages.speed import contestants
 from flashvaed_cli.stages.speed import table as speed_table
-from flashvaed_cli.stages.speed.table import ClipSize
+from flashvaed_cli.stages.speed.table import TimedSize
 from flashvaed_cli.surgery.respec import converted_spec
 from tests.commands import invoke, strict_json, succeed
 from tests.toy import BASE_WIDTH, write_toy_vae
@@ -212,10 +212,10 @@ def test_no_compiler_is_a_mistake_at_once(folder: Path, tmp_path: Path, monkeypa
 
 def test_rounding_of_a_clip() -> None:
     spec = wan_decoder_spec(4)
-    size = ClipSize(10, 33, 40)
+    size = TimedSize(10, 33, 40)
     assert size.grid(spec) == (4, 5, 5)
-    assert size.rounded(spec) == ClipSize(13, 40, 40)
-    assert ClipSize(1, 8, 8).rounded(spec) == ClipSize(1, 8, 8)
+    assert size.rounded(spec) == TimedSize(13, 40, 40)
+    assert TimedSize(1, 8, 8).rounded(spec) == TimedSize(1, 8, 8)
 
 
 def test_half_precision_counts_the_operators_that_run() -> None:

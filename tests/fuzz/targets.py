@@ -29,7 +29,7 @@ from flashvaed_cli.cli.app import app
 from flashvaed_cli.errors import FlashVaedError
 from flashvaed_cli.media.cache_key import CacheKey, FileStamp
 from flashvaed_cli.media.cuts import Bucket, ClipSize, CutSettings
-from flashvaed_cli.media.latent_cache import CacheWriter, claim_folder, read_cache, read_key
+from flashvaed_cli.media.latent_cache import CacheWriter, claim_cache, read_cache, read_key
 from flashvaed_cli.media.latent_files import load_latents
 from flashvaed_cli.ownership import has_own_header
 from flashvaed_cli.recipe import COMMAND_RECIPES, load_recipe, resolve
@@ -168,7 +168,7 @@ def latent_caches(draw: Draw, folder: Path) -> None:
     cache = folder / "cache"
     cut = CutSettings(buckets=(Bucket(5, 32, None),), exact=False, num_clips=2, max_side=None, seed=0)
     key = CacheKey(vae="0" * 64, files=(FileStamp("/clip.mp4", 9, 8),), latent_scale=None, cut=cut, dtype="float32")
-    claim_folder(cache, key)
+    claim_cache(cache, key)
     with CacheWriter(cache, key, _ignore) as writer:
         writer.add(0, torch.ones(4, 2, 3, 3))
         writer.finish({"a.mp4": "broken"})
@@ -183,7 +183,7 @@ def latent_caches(draw: Draw, folder: Path) -> None:
     with suppress(FlashVaedError):
         found = read_key(cache)
         if found is not None:
-            claim_folder(cache, key)
+            claim_cache(cache, key)
             complete = read_cache(cache, key, _ignore)
             with CacheWriter(cache, key, _ignore) as writer:
                 writer.finish({})

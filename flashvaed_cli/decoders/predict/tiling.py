@@ -21,7 +21,7 @@ from flashvaed_cli.errors import SpecError
 
 
 @dataclass(frozen=True)
-class Window:
+class TileWindow:
     """One axis of a window: rows `start:stop` are read, of which `keep_start:keep_stop` are kept."""
 
     start: int
@@ -40,8 +40,8 @@ class TileLayout:
     split: str
     halo: int
     enlargement: int
-    rows: tuple[Window, ...]
-    columns: tuple[Window, ...]
+    rows: tuple[TileWindow, ...]
+    columns: tuple[TileWindow, ...]
 
     @property
     def num_tiles(self) -> int:
@@ -122,7 +122,7 @@ def _radius(block: BlockSpec, name: str, scale: int) -> Fraction:
     return Fraction(max(kernel[1], kernel[2]) // 2, scale * rows)
 
 
-def windows_along(length: int, core: int, halo: int) -> tuple[Window, ...]:
+def windows_along(length: int, core: int, halo: int) -> tuple[TileWindow, ...]:
     """Cover an axis with windows of one size: `ceil(length / core)`, or fewer where the halo covers as much.
 
     All have the same size, so that a compiled decoder meets one shape only. The outer windows have a halo on
@@ -131,10 +131,10 @@ def windows_along(length: int, core: int, halo: int) -> tuple[Window, ...]:
     count = ceil(length / core)
     size = ceil((length + 2 * halo * (count - 1)) / count)
     if count == 1 or size >= length:
-        return (Window(0, length, 0, length),)
+        return (TileWindow(0, length, 0, length),)
     starts = sorted({index * (length - size) // (count - 1) for index in range(count)})
     seams = [0, *(start + halo for start in starts[1:]), length]
-    return tuple(Window(start, start + size, seams[i], seams[i + 1]) for i, start in enumerate(starts))
+    return tuple(TileWindow(start, start + size, seams[i], seams[i + 1]) for i, start in enumerate(starts))
 
 
 def tile_layout(spec: DecoderSpec, height: int, width: int, *, tile: int, split: str) -> TileLayout:

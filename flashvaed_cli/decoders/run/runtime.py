@@ -29,7 +29,7 @@ from flashvaed_cli.decoders.predict.cost import Grid
 from flashvaed_cli.decoders.predict.lookahead import LatentWindow, latent_windows
 from flashvaed_cli.decoders.predict.memory import ITEM_BYTES, DType
 from flashvaed_cli.decoders.predict.planning import DecodePlan, choose_plan
-from flashvaed_cli.decoders.predict.tiling import TileLayout, Window, tile_layout
+from flashvaed_cli.decoders.predict.tiling import TileLayout, TileWindow, tile_layout
 from flashvaed_cli.decoders.run.heap import return_freed_memory
 from flashvaed_cli.decoders.run.overflow import explain_overflow
 from flashvaed_cli.decoders.run.streaming import State, WindowBuffer, check_latents, windows_of_parts
@@ -39,7 +39,7 @@ from flashvaed_cli.decoders.variants.half_range import cast_decoder
 from flashvaed_cli.errors import DecodeError, NonFiniteError, SpecError
 from flashvaed_cli.limits import MAX_LATENT
 
-Run = Callable[[Tensor, State | None, State | None], Tensor]
+BlockRun = Callable[[Tensor, State | None, State | None], Tensor]
 """Some blocks of a decoder: their input, past and future to their output."""
 _ENDLESS = 1 << 20  # latent frames of a clip of unknown length: more than any chunk, so that its state is counted
 
@@ -361,7 +361,7 @@ class _Run:
         return cast(Tensor, frames)
 
 
-def _kept(window: Window, enlargement: int) -> tuple[slice, slice]:
+def _kept(window: TileWindow, enlargement: int) -> tuple[slice, slice]:
     """Where the kept pixels of a window lie in the frame, and where in the window."""
     start, stop, offset = (side * enlargement for side in (window.keep_start, window.keep_stop, window.start))
     return slice(start, stop), slice(start - offset, stop - offset)
@@ -370,7 +370,7 @@ def _kept(window: Window, enlargement: int) -> tuple[slice, slice]:
 class _Section:
     """A run of blocks, eager or compiled, whose state is handed over in place."""
 
-    def __init__(self, run: Run, settings: DecodeSettings) -> None:
+    def __init__(self, run: BlockRun, settings: DecodeSettings) -> None:
         self._run = run
         self._settings = settings
         self._compiled: dict[tuple, Callable[..., tuple[Tensor, State | None]]] = {}
@@ -400,7 +400,7 @@ def _with_strides_of(x: Tensor, form: torch.memory_format) -> Tensor:
     return x if x.stride() == settled.stride() else settled.copy_(x)
 
 
-def _compile_step(run: Run, backend: str, *, keep: bool) -> Callable[..., tuple[Tensor, State | None]]:
+def _compile_step(run: BlockRun, backend: str, *, keep: bool) -> Callable[..., tuple[Tensor, State | None]]:
     """A static graph from input and state to output and state."""
 
     def step(x: Tensor, past: State | None) -> tuple[Tensor, State | None]:

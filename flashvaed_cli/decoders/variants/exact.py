@@ -49,7 +49,7 @@ WINOGRAD_WIDTH = 24
 STACKED_WIDTH = 4
 """Up to this many outputs `stacked3d` reads less than it writes more."""
 
-Choice = Callable[[BlockSpec, str, ConvSpec], Operator]
+OperatorChoice = Callable[[BlockSpec, str, ConvSpec], Operator]
 """Block, name of the layer in it, plain layer: the operator it gets."""
 
 
@@ -105,7 +105,7 @@ def exact_changes(before: DecoderSpec, after: DecoderSpec) -> list[tuple[str, Op
     ]
 
 
-def _with_operators(spec: DecoderSpec, choose: Choice) -> DecoderSpec:
+def _with_operators(spec: DecoderSpec, choose: OperatorChoice) -> DecoderSpec:
     changed: dict[str, BlockSpec] = {}
     for address, block in spec.blocks():
         layers: dict[str, ConvSpec] = {}

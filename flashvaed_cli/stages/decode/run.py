@@ -25,7 +25,7 @@ from flashvaed_cli.stages.common.clips import scale_of
 from flashvaed_cli.stages.common.loading import choose_device, choose_input, load_input
 from flashvaed_cli.stages.common.result import StageOutcome
 from flashvaed_cli.stages.decode.player import Player
-from flashvaed_cli.stages.decode.targets import Clip, Target, claim_targets, plan_targets
+from flashvaed_cli.stages.decode.targets import Clip, DecodeTarget, claim_targets, plan_targets
 
 
 @dataclass
@@ -142,7 +142,7 @@ def _clips(
 
 
 def _decode(
-    target: Target, player: Player, output: _Output, course: _Course, progress: Progress, *, is_only: bool
+    target: DecodeTarget, player: Player, output: _Output, course: _Course, progress: Progress, *, is_only: bool
 ) -> None:
     clip = target.clip
     start, done, size = time.perf_counter(), 0, (0, 0)
@@ -173,7 +173,7 @@ def _decode(
 
 
 def _record(
-    target: Target, num_frames: int, size: tuple[int, int], output: _Output, player: Player, seconds: float
+    target: DecodeTarget, num_frames: int, size: tuple[int, int], output: _Output, player: Player, seconds: float
 ) -> dict[str, Cell]:
     return {
         "latents": str(target.clip.path),

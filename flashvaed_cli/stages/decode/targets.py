@@ -50,7 +50,7 @@ class Clip:
 
 
 @dataclass(frozen=True)
-class Target:
+class DecodeTarget:
     """Where a clip's frames go. `path`: a file, or a folder of pictures; None: standard output."""
 
     clip: Clip
@@ -84,7 +84,7 @@ class Target:
         return ArrayWriter(self.path, self.clip.num_frames)
 
 
-def plan_targets(clips: Sequence[Clip], recipe: DecodeRecipe) -> list[Target]:
+def plan_targets(clips: Sequence[Clip], recipe: DecodeRecipe) -> list[DecodeTarget]:
     """One target for each clip, with the names of its latents; nothing is looked at or made on disk but folders.
 
     Raises:
@@ -96,7 +96,7 @@ def plan_targets(clips: Sequence[Clip], recipe: DecodeRecipe) -> list[Target]:
             raise DecodeError(
                 f"--format {recipe.format}: --output {STDOUT} gives raw rgb24 frames; leave --format out."
             )
-        return [Target(clips[0], None, "mp4")]
+        return [DecodeTarget(clips[0], None, "mp4")]
     output = None if recipe.output is None else user_path(recipe.output)
     suffix = "" if output is None or recipe.output is None or recipe.output.endswith("/") else output.suffix.lower()
     if output is not None and suffix in _FORMATS and not output.is_dir():
@@ -106,13 +106,13 @@ def plan_targets(clips: Sequence[Clip], recipe: DecodeRecipe) -> list[Target]:
     folder, kind = output or Path(), recipe.format or "mp4"
     names = distinct_names([Path(_name(clip)) for clip in clips])
     if kind != "png":
-        return [Target(clip, folder / f"{name}.{kind}", kind) for clip, name in zip(clips, names, strict=True)]
+        return [DecodeTarget(clip, folder / f"{name}.{kind}", kind) for clip, name in zip(clips, names, strict=True)]
     if output is not None and len(clips) == 1:
-        return [Target(clips[0], folder, kind, is_folder=True)]
-    return [Target(clip, folder / name, kind, is_folder=True) for clip, name in zip(clips, names, strict=True)]
+        return [DecodeTarget(clips[0], folder, kind, is_folder=True)]
+    return [DecodeTarget(clip, folder / name, kind, is_folder=True) for clip, name in zip(clips, names, strict=True)]
 
 
-def claim_targets(targets: Sequence[Target], reads: Sequence[str], *, force: bool) -> None:
+def claim_targets(targets: Sequence[DecodeTarget], reads: Sequence[str], *, force: bool) -> None:
     """Find out before the work whether all can be written.
 
     Raises:
@@ -129,7 +129,7 @@ def claim_targets(targets: Sequence[Target], reads: Sequence[str], *, force: boo
             claim_file(path, force=force, reads=reads)
 
 
-def _one_file(clips: Sequence[Clip], output: Path, kind: FrameFormat, asked: FrameFormat | None) -> Target:
+def _one_file(clips: Sequence[Clip], output: Path, kind: FrameFormat, asked: FrameFormat | None) -> DecodeTarget:
     if asked not in (None, kind):
         raise DecodeError(f"--format {asked}: {output} is {output.suffix}. Give a folder, or leave --format out.")
     _require_one(clips, f"{output} is one file")
@@ -138,7 +138,7 @@ def _one_file(clips: Sequence[Clip], output: Path, kind: FrameFormat, asked: Fra
             f"{output} is one picture, {clips[0].shown} has {clips[0].num_frames} frames: give a folder, "
             "and --format png."
         )
-    return Target(clips[0], output, kind)
+    return DecodeTarget(clips[0], output, kind)
 
 
 def _require_one(clips: Sequence[Clip], why: str) -> None:

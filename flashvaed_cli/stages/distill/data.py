@@ -19,7 +19,7 @@ from flashvaed_cli.media.cuts import ClipSize, CutSettings
 from flashvaed_cli.media.latent_cache import (
     CachedLatents,
     CacheWriter,
-    claim_folder,
+    claim_cache,
     drop_shards,
     is_intact,
     read_cache,
@@ -187,7 +187,7 @@ def training_data(
 
 def _complete_cache(folder: Path, source: ClipSource, progress: Progress) -> int:
     """Write what the cache lacks; returns the number of clips that were encoded for it."""
-    stored = claim_folder(folder, source.key)
+    stored = claim_cache(folder, source.key)
     cached = read_cache(folder, stored, progress.warn)
     if cached is not None and not _drop_damaged(cached, progress):
         progress.log(f"latents from the cache {folder}: {len(cached.sizes)} clips")

@@ -29,7 +29,7 @@ from flashvaed_cli.stages.common.loading import DTYPES
 from flashvaed_cli.stages.common.outputs import filled_at_the_end, moved
 from flashvaed_cli.stages.common.result import StageOutcome
 from flashvaed_cli.stages.common.run import Run
-from flashvaed_cli.stages.speed.table import RESERVED_NAMES, ClipSize, SpeedSettings, time_decoders
+from flashvaed_cli.stages.speed.table import RESERVED_NAMES, SpeedSettings, TimedSize, time_decoders
 
 _DEFAULT_FRAMES = 9
 _UNUSED = ("data", "latent_scale", "num_clips", "num_frames", "max_side", "video", "lpips")
@@ -57,7 +57,7 @@ def run_speed(recipe: EvalRecipe, *, progress: Progress, force: bool, command_li
         progress.warn(f"{', '.join(idle)}: ignored with --speed, which decodes random latents and judges no clip")
     for height, width in map(parse_size, recipe.sizes):
         for num_frames in lengths:
-            size = _whole(ClipSize(num_frames, height, width), original, progress)
+            size = _whole(TimedSize(num_frames, height, width), original, progress)
             try:
                 table, remarks = time_decoders(original, derived, size, _settings(recipe), device, progress=progress)
             except DecodeError as error:
@@ -72,7 +72,7 @@ def run_speed(recipe: EvalRecipe, *, progress: Progress, force: bool, command_li
         "command": command_line,
         "decoder": inputs.checkpoint.location,
         "original": inputs.original.location,
-        "device": describe_device(device),
+        "device": device_with_threads(device),
         "torch": torch.__version__,
         "dtype": recipe.dtype,
         "rounds": recipe.num_speed_rounds,
@@ -100,13 +100,13 @@ def _lengths(recipe: EvalRecipe, decoders: Mapping[str, Decoder]) -> tuple[int, 
     return recipe.frames
 
 
-def describe_device(device: torch.device) -> str:
+def device_with_threads(device: torch.device) -> str:
     """Name, and on the CPU the number of threads."""
     name = device_name(device)
     return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else name
 
 
-def _whole(asked: ClipSize, original: Decoder, progress: Progress) -> ClipSize:
+def _whole(asked: TimedSize, original: Decoder, progress: Progress) -> TimedSize:
     size = asked.rounded(original.spec)
     if size != asked:
         progress.warn(f"{asked} are timed as {size}: what whole latents decode to")

@@ -63,7 +63,7 @@ class SpeedSettings:
 
 
 @dataclass(frozen=True)
-class ClipSize:
+class TimedSize:
     """A clip in pixels."""
 
     num_frames: int
@@ -75,10 +75,10 @@ class ClipSize:
         factor = spec.spatial_factor
         return spec.num_latents(self.num_frames), -(-self.height // factor), -(-self.width // factor)
 
-    def rounded(self, spec: DecoderSpec) -> ClipSize:
+    def rounded(self, spec: DecoderSpec) -> TimedSize:
         """What that grid decodes to: 1 + temporal_factor n frames, sides that spatial_factor divides, rounded up."""
         t, h, w = self.grid(spec)
-        return ClipSize(spec.num_frames(t), spec.spatial_factor * h, spec.spatial_factor * w)
+        return TimedSize(spec.num_frames(t), spec.spatial_factor * h, spec.spatial_factor * w)
 
     def __str__(self) -> str:
         """As shown."""
@@ -100,7 +100,7 @@ class _Entry:
 def time_decoders(
     original: Decoder,
     derived: Mapping[str, Decoder],
-    size: ClipSize,
+    size: TimedSize,
     settings: SpeedSettings,
     device: torch.device,
     *,

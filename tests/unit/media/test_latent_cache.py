@@ -18,7 +18,7 @@ from flashvaed_cli.media.cuts import Bucket, ClipSize, CutSettings
 from flashvaed_cli.media.latent_cache import (
     CachedLatents,
     CacheWriter,
-    claim_folder,
+    claim_cache,
     drop_shards,
     is_intact,
     read_cache,
@@ -41,7 +41,7 @@ def clip(number: int) -> Tensor:
 
 
 def write(folder: Path, key: CacheKey = KEY, num_clips: int = 8) -> CachedLatents:
-    claim_folder(folder, key)
+    claim_cache(folder, key)
     with sole_writer(folder), CacheWriter(folder, key, warn=pytest.fail) as writer:
         for number in range(num_clips):
             writer.add(number, clip(number))
@@ -56,7 +56,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small_shards")
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     written = write(tmp_path / "cache")
-    stored = claim_folder(tmp_path / "cache", KEY)
+    stored = claim_cache(tmp_path / "cache", KEY)
     cached = read_cache(tmp_path / "cache", stored, pytest.fail)
     assert stored == read_key(tmp_path / "cache") == KEY
     assert cached is not None and cached == written
@@ -89,7 +89,7 @@ def test_half_precision_is_rounded_once(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("small_shards")
 def test_interrupted_writing_goes_on(tmp_path: Path) -> None:
-    claim_folder(tmp_path, KEY)
+    claim_cache(tmp_path, KEY)
 
     def write_some() -> None:
         with CacheWriter(tmp_path, KEY, warn=pytest.fail) as writer:
@@ -99,7 +99,7 @@ def test_interrupted_writing_goes_on(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         write_some()
-    assert read_cache(tmp_path, claim_folder(tmp_path, KEY), pytest.fail) is None
+    assert read_cache(tmp_path, claim_cache(tmp_path, KEY), pytest.fail) is None
     (tmp_path / ".shard-00002.x.safetensors").write_bytes(b"a sibling that a SIGKILL left")
     with CacheWriter(tmp_path, KEY, warn=pytest.fail) as writer:
         assert writer.numbers == {0, 1, 2, 3}  # the last shard was closed on the way out
@@ -114,7 +114,7 @@ def test_interrupted_writing_goes_on(tmp_path: Path) -> None:
 
 def test_a_slow_encoder_loses_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latent_cache, "SHARD_SECONDS", 0.0)
-    claim_folder(tmp_path, KEY)
+    claim_cache(tmp_path, KEY)
     CacheWriter(tmp_path, KEY, warn=pytest.fail).add(0, clip(0))  # and no more: killed
     assert CacheWriter(tmp_path, KEY, warn=pytest.fail).numbers == {0}
 
@@ -189,7 +189,7 @@ def test_an_index_of_the_first_version_has_no_checksum(tmp_path: Path) -> None:
 
 
 def test_files_of_others_in_the_folder_stay(tmp_path: Path) -> None:
-    claim_folder(tmp_path, KEY)
+    claim_cache(tmp_path, KEY)
     names = ("shard-00000.safetensors", "shard-best.safetensors", "notes.txt")
     for name in names[:2]:
         save_file({"mine": torch.ones(3)}, tmp_path / name)
@@ -207,7 +207,7 @@ def test_files_of_others_in_the_folder_stay(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("small_shards")
 def test_a_shard_of_another_cache_is_not_taken_up(tmp_path: Path) -> None:
     write(tmp_path / "other", replace(KEY, vae="cd" * 32))
-    claim_folder(tmp_path / "cache", KEY)
+    claim_cache(tmp_path / "cache", KEY)
     (tmp_path / "other/shard-00000.safetensors").rename(tmp_path / "cache/shard-00000.safetensors")
     (tmp_path / "cache/shard-00001.safetensors").write_bytes(b"noise")
     warnings: list[str] = []
@@ -232,7 +232,7 @@ def test_what_differs_is_named(tmp_path: Path) -> None:
     write(tmp_path)
     changed = (FileStamp("/b.mp4", 201, 6), FileStamp("/c.mp4", 1, 1))
     with pytest.raises(MediaError) as caught:
-        claim_folder(tmp_path, replace(KEY, vae="cd" * 32, files=changed, dtype="float16"))
+        claim_cache(tmp_path, replace(KEY, vae="cd" * 32, files=changed, dtype="float16"))
     for text in (
         "caches other latents",
         "VAE (SHA-256) abababababab instead of cdcdcdcdcdcd",
@@ -248,7 +248,7 @@ def test_what_differs_is_named(tmp_path: Path) -> None:
 def test_folders_that_are_no_cache(tmp_path: Path) -> None:
     (tmp_path / "holiday.mp4").touch()
     with pytest.raises(MediaError, match=r"not empty \(holiday\.mp4\) and is not a latent cache"):
-        claim_folder(tmp_path, KEY)
+        claim_cache(tmp_path, KEY)
     for name, content in {"key.json": "{", "index.json": '{"key": 3}', "key2": "[]", "key3": '{"format": 99}'}.items():
         folder = tmp_path / name
         write(folder)
@@ -273,7 +273,7 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
 
 def test_a_full_disk_keeps_finished_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latent_cache, "SHARD_CLIPS", 2)
-    claim_folder(tmp_path, KEY)
+    claim_cache(tmp_path, KEY)
 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")

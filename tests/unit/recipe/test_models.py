@@ -18,7 +18,7 @@ from flashvaed_cli.recipe import (
     DistillRecipe,
     EvalRecipe,
     ExportRecipe,
-    LossWeights,
+    LossWeightSettings,
     PhaseRecipe,
     PruneRecipe,
 )
@@ -130,7 +130,7 @@ def test_short_runs_stay_below_the_full_learning_rate() -> None:
 
 
 def test_loss_weights_are_the_papers() -> None:
-    weights = LossWeights()
+    weights = LossWeightSettings()
     assert (weights.l1, weights.lpips, weights.feature, weights.ssim, weights.l_ce) == (10, 2, 1, 5, 1)
     assert (weights.sharpness, weights.temporal) == (0, 0)
 
