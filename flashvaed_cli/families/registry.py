@@ -10,7 +10,7 @@ from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSp
 from flashvaed_cli.decoders.spec.groups import channel_groups
 from flashvaed_cli.decoders.spec.light import has_same_blocks
 from flashvaed_cli.errors import SpecError
-from flashvaed_cli.families import leanvae, ltx, qwen_image, qwen_image2, stable_diffusion, wan21, wan22
+from flashvaed_cli.families import flux2, leanvae, ltx, qwen_image, qwen_image2, stable_diffusion, wan21, wan22
 from flashvaed_cli.families.family import Family
 from flashvaed_cli.families.layout import Layout
 
@@ -18,7 +18,7 @@ _ANY_WIDTH = 8  # blocks are the same at every width
 
 SpecT = TypeVar("SpecT", DecoderSpec, EncoderSpec)
 
-_FOLDERS = (wan21, wan22, qwen_image, qwen_image2, ltx, stable_diffusion, leanvae)
+_FOLDERS = (wan21, wan22, qwen_image, qwen_image2, ltx, stable_diffusion, flux2, leanvae)
 """Where two layouts have the same keys, the first is taken unless the user or a configuration names the other's
 family."""
 

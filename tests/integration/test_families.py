@@ -31,7 +31,7 @@ from flashvaed_cli.families.wan21.names import WAN_DIFFUSERS
 from flashvaed_cli.families.wan22.names import WAN22_DIFFUSERS
 from flashvaed_cli.media.procedural import render_frames
 from tests.commands import JUDGING, invoke, read_report, succeed
-from tests.kl_toys import kl_config, random_kl
+from tests.kl_toys import flux2_config, kl_config, random_flux2, random_kl
 from tests.leanvae_toy import write_leanvae
 from tests.ltx_configs import ltx_config, random_ltx
 from tests.toy import fill_, write_toy_clip
@@ -72,6 +72,11 @@ def write_ltx(path: Path, version: str) -> None:
 def write_kl(path: Path, name: str) -> None:
     pytest.importorskip("diffusers", reason="it writes the toys of Stable Diffusion's VAE")
     random_kl(kl_config(name)).save_pretrained(path)  # type: ignore[operator]
+
+
+def write_flux2(path: Path) -> None:
+    pytest.importorskip("diffusers", reason="it writes the toy of FLUX.2's VAE")
+    random_flux2(flux2_config()).save_pretrained(path)  # type: ignore[operator]
 
 
 def write_images(folder: Path, side: int) -> None:
@@ -147,6 +152,7 @@ TOYS = {
     "sdxl": Toy(lambda path: write_kl(path, "sdxl"), 3, 48),
     "sd3": Toy(lambda path: write_kl(path, "sd3"), 3, 48),
     "flux.1": Toy(lambda path: write_kl(path, "flux.1"), 1, 48, is_still=True),
+    "flux.2": Toy(write_flux2, 1, 48, is_still=True),
 }
 
 

@@ -104,14 +104,16 @@ def _implied(names: Iterable[str]) -> dict[str, Any]:
 def _denial(family: Family) -> Callable[[Mapping[str, tuple[int, ...]], Mapping[str, Any]], str | None]:
     """What shapes and configuration say against a variant, whose names are those of the others too."""
     alike = [one for one in _VARIANTS if one is not family and one.latent_width == family.latent_width]
-    others, own = [1 / one.latent_std[0] for one in alike], 1 / family.latent_std[0]
+    others, own = ([1 / one.latent_std[0] for one in these if one.latent_std] for these in (alike, [family]))
 
     def deny(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> str | None:
         entry, end = shapes.get("decoder.conv_in.weight", ()), shapes.get("encoder.conv_out.weight", ())
         found = entry[1] if len(entry) == 4 else end[0] // 2 if len(end) == 4 else None
         if found is not None and found != family.latent_width:
             return f"it has {found} latent channels, not {family.latent_width}"
-        return said_of_others(family.latent_width, round(own, 9), [round(one, 9) for one in others], config)
+        return said_of_others(
+            family.latent_width, *(round(one, 9) for one in own), [round(one, 9) for one in others], config
+        )
 
     return deny
 
@@ -156,7 +158,8 @@ ARGUMENTS = (
 )
 
 
-def _layout(family: Family, kind: str) -> Layout:
+def kl_layout(family: Family, kind: str) -> Layout:
+    """The names of a variant, `original` or `diffusers`."""
     is_diffusers = kind == "diffusers"
     attention = _DIFFUSERS_ATTENTION if is_diffusers else _ORIGINAL_ATTENTION
     return Layout(
@@ -175,4 +178,4 @@ def _layout(family: Family, kind: str) -> Layout:
     )
 
 
-KL_LAYOUTS = tuple(_layout(family, kind) for family in _VARIANTS for kind in ("original", "diffusers"))
+KL_LAYOUTS = tuple(kl_layout(family, kind) for family in _VARIANTS for kind in ("original", "diffusers"))
