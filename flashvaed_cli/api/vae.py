@@ -12,9 +12,10 @@ from torch import Tensor
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint, load_checkpoint, load_original
 from flashvaed_cli.decoders.modules.coder import Encoder
+from flashvaed_cli.decoders.run.latent_scale import figures_over, unpatched
 from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings, DecodeStream
 from flashvaed_cli.decoders.run.streaming import encode
-from flashvaed_cli.decoders.spec.latent_scale import are_per_place, figures_over, unpatched
+from flashvaed_cli.decoders.spec.latent_patches import are_per_place
 from flashvaed_cli.decoders.variants.exact import exact_decoder
 from flashvaed_cli.errors import FlashVaedError, SpecError
 from flashvaed_cli.recipe.quantities import parse_memory

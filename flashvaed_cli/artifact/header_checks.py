@@ -8,7 +8,7 @@ from math import prod
 from flashvaed_cli.decoders.spec.blocks import BlockSpec
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
 from flashvaed_cli.decoders.spec.groups import tensor_widths
-from flashvaed_cli.decoders.spec.latent_scale import are_per_place
+from flashvaed_cli.decoders.spec.latent_patches import are_per_place
 from flashvaed_cli.families.registry import FAMILIES
 from flashvaed_cli.limits import MAX_STATISTIC, MAX_WIDTH
 

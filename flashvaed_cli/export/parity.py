@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.run.latent_scale import figures_over
 from flashvaed_cli.decoders.run.streaming import decode
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
-from flashvaed_cli.decoders.spec.latent_scale import figures_over
 from flashvaed_cli.errors import ExportError
 
 ROUNDING_FACTOR = 8.0

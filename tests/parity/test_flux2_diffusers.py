@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import flashvaed_cli as flashvaed
 from flashvaed_cli.artifact.checkpoint import Checkpoint, derived_header, load_checkpoint, save_checkpoint
 from flashvaed_cli.decoders.run.streaming import decode, encode
-from flashvaed_cli.decoders.spec.latent_scale import per_channel
+from flashvaed_cli.decoders.spec.latent_patches import per_channel
 from flashvaed_cli.families.registry import get_family
 from flashvaed_cli.families.uniform_layout import encoder_base_width, fits_uniform_layout
 from flashvaed_cli.surgery.respec import narrowed_spec

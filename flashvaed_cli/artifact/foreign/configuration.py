@@ -12,7 +12,7 @@ from torch import Tensor
 from flashvaed_cli.artifact.foreign.weights import CONFIG_NAME, ForeignWeights
 from flashvaed_cli.artifact.header_checks import check_statistics
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
-from flashvaed_cli.decoders.spec.latent_scale import are_per_place
+from flashvaed_cli.decoders.spec.latent_patches import are_per_place
 from flashvaed_cli.errors import ArtifactError
 from flashvaed_cli.families.family import Family
 from flashvaed_cli.families.layout import Role

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flashvaed_cli.artifact.foreign.layouts import to_foreign
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
-from flashvaed_cli.decoders.spec.latent_scale import PATCH, per_place
+from flashvaed_cli.decoders.spec.latent_patches import PATCH, per_place
 from flashvaed_cli.families.layout import Layout
 from flashvaed_cli.families.registry import get_family
 

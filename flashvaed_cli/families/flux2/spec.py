@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from flashvaed_cli.decoders.spec.latent_scale import PATCH
+from flashvaed_cli.decoders.spec.latent_patches import PATCH
 from flashvaed_cli.families.family import ComfyUIReader, OtherPrograms
 from flashvaed_cli.families.stable_diffusion.config import MULTIPLIERS
 from flashvaed_cli.families.stable_diffusion.spec import kl_family

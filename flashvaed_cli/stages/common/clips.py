@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint
+from flashvaed_cli.decoders.run.latent_scale import figures_over
 from flashvaed_cli.decoders.run.streaming import encode
-from flashvaed_cli.decoders.spec.latent_scale import figures_over
 from flashvaed_cli.errors import MediaError
 from flashvaed_cli.media.clips import ClipRequest, load_clip, plan_clips, usable_files
 from flashvaed_cli.media.cuts import none_usable

@@ -7,7 +7,7 @@ from dataclasses import replace
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.predict.cost import total_gflop
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
-from flashvaed_cli.decoders.spec.latent_scale import per_channel
+from flashvaed_cli.decoders.spec.latent_patches import per_channel
 from flashvaed_cli.decoders.spec.light import light_spec
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.distill import DistillRecipe

@@ -9,7 +9,7 @@ from pathlib import Path
 from flashvaed_cli import __version__
 from flashvaed_cli.artifact.checkpoint import Checkpoint
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
-from flashvaed_cli.decoders.spec.latent_scale import are_per_place
+from flashvaed_cli.decoders.spec.latent_patches import are_per_place
 from flashvaed_cli.export.result import ExportResult, Target
 from flashvaed_cli.families.registry import get_family
 from flashvaed_cli.printable import printable
