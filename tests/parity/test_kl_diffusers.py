@@ -239,7 +239,7 @@ def test_factors_of_other_pipelines_are_read(release: str, changed: dict, family
     scaling, shift = config["scaling_factor"], config.get("shift_factor") or 0.0
     assert found.latent_mean == (shift,) * found.latent_width
     assert found.latent_std == pytest.approx((1 / scaling,) * found.latent_width)
-    assert succeed("info .", cwd=tmp_path)["family"] == family
+    assert family in str(succeed("info .", cwd=tmp_path))
 
 
 def test_the_class_of_every_variant_is_known() -> None:

@@ -56,7 +56,9 @@ def latent_statistics(
     elif not mean and not std:
         return (), ()
     mean, std = (_numbers(row, key, source, location) for row, key in ((mean, _MEAN), (std, _STD)))
-    fitting = len(mean) == len(std) and (len(mean) == latent_width or are_per_place(len(mean), latent_width))
+    has_patches = any(one.variance_eps is not None for one in LAYOUTS.values() if one.family == family.name)
+    fits_patches = has_patches and are_per_place(len(mean), latent_width)
+    fitting = len(mean) == len(std) and (len(mean) == latent_width or fits_patches)
     if not fitting or not all(value > 0 for value in std):
         raise ArtifactError(
             f"{location}: latents_mean and latents_std of {source} have {len(mean)} and {len(std)} figures; expected "
