@@ -11,8 +11,10 @@ from torch import Tensor
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint, load_checkpoint, load_original
 from flashvaed_cli.decoders.modules.coder import Encoder
+from flashvaed_cli.decoders.run.latent_scale import figures_over, unpatched
 from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings, DecodeStream
 from flashvaed_cli.decoders.run.streaming import encode
+from flashvaed_cli.decoders.spec.latent_patches import are_per_place
 from flashvaed_cli.decoders.variants.exact import exact_decoder
 from flashvaed_cli.errors import FlashVaedError, SpecError
 from flashvaed_cli.recipe.fields import LatentScale
@@ -179,16 +181,21 @@ class Vae:
         self._check_scale(scale)
         if scale == "raw":
             return latents
+        if latents.ndim == 5 and are_per_place(latents.shape[1], self.latent_channels) and self._are_per_place:
+            latents = unpatched(latents)
         if latents.ndim != 5 or latents.shape[1] != self.latent_channels:
             return latents  # the runtime names the fault
         mean, std = self._statistics(latents)
         return latents.float() * std + mean
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation as float32 `[C, 1, 1, 1]`, where `like` is."""
+        """Mean and deviation as float32 `[C, 1, 1, 1]` or, of patches, `[C, 1, Hz, Wz]`, where `like` is."""
         mean, std = self._checkpoint.require_statistics()
-        shaped = [torch.tensor(row, device=like.device).view(-1, 1, 1, 1) for row in (mean, std)]
-        return shaped[0], shaped[1]
+        return figures_over(mean, like), figures_over(std, like)
+
+    @property
+    def _are_per_place(self) -> bool:
+        return are_per_place(len(self.latent_mean), self.latent_channels)
 
     @staticmethod
     def _check_scale(scale: str) -> None:

@@ -8,6 +8,7 @@ from math import prod
 from flashvaed_cli.decoders.spec.blocks import BlockSpec
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
 from flashvaed_cli.decoders.spec.groups import tensor_widths
+from flashvaed_cli.decoders.spec.latent_patches import are_per_place
 from flashvaed_cli.families.registry import FAMILIES
 from flashvaed_cli.limits import MAX_STATISTIC, MAX_WIDTH
 
@@ -31,7 +32,8 @@ def check_groups(spec: CoderSpec) -> None:
 
 
 def check_statistics(mean: tuple[float, ...], std: tuple[float, ...], coders: Iterable[CoderSpec]) -> None:
-    """Raise ValueError unless there is one mean and one positive deviation per latent channel, or none at all."""
+    """Raise ValueError unless there is one mean and one positive deviation per latent channel (or per
+    channel of 2x2 patches), or none at all."""
     if std and min(std) <= 0:
         raise ValueError(f"latent_std holds {min(std)}; deviations are positive")
     for name, values in (("latent_mean", mean), ("latent_std", std), ("1 / latent_std", [1 / value for value in std])):
@@ -41,7 +43,7 @@ def check_statistics(mean: tuple[float, ...], std: tuple[float, ...], coders: It
         raise ValueError(f"latent_mean has {len(mean)} figures and latent_std {len(std)}")
     for spec in coders:
         assert isinstance(spec, DecoderSpec | EncoderSpec)
-        if mean and len(mean) != spec.latent_width:
+        if mean and len(mean) != spec.latent_width and not are_per_place(len(mean), spec.latent_width):
             raise ValueError(f"latent_mean has {len(mean)} figures; the {spec.role} has {spec.latent_width} latents")
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.run.latent_scale import figures_over
 from flashvaed_cli.decoders.run.streaming import decode
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.errors import ExportError
@@ -38,9 +39,9 @@ def seeded_latents(
     """
     generator = torch.Generator().manual_seed(seed)
     normalized = torch.randn(batch, spec.latent_width, *grid, generator=generator)
-    mean = torch.zeros(spec.latent_width) if latent_mean is None else torch.tensor(latent_mean)
-    std = torch.ones(spec.latent_width) if latent_std is None else torch.tensor(latent_std)
-    return normalized * std.view(-1, 1, 1, 1) + mean.view(-1, 1, 1, 1)
+    mean = (0.0,) * spec.latent_width if latent_mean is None else latent_mean
+    std = (1.0,) * spec.latent_width if latent_std is None else latent_std
+    return normalized * figures_over(std, normalized) + figures_over(mean, normalized)
 
 
 def relative_difference(exported: Float[Tensor, "*S"], expected: Float[Tensor, "*S"]) -> float:

@@ -28,6 +28,8 @@ class Layout:
         implied: what the names of a file say beyond its configuration, as keys of one.
         finish: the way back, for files that other programs are to read.
         statistics: what the latents' mean and deviation are called, where they stand among the weights.
+        variance_eps: the second of `statistics` is a variance, and the deviation the root of it plus this; None: it is
+            the deviation itself.
         other_statistics: further names that they have in some files, means and deviations.
         prefix: of all names in the program's own files.
         denied: what shapes and configuration say against it, of a layout whose names are another's too; None: nothing.
@@ -53,6 +55,7 @@ class Layout:
     implied: Callable[[Iterable[str]], dict[str, Any]] | None = None
     finish: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
     statistics: tuple[str, str] | None = None
+    variance_eps: float | None = None
     other_statistics: tuple[tuple[str, str], ...] = ()
     prefix: str = ""
     denied: Callable[[Mapping[str, tuple[int, ...]], Mapping[str, Any]], str | None] | None = None

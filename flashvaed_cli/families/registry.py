@@ -11,6 +11,7 @@ from flashvaed_cli.decoders.spec.groups import channel_groups
 from flashvaed_cli.decoders.spec.light import has_same_blocks
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.families import (
+    flux2,
     hunyuanvideo,
     leanvae,
     ltx,
@@ -28,7 +29,18 @@ _ANY_WIDTH = 8  # blocks are the same at every width
 
 SpecT = TypeVar("SpecT", DecoderSpec, EncoderSpec)
 
-_FOLDERS = (wan21, wan22, qwen_image, qwen_image2, ltx, stable_diffusion, leanvae, hunyuanvideo, stable_video_diffusion)
+_FOLDERS = (
+    wan21,
+    wan22,
+    qwen_image,
+    qwen_image2,
+    ltx,
+    stable_diffusion,
+    flux2,
+    leanvae,
+    hunyuanvideo,
+    stable_video_diffusion,
+)
 """Where two layouts have the same keys, the first is taken unless the user or a configuration names the other's
 family."""
 

@@ -35,7 +35,7 @@ from flashvaed_cli.stages.common.loading import Inputs, choose_device, choose_in
 from flashvaed_cli.stages.common.result import StageOutcome
 from flashvaed_cli.stages.distill.run import choose_phases
 from flashvaed_cli.stages.distill.student import with_new_student
-from flashvaed_cli.surgery.native import native_base_width, native_spec, nearest_base_width
+from flashvaed_cli.surgery.native import base_width_step, native_base_width, native_spec, nearest_base_width
 from flashvaed_cli.surgery.respec import converted_spec, spec_of_widths, with_time_rank
 from flashvaed_cli.surgery.selection import num_kept_channels
 
@@ -59,7 +59,7 @@ def preview_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, comma
     require_known_ratios(recipe, spec)
     if recipe.layout == "native":
         full = native_base_width(spec)
-        base = nearest_base_width(full, recipe.keep_ratio or DEFAULT_KEEP_RATIO, recipe.round_to)
+        base = nearest_base_width(full, recipe.keep_ratio or DEFAULT_KEEP_RATIO, base_width_step(spec, recipe.round_to))
         after = native_spec(spec, base)
     else:
         ratios = recipe.ratios(shallow_stages(spec))

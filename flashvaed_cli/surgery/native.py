@@ -6,7 +6,9 @@ set, and every width follows from the base width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from flashvaed_cli.decoders.modules.coder import Coder
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec
@@ -16,7 +18,7 @@ from flashvaed_cli.families.registry import get_family, original_like
 from flashvaed_cli.families.uniform_layout import fits_uniform_layout
 from flashvaed_cli.numerics.covariance import TensorStatistics
 from flashvaed_cli.numerics.independence import r2_of_set
-from flashvaed_cli.numerics.selection import SELECTION_RULES, unvarying_channels
+from flashvaed_cli.numerics.selection import SELECTION_RULES, ChannelEvidence, unvarying_channels
 from flashvaed_cli.surgery.evidence import channel_evidence
 from flashvaed_cli.surgery.selection import GroupSelection
 
@@ -44,6 +46,12 @@ def native_spec(spec: DecoderSpec, base_width: int) -> DecoderSpec:
     return original_like(spec)(base_width, spec.latent_width)
 
 
+def base_width_step(spec: CoderSpec, round_to: int) -> int:
+    """What native base widths are multiples of: `round_to`, and the groups of every GroupNorm, whose number stays."""
+    groups = [norm.groups for _, block in spec.blocks() for norm, _ in block.norms.values() if norm.groups is not None]
+    return math.lcm(round_to, *groups)
+
+
 def nearest_base_width(base_width: int, keep_ratio: float, round_to: int) -> int:
     """The base width nearest to a fraction of another, a multiple of `round_to`, at least one and at most that."""
     return min(max(round(base_width * keep_ratio / round_to), 1) * round_to, base_width)
@@ -62,7 +70,10 @@ def largest_base_width_within(
 
 
 def linked_groups(spec: CoderSpec) -> list[ChannelGroup]:
-    """The channel groups, those that an identity shortcut joins as one, under the first one's name."""
+    """The channel groups, those that an identity shortcut joins as one, under the first one's name.
+
+    A `run` is what one group of a GroupNorm holds: a native student has as many, each narrower.
+    """
     groups = channel_groups(spec)
     leader = {tensor: index for index, group in enumerate(groups) for tensor in group.tensors}
     sources = input_tensors(spec)
@@ -74,7 +85,10 @@ def linked_groups(spec: CoderSpec) -> list[ChannelGroup]:
     joined: dict[int, list[str]] = {}
     for tensor, index in leader.items():
         joined.setdefault(index, []).append(tensor)
-    return [ChannelGroup(groups[i].name, groups[i].stage, groups[i].width, tuple(t)) for i, t in joined.items()]
+    runs = {i: math.lcm(*(group.run for group in groups if set(group.tensors) & set(t))) for i, t in joined.items()}
+    return [
+        ChannelGroup(groups[i].name, groups[i].stage, groups[i].width, tuple(t), runs[i]) for i, t in joined.items()
+    ]
 
 
 def select_native(
@@ -96,9 +110,20 @@ def select_native(
     for index, group in enumerate(linked_groups(decoder.spec)):
         evidence = channel_evidence(decoder, group, statistics)
         num_kept = widths[group.tensors[0]]
-        chosen = tuple(sorted(SELECTION_RULES[rule](evidence, num_kept, seed=seed + index).kept))
+        chosen = _chosen(rule, evidence, group, num_kept, seed + index)
         kept.update(dict.fromkeys(group.tensors, chosen))
         dead, constant = unvarying_channels(evidence)
         r2 = r2_of_set(evidence.covariance, chosen)
         report.append(GroupSelection(group.name, group.width, chosen, r2, tuple(dead), tuple(constant)))
     return kept, report
+
+
+def _chosen(rule: str, evidence: ChannelEvidence, group: ChannelGroup, num_kept: int, seed: int) -> tuple[int, ...]:
+    """The kept channels; where a GroupNorm reads them, as many of each of its groups, so that none is mixed anew."""
+    select, evidence = SELECTION_RULES[rule], replace(evidence, run=1)
+    num_runs = group.width // group.run
+    if group.run == 1 or num_kept % num_runs:
+        return tuple(sorted(select(evidence, num_kept, seed=seed).kept))
+    order = select(evidence, group.width, seed=seed).kept
+    runs = [[channel for channel in order if channel // group.run == i] for i in range(num_runs)]
+    return tuple(sorted(channel for run in runs for channel in run[: num_kept // num_runs]))

@@ -1,16 +1,18 @@
 """What staying within the stock class costs: native and free layouts of equal operations, with no training.
 
-Prints a table for `builtin:tiny-wan`, PSNR to the original's output on clips that no fit has seen, and one of speed at
-full size. See `quality_data.py` for the clips.
+Prints a table for `builtin:tiny-wan`, PSNR to the original's output on clips that no fit has seen, and two of speed at
+full size, of Wan 2.1 and of FLUX.2. See `quality_data.py` for the clips.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from flashvaed_cli.calibrate.statistics import collect_statistics
 from flashvaed_cli.decoders.modules.coder import Decoder
@@ -20,6 +22,7 @@ from flashvaed_cli.decoders.predict.latency import width_ladder
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.decoders.spec.groups import channel_groups
 from flashvaed_cli.decoders.variants.exact import exact_decoder
+from flashvaed_cli.families.registry import get_family
 from flashvaed_cli.families.wan21.spec import WAN21, wan_decoder_spec
 from flashvaed_cli.metrics.speed import speed_ratio, synchronizer, time_alternating
 from flashvaed_cli.progress import SilentProgress
@@ -38,6 +41,7 @@ RULE = str(PruneRecipe.model_fields["rule"].default)
 RATIOS = (0.7, 0.5)
 FULL_WIDTH = WAN21.released_base_width
 NUM_ROUNDS = 3
+FLUX_2_SMALL = 96  # of the official small decoder: 96, 192, 384, 384 channels
 
 
 def solved(data: QualityData, spec: DecoderSpec, kept: dict) -> Decoder:
@@ -90,35 +94,26 @@ def test_the_price_of_being_native() -> None:
     assert len(rows) == len(RATIOS)
 
 
-@pytest.mark.bench
-@torch.no_grad()
-def test_speed_of_native_decoders_at_full_size() -> None:
+def with_random_weights(spec: DecoderSpec) -> Decoder:
+    return Decoder(spec).eval().requires_grad_(False)
+
+
+def printed_speeds(build: Callable[[int], DecoderSpec], widths: Sequence[int], latents: Tensor, title: str) -> None:
+    """Native decoders in exact operators beside the original as it is; the first width is the original's."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    widths = {1.0: FULL_WIDTH} | {ratio: round(FULL_WIDTH * ratio) for ratio in RATIOS}
-    decoders = {
-        ratio: use_channels_last(exact_decoder(Decoder(wan_decoder_spec(width)).eval().requires_grad_(False)))
-        for ratio, width in widths.items()
-    }
-    latents = channels_last(torch.randn(1, 16, 3, 32, 32))
-    eager = Decoder(wan_decoder_spec(FULL_WIDTH)).eval().requires_grad_(False)
-    runs = {"eager": lambda: eager(latents.contiguous())}
-    runs |= {str(ratio): (lambda one=decoder: one(latents)) for ratio, decoder in decoders.items()}
+    grid = (latents.shape[2], latents.shape[3], latents.shape[4])
+    exact = {width: use_channels_last(exact_decoder(with_random_weights(build(width)))) for width in widths}
+    eager, ordered = with_random_weights(build(widths[0])), channels_last(latents)
+    runs = {"eager": lambda: eager(latents)}
+    runs |= {str(width): (lambda one=decoder: one(ordered)) for width, decoder in exact.items()}
     times = time_alternating(
         runs, num_rounds=NUM_ROUNDS, synchronize=synchronizer(torch.device("cpu")), progress=SilentProgress()
     )
     rows: list[tuple[Cell, ...]] = []
-    for ratio, decoder in decoders.items():
-        over = speed_ratio(times["eager"], times[str(ratio)])
-        exact = speed_ratio(times["1.0"], times[str(ratio)])
-        rows.append(
-            (
-                widths[ratio],
-                total_gflop(decoder.spec, (3, 32, 32)),
-                times[str(ratio)].median,
-                f"{over.median:.2f} ({over.min:.2f} to {over.max:.2f})",
-                f"{exact.median:.2f} ({exact.min:.2f} to {exact.max:.2f})",
-            )
-        )
+    for width in widths:
+        ratios = [speed_ratio(times[name], times[str(width)]) for name in ("eager", str(widths[0]))]
+        shown = (f"{ratio.median:.2f} ({ratio.min:.2f} to {ratio.max:.2f})" for ratio in ratios)
+        rows.append((width, total_gflop(build(width), grid), times[str(width)].median, *shown))
     columns = (
         Column("base width"),
         Column("GFLOP", ",.0f"),
@@ -126,7 +121,24 @@ def test_speed_of_native_decoders_at_full_size() -> None:
         Column("over eager (range)", align="right"),
         Column("over exact (range)", align="right"),
     )
-    Console(width=120).print(
-        to_rich(TableData("Native Wan 2.1 decoders, exact operators, 9 frames of 256 x 256", columns, tuple(rows)))
-    )
+    Console(width=120).print(to_rich(TableData(title, columns, tuple(rows))))
     assert rows
+
+
+@pytest.mark.bench
+@torch.no_grad()
+def test_speed_of_native_decoders_at_full_size() -> None:
+    widths = [FULL_WIDTH, *(round(FULL_WIDTH * ratio) for ratio in RATIOS)]
+    title = "Native Wan 2.1 decoders, exact operators, 9 frames of 256 x 256"
+    printed_speeds(wan_decoder_spec, widths, torch.randn(1, 16, 3, 32, 32), title)
+
+
+@pytest.mark.bench
+@torch.no_grad()
+def test_speed_of_native_flux2_decoders() -> None:
+    """Widths that `AutoencoderKLFlux2` builds, multiples of its 32 groups; one is the official small decoder's."""
+    family = get_family("flux.2")
+    widths = [family.released_base_width, FLUX_2_SMALL, family.released_base_width // 2]
+    title = "Native FLUX.2 decoders, exact operators, an image of 256 x 256"
+    latents = torch.randn(1, family.latent_width, 1, 32, 32)
+    printed_speeds(lambda width: family.decoder_spec(width, family.latent_width), widths, latents, title)

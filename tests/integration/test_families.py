@@ -32,7 +32,7 @@ from flashvaed_cli.families.wan22.names import WAN22_DIFFUSERS
 from flashvaed_cli.media.procedural import render_frames
 from tests.commands import JUDGING, invoke, read_report, succeed
 from tests.hunyuan_toy import hunyuan_config, random_hunyuan
-from tests.kl_toys import kl_config, random_kl
+from tests.kl_toys import flux2_config, kl_config, random_flux2, random_kl
 from tests.leanvae_toy import write_leanvae
 from tests.ltx_configs import ltx_config, random_ltx
 from tests.svd_toy import random_svd, svd_config
@@ -84,6 +84,11 @@ def write_hunyuan(path: Path) -> None:
 def write_svd(path: Path) -> None:
     pytest.importorskip("diffusers", reason="it writes the toy of Stable Video Diffusion's VAE")
     random_svd(svd_config()).save_pretrained(path)  # type: ignore[operator]
+
+
+def write_flux2(path: Path) -> None:
+    pytest.importorskip("diffusers", reason="it writes the toy of FLUX.2's VAE")
+    random_flux2(flux2_config()).save_pretrained(path)  # type: ignore[operator]
 
 
 def write_images(folder: Path, side: int) -> None:
@@ -161,6 +166,7 @@ TOYS = {
     "stable-video-diffusion": Toy(write_svd, 3, 48),
     "flux.1": Toy(lambda path: write_kl(path, "flux.1"), 1, 48, is_still=True),
     "hunyuanvideo": Toy(write_hunyuan, 9, 48),
+    "flux.2": Toy(write_flux2, 1, 48, is_still=True),
 }
 
 

@@ -216,10 +216,30 @@ def test_statistics_by_channel_win_over_factors(tmp_path: Path) -> None:
     mean, std = [0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 3.0, 4.0]
     oracle = random_kl(kl_config("sdxl", scaling_factor=0.5, latents_mean=mean, latents_std=std))
     oracle.save_pretrained(tmp_path)  # type: ignore[operator]
-    with pytest.raises(ArtifactError, match="--family stable-diffusion or --family sdxl"):
-        load_checkpoint(tmp_path, builtins={})
-    found = load_checkpoint(tmp_path, builtins={}, family="sdxl")
-    assert found.latent_mean == tuple(mean) and found.latent_std == (2.0, 4.0, 6.0, 8.0)
+    for family in (None, "sdxl"):
+        found = load_checkpoint(tmp_path, builtins={}, family=family)
+        assert found.family == (family or "stable-diffusion")
+        assert found.latent_mean == tuple(mean) and found.latent_std == (2.0, 4.0, 6.0, 8.0)
+
+
+@pytest.mark.parametrize(
+    ("release", "changed", "family"),
+    [
+        ("flux.1", {}, "flux.1"),
+        ("flux.1", {"use_quant_conv": True, "use_post_quant_conv": True}, "flux.1"),
+        ("sd3", {"scaling_factor": 1.0, "shift_factor": None}, "sd3"),
+        ("sdxl", {"scaling_factor": 0.7}, "stable-diffusion"),
+    ],
+)
+def test_factors_of_other_pipelines_are_read(release: str, changed: dict, family: str, tmp_path: Path) -> None:
+    """One network: a configuration with factors of its own needs no --family."""
+    config = kl_config(release, **changed)
+    found = saved(random_kl(config), tmp_path)
+    assert found.family == family
+    scaling, shift = config["scaling_factor"], config.get("shift_factor") or 0.0
+    assert found.latent_mean == (shift,) * found.latent_width
+    assert found.latent_std == pytest.approx((1 / scaling,) * found.latent_width)
+    assert family in str(succeed("info .", cwd=tmp_path))
 
 
 def test_the_class_of_every_variant_is_known() -> None:

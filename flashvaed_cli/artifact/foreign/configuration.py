@@ -12,6 +12,7 @@ from torch import Tensor
 from flashvaed_cli.artifact.foreign.weights import CONFIG_NAME, ForeignWeights
 from flashvaed_cli.artifact.header_checks import check_statistics
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
+from flashvaed_cli.decoders.spec.latent_patches import are_per_place
 from flashvaed_cli.errors import ArtifactError
 from flashvaed_cli.families.family import Family
 from flashvaed_cli.families.layout import Role
@@ -56,7 +57,10 @@ def latent_statistics(
     elif not mean and not std:
         return (), ()
     mean, std = (_numbers(row, key, source, location) for row, key in ((mean, _MEAN), (std, _STD)))
-    if len(mean) != latent_width or len(std) != latent_width or not all(value > 0 for value in std):
+    has_patches = any(one.variance_eps is not None for one in LAYOUTS.values() if one.family == family.name)
+    fits_patches = has_patches and are_per_place(len(mean), latent_width)
+    fitting = len(mean) == len(std) and (len(mean) == latent_width or fits_patches)
+    if not fitting or not all(value > 0 for value in std):
         raise ArtifactError(
             f"{location}: latents_mean and latents_std of {source} have {len(mean)} and {len(std)} figures; expected "
             f"{latent_width} each, as the weights have latent channels, and positive deviations. "
@@ -107,7 +111,9 @@ def _tensor_statistics(tensors: Mapping[str, Tensor], location: str) -> tuple[li
     if found[0] is None or found[1] is None:
         absent = (deviations if found[1] is None else means)[0]
         raise ArtifactError(f"{location}: holds {found[0] or found[1]} but not {absent}. Give a whole checkpoint.")
-    return tensors[found[0]].flatten().tolist(), tensors[found[1]].flatten().tolist()
+    mean, second = tensors[found[0]].flatten().tolist(), tensors[found[1]].flatten().double()
+    eps = next((one.variance_eps for one in LAYOUTS.values() if one.statistics and one.statistics[1] == found[1]), None)
+    return mean, (second if eps is None else (second + eps).sqrt()).tolist()
 
 
 def configuration(weights: ForeignWeights, family: Family, location: str) -> dict[str, Any]:

@@ -90,7 +90,9 @@ def recognise(
             f"{location}: its {has} are not {said}: they fit {_or(fitting)}. {_flags(fitting)} reads it so.\n{why}"
         )
     if rank[0] >= _KNOWN_SHARE:
-        _refuse_ambiguity([layout for layout in candidates if fits[layout.name].rank == rank], location)
+        alike = [layout for layout in candidates if fits[layout.name].rank == rank]
+        if not _tells_statistics(alike, config or {}):
+            _refuse_ambiguity(alike, location)
         return best
     sample = ", ".join(list(shapes)[:4])
     for model, names in {one.model: one.model_names for one in LAYOUTS.values() if one.model_names}.items():
@@ -115,6 +117,12 @@ def _refuse_other_models(shapes: Shapes, location: str, family: str | None, conf
         )
     if look is not None:
         raise ArtifactError(f"{location}: looks like {look}. {_what_is_read()}")
+
+
+def _tells_statistics(equals: list[Layout], config: Mapping[str, Any]) -> bool:
+    """Whether a configuration gives all that tells these families apart: those with factors differ in nothing else."""
+    have_factors = all(get_family(layout.family).config_keys.has_factors for layout in equals)
+    return have_factors and any(config.get(key) is not None for key in ("scaling_factor", "latents_mean"))
 
 
 def _refuse_ambiguity(equals: list[Layout], location: str) -> None:

@@ -96,9 +96,10 @@ def kl_encoder_spec(family: str, has_quant: bool, base_width: int, latent_width:
     return EncoderSpec(family=family, stages=tuple(stages), temporal_factor=1, spatial_factor=SPATIAL_FACTOR)
 
 
-def _family(
+def kl_family(
     name: str, latent_width: int, scaling_factor: float, shift_factor: float = 0.0, *, has_quant: bool
 ) -> Family:
+    """A variant whose latents are scaled by one factor: of `AutoencoderKL`, or of a class made of the same network."""
     return Family(
         name=name,
         decoder_spec=partial(kl_decoder_spec, name, has_quant),
@@ -121,7 +122,7 @@ def _family(
     )
 
 
-SD = _family("stable-diffusion", 4, 0.18215, has_quant=True)
-SDXL = _family("sdxl", 4, 0.13025, has_quant=True)
-SD_3 = _family("sd3", 16, 1.5305, 0.0609, has_quant=False)
-FLUX_1 = _family("flux.1", 16, 0.3611, 0.1159, has_quant=False)
+SD = kl_family("stable-diffusion", 4, 0.18215, has_quant=True)
+SDXL = kl_family("sdxl", 4, 0.13025, has_quant=True)
+SD_3 = kl_family("sd3", 16, 1.5305, 0.0609, has_quant=False)
+FLUX_1 = kl_family("flux.1", 16, 0.3611, 0.1159, has_quant=False)

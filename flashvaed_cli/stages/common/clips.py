@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint
+from flashvaed_cli.decoders.run.latent_scale import figures_over
 from flashvaed_cli.decoders.run.streaming import encode
 from flashvaed_cli.errors import MediaError
 from flashvaed_cli.media.clips import ClipRequest, load_clip, plan_clips, usable_files
@@ -48,7 +49,7 @@ def to_raw(latents: Float[Tensor, "B C T Hz Wz"], scale: LatentScale, vae: Check
     """
     if scale == "raw":
         return latents
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in vae.require_statistics())
+    mean, std = (figures_over(row, latents) for row in vae.require_statistics())
     return latents * std + mean
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.predict.cost import total_gflop
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
+from flashvaed_cli.decoders.spec.latent_patches import per_channel
 from flashvaed_cli.decoders.spec.light import light_spec
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.distill import DistillRecipe
@@ -35,7 +36,8 @@ def with_new_student(recipe: DistillRecipe, inputs: Inputs, progress: Progress) 
         progress.warn(
             f"{parent.location}: nothing tells the statistics of its latents, so the {recipe.student} reads them raw"
         )
-    statistics = {"mean": parent.latent_mean, "std": parent.latent_std}
+    mean, std = per_channel(parent.latent_mean, parent.latent_std, parent.latent_width)
+    statistics = {"mean": mean, "std": std}
     spec = light_spec(recipe.student, teacher.spec, recipe.student_width, **statistics)
     student = random_light_decoder(spec, **statistics, seed=recipe.seed).to(inputs.device)
     progress.log(

@@ -76,6 +76,4 @@ def _beside_the_decoder(
 ) -> dict[str, Tensor]:
     """What the family's class holds beside its decoder: the encoder, and statistics that are buffers."""
     coders = [] if encoder is None else [(encoder.state_dict(), encoder.spec)]
-    tensors = to_program(coders, layout, statistics)
-    kept = ("encoder.", "quant_conv.", *(layout.statistics or ()))
-    return {name: tensor for name, tensor in tensors.items() if name.startswith(kept)}
+    return to_program(coders, layout, statistics)

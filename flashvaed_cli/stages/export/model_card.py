@@ -9,6 +9,7 @@ from pathlib import Path
 from flashvaed_cli import __version__
 from flashvaed_cli.artifact.checkpoint import Checkpoint
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
+from flashvaed_cli.decoders.spec.latent_patches import are_per_place
 from flashvaed_cli.export.result import ExportResult, Target
 from flashvaed_cli.families.registry import get_family
 from flashvaed_cli.printable import printable
@@ -94,7 +95,14 @@ def _latents(checkpoint: Checkpoint, spec: DecoderSpec) -> str:
     ]
     if checkpoint.latent_mean and checkpoint.latent_std:
         mean, std = (json.dumps([float(f"{x:.6g}") for x in row]) for row in checkpoint.require_statistics())
-        lines += ["Diffusion models use normalized latents, (raw - mean) / std:", "", f"- mean {mean}", f"- std {std}"]
+        per_place = are_per_place(len(checkpoint.latent_mean), spec.latent_width)
+        patches = ", of patches of 2x2 as channels (C, row, column)" if per_place else ""
+        lines += [
+            f"Diffusion models use normalized latents, (raw - mean) / std{patches}:",
+            "",
+            f"- mean {mean}",
+            f"- std {std}",
+        ]
     return "\n".join([*lines, ""])
 
 

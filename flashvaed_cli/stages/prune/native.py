@@ -20,6 +20,7 @@ from flashvaed_cli.recipe.settings import DEFAULT_KEEP_RATIO
 from flashvaed_cli.stages.latency_model import TimedClip
 from flashvaed_cli.stages.prune.budget import Budget, target_clip, times_of
 from flashvaed_cli.surgery.native import (
+    base_width_step,
     largest_base_width_within,
     native_base_width,
     native_spec,
@@ -49,18 +50,19 @@ def choose_native(
         SpecError: the family or the decoder cannot be native, or the ratio keeps all.
     """
     full, budget, asked = native_base_width(decoder.spec), None, None
+    step = base_width_step(decoder.spec, recipe.round_to)
     if recipe.has_target:
         budget = Budget(None, target_clip(recipe, decoder.spec, stored, device, progress))
     if budget is not None and recipe.target_gflops is not None:
         grid = budget.clip.grid(decoder.spec)
         base = largest_base_width_within(
-            decoder.spec, full, recipe.round_to, recipe.target_gflops, lambda spec: total_gflop(spec, grid)
+            decoder.spec, full, step, recipe.target_gflops, lambda spec: total_gflop(spec, grid)
         )
     elif budget is not None and recipe.target_speedup is not None:
         base = fast_enough(decoder, full, budget.clip, recipe, progress)
     else:
         asked = DEFAULT_KEEP_RATIO if recipe.keep_ratio is None else recipe.keep_ratio
-        base = nearest_base_width(full, asked, recipe.round_to)
+        base = nearest_base_width(full, asked, step)
     if base == full:
         raise SpecError(f"nothing to prune: the base width stays {full}. Give a smaller ratio, target or --round-to")
     if asked is not None and abs(base - full * asked) > 1e-9:
@@ -81,7 +83,8 @@ def fast_enough(decoder: Decoder, full: int, clip: TimedClip, recipe: PruneRecip
         SpecError: not even the narrowest does.
     """
     assert recipe.target_speedup is not None
-    widths = list(range(recipe.round_to, full + 1, recipe.round_to)) or [full]
+    step = base_width_step(decoder.spec, recipe.round_to)
+    widths = list(range(step, full + 1, step)) or [full]
     low, high, best = 0, len(widths) - 1, 0.0
     found: int | None = None
     while low <= high:

@@ -32,6 +32,7 @@ CLASSES = {
     "ltx-2.3": "AutoencoderKLLTX2Video",
     "hunyuanvideo": "AutoencoderKLHunyuanVideo",
     **dict.fromkeys(("stable-diffusion", "sdxl", "sd3", "flux.1"), "AutoencoderKL"),
+    "flux.2": "AutoencoderKLFlux2",
 }
 # What the class itself has as None: latent statistics are factors there where all channels have the same.
 ABSENT = {"AutoencoderKL": {"shift_factor", "latents_mean", "latents_std"}}
