@@ -113,7 +113,8 @@ def has_quant_layers(names: Iterable[str]) -> dict[str, Any]:
 def _denial(family: Family) -> Callable[[Mapping[str, tuple[int, ...]], Mapping[str, Any]], str | None]:
     """What shapes and configuration say against a variant, whose names are those of the others too."""
     alike = [one for one in _VARIANTS if one is not family and one.latent_width == family.latent_width]
-    others, own = ([1 / one.latent_std[0] for one in these if one.latent_std] for these in (alike, [family]))
+    others = [1 / one.latent_std[0] for one in alike]
+    own = 1 / family.latent_std[0] if family.latent_std else None  # FLUX.2's are in its files
 
     def deny(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> str | None:
         if in_time := next((name for name in shapes if any(part in name for part in _IN_TIME)), None):
@@ -122,9 +123,9 @@ def _denial(family: Family) -> Callable[[Mapping[str, tuple[int, ...]], Mapping[
         found = entry[1] if len(entry) == 4 else end[0] // 2 if len(end) == 4 else None
         if found is not None and found != family.latent_width:
             return f"it has {found} latent channels, not {family.latent_width}"
-        return said_of_others(
-            family.latent_width, *(round(one, 9) for one in own), [round(one, 9) for one in others], config
-        )
+        if own is None:
+            return None
+        return said_of_others(family.latent_width, round(own, 9), [round(one, 9) for one in others], config)
 
     return deny
 
