@@ -176,6 +176,11 @@ def test_an_adversary_that_never_begins_is_told(folder: Path) -> None:
     assert "adversarial-start" not in succeed(f"{words} --adversarial-start 1", cwd=folder)["stderr"]
 
 
+def test_a_ratio_is_said_to_be_ignored(folder: Path) -> None:
+    done = succeed(f"{NEW} --student tae --student-width 8 --ratio 0.5 --dry-run -o dry.safetensors", cwd=folder)
+    assert "--ratio: ignored with --student" in done["stderr"]
+
+
 def test_a_dry_run_says_what_would_be_trained(folder: Path) -> None:
     figures = succeed(f"{NEW} --student tae --student-width 8 --num-steps 3 --dry-run -o dry.safetensors", cwd=folder)
     assert figures["phases"] == "3 (3 steps)"
