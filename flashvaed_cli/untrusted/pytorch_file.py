@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import pickle
 import struct
@@ -46,9 +47,11 @@ def load_pytorch(path: Path, *, mapped: bool = True) -> object:
             "If you trust it, load it in PyTorch and save its state dict as safetensors. "
             f"(torch: {reason:.200})"
         ) from error
-    except (TensorFileError, OSError):
+    except TensorFileError:
         raise
-    except Exception as error:  # a damaged pickle can raise anything
+    except Exception as error:  # a damaged pickle can raise anything, an archive with odd offsets EINVAL
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         raise TensorFileError(
             f"{path}: cannot be read as a PyTorch file ({type(error).__name__}: {str(error).strip():.200}). "
             "It is damaged, truncated or in another format: copy or download it again."

@@ -110,7 +110,7 @@ def test_a_condition_that_fails_ends_the_run_with_1_and_again_when_up_to_date(fo
     for _ in range(2):
         result = run(folder, RUN)
         assert result.exit_code == 1
-        assert "psnr_db>=99: of pruned it is" in result.stderr and "step 2 of 3 failed" in result.stderr
+        assert "psnr_db>=99: for pruned it is" in result.stderr and "step 2 of 3 failed" in result.stderr
         assert not (folder / "export").exists()
     assert read_report(folder / "report")["gates"][0]["passed"] is False
 
@@ -121,7 +121,7 @@ def test_recipes_are_listed_and_printed(tmp_path: Path) -> None:
     printed = run(tmp_path, "recipes mild")
     assert printed.stdout == find_recipe("mild").read_text()
     unknown = run(tmp_path, "recipes wild")
-    assert unknown.exit_code == 2 and "there are demo, fast" in unknown.stderr
+    assert unknown.exit_code == 2 and "choose from demo, fast" in unknown.stderr
 
 
 def test_a_decoder_of_single_images_is_up_to_date_like_any_other(folder: Path) -> None:

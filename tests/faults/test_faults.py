@@ -10,7 +10,7 @@ import pytest
 
 from tests.faults.__main__ import start
 
-NUM_CASES = 10
+NUM_CASES = 5
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="calls are made to fail by LD_PRELOAD, which Linux has"),

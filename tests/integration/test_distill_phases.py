@@ -136,7 +136,7 @@ def test_starting_anew_says_what_it_gives_up_and_keeps_it_until_its_first_checkp
     with monkeypatch.context() as patch:  # the first phase's checkpoint is this run's when the second one saves
         patch.setattr(TrainingData, "draw", dying_in(2, 1, TrainingData.draw))
         result = invoke(f"{DISTILL} --resume never", cwd=killed)
-    assert "takes the place of flash.phase1.ckpt (phase 2, 1 of 2 steps);" in result.stderr
+    assert "replaces flash.phase1.ckpt (phase 2, 1 of 2 steps);" in result.stderr
     assert {path.name for path in killed.glob("*.ckpt")} == {"flash.phase1.ckpt", "flash.phase2.ckpt"}
     resumed = succeed(DISTILL, cwd=killed)
     assert [phase["resumed_from"] for phase in resumed["phases"]] == [2, 1]

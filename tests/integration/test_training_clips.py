@@ -96,7 +96,7 @@ def test_a_cache_and_workers_change_no_weight(folder: Path, tmp_path: Path) -> N
         ("--data odd --bucket 5x32", "--bucket"),
         ("--data odd --bucket 6x32x32", "give 5x32x32, say"),
         ("--data odd --bucket 65x32x32", "too short or too small for every bucket (65x32x32)"),
-        ("--data good.mp4 --cache-latents odd", "holds no latent cache"),
+        ("--data good.mp4 --cache-latents odd", "is not a latent cache"),
     ],
 )
 def test_mistakes_in_data(folder: Path, tmp_path: Path, words: str, message: str) -> None:

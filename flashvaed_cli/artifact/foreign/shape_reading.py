@@ -103,13 +103,13 @@ def _is_still(shapes: Mapping[str, Shape], layout: Layout, plan: DecoderSpec) ->
     if not in_time:
         return False  # nor does the original
     temporal = [address for address, _ in plan.layers() if address.endswith(".temporal")]
+    kinds = {address: block.kind for address, block in plan.blocks()}
     names = []
     for address in (*temporal, "conv_in.0.conv" if "conv_in.0.conv" in in_time else in_time[-1]):
         place, _, layer = address.rpartition(".")
-        if place not in layout.places["decoder"]:
-            return False
-        kind = "conv" if layer == "conv" else "upsample"
-        names.append(f"{layout.layer_place('decoder', place, kind, layer)}.weight")
+        if place not in layout.places["decoder"] or layer not in layout.layers.get(kinds[place], {}):
+            return False  # named otherwise than a layer of a still decoder could be
+        names.append(f"{layout.layer_place('decoder', place, kinds[place], layer)}.weight")
     *absent, entry = names
     return not any(name in shapes for name in absent) and len(shapes.get(entry, ())) == 4
 

@@ -157,7 +157,7 @@ def test_a_refusal_is_an_answer(monkeypatch: pytest.MonkeyPatch, status: int, me
 
 
 def test_a_name_that_cannot_be_a_repository() -> None:
-    with pytest.raises(ArtifactError, match="no valid name"):
+    with pytest.raises(ArtifactError, match="not a valid repository name"):
         fetch_hub_file("hf://-some-/--repo/x.pth")
 
 

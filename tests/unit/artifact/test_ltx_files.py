@@ -147,7 +147,9 @@ def test_a_file_without_statistics_takes_raw_latents_only(tmp_path: Path) -> Non
     assert (found.latent_mean, found.latent_std, found.latent_width) == ((), (), 4)
     note, padding = found.notes
     assert padding.startswith("nothing in it says how its decoder pads frames")
-    assert note.startswith("no latent statistics (per_channel_statistics.*") and note.endswith("raw scale only")
+    assert note.startswith("no latent statistics (per_channel_statistics.*") and note.endswith(
+        "only raw latents can be read"
+    )
     with pytest.raises(ArtifactError, match=r"--latent-scale raw.*a checkpoint that has them"):
         found.require_statistics()
     save_checkpoint(tmp_path / "ours.safetensors", derived_header(found), decoder=found.require_decoder())

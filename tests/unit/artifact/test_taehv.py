@@ -115,7 +115,7 @@ def test_it_gives_the_frames_of_its_arithmetic(
     tensors = written(tmp_path / "tae.pth", latent_width, patch, spare_growth=spare_growth)
     checkpoint = load(tmp_path / "tae.pth", family)
     assert (checkpoint.family, checkpoint.layout, checkpoint.encoder) == (family, "taehv", None)
-    assert "encoder is left aside" in checkpoint.notes[0]
+    assert "encoder is ignored" in checkpoint.notes[0]
     decoder = checkpoint.require_decoder()
     check_factors(decoder.spec)
     mean, std = (torch.tensor(values).view(-1, 1, 1, 1) for values in checkpoint.require_statistics())

@@ -261,7 +261,7 @@ def test_a_full_disk_is_reported_and_the_older_checkpoint_stays(
         save(content, target)
 
     monkeypatch.setattr(checkpoint_module.torch, "save", full)
-    with pytest.raises(DistillationError, match=r"step 4 cannot be written .*No space left.*that of step 2 is whole"):
+    with pytest.raises(DistillationError, match=r"step 4 cannot be written .*No space left.*that of step 2 is intact"):
         run(path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["phase3.ckpt"]
     assert torch.load(path, weights_only=True)["counters"]["step"] == 2

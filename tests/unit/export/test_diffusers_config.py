@@ -31,6 +31,7 @@ CLASSES = {
     "ltx-2": "AutoencoderKLLTX2Video",
     "ltx-2.3": "AutoencoderKLLTX2Video",
     "hunyuanvideo": "AutoencoderKLHunyuanVideo",
+    "stable-video-diffusion": "AutoencoderKLTemporalDecoder",
     **dict.fromkeys(("stable-diffusion", "sdxl", "sd3", "flux.1"), "AutoencoderKL"),
     "flux.2": "AutoencoderKLFlux2",
 }
@@ -96,7 +97,7 @@ def test_decoders_that_no_class_has() -> None:
     ("family", "decoder_width", "encoder_width", "latent_width", "fault"),
     [
         ("wan2.1", 12, 96, 8, None),
-        ("wan2.1", 12, 12, 4, "another network"),
+        ("wan2.1", 12, 12, 4, "a different network"),
         ("qwen-image", 12, 12, 8, None),
         ("qwen-image", 12, 96, 8, "one base_dim, the encoder needs 96 and the decoder 12"),
         ("qwen-image-2", 12, 96, 8, None),

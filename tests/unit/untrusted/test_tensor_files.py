@@ -103,7 +103,7 @@ def test_storages_larger_than_their_data(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         for record, data in (records | {name: lying}).items():
             archive.writestr(record, data)
-    with refused("takes 8000000000 bytes, 1200 are there"):
+    with refused("takes 8000000000 bytes of 1200"):
         load_pytorch(path)
     torch.save({"w": torch.zeros(300)}, path, _use_new_zipfile_serialization=False)
     path.write_bytes(
@@ -213,3 +213,15 @@ def test_json_has_limits() -> None:
     for text in ("[" * 99 + "]" * 99, "[" * 10**5, '"\\"' * 10**5):
         with pytest.raises(ValueError):
             parse_json(text)
+
+
+def test_an_archive_whose_records_begin_before_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    torch.save({"w": torch.zeros(3)}, path)
+    data = bytearray(path.read_bytes())
+    end = data.rindex(b"PK\x06\x06") + 48  # where the archive says that its list of records begins
+    (offset,) = struct.unpack_from("<Q", data, end)
+    struct.pack_into("<Q", data, end, offset + 1000)
+    path.write_bytes(data)
+    with refused("cannot be read as a PyTorch file"):
+        load_pytorch(path)
