@@ -23,6 +23,7 @@ from tests.commands import invoke, succeed
 from tests.toy import BASE_WIDTH, write_toy_clip, write_toy_vae
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle; pip install '.[dev]'")
+NATIVE = [name for name, family in FAMILIES.items() if family.native_obstacle is None]
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +93,10 @@ def test_an_encoder_needs_the_native_layout_and_videos(whole: Path) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.native_obstacle is None])
+@pytest.mark.parametrize("name", [name for name in NATIVE if name != "flux.2"])  # see test_flux2_diffusers
 def test_the_stock_class_loads_a_native_student(tmp_path: Path, name: str) -> None:
     family = FAMILIES[name]
     base_width = 16 if family.config_keys.entry_is_latent else 8  # its encoder begins as wide as the latent
-    if any(norm.groups for _, block in family.decoder_spec(8, 16).blocks() for norm, _ in block.norms.values()):
-        base_width = 64  # of 32 groups, whose number stays
     torch.manual_seed(0)
     coders = Decoder(family.decoder_spec(base_width, 16)), Encoder(family.encoder_spec(base_width, 16))
     for coder in coders:
