@@ -74,9 +74,8 @@ def draft_folder(folder: Path) -> Iterator[Path]:
 
     with _locked(make) as sibling, _disk_speaks(folder):
         try:
-            draft = (
-                sibling / "files"
-            )  # the sibling itself is private to its owner, and a folder given as "." has no name
+            # The sibling itself is private to its owner, and a folder given as "." has no name.
+            draft = sibling / "files"
             draft.mkdir()
             yield draft
         finally:

@@ -15,10 +15,10 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
-from tests.fuzz.targets import TARGETS, Target
+from tests.fuzz.targets import HEAVY_INPUT, TARGETS, Target
 
 TURN = 60
 SLOW_SECONDS = 10.0
@@ -41,12 +41,7 @@ def run_turn(target: Target, number: int, known: set[str], counts: Counter[str],
         deadline=None,
         database=None,
         report_multiple_bugs=False,
-        suppress_health_check=(
-            HealthCheck.too_slow,
-            HealthCheck.data_too_large,
-            HealthCheck.filter_too_much,
-            HealthCheck.large_base_example,
-        ),
+        suppress_health_check=HEAVY_INPUT,
     )
     @given(st.data())
     def run(data: st.DataObject) -> None:

@@ -19,6 +19,7 @@ import pytest
 import torch
 import typer.main
 import yaml
+from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 from typer.testing import CliRunner
@@ -244,3 +245,11 @@ TARGETS: dict[str, Target] = {
     "latent caches": latent_caches,
     "command lines": command_lines,
 }
+
+HEAVY_INPUT = (
+    HealthCheck.too_slow,
+    HealthCheck.data_too_large,
+    HealthCheck.filter_too_much,
+    HealthCheck.large_base_example,
+)
+"""What hypothesis finds unhealthy about inputs that are whole files."""

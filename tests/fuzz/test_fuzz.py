@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -16,7 +16,7 @@ from flashvaed_cli.artifact.checkpoint import load_checkpoint
 from tests.fuzz import seeds
 from tests.fuzz.__main__ import place_of, run_turn
 from tests.fuzz.mutations import Draw
-from tests.fuzz.targets import TARGETS
+from tests.fuzz.targets import HEAVY_INPUT, TARGETS
 
 EXAMPLES = 25
 
@@ -28,12 +28,7 @@ def test_success_or_a_users_error(name: str) -> None:
         deadline=None,
         derandomize=True,
         database=None,
-        suppress_health_check=(
-            HealthCheck.too_slow,
-            HealthCheck.data_too_large,
-            HealthCheck.filter_too_much,
-            HealthCheck.large_base_example,
-        ),
+        suppress_health_check=HEAVY_INPUT,
     )
     @given(st.data())
     def run(data: st.DataObject) -> None:
