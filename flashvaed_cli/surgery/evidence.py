@@ -14,7 +14,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from flashvaed_cli.decoders.modules.coder import Coder
-from flashvaed_cli.decoders.modules.operators import Conv, dense_kernel
+from flashvaed_cli.decoders.modules.operators import Conv
 from flashvaed_cli.decoders.spec.groups import ChannelGroup, consumers, is_gated, producers
 from flashvaed_cli.errors import CalibrationError
 from flashvaed_cli.numerics.covariance import TensorStatistics
@@ -105,5 +105,5 @@ def _kernel(decoder: Coder, address: str) -> Float64[Tensor, "O C taps"]:
     """The dense weights of a layer, whatever its operator."""
     layer = decoder.at(address)
     if isinstance(layer, Conv):
-        return dense_kernel(layer).cpu().double().flatten(2)
+        return layer.dense_kernel().cpu().double().flatten(2)
     return layer.get_parameter("weight").cpu().double()[:, :, None]  # an attention's projection

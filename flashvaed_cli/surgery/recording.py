@@ -13,8 +13,6 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from flashvaed_cli.decoders.modules.blocks import Downsample
-from flashvaed_cli.decoders.modules.norms import FrameGroupNorm
-from flashvaed_cli.decoders.modules.operators import Conv
 from flashvaed_cli.surgery.rows import gather_rows, sample_positions
 
 BLOCK = "block"
@@ -80,8 +78,7 @@ def record_block(
         if given.shape[2:] == output.shape[2:]:
             rows.inputs[name] = gather_rows(given, at)
 
-    layers = {name: layer for name, layer in block.named_children() if isinstance(layer, Conv | FrameGroupNorm)}
-    handles = [_hook(layer, name, record) for name, layer in layers.items()]
+    handles = [_hook(layer, name, record) for name, layer in block.named_children() if name in num_rows]
     try:
         output = block(x)
         if isinstance(block, Downsample):  # whose layers run strided, past their own call

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from flashvaed_cli.decoders.spec.blocks import (
     AttentionSpec,
@@ -94,8 +94,7 @@ class _Widths(NamedTuple):
     after: int | None
 
 
-def _narrow_resblock(block: Block, widths: _Widths) -> ResBlockSpec:
-    assert isinstance(block, ResBlockSpec)
+def _narrow_resblock(block: ResBlockSpec, widths: _Widths) -> ResBlockSpec:
     inner = widths.inner.get("conv1")
     conv1 = _resized(block.conv1, widths.before, inner)
     conv2 = _resized(block.conv2, inner, widths.after)
@@ -107,8 +106,7 @@ def _narrow_resblock(block: Block, widths: _Widths) -> ResBlockSpec:
     return ResBlockSpec(**{**dict(block), **changed, "norm2": None if norm2 == norm1 else norm2})
 
 
-def _narrow_chain(block: Block, widths: _Widths) -> ChainSpec:
-    assert isinstance(block, ChainSpec)
+def _narrow_chain(block: ChainSpec, widths: _Widths) -> ChainSpec:
     ends = (widths.before, *(widths.inner.get(name) for name in block.inner_tensors), widths.after)
     convs = {name: _resized(block.layers[name], *ends[i : i + 2]) for i, name in enumerate(block.path)}
     shortcut = block.shortcut
@@ -118,42 +116,36 @@ def _narrow_chain(block: Block, widths: _Widths) -> ChainSpec:
     return ChainSpec(**{**dict(block), **convs, "shortcut": shortcut})
 
 
-def _narrow_attention(block: Block, widths: _Widths) -> AttentionSpec:
-    assert isinstance(block, AttentionSpec)
+def _narrow_attention(block: AttentionSpec, widths: _Widths) -> AttentionSpec:
     width = widths.after or block.width
     norm = block.norm if block.norm.groups is None else block.norm.narrowed(block.width, width)
     return block.model_copy(update={"width": width, "norm": norm})
 
 
-def _narrow_upsample(block: Block, widths: _Widths) -> UpsampleSpec:
-    assert isinstance(block, UpsampleSpec)
+def _narrow_upsample(block: UpsampleSpec, widths: _Widths) -> UpsampleSpec:
     temporal = block.temporal and _resized(block.temporal, widths.before, widths.before and 2 * widths.before)
     changed = {"temporal": temporal, "spatial": _resized(block.spatial, widths.before, widths.after)}
     return block.model_copy(update=changed)
 
 
-def _narrow_shuffle(block: Block, widths: _Widths) -> ShuffleUpsampleSpec:
+def _narrow_shuffle(block: ShuffleUpsampleSpec, widths: _Widths) -> ShuffleUpsampleSpec:
     """A residual becomes part of the kernel."""
-    assert isinstance(block, ShuffleUpsampleSpec)
     conv = _resized(block.conv, widths.before, widths.after and widths.after * block.cell)
     return ShuffleUpsampleSpec(conv=conv, factor=block.factor)
 
 
-def _narrow_head(block: Block, widths: _Widths) -> HeadSpec:
-    assert isinstance(block, HeadSpec)
+def _narrow_head(block: HeadSpec, widths: _Widths) -> HeadSpec:
     conv = _resized(block.conv, widths.before, widths.after)
     norm = None if block.norm is None else _narrowed_norms(block, {"norm": conv.in_width})[0]
     return block.model_copy(update={"conv": conv, "norm": norm})
 
 
-def _narrow_single(block: Block, widths: _Widths) -> ConvBlockSpec:
-    assert isinstance(block, ConvBlockSpec)
+def _narrow_single(block: ConvBlockSpec, widths: _Widths) -> ConvBlockSpec:
     return block.model_copy(update={"conv": _resized(block.conv, widths.before, widths.after)})
 
 
-def _narrow_gates(block: Block, widths: _Widths) -> BlockSpec:
+def _narrow_gates(block: NafSpec | IstaSpec, widths: _Widths) -> BlockSpec:
     """Fewer values with their gates; the channels of the stream stay."""
-    assert isinstance(block, NafSpec | IstaSpec)
     layers: dict[str, ConvSpec] = {}
     for name, width in widths.inner.items():
         inner = block.inner_tensors[name]
@@ -170,7 +162,7 @@ def _refuse(block: Block, widths: _Widths) -> NoReturn:
     raise SpecError("encoders are not pruned")
 
 
-NARROWED: dict[str, Callable[[Block, _Widths], BlockSpec]] = {
+NARROWED: dict[str, Callable[[Any, _Widths], BlockSpec]] = {
     "conv": _narrow_single,
     "resblock": _narrow_resblock,
     "chain": _narrow_chain,
@@ -186,7 +178,7 @@ NARROWED: dict[str, Callable[[Block, _Widths], BlockSpec]] = {
     "cell_stem": _refuse,
     "cell_head": _refuse_cells,
 }
-"""A block of each kind with the channels that are left."""
+"""A block of each kind with the kept channels."""
 
 
 def _narrowed_norms(block: Block, kept: Mapping[str, int]) -> list[NormSpec]:

@@ -18,8 +18,8 @@ from flashvaed_cli.decoders.modules.operators import OPERATORS
 from flashvaed_cli.decoders.spec.blocks import KINDS
 from flashvaed_cli.decoders.spec.layers import Operator
 from flashvaed_cli.families.registry import FAMILIES, LAYOUTS, class_layout, original_layout
-from flashvaed_cli.surgery.block_solvers import BLOCK_SOLVERS
 from flashvaed_cli.surgery.respec import NARROWED
+from flashvaed_cli.surgery.solvers.table import BLOCK_SOLVERS
 from flashvaed_cli.surgery.transfer import TRANSFERS
 
 PACKAGE = Path(flashvaed_cli.__file__).parent
@@ -78,7 +78,7 @@ TABLES = {
     "modules (decoders/modules/blocks.py)": set(BLOCKS),
     "narrowing (surgery/respec.py)": set(NARROWED),
     "weights from the reference (surgery/transfer.py)": set(TRANSFERS),
-    "least squares (surgery/block_solvers.py)": set(BLOCK_SOLVERS) | UNSOLVED,
+    "least squares (surgery/solvers/table.py)": set(BLOCK_SOLVERS) | UNSOLVED,
     "names in checkpoints (artifact/foreign/layouts.py)": set(CONVS) | {"attention"},
 }
 

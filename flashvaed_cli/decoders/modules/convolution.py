@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, MutableMapping
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -140,7 +141,14 @@ def remember(
 
 
 class Conv(nn.Module):
-    """Weight and bias of one layer; `address` is its name in the spec and in the state."""
+    """Weight and bias of one layer; `address` is its name in the spec and in the state.
+
+    An operator whose weights are not those of a dense kernel says where its channels are, and how it reads and writes
+    such a kernel; what cuts, fits and expands layers needs to know no more.
+    """
+
+    channel_axes: ClassVar[Mapping[str, tuple[int | None, int | None]]] = {"weight": (0, 1), "bias": (0, None)}
+    """Of each parameter, the axis of the output's channels and that of the input's."""
 
     def __init__(self, spec: ConvSpec, address: str, weight_shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -149,6 +157,14 @@ class Conv(nn.Module):
         self.weight = nn.Parameter(torch.empty(weight_shape))
         self.bias = nn.Parameter(torch.zeros(spec.out_width))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def dense_kernel(self) -> Float[Tensor, "O C kt kh kw"]:
+        """The kernel that the layer stands for."""
+        return self.weight.reshape(self.spec.out_width, self.spec.in_width, *self.spec.kernel)
+
+    def set_dense_kernel_(self, kernel: Float[Tensor, "O C kt kh kw"]) -> None:
+        """Write a dense kernel of as many taps, or the nearest that the layer can stand for; the bias stays."""
+        self.weight.copy_(kernel.reshape(self.weight.shape))
 
     def extra_repr(self) -> str:
         s = self.spec
