@@ -15,7 +15,7 @@ from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.predict.cost import total_gflop
 from flashvaed_cli.decoders.spec.addresses import stage_of
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
-from flashvaed_cli.decoders.spec.layers import Operator
+from flashvaed_cli.decoders.spec.operators import Operator
 from flashvaed_cli.decoders.variants.exact import exact_changes, exact_decoder
 from flashvaed_cli.decoders.variants.still import still_decoder
 from flashvaed_cli.errors import SpecError

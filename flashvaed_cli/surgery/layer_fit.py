@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from flashvaed_cli.decoders.modules.norms import Norm, build_norm
 from flashvaed_cli.decoders.modules.operators import Conv, LowRankConv3d, SeparableConv3d
-from flashvaed_cli.decoders.spec.layers import ConvSpec, Operator
+from flashvaed_cli.decoders.spec.layers import ConvSpec
+from flashvaed_cli.decoders.spec.operators import Operator
 from flashvaed_cli.numerics.least_squares import NormalEquations, relative_error, solve_ridge
 from flashvaed_cli.numerics.norms import fit_gain
 from flashvaed_cli.numerics.reduced_rank import solve_reduced_rank

@@ -19,8 +19,9 @@ from flashvaed_cli.decoders.spec.blocks import (
 )
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.decoders.spec.groups import Kept, channel_groups, input_tensors, tensor_widths
-from flashvaed_cli.decoders.spec.layers import ConvSpec, NormSpec, Operator
+from flashvaed_cli.decoders.spec.layers import ConvSpec, NormSpec
 from flashvaed_cli.decoders.spec.naf_blocks import IstaSpec, NafSpec
+from flashvaed_cli.decoders.spec.operators import OPERATOR_FACTS, Operator
 from flashvaed_cli.errors import SpecError
 
 
@@ -261,16 +262,14 @@ def converted_spec(spec: DecoderSpec, stage_operators: Mapping[str, Operator]) -
     return spec.with_blocks(changed)
 
 
-_CONVERSIONS = {("causal3d", "dwsep3d"), ("causal3d", "frame2d"), ("frame2d", "dwsep3d")}
-
-
 def _with_operator(layer: ConvSpec, operator: Operator, address: str) -> ConvSpec:
     if layer.operator == operator:
         return layer
     if operator == "frame2d" and layer.operator == "pointwise":
         return layer
-    if (layer.operator, operator) not in _CONVERSIONS:
-        possible = ", ".join(sorted(to for source, to in _CONVERSIONS if source == layer.operator)) or "nothing"
+    targets = sorted(name for name, facts in OPERATOR_FACTS.items() if layer.operator in facts.made_from)
+    if operator not in targets:
+        possible = ", ".join(targets) or "nothing"
         raise SpecError(f"{address} is {layer.operator}: it converts to {possible}, not to {operator}")
     if operator != "frame2d":
         return layer.model_copy(update={"operator": operator})

@@ -22,7 +22,8 @@ from flashvaed_cli.decoders.spec.blocks import (
     UpsampleSpec,
 )
 from flashvaed_cli.decoders.spec.coders import BypassSpec, DecoderSpec, EncoderSpec, StageSpec
-from flashvaed_cli.decoders.spec.layers import ConvSpec, Kernel, Operator, TimePadding
+from flashvaed_cli.decoders.spec.layers import ConvSpec, Kernel, TimePadding
+from flashvaed_cli.decoders.spec.operators import Operator
 from flashvaed_cli.decoders.variants.still import still_spec
 from flashvaed_cli.errors import ArtifactError, SpecError
 from flashvaed_cli.families.layout import Layout, Role

@@ -41,7 +41,8 @@ import torch
 from flashvaed_cli.decoders.modules.coder import Coder, Decoder
 from flashvaed_cli.decoders.spec.blocks import BlockSpec, UpsampleSpec
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
-from flashvaed_cli.decoders.spec.layers import ConvSpec, Operator
+from flashvaed_cli.decoders.spec.layers import ConvSpec
+from flashvaed_cli.decoders.spec.operators import Operator
 
 WINOGRAD_WIDTH = 24
 """From this many channels on either side the products outweigh the transforms (16: 5.3 ms against 4.8)."""

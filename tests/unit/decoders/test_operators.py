@@ -25,7 +25,8 @@ from flashvaed_cli.decoders.modules.operators import (
     norm_silu,
 )
 from flashvaed_cli.decoders.spec.blocks import DownsampleSpec, UpsampleSpec
-from flashvaed_cli.decoders.spec.layers import ConvSpec, Kernel, Operator
+from flashvaed_cli.decoders.spec.layers import ConvSpec, Kernel
+from flashvaed_cli.decoders.spec.operators import Operator
 
 KERNELS: dict[Operator, Kernel] = {
     "causal3d": (3, 3, 3),
@@ -104,9 +105,10 @@ def test_every_operator_stands_for_a_dense_kernel(operator: Operator) -> None:
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_channel_axes_are_those_of_the_parameters(operator: Operator) -> None:
+def test_axes_and_number_are_those_of_the_parameters(operator: Operator) -> None:
     found = layer(operator)
     assert set(found.channel_axes) == {name for name, _ in found.named_parameters()}
+    assert found.spec.parameter_count == sum(parameter.numel() for parameter in found.parameters())
     for name, (out_axis, in_axis) in found.channel_axes.items():
         shape = found.get_parameter(name).shape
         assert out_axis is None or shape[out_axis] == found.spec.out_width
