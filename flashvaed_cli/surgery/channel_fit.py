@@ -1,6 +1,6 @@
-"""The lighter reconstruction: a kernel absorbs the map from the channels that are left to all that it read.
+"""The lighter reconstruction: fold the map from a layer's kept input channels to all of them into its old kernel.
 
-Of each layer only a 1x1 map over its inputs is solved, C x k unknowns instead of whole kernels, so that
+For each layer only a 1x1 map over its inputs is solved, C x k unknowns instead of a whole kernel, so that
 few clips suffice; the kernel itself stays the original's.
 
 Reference: arXiv 2507.21573 folds the combination of dependent filters into the next kernel; arXiv 2602.19161,
@@ -29,8 +29,8 @@ class ChannelFit:
     Args:
         layer: the new decoder's.
         dense_weight: the original's kernel, over all its channels.
-        before: channels of the input that are left.
-        after: channels of the output that are left.
+        before: kept channels of the input.
+        after: kept channels of the output.
     """
 
     def __init__(

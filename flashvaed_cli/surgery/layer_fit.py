@@ -38,8 +38,8 @@ Positions = Int64[Tensor, " N"]
 class FitSettings:
     """How layers are solved.
 
-    `mode`: `full` solves whole kernels; `channel` only the map from the channels that are left to all that a
-    layer read before, which its old kernel absorbs. `dampening_frac`: ridge over the mean diagonal of the gram.
+    `mode`: `full` solves whole kernels; `channel` solves only the map from a layer's kept input channels to all that
+    it read before, and folds that into its old kernel. `dampening_frac`: ridge over the mean diagonal of the gram.
     """
 
     mode: Literal["channel", "full"] = "full"
@@ -61,7 +61,7 @@ class LayerError:
 
 @runtime_checkable
 class LayerFit(Protocol):
-    """What the walk asks of a fit: rows of one clip after another, then the solution."""
+    """A fit takes the rows of one clip after another, then solves."""
 
     address: str
 
@@ -229,7 +229,7 @@ class MeasuredOnly:
         self.num_rows += len(target)
 
     def solve_(self) -> LayerError:
-        """The error of the weights as they are, twice; no unknowns."""
+        """Return the error of the present weights as both `before` and `after`, with no unknowns."""
         variance = float((self.sums[1] - self.sums[0].square() / max(self.num_rows, 1)).sum())
         share = self.error / variance if variance > 0 else float("inf")
         return LayerError(self.address, share, share, self.num_rows, 0)
@@ -264,7 +264,7 @@ class LinearFit:
 
 
 class GainFit:
-    """Fit of a norm's gamma, and beta where it has one: the new decoder normalises over fewer channels."""
+    """Fit of a norm's gamma, and of its beta if it has one: the new decoder normalises over fewer channels."""
 
     def __init__(self, norm: Norm) -> None:
         assert norm.gamma is not None
@@ -283,7 +283,7 @@ class GainFit:
         self.update_normalised(self.unit(x), target)
 
     def update_normalised(self, normalised: Float[Tensor, "N C"], target: Float[Tensor, "N C"]) -> None:
-        """The same with what `unit` makes of the norm's input, which of a GroupNorm takes whole frames."""
+        """The same for rows that `unit` has normalised already: a GroupNorm needs whole frames for that."""
         self.num_rows += len(normalised)
         self.sums += torch.stack([normalised.double().sum(0), target.double().sum(0)]).cpu()
         self.cross += (normalised * target).double().sum(0).cpu()

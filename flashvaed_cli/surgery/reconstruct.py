@@ -2,9 +2,9 @@
 
 Two decoders run side by side on the same clips. Inputs are what the *new* decoder really feeds a layer, so
 each solve also makes up for the errors of the layers before it; targets are what the *original* computes
-there, on the kept channels. Nothing is trained. The original runs once per block and clip, and only rows at
-sampled positions are kept of it; what the blocks hand on lies on disk. So neither time nor memory depends on
-more than the sums of one layer and the activations of one clip.
+there, on the kept channels. Nothing is trained. The original runs once per block and clip, and only its rows at
+sampled positions are kept; the activations between blocks are on disk. So memory holds the sums of one layer and
+the activations of one clip, however many clips there are.
 
 Reference: arXiv 2602.19161 trains these layers; this is a departure (flashvaed_cli/README.md, "Method").
 """
@@ -64,7 +64,7 @@ def reconstruct_coder(
 
     Args:
         reference: the original; its activations are the targets.
-        kept: channels that are left, as indices of the reference's.
+        kept: kept channels by tensor address, as indices of the reference's.
         clips: raw latents (of an encoder, pixels), one calibration clip at a time; consumed once.
         first_block: address of the first block to solve; those before it are only run.
     Returns:
@@ -113,7 +113,7 @@ def reconstruct_coder(
 
 @dataclass(frozen=True)
 class _Pairing:
-    """The two decoders, and what their parts at an address are solved from."""
+    """Pairs the parts of two decoders by address."""
 
     reference: Coder
     student: Coder
@@ -155,7 +155,7 @@ class _Pairing:
         )
 
     def keep_entering(self, address: str) -> None:
-        """Where a stage with a bypass begins, keep what enters it."""
+        """At the first block of a stage with a bypass, keep the stage's input."""
         stage, index = split_block(address)
         if index == 0 and stage in self.student.bypasses:
             for clip in range(self.num_clips):

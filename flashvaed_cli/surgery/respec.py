@@ -59,7 +59,7 @@ def narrowed_spec(spec: DecoderSpec, kept: Kept) -> DecoderSpec:
 
 
 def spec_of_widths(spec: DecoderSpec, widths: Mapping[str, int]) -> DecoderSpec:
-    """The spec with channel groups narrowed to widths; what pruning to these widths gives, whichever channels stay.
+    """The spec with channel groups narrowed to widths, as pruning to them gives it, whichever channels are kept.
 
     Args:
         widths: by the name of a group; groups that are absent or at their full width stay as they are.
@@ -77,7 +77,7 @@ def spec_of_widths(spec: DecoderSpec, widths: Mapping[str, int]) -> DecoderSpec:
 
 
 def _keeps_runs_whole(channels: Sequence[int], run: int) -> bool:
-    """Whether channels are runs of so many, each whole and in its order: then the statistics of each are the same."""
+    """Whether channels consist of whole runs of this length, each in order, so that the statistics of a run stay."""
     starts = channels[::run]
     whole = [channel for start in starts for channel in range(start, start + run)]
     return run == 1 or (list(channels) == whole and all(start % run == 0 for start in starts))
@@ -88,7 +88,7 @@ def _count(kept: tuple[int, ...] | None) -> int | None:
 
 
 class _Widths(NamedTuple):
-    """Channels that are left before a block, in the tensors inside it and after it; None or absent: all."""
+    """Number of kept channels before a block, in the tensors inside it, and after it; None or absent: all."""
 
     before: int | None
     inner: Mapping[str, int]
@@ -183,7 +183,7 @@ NARROWED: dict[str, Callable[[Any, _Widths], BlockSpec]] = {
 
 
 def _narrowed_norms(block: Block, kept: Mapping[str, int]) -> list[NormSpec]:
-    """The norms over the channels that are left, with a gain to make up for those that are missing."""
+    """The norms over the kept channels, with a gain to make up for the missing ones."""
     return [norm.narrowed(width, kept[name]) for name, (norm, width) in block.norms.items()]
 
 
@@ -196,7 +196,7 @@ def _resized(layer: ConvSpec, in_width: int | None, out_width: int | None) -> Co
 
 
 def full_rank(layer: ConvSpec) -> int:
-    """The rank that a layer's kernel has at most."""
+    """The largest rank that a layer's kernel can have."""
     return min(layer.out_width, layer.in_width * layer.kernel[0])
 
 
@@ -216,7 +216,7 @@ def with_time_rank(spec: DecoderSpec, ratio: float) -> DecoderSpec:
         dense = ConvSpec(**{**layer.model_dump(), "operator": "causal3d", "rank": None})
         if low.parameter_count >= dense.parameter_count:
             raise SpecError(
-                f"{address}.temporal: {rank} of rank {full_rank(layer)} cost more than the kernel itself; "
+                f"{address}.temporal: rank {rank} of {full_rank(layer)} costs more than the kernel itself; "
                 "give a smaller --time-rank, or leave it out"
             )
         changed[address] = block.model_copy(update={"temporal": low})
@@ -227,9 +227,9 @@ def with_time_rank(spec: DecoderSpec, ratio: float) -> DecoderSpec:
             if isinstance(block, ShuffleUpsampleSpec) and block.factor[0] > 1
         ]
         raise SpecError(
-            f"--time-rank factorises layers that do nothing but double the frames, as Wan's time_conv; this decoder "
-            f"doubles them by shuffling channels of {', '.join(shuffling)} into time and space at once, which stay "
-            "whole: leave --time-rank out"
+            f"--time-rank factorises layers that only double the frames, such as Wan's time_conv; this decoder doubles "
+            f"them by shuffling channels of {', '.join(shuffling)} into time and space at once, which cannot be "
+            "factorised: leave --time-rank out"
             if shuffling
             else "this decoder has no temporal upsampler: leave --time-rank out"
         )

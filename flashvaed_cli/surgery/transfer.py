@@ -1,6 +1,6 @@
-"""First weights of a changed decoder, from the reference's alone and without data: cut, summed, factorised.
+"""First weights of a changed decoder, from the reference's weights alone: cut, summed, factorised.
 
-This is what pruning without reconstruction gives, the start of the closed-form fit, and the baseline that
+They are the result of pruning without reconstruction, the start of the closed-form fit, and the baseline that
 the fit is measured against.
 
 Reference: arXiv 2602.19161, sections 3.1 and 3.2.
@@ -183,7 +183,7 @@ def gated(channels: Channels, width: int) -> Channels:
 
 
 def _transfer_parts(source: ByPaths, block: ByPaths, cut: Cut) -> None:
-    """Of a block that names its parts by paths: all as they are, but for the layers around pruned inner tensors."""
+    """For blocks that name their parts by paths: copy all but the layers around pruned inner tensors, which are cut."""
     spec, old = block.spec, source.spec
     ends: dict[str, list[Channels]] = {name: [None, None] for name in spec.layers}
     for name, inner in old.inner_tensors.items():
@@ -200,7 +200,7 @@ def _transfer_parts(source: ByPaths, block: ByPaths, cut: Cut) -> None:
 
 
 def _transfer_norm(source: AnyNorm, norm: AnyNorm, before: Channels) -> None:
-    """Gain and shift of the channels that are left; a norm that had no gain begins with one of 1."""
+    """Gain and shift of the kept channels; where the source has no gain, the norm keeps its gain of 1."""
     if norm.gamma is not None and source.gamma is not None:
         norm.gamma.copy_(pick(source.gamma, before, 0))
     if norm.beta is not None and source.beta is not None:
@@ -208,7 +208,7 @@ def _transfer_norm(source: AnyNorm, norm: AnyNorm, before: Channels) -> None:
 
 
 def _transfer_shuffle(source: ShuffleUpsample, block: ShuffleUpsample, cut: Cut) -> None:
-    """A residual that pruning has parted from its channels becomes part of the kernel's middle."""
+    """A residual whose channels pruning has changed becomes part of the kernel's middle tap."""
     kernel = source.conv.weight
     if source.spec.residual and not block.spec.residual:
         kernel = kernel + residual_kernel(source.spec).to(kernel)

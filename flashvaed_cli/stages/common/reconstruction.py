@@ -29,13 +29,13 @@ def fit_settings(recipe: ReconstructingRecipe, *, num_separable_iterations: int 
 
 
 def choose_reference(inputs: Inputs, kept: Kept, progress: Progress) -> tuple[Decoder, Kept]:
-    """What to solve against, and the channels of it that are left: the original.
+    """The decoder to solve against, and its kept channels: the original where possible.
 
-    A decoder pruned elsewhere does not say what it kept of the original, and one of another shape has kept nothing of
-    it: then it is its own reference.
+    A decoder pruned elsewhere does not record which channels it kept, and a light one has kept none: such a decoder is
+    its own reference.
 
     Args:
-        kept: channels of the input decoder that this step leaves.
+        kept: channels of the input decoder that this step keeps.
     """
     decoder, original = inputs.checkpoint.require_decoder(), inputs.reference()
     if not has_same_blocks(decoder.spec, original.spec):
@@ -52,7 +52,7 @@ def choose_reference(inputs: Inputs, kept: Kept, progress: Progress) -> tuple[De
 
 
 _MUCH_MISSED = 0.5
-"""Share of a target's variance; a layer that misses more does little of its work."""
+"""Share of a target's variance; a layer that misses more is reported as poorly fitted."""
 
 
 def reconstruct(
@@ -89,7 +89,7 @@ def reconstruct(
 
 
 def layer_figures(errors: Iterable[LayerError]) -> tuple[LayerFigures, ...]:
-    """For the artifact."""
+    """The errors of all layers, for the artifact."""
     return tuple(LayerFigures(**vars(error)) for error in errors)
 
 
