@@ -109,7 +109,7 @@ def run_convert_ops(recipe: ConvertOpsRecipe, *, progress: Progress, force: bool
 
 
 def _convert_exactly(run: Run[ConvertOpsRecipe], inputs: Inputs, converted: Decoder) -> StageOutcome:
-    """The same frames with faster operators: no data, no weights solved; the difference is measured."""
+    """Swap in faster operators for the same frames; needs no data and fits no weights. The difference is measured."""
     recipe = run.recipe
     if idle := recipe.given(*_UNUSED_BY_EXACT):
         run.progress.warn(

@@ -73,18 +73,18 @@ def reconstruct(
     more_data = "Give more or larger clips (--num-calibration-clips, --num-frames, --crop-size)"
     if starved:
         progress.warn(
-            f"few calibration positions for the unknowns of {', '.join(starved)}: what they leave open keeps its "
-            f"old weights. {more_data}"
+            f"too few calibration positions to determine all weights of {', '.join(starved)}; the rest keep their "
+            f"old values. {more_data}"
         )
     if missed := [error for error in errors if error.after > _MUCH_MISSED]:
         listed = ", ".join(f"{error.address} ({100 * error.after:.0f} %)" for error in missed)
         progress.warn(
-            f"least squares misses much of what these layers should give, even on the calibration clips: {listed}. "
+            f"least squares misses much of these layers' targets, even on the calibration clips: {listed}. "
             f"{more_data}, keep more channels, or compare with --reconstruct none"
         )
     unsolved = [error.address for error in errors if error.num_unknowns == 0]
     if unsolved:
-        progress.warn(f"too large to be solved, left as they were: {', '.join(unsolved)}")
+        progress.warn(f"too large to solve, left unchanged: {', '.join(unsolved)}")
     return errors
 
 

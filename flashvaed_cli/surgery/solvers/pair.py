@@ -61,6 +61,6 @@ class Pair(Generic[PartT_co]):
         self.store.save(clip, _ROWS, rows.to_tensors())
 
     def clips(self) -> Iterator[tuple[Clip, RecordedRows]]:
-        """Of every clip, what enters the part in the new decoder, and the original's rows."""
+        """For every clip, what enters the part in the new decoder, and the original's rows."""
         for clip in range(self.num_clips):
             yield self.store.load_input(clip, self.entering.student), self.rows(clip)
