@@ -301,11 +301,12 @@ class GainFit:
 
 
 class OperatorFit(NamedTuple):
-    """How the layers of an operator are fitted whose weights are not those of a dense kernel.
+    """How to fit the layers of an operator whose weights are not a dense kernel.
 
     Attributes:
-        build: the fit of a layer, from the original's; the channels are those that are kept of its input and output.
-        rows_per_clip: how many positions of a clip it uses.
+        build: makes the fit, from the layer, the original's, the kept channels of the original's input and output,
+            and the settings.
+        rows_per_clip: number of positions of a clip that the fit uses, for a number of clips.
     """
 
     build: Callable[[Any, Conv, Channels, Channels, FitSettings], LayerFit]
@@ -327,7 +328,7 @@ def fit_of_layer(layer: Conv, source: Conv, before: Channels, after: Channels, s
 
 
 def rows_for(layers: Sequence[Conv], num_clips: int) -> int:
-    """How many positions of a clip the fit of these layers uses; several are solved as one."""
+    """Number of positions of a clip that the fit of these layers, solved as one, uses."""
     if not can_be_joined(layers[0]):
         return OPERATOR_FITS[layers[0].spec.operator].rows_per_clip(layers[0].spec, num_clips)
     return dense_rows_per_clip(sum(_num_features(layer.spec) for layer in layers), num_clips)
@@ -365,4 +366,4 @@ OPERATOR_FITS: dict[Operator, OperatorFit] = {
         _fit_low_rank, lambda spec, num_clips: dense_rows_per_clip(_num_features(spec), num_clips)
     ),
 }
-"""All others are dense."""
+"""Operators that `DenseFit` cannot fit."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from flashvaed_cli.decoders.modules.blocks import Attention, Chain, ConvBlock, Downsample, Head, ResBlock, Upsample
 from flashvaed_cli.decoders.modules.bypass import Bypass
 from flashvaed_cli.decoders.modules.coder import CoderT
+from flashvaed_cli.decoders.modules.convolution import conv_at
 from flashvaed_cli.decoders.modules.naf_blocks import CellHead, CellStem, Ista, Naf
 from flashvaed_cli.decoders.modules.norms import ChannelLayerNorm, Norm
 from flashvaed_cli.decoders.modules.operators import Conv
@@ -194,9 +195,7 @@ def _transfer_parts(source: ByPaths, block: ByPaths, cut: Cut) -> None:
         if place not in ends:
             block.get_parameter(name).copy_(parameter)
     for name, (before, after) in ends.items():
-        theirs, ours = source.get_submodule(name), block.get_submodule(name)
-        assert isinstance(theirs, Conv) and isinstance(ours, Conv)
-        _transfer_conv(theirs, ours, before, after)
+        _transfer_conv(conv_at(source, name), conv_at(block, name), before, after)
 
 
 def _transfer_norm(source: AnyNorm, norm: AnyNorm, before: Channels) -> None:

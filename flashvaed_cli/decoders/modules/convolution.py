@@ -143,12 +143,12 @@ def remember(
 class Conv(nn.Module):
     """Weight and bias of one layer; `address` is its name in the spec and in the state.
 
-    An operator whose weights are not those of a dense kernel says where its channels are, and how it reads and writes
-    such a kernel; what cuts, fits and expands layers needs to know no more.
+    An operator whose weights are not a dense kernel overrides `channel_axes`, `dense_kernel` and `set_dense_kernel_`,
+    so that layers of any operator can be cut, converted and expanded.
     """
 
     channel_axes: ClassVar[Mapping[str, tuple[int | None, int | None]]] = {"weight": (0, 1), "bias": (0, None)}
-    """Of each parameter, the axis of the output's channels and that of the input's."""
+    """For each parameter, the axes of the output channels and of the input channels."""
 
     def __init__(self, spec: ConvSpec, address: str, weight_shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -159,13 +159,20 @@ class Conv(nn.Module):
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
     def dense_kernel(self) -> Float[Tensor, "O C kt kh kw"]:
-        """The kernel that the layer stands for."""
+        """The equivalent dense kernel."""
         return self.weight.reshape(self.spec.out_width, self.spec.in_width, *self.spec.kernel)
 
     def set_dense_kernel_(self, kernel: Float[Tensor, "O C kt kh kw"]) -> None:
-        """Write a dense kernel of as many taps, or the nearest that the layer can stand for; the bias stays."""
+        """Write a dense kernel with as many taps, or the nearest that the operator can represent; the bias stays."""
         self.weight.copy_(kernel.reshape(self.weight.shape))
 
     def extra_repr(self) -> str:
         s = self.spec
         return f"{s.in_width} -> {s.out_width}, kernel={s.kernel}"
+
+
+def conv_at(module: nn.Module, path: str) -> Conv:
+    """The convolution at a path inside a module."""
+    layer = module.get_submodule(path)
+    assert isinstance(layer, Conv), f"{path} is no convolution"
+    return layer

@@ -1,4 +1,4 @@
-"""The operators of convolutions as data: what each may be, weighs, costs, and is made from.
+"""The operators of convolutions as data: their limits, weights, cost, and conversions.
 
 Imports no torch. Reference: Wan 2.1 VAE; arXiv 2602.19161, section 3.2 for the plain operators.
 """
@@ -56,14 +56,14 @@ def _no_fault(layer: ConvSpec) -> str | None:
 
 @dataclass(frozen=True)
 class OperatorFacts:
-    """What is known about an operator without running it.
+    """The facts about an operator that need no module.
 
     Attributes:
-        fault: what keeps a layer from being of this operator, as a message; None if nothing does.
-        weights: number of weights of a layer, bias excepted.
-        multiplies: multiplications for a whole video, in float32, where a layer is evaluated on a grid.
-        twin_of: the plain operator that has the same parameters and outputs.
-        made_from: the operators that convert-ops replaces by it.
+        fault: why a layer cannot have this operator, as a message; None if it can.
+        weights: number of weights of a layer, without the bias.
+        multiplies: multiplications of a layer on a grid, for a whole video in float32.
+        twin_of: the plain operator with the same parameters and outputs, if this is an exact twin.
+        made_from: the operators that convert-ops can replace with this one.
     """
 
     fault: Callable[[ConvSpec], str | None] = _no_fault

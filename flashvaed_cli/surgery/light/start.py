@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from flashvaed_cli.decoders.modules.blocks import Head, Upsample
 from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.modules.convolution import conv_at
 from flashvaed_cli.decoders.modules.naf_blocks import CellHead, branches_of, haar_bands
 from flashvaed_cli.decoders.modules.operators import Conv
 from flashvaed_cli.decoders.modules.patches import patchify
@@ -61,16 +62,12 @@ def random_light_decoder(
             _draw(layer, math.sqrt(2.0), generator)
         kind = decoder.spec_of(address).kind
         if stage_of(address) == _LATENT_LAYER:
-            _normalize(block.get_submodule("conv"), mean, std)
+            _normalize(conv_at(block, "conv"), mean, std)
         elif kind in _ENDS_OF_SUMMANDS:
             for layer in _ENDS_OF_SUMMANDS[kind](block):
                 layer.weight.div_(math.sqrt(2.0 * num_adding))
-        elif kind == "upsample":
-            assert isinstance(block, Upsample)
-            _double_by_copies(block)
-        elif kind in ("head", "cell_head"):
-            for layer in _convolutions(block):
-                layer.weight.mul_(_HEAD_SHARE)
+        elif kind in _STARTS:
+            _STARTS[kind](block)
     return decoder
 
 
@@ -84,14 +81,22 @@ def _double_by_copies(block: Upsample) -> None:
         block.temporal.weight.copy_(eye.repeat(2, 1).reshape(block.temporal.weight.shape))
 
 
+def _dim(head: nn.Module) -> None:
+    for layer in _convolutions(head):
+        layer.weight.mul_(_HEAD_SHARE)
+
+
+_STARTS: dict[str, Callable[[Any], None]] = {"upsample": _double_by_copies, "head": _dim, "cell_head": _dim}
+"""What is done to the random weights of a kind of block."""
+
+
 def _draw(layer: Conv, gain: float, generator: torch.Generator) -> None:
     layer.weight.normal_(std=gain / math.sqrt(layer.weight[0].numel()), generator=generator)
     layer.bias.zero_()
 
 
-def _normalize(layer: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+def _normalize(layer: Conv, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
     """Make a 1x1 give (x - mean) / std, or without statistics its input."""
-    assert isinstance(layer, Conv)
     width = layer.spec.in_width
     deviations = torch.tensor(std or (1.0,) * width)
     layer.weight.copy_(torch.diag(1 / deviations))
@@ -152,8 +157,7 @@ def _layers_of_cells(head: CellHead, entering: Clip, frames: Clip, _patch: int) 
         bands = haar_bands(cells_to_channels(given, factor), factor)
         read = band = 0
         for part in PARTS:
-            layer = head.get_submodule(f"{medium}_{part}")
-            assert isinstance(layer, Conv)
+            layer = conv_at(head, f"{medium}_{part}")
             width, num_bands = layer.spec.in_width, layer.spec.out_width
             yield layer, entering[:, read : read + width, at], bands[:, band : band + num_bands]
             read, band = read + width, band + num_bands

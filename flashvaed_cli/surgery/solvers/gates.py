@@ -1,4 +1,4 @@
-"""Blocks of gated layers: of each branch the last layer is solved."""
+"""Blocks of gated layers: only the last layer of each branch is solved."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from flashvaed_cli.surgery.solvers.pair import Clip, Pair
 
 
 def rows_of_gates(pair: Pair[Naf | Ista]) -> dict[str, int]:
-    """Positions of a clip: those that the neediest branch wants."""
+    """Positions of a clip: as many as the neediest branch wants."""
     return {BLOCK: max(rows_for([branch.contract], pair.num_clips) for branch in branches_of(pair.student))}
 
 
 def solve_naf(pair: Pair[Naf]) -> list[LayerError]:
-    """Each branch's last layer gives what the original's block gave, less what else the new block adds up."""
+    """Each branch's last layer, for the output of the original's block less the other summands of the new one."""
     new = pair.student
     return _solve_gates(new, pair, lambda y, rows: (y, rows.outputs[BLOCK]))
 
 
 def solve_ista(pair: Pair[Ista]) -> list[LayerError]:
-    """One naf block after another; the latents enter both decoders alike, so the original can be run beside."""
+    """One naf block after another; the original runs alongside, since both bottlenecks read the same latents."""
     old, new = pair.reference, pair.student
 
     def reading(place: str) -> Callable[[Clip, RecordedRows], tuple[Clip, Tensor]]:
@@ -45,7 +45,7 @@ def solve_ista(pair: Pair[Ista]) -> list[LayerError]:
 
 
 def _unit_outputs(block: Ista, y: Clip) -> Iterator[tuple[str, Clip]]:
-    """What each naf block of a bottleneck gives by itself."""
+    """The output of each naf block of a bottleneck, without the residual of its step."""
     for place, entering, _ in block.walk(y):
         yield place, block.get_submodule(place)(entering)
 
@@ -56,7 +56,7 @@ def _solve_gates(
     """Fit the last layer of every branch of a naf block.
 
     Args:
-        read: of a clip, the block's input in the new decoder, and the original block's output at the recorded rows.
+        read: for a clip, the block's input in the new decoder, and the original block's output at the recorded rows.
     """
     if pair.settings.mode == "channel":
         return []

@@ -1,4 +1,4 @@
-"""A part of the original beside its successor in the new decoder: what every solver works on."""
+"""A part of the original paired with its successor in the new decoder: what every solver works on."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Pair(Generic[PartT_co]):
         return self.store.load_input(clip, self.entering.reference), self.store.load_input(clip, self.entering.student)
 
     def rows(self, clip: int) -> RecordedRows:
-        """What the original's block at this address reads and gives in a clip, at the sampled positions."""
+        """Inputs and outputs of the original's block at this address in a clip, at the sampled positions."""
         return RecordedRows.from_tensors(self.store.load(clip, _ROWS))
 
     def save_rows(self, clip: int, rows: RecordedRows) -> None:

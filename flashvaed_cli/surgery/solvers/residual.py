@@ -30,17 +30,17 @@ from flashvaed_cli.surgery.transfer import pick
 
 
 def rows_of_resblock(pair: Pair[ResBlock]) -> dict[str, int]:
-    """Positions of a clip by layer."""
+    """Number of positions of a clip by layer."""
     return rows_of_convolutions(pair, _last_layers(pair, pair.student.conv2))
 
 
 def rows_of_chain(pair: Pair[Chain]) -> dict[str, int]:
-    """Positions of a clip by layer."""
+    """Number of positions of a clip by layer."""
     return rows_of_convolutions(pair, _last_layers(pair, pair.student.convolutions()[-1]))
 
 
 def rows_of_attention(pair: Pair[Attention]) -> dict[str, int]:
-    """Positions of a clip: those that query, key and value want."""
+    """Number of positions of a clip: as many as query, key and value want."""
     return same_rows(pair, (), dense_rows_per_clip(pair.student.qkv.in_features, pair.num_clips))
 
 
@@ -53,7 +53,7 @@ def _last_layers(pair: Pair[ResBlock | Chain], last: Conv) -> list[Conv]:
 
 
 def _fit_of_shortcut(pair: Pair[ResBlock | Chain], width: int) -> LayerFit:
-    """In channel mode; an identity over `width` channels that has become a 1x1 counts as the unit matrix."""
+    """The fit of a shortcut in channel mode; an identity over `width` channels that became a 1x1 is the unit matrix."""
     if pair.reference.shortcut is not None:
         return fit_of(pair, "shortcut", pair.before, pair.after)
     layer = pair.student.shortcut
@@ -64,7 +64,8 @@ def _fit_of_shortcut(pair: Pair[ResBlock | Chain], width: int) -> LayerFit:
 
 
 def solve_resblock(pair: Pair[ResBlock]) -> list[LayerError]:
-    """Norms and convolutions in forward order; the last one for what the block gives, with or beside the shortcut."""
+    """Norms and convolutions in forward order; the last one for the block's output, jointly with the shortcut if both
+    are dense, else for what the shortcut leaves of it."""
     old, new = pair.reference, pair.student
 
     def at_block(y: Clip, rows: RecordedRows) -> Tensor:
@@ -129,7 +130,7 @@ def solve_resblock(pair: Pair[ResBlock]) -> list[LayerError]:
 
 
 def solve_chain(pair: Pair[Chain]) -> list[LayerError]:
-    """Every layer for what the original's gave before its activation; the last one and the shortcut for their sum."""
+    """Every layer for the original's output before the activation; the last one and the shortcut for their sum."""
     old, new = pair.reference, pair.student
     path, ends = new.spec.path, (pair.before, *pair.inner.values(), pair.after)
 
@@ -208,7 +209,7 @@ def solve_attention(pair: Pair[Attention]) -> list[LayerError]:
 
 
 def _mixed(block: Attention, y: Clip) -> Float[Tensor, "P I"]:
-    """What the output projection reads: one row per position `[B, T, H, W]`."""
+    """The input of the output projection: one row per position `[B, T, H, W]`."""
     seen: list[Tensor] = []
     handle = block.proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:

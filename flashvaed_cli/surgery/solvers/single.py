@@ -45,7 +45,7 @@ def solve_upsample(pair: Pair[Upsample]) -> list[LayerError]:
 
 
 def solve_shuffle(pair: Pair[ShuffleUpsample]) -> list[LayerError]:
-    """The layer gives what the original's gave; and the original's residual too, where it has become part of it."""
+    """The layer, for the original's output, and for the original's residual where that became part of the layer."""
     old, new = pair.reference, pair.student
     wide = wide_channels(pair.after, old.spec.cell)
     if pair.settings.mode == "channel":
@@ -71,7 +71,7 @@ def solve_shuffle(pair: Pair[ShuffleUpsample]) -> list[LayerError]:
 
 
 def solve_downsample(pair: Pair[Downsample]) -> list[LayerError]:
-    """A strided kernel reads what an unstrided one reads at every second position of the finer grid."""
+    """`spatial`, then `temporal`: a strided kernel is an unstrided one at every second position of the finer grid."""
     new = pair.student
     if pair.settings.mode == "channel":
         return []

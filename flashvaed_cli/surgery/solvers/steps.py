@@ -1,4 +1,4 @@
-"""What the solvers of all kinds of blocks share: the fit of one convolution, of one norm, and its rows."""
+"""Steps that the solvers of all kinds of blocks share: fit one convolution or one norm, and choose its rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flashvaed_cli.surgery.transfer import Channels, pick
 
 
 def rows_of_convolutions(pair: Pair[nn.Module], *joint: Sequence[Conv]) -> dict[str, int]:
-    """Positions of a clip by layer: as many for all as the neediest fit wants; a temporal layer has its own grid.
+    """Number of positions of a clip by layer: that of the neediest fit; `temporal` has its own grid and number.
 
     Args:
         joint: layers that are solved as one.
@@ -32,7 +32,7 @@ def rows_of_convolutions(pair: Pair[nn.Module], *joint: Sequence[Conv]) -> dict[
 
 
 def same_rows(pair: Pair[nn.Module], layers: Iterable[str], num_rows: int) -> dict[str, int]:
-    """So many positions of a clip for each of some layers, for the GroupNorms of the block, and for the block."""
+    """The same number of positions of a clip for some layers, for the GroupNorms of the block, and for the block."""
     norms = [name for name, norm in pair.reference.named_children() if isinstance(norm, FrameGroupNorm)]
     return dict.fromkeys([*layers, *norms, BLOCK], num_rows)
 
@@ -47,14 +47,14 @@ def fit_of(pair: Pair[nn.Module], name: str, before: Channels, after: Channels) 
 
 
 def targets(pair: Pair[nn.Module], rows: RecordedRows, name: str, after: Channels) -> Tensor:
-    """What the fit of a layer aims at: the original's outputs, or in channel mode its inputs."""
+    """The targets of a layer's fit: the original's outputs, or in channel mode its inputs."""
     return rows.inputs[name] if pair.settings.mode == "channel" else pick(rows.outputs[name], after, 1)
 
 
 def with_gap(wanted: Tensor, pair: Pair[nn.Module], rows: RecordedRows) -> Tensor:
-    """A target, plus what the bypass that is added to the layer's output misses."""
-    owes = pair.settings.mode == "full" and BYPASS_GAP in rows.outputs
-    return wanted + rows.outputs[BYPASS_GAP] if owes else wanted
+    """A target, plus what is missing from the bypass that is added to the layer's output."""
+    has_gap = pair.settings.mode == "full" and BYPASS_GAP in rows.outputs
+    return wanted + rows.outputs[BYPASS_GAP] if has_gap else wanted
 
 
 def solve_layer(
@@ -64,7 +64,7 @@ def solve_layer(
     read: Callable[[Clip], list[Clip]],
     target: Callable[[Clip, RecordedRows], Tensor],
 ) -> LayerError:
-    """Fit a layer: `read` is what it reads in the new decoder, `target` what it should give at the rows of `name`."""
+    """Fit a layer; `read` returns its inputs in the new decoder, `target` its wanted outputs at the rows of `name`."""
     for y, recorded in pair.clips():
         if name in recorded.positions:
             fit.update(read(y), target(y, recorded), recorded.positions[name])
@@ -74,7 +74,7 @@ def solve_layer(
 def solve_gain(
     norm: Norm, pair: Pair[nn.Module], read: Callable[[Clip], Clip], target: Callable[[RecordedRows], Tensor]
 ) -> None:
-    """Fit a norm: `read` is what it reads in the new decoder, `target` the original norm's rows on the kept."""
+    """Fit a norm; `read` returns its input in the new decoder, `target` the original norm's rows on kept channels."""
     if norm.gamma is None:
         return  # nothing to fit: the block has all its channels
     fit = GainFit(norm)
@@ -94,12 +94,12 @@ def solve_entering_gain(name: str, old: Norm, new: Norm, pair: Pair[nn.Module]) 
 
 
 def normed_rows(norm: Norm, x: Clip, positions: Tensor) -> Float[Tensor, "N C"]:
-    """A norm's output at some positions: of them alone, or of a GroupNorm from whole frames."""
+    """A norm's output at some positions; a GroupNorm needs whole frames for it, other norms only these positions."""
     if norm.spec.groups is not None:
         return gather_rows(norm(x), positions)
     return norm(gather_rows(x, positions))
 
 
 def original_normed(norm: Norm, name: str, rows: RecordedRows, given: Tensor) -> Float[Tensor, "N C"]:
-    """What a norm of the original made of the rows `given`; of a GroupNorm it was recorded."""
+    """The output of an original's norm for the rows `given`; that of a GroupNorm was recorded."""
     return rows.outputs[name] if norm.spec.groups is not None else norm(given)

@@ -1,7 +1,7 @@
 """How each kind of block is solved.
 
-A solver reads what the new decoder feeds the block and the recorded rows of the original, fits one layer after
-another and writes the weights, so that a layer sees what those before it have become.
+A solver reads the inputs of the block in the new decoder and the recorded rows of the original. It fits one layer
+after another and writes the weights, so that each layer is fitted to the new outputs of those before it.
 
 Reference: flashvaed_cli/README.md, "Method".
 """
@@ -33,11 +33,11 @@ from flashvaed_cli.surgery.solvers.steps import rows_of_convolutions
 
 
 class BlockSolver(NamedTuple):
-    """What is done with a pair of blocks of one kind: the pair's type is that of the kind's module.
+    """How a pair of blocks of one kind is solved; the pair's type is that of the kind's module.
 
     Attributes:
         num_rows: how many positions of a clip to record, by the name of the layer or norm, and for `BLOCK`.
-        solve: fits the layers in place; one line per solved layer.
+        solve: fits the layers in place; returns one line per solved layer.
     """
 
     num_rows: Callable[[Pair[Any]], dict[str, int]]
@@ -45,7 +45,7 @@ class BlockSolver(NamedTuple):
 
 
 _KEPT_CELLS = BlockSolver(lambda _: {}, lambda _: [])
-"""The pixels' layers keep their weights: what they read has been fitted to what they were made for."""
+"""The layers between cells and channels keep their weights: their inputs have been fitted to the original's."""
 
 BLOCK_SOLVERS: dict[str, BlockSolver] = {
     "resblock": BlockSolver(rows_of_resblock, solve_resblock),
