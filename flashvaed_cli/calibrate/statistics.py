@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from flashvaed_cli.decoders.modules.coder import Coder, Decoder
+from flashvaed_cli.decoders.modules.coder import Coder
 from flashvaed_cli.decoders.spec.groups import tensor_widths
-from flashvaed_cli.decoders.variants.exact import exact_decoder
+from flashvaed_cli.decoders.variants.exact import exact_coder
 from flashvaed_cli.numerics.covariance import CovarianceAccumulator, TensorStatistics
 from flashvaed_cli.progress import Progress
 
@@ -39,7 +39,7 @@ def collect_statistics(
         address: CovarianceAccumulator(width, label=f"activations of {address}")
         for address, width in tensor_widths(coder.spec).items()
     }
-    coder = exact_decoder(coder) if isinstance(coder, Decoder) else coder
+    coder = exact_coder(coder)
     device = next(coder.parameters()).device
     blocks = dict(coder.blocks())
     inside = {address: accumulator for address, accumulator in accumulators.items() if address not in blocks}

@@ -2,9 +2,9 @@
 
 Only the blocks that pruning reaches (the tail of the decoder) run narrowed, on the activations that the decoder
 itself feeds them, with exact operators and channels-last, as in production. Neighbouring stages swap the roles of
-stream and inside, so that one sweep over two ratios covers each residual block's grid of stream by inside and each
-upsampler's grid of the streams before and after it. The whole decoder takes turns with the narrowed tails, and only
-ratios count.
+stream and inner width, so that one sweep over two ratios covers each residual block's grid of stream by inner width
+and each upsampler's grid of the streams before and after it. Whole decoder and narrowed tails are timed in turns, and
+only ratios of their times count.
 """
 
 from __future__ import annotations
@@ -179,9 +179,9 @@ def _grid(
 
 
 def _odd_groups(spec: DecoderSpec, groups: Sequence[ChannelGroup]) -> set[str]:
-    """Groups that vary separately from the others, so that the two axes of every block do: the stream after a
-    non-residual block that connects two streams, if the stream before it does not; and the inside of a residual block,
-    if its stream does not."""
+    """Groups on the second ratio, so that the two axes of every block vary separately: the stream after a non-residual
+    block that connects two streams, if the stream before it is on the first; and the inner tensor of a residual block,
+    if its stream is on the first."""
     owner = {tensor: group.name for group in groups for tensor in group.tensors}
     odd: set[str] = set()
     known: set[str] = set()
@@ -240,9 +240,9 @@ def _tail_run(spec: DecoderSpec, widths: dict[str, int], addresses: Sequence[str
     start = _tail_start(spec, addresses[0])
     first_stage, skipped = split_block(start)
     stages = [stage.name for stage in spec.stages]
-    behind = list(spec.stages[stages.index(first_stage) :])
-    behind[0] = behind[0].model_copy(update={"blocks": behind[0].blocks[skipped:]})
-    tail = Decoder(exact_spec(spec.model_copy(update={"stages": tuple(behind)}), device_type=entering.device.type))
+    remaining = list(spec.stages[stages.index(first_stage) :])
+    remaining[0] = remaining[0].model_copy(update={"blocks": remaining[0].blocks[skipped:]})
+    tail = Decoder(exact_spec(spec.model_copy(update={"stages": tuple(remaining)}), device_type=entering.device.type))
     use_channels_last(tail.to(entering.device, entering.dtype).eval().requires_grad_(False))
 
     def in_tail(address: str) -> str:

@@ -147,7 +147,7 @@ def train(
                 if (gradient := state.parameters[name].grad) is not None:
                     gradient.mul_(mask)
             gradient_norm = nn.utils.clip_grad_norm_(state.trained, settings.gradient_clip_norm or math.inf)
-            require_sane_step(float(values["loss"]), float(gradient_norm), state, checkpoint_path)
+            require_sane_step(values, float(gradient_norm), state, checkpoint_path)
 
             learning_rate = learning_rate_at(state.step, settings)
             for group in state.optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""How certain a mean over a few clips is: percentile bootstrap."""
+"""Confidence intervals for statistics over a few clips, by the percentile bootstrap."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class CovarianceAccumulator:
         self.count += sample.shape[1]
 
     def merge(self, other: CovarianceAccumulator) -> None:
-        """Add what another accumulator has seen, which is left unchanged."""
+        """Add everything that another accumulator has seen; the other stays unchanged."""
         if other.width != self.width:
             raise ValueError(f"{self.label}: cannot merge {other.width} channels into {self.width}")
         if other.count == 0:

@@ -26,8 +26,8 @@ _DEAD_SHARE = 1e-12
 class NormalEquations:
     """Sums of XᵀX, XᵀY and diag(YᵀY) for the fit Y ≈ X Wᵀ + b; memory O(K² + K O) whatever the data.
 
-    Products and sums are float64. A float32 product is off by some 1e-7, by another amount for every number of threads,
-    and a solve with ridge λ amplifies that by up to 1/λ; the rounding of the rows themselves it amplifies by 1/(2√λ).
+    Products and sums are float64. A float32 product is off by about 1e-7, by an amount that depends on the number of
+    threads, and a solve with ridge λ amplifies that by up to 1/λ; it amplifies the rounding of the rows by 1/(2√λ).
 
     The bias is an implicit constant feature: X and Y are held relative to a shift (the means of the
     first update, later the means of all), so that the sums lose nothing by cancellation and
@@ -104,7 +104,7 @@ class NormalEquations:
         self.num_rows += len(features)
 
     def merge(self, other: NormalEquations) -> None:
-        """Add what another set of equations has seen; it keeps its values (though they may be re-centred)."""
+        """Add the rows of another set of equations, which keeps its values (though it may be re-centred)."""
         if (other.num_features, other.num_outputs) != (self.num_features, self.num_outputs):
             raise ValueError(f"{self.label}: cannot merge equations of other sizes")
         if other.num_rows == 0:

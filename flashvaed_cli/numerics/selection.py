@@ -108,7 +108,7 @@ def select_next_layer(evidence: ChannelEvidence, num_kept: int, *, seed: int = 0
 
     Reference:
         ThiNet, arXiv 1707.06342. Departure: closed form from second moments; the kept channels are mapped by least
-        squares; what the metric makes of norms and taps is said where it is built.
+        squares; `surgery.evidence` describes how the metric treats norms and taps.
     """
     del seed
     _require_num_kept(evidence, num_kept)

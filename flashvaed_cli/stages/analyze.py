@@ -1,4 +1,4 @@
-"""`flashvaed analyze`: what each stage costs, and how far its channels depend on one another.
+"""`flashvaed analyze`: measure what each stage costs, and how much its channels depend on one another.
 
 The analysis artifact holds tensors `covariance.TENSOR` and `mean.TENSOR` (float64; TENSOR is an address of
 `decoders.spec.groups`) and, in its header under `measured`, an `AnalysisRecord`.

@@ -15,7 +15,7 @@ from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.predict.cost import total_gflop
 from flashvaed_cli.decoders.spec.addresses import stage_of
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
-from flashvaed_cli.decoders.spec.layers import Operator
+from flashvaed_cli.decoders.spec.operators import Operator
 from flashvaed_cli.decoders.variants.exact import exact_changes, exact_decoder
 from flashvaed_cli.decoders.variants.still import still_decoder
 from flashvaed_cli.errors import SpecError
@@ -109,7 +109,7 @@ def run_convert_ops(recipe: ConvertOpsRecipe, *, progress: Progress, force: bool
 
 
 def _convert_exactly(run: Run[ConvertOpsRecipe], inputs: Inputs, converted: Decoder) -> StageOutcome:
-    """The same frames with faster operators: no data, no weights solved; the difference is measured."""
+    """Swap in faster operators for the same frames; needs no data and fits no weights. The difference is measured."""
     recipe = run.recipe
     if idle := recipe.given(*_UNUSED_BY_EXACT):
         run.progress.warn(

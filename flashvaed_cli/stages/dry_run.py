@@ -1,4 +1,4 @@
-"""`--dry-run`: what a command would make, read and write, and about how long it would take; nothing is written."""
+"""`--dry-run`: show what a command would make, read and write, and roughly how long it would take; write nothing."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ from flashvaed_cli.surgery.selection import num_kept_channels
 # weights; they hold within a factor of two.
 _STATISTICS, _FIT_PER_LAYER, _END = 3.0, 0.2, 5.0
 _WHOLE_FRAME = 256
-"""Side that whole frames are taken to have, where no crop says."""
+"""Side assumed for whole frames, in pixels, if no crop is given."""
 
 
 def preview_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_line: str) -> StageOutcome:
     """Widths, cost, time and memory of `prune`.
 
     Raises:
-        SpecError: a ratio names nothing or keeps nothing, or `--target-*` is given, whose widths only measuring tells.
+        SpecError: a ratio names nothing or keeps nothing, or `--target-*` is given, whose widths need measurements.
     """
     if recipe.has_target:
         raise SpecError("--dry-run: the widths of a --target follow from measurements; run it, or give --ratio")
@@ -192,7 +192,7 @@ def _decode_s(inputs: Inputs, grid: Grid, batch: int) -> float:
 
 def _data(recipe: CommandRecipe) -> list[str]:
     places = getattr(recipe, "data", ())
-    found = find_data(places)  # what is missing is said now
+    found = find_data(places)  # raises for missing files
     return [*places] or [f"{len(found)} clips that ship with the program"]
 
 

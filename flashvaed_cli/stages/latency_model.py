@@ -1,4 +1,4 @@
-"""The latency model of pruning: `analyze` measures and stores it, `prune --target-speedup` reads it or measures it."""
+"""The latency model of pruning: `analyze` measures and stores it, `prune --target-speedup` reads or measures it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class TimedClip:
         return latents.to(self.device, DTYPES[self.dtype])
 
     def conditions(self) -> Conditions:
-        """What makes times comparable."""
+        """The conditions under which times are comparable."""
         return Conditions(
             num_frames=self.num_frames,
             side=self.side,
@@ -63,18 +63,18 @@ class TimedClip:
 def whole_clip(
     clip: TimedClip, spec: DecoderSpec, recipe: AnalyzeRecipe | PruneRecipe, progress: Progress
 ) -> TimedClip:
-    """The clip with frames and side rounded up to whole latents: what is decoded. What was asked for is said."""
+    """The clip with frames and side rounded up to whole latents, as it is decoded; warns of values the user gave."""
     num_latents, side, _ = clip.grid(spec)
     whole = replace(clip, num_frames=spec.num_frames(num_latents), side=spec.spatial_factor * side)
-    said, reasons = [], []
+    rounded, reasons = [], []
     if whole.num_frames != clip.num_frames and recipe.given("latency_frames"):
-        said.append(f"--latency-frames {clip.num_frames} is timed as {whole.num_frames}")
+        rounded.append(f"--latency-frames {clip.num_frames} is timed as {whole.num_frames}")
         reasons.append("single frames" if spec.still else f"1 + {spec.temporal_factor} n frames")
     if whole.side != clip.side:
-        said.append(f"--latency-side {clip.side} is timed as {whole.side}")
+        rounded.append(f"--latency-side {clip.side} is timed as {whole.side}")
         reasons.append(f"sides that {spec.spatial_factor} divides")
-    if said:
-        progress.warn(f"{' and '.join(said)}: this decoder takes {' and '.join(reasons)}")
+    if rounded:
+        progress.warn(f"{' and '.join(rounded)}: this decoder takes {' and '.join(reasons)}")
     return whole
 
 
@@ -123,14 +123,14 @@ def width_latency(times: WidthTimes) -> WidthLatency:
 
 
 def stored_model(times: WidthTimes | None, clip: TimedClip) -> tuple[WidthLatency | None, str]:
-    """The model of an analysis, or None and why it does not hold for a clip."""
+    """The model of an analysis, or None and why it does not apply to a clip."""
     if times is None:
         return None, "the analysis holds no latency model"
     found, wanted = times.as_json(), clip.conditions().as_json()
     different = [f"{name} {found[name]} instead of {value}" for name, value in wanted.items() if found[name] != value]
     if different:
-        return None, f"the analysis' latency model is for {', '.join(different)}"
+        return None, f"the analysis's latency model is for {', '.join(different)}"
     try:
         return width_latency(times), ""
     except ValueError:
-        return None, "the analysis' latency model is damaged"
+        return None, "the analysis's latency model is damaged"

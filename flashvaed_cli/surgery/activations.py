@@ -1,7 +1,7 @@
-"""What the two decoders feed the next block, clip by clip, kept on disk.
+"""The inputs of the next block in both decoders, clip by clip, on disk.
 
-Memory then does not grow with the number of clips; the folder goes away with the store. It lies where
-`TMPDIR` says (on a machine whose /tmp is held in memory, point it to a disk).
+So memory does not grow with the number of clips. The folder is deleted with the store; it is made in `TMPDIR` (on a
+machine that holds /tmp in memory, point that to a disk).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A narrower inside for attention, without loss beyond what the narrower stream costs.
+"""Narrow the inner width of attention at no loss beyond that of the narrower stream.
 
-Over W channels of the stream, the logits are a bilinear form of rank W at most: what the bias of the keys adds is the
-same for every key, and softmax drops it. Values and projection are one W x W matrix, and their bias goes past softmax,
-whose weights add up to one. So an inside of W channels holds any wider one.
+Over W channels of the stream, the logits are a bilinear form of rank W at most: the bias of the keys adds the same to
+every key, which softmax drops. Values and projection are one W x W matrix, and their bias passes softmax unchanged,
+since its weights add up to one. So an inner width of W can stand for any larger one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def set_collapsed(
     proj_weight: Float[Tensor, "W I"],
     proj_bias: Float[Tensor, " W"],
 ) -> None:
-    """Give `block`, of W channels inside and out, what attention with I channels inside does on the same stream.
+    """Make `block`, with inner width W, compute what attention with inner width I does on the same stream.
 
     Args:
         qkv_weight: of queries, keys and values, one below the other, on the W channels that `block` reads.

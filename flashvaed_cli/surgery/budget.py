@@ -1,8 +1,8 @@
-"""Budget search: which width every channel group gets, so that decoding meets a target at the least error.
+"""Budget search: the width of every channel group with which decoding meets a target at the least error.
 
-A pure search over curves and a cost function; nothing is run. From the full widths on, what saves the most cost per
-added error is narrowed, again and again, until the target is met: one group, or several together. One move may go
-down several rungs of the ladders, so that a rung that saves nothing hides nothing behind it.
+A pure search over curves and a cost function; no decoder runs. Starting from the full widths, whatever saves the most
+cost per added error is narrowed, one group or several together, until the target is met. One move may go down several
+rungs of the ladders, so that a rung that saves nothing does not hide the ones below it.
 
 The error of a group is 1 - R² of its kept channels, on the pooled statistics that its rule chose them by. It counts
 once for every tensor of the group: what is lost of a stream is lost in each block of its stage, what is lost inside
@@ -39,7 +39,7 @@ _NEGLIGIBLE_ERROR = 1e-9
 
 @dataclass(frozen=True)
 class GroupCurve:
-    """What narrowing one group loses: `r2[k - 1]` is R² of the k channels kept first; `weight` counts its tensors."""
+    """The loss from narrowing a group: `r2[k - 1]` is R² of the first k kept channels; `weight` counts its tensors."""
 
     group: str
     stage: str
@@ -122,7 +122,7 @@ def gflop_cost(spec: DecoderSpec, grid: Grid) -> Cost:
 
 
 def plan_speedup(curves: Sequence[GroupCurve], cost: Cost, ladders: Ladders, target_speedup: float) -> WidthPlan:
-    """Widths with which decoding is predicted to be `target_speedup` times as fast as that of the decoder as it is.
+    """Widths with which decoding is predicted to be `target_speedup` times as fast as at full width.
 
     Raises:
         SpecError: the target is not above 1, or beyond what the groups can give.
@@ -134,7 +134,7 @@ def plan_speedup(curves: Sequence[GroupCurve], cost: Cost, ladders: Ladders, tar
         raise SpecError(
             f"a speed-up of {target_speedup:g} is out of reach: pruning {_limit(curves, plan)} is predicted to give "
             f"{_floor(plan.speedup)}. Ask for less, or make the operators cheaper first with `flashvaed convert-ops` "
-            "and prune what it writes"
+            "and prune its output"
         )
     return plan
 
@@ -153,7 +153,7 @@ def plan_gflops(curves: Sequence[GroupCurve], cost: Cost, ladders: Ladders, targ
         raise SpecError(
             f"{target_gflops:g} GFLOP are out of reach: pruning {_limit(curves, plan)} leaves {plan.cost:.4g} of "
             f"{full:.4g}. Ask for more, or make the operators cheaper first with `flashvaed convert-ops` and prune "
-            "what it writes"
+            "its output"
         )
     return plan
 
@@ -238,7 +238,7 @@ def _full_cost(curves: Sequence[GroupCurve], cost: Cost) -> float:
 
 
 def _limit(curves: Sequence[GroupCurve], plan: WidthPlan) -> str:
-    """What the search was confined to, for messages."""
+    """The limits of the search, for messages."""
     stages = " and ".join(dict.fromkeys(curve.stage for curve in curves))
     least = min(width / plan.full_widths[name] for name, width in plan.widths.items())
     return f"{stages} down to {max(least, LOWEST_RATIO):.3g} of their channels"

@@ -1,6 +1,6 @@
-"""The lighter reconstruction: a kernel absorbs the map from the channels that are left to all that it read.
+"""The lighter reconstruction: fold the map from a layer's kept input channels to all of them into its old kernel.
 
-Of each layer only a 1x1 map over its inputs is solved, C x k unknowns instead of whole kernels, so that
+For each layer only a 1x1 map over its inputs is solved, C x k unknowns instead of a whole kernel, so that
 few clips suffice; the kernel itself stays the original's.
 
 Reference: arXiv 2507.21573 folds the combination of dependent filters into the next kernel; arXiv 2602.19161,
@@ -16,13 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flashvaed_cli.decoders.modules.operators import Conv, LowRankConv3d, SeparableConv3d
+from flashvaed_cli.decoders.modules.operators import Conv
 from flashvaed_cli.numerics.least_squares import NormalEquations, relative_error, solve_ridge
-from flashvaed_cli.numerics.reduced_rank import factorise
-from flashvaed_cli.numerics.separable import frame_from_causal, separable_from_dense
 from flashvaed_cli.surgery.layer_fit import FitSettings, Input, LayerError, Positions
 from flashvaed_cli.surgery.rows import gather_rows
-from flashvaed_cli.surgery.transfer import Channels, pick
+from flashvaed_cli.surgery.transfer import Channels, pick, set_kernel_
 
 
 class ChannelFit:
@@ -31,8 +29,8 @@ class ChannelFit:
     Args:
         layer: the new decoder's.
         dense_weight: the original's kernel, over all its channels.
-        before: channels of the input that are left.
-        after: channels of the output that are left.
+        before: kept channels of the input.
+        after: kept channels of the output.
     """
 
     def __init__(
@@ -67,22 +65,7 @@ class ChannelFit:
         solution = solve_ridge(self.equations, dampening_frac=self.settings.dampening_frac)
         kernel, bias = pick(self.dense_weight, self.after, 0).double(), pick(self.bias, self.after, 0).double()
         folded = torch.einsum("octhw,ck->okthw", kernel, solution.weight.to(kernel))
-        self._write(folded, bias + kernel.sum((2, 3, 4)) @ solution.bias.to(kernel))
+        set_kernel_(self.layer, folded)
+        self.layer.bias.copy_(bias + kernel.sum((2, 3, 4)) @ solution.bias.to(kernel))
         rows, unknowns = self.equations.num_rows, self.equations.num_features + 1
         return LayerError(self.address, before, solution.relative_error, rows, unknowns)
-
-    def _write(self, kernel: Float[Tensor, "o k kt kh kw"], bias: Float[Tensor, " o"]) -> None:
-        layer = self.layer
-        if isinstance(layer, SeparableConv3d):
-            depthwise, pointwise = separable_from_dense(kernel)
-            layer.depthwise.copy_(depthwise[:, None])
-            layer.weight.copy_(pointwise)
-        elif isinstance(layer, LowRankConv3d):
-            outer, inner = factorise(kernel.flatten(1), layer.weight.shape[1])
-            layer.weight.copy_(outer)
-            layer.reduce.copy_(inner.reshape(layer.reduce.shape))
-        else:
-            if layer.spec.kernel[0] < kernel.shape[2]:
-                kernel = frame_from_causal(kernel)[:, :, None]
-            layer.weight.copy_(kernel.reshape(layer.weight.shape))
-        layer.bias.copy_(bias)

@@ -14,7 +14,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from flashvaed_cli.decoders.modules.coder import Coder
-from flashvaed_cli.decoders.modules.operators import Conv, dense_kernel
+from flashvaed_cli.decoders.modules.operators import Conv
 from flashvaed_cli.decoders.spec.groups import ChannelGroup, consumers, is_gated, producers
 from flashvaed_cli.errors import CalibrationError
 from flashvaed_cli.numerics.covariance import TensorStatistics
@@ -22,7 +22,7 @@ from flashvaed_cli.numerics.selection import ChannelEvidence
 
 
 def pooled_evidence(group: ChannelGroup, statistics: Mapping[str, TensorStatistics]) -> ChannelEvidence:
-    """Sums of the tensors' covariances and second moments, each in units in which its covariance has trace one.
+    """Sum the tensors' covariances and second moments, each scaled so that its covariance has trace one.
 
     Raises:
         CalibrationError: a tensor has no statistics of the group's width, does not vary, or holds NaN.
@@ -54,7 +54,7 @@ def pooled_evidence(group: ChannelGroup, statistics: Mapping[str, TensorStatisti
 def channel_evidence(
     decoder: Coder, group: ChannelGroup, statistics: Mapping[str, TensorStatistics]
 ) -> ChannelEvidence:
-    """All that a selection rule may want to know about a group.
+    """Everything that a selection rule may use about a group.
 
     Raises:
         CalibrationError: the statistics do not fit the group.
@@ -81,8 +81,8 @@ def _producer_l1(decoder: Coder, group: ChannelGroup) -> Float64[Tensor, " C"]:
 def _consumer_metric(decoder: Coder, group: ChannelGroup, covariance: Float64[Tensor, "C C"]) -> Float64[Tensor, "C C"]:
     """Sum over the consumers of VᵀV summed over the taps, each in units of its own output's variance.
 
-    So every consumer counts by the share of its output that is lost, whether a norm stands before it or not.
-    Taken as linear: a norm is its gamma, SiLU is left out, neighbouring taps are taken as uncorrelated.
+    So every consumer counts by the share of its output that is lost, with or without a norm before it.
+    Linearised: a norm is its gamma, SiLU is left out, and neighbouring taps count as uncorrelated.
     """
     total = torch.zeros_like(covariance)
     for consumer in consumers(decoder.spec, group):
@@ -96,7 +96,7 @@ def _consumer_metric(decoder: Coder, group: ChannelGroup, covariance: Float64[Te
             rows = kernel.transpose(1, 2).flatten(0, 1)  # [O * taps, C]
             metric = rows.T @ rows
         energy = float((metric * covariance).sum())  # tr(M S)
-        if energy > 0:  # a layer of zeros reads nothing
+        if energy > 0:  # a layer of zeros depends on nothing
             total += metric / energy
     return total
 
@@ -105,5 +105,5 @@ def _kernel(decoder: Coder, address: str) -> Float64[Tensor, "O C taps"]:
     """The dense weights of a layer, whatever its operator."""
     layer = decoder.at(address)
     if isinstance(layer, Conv):
-        return dense_kernel(layer).cpu().double().flatten(2)
+        return layer.dense_kernel().cpu().double().flatten(2)
     return layer.get_parameter("weight").cpu().double()[:, :, None]  # an attention's projection

@@ -6,9 +6,9 @@ Departure: whole kernels, ridge, targets of the original and inputs of the new d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
@@ -17,11 +17,16 @@ from torch import Tensor, nn
 from flashvaed_cli.decoders.modules.norms import Norm, build_norm
 from flashvaed_cli.decoders.modules.operators import Conv, LowRankConv3d, SeparableConv3d
 from flashvaed_cli.decoders.spec.layers import ConvSpec
+from flashvaed_cli.decoders.spec.operators import Operator
 from flashvaed_cli.numerics.least_squares import NormalEquations, relative_error, solve_ridge
 from flashvaed_cli.numerics.norms import fit_gain
 from flashvaed_cli.numerics.reduced_rank import solve_reduced_rank
 from flashvaed_cli.numerics.separable import fit_separable
 from flashvaed_cli.surgery.rows import dense_rows_per_clip, gather_patches, separable_rows_per_clip
+from flashvaed_cli.surgery.transfer import Channels, cut_kernel
+
+MAX_UNCHANGED_FEATURES = 8192
+"""Unchanged dense layers with more inputs per output than this keep their weights: the gram alone takes 512 MiB."""
 
 _BLOCK_ELEMENTS = 1 << 26
 
@@ -33,8 +38,8 @@ Positions = Int64[Tensor, " N"]
 class FitSettings:
     """How layers are solved.
 
-    `mode`: `full` solves whole kernels; `channel` only the map from the channels that are left to all that a
-    layer read before, which its old kernel absorbs. `dampening_frac`: ridge over the mean diagonal of the gram.
+    `mode`: `full` solves whole kernels; `channel` solves only the map from a layer's kept input channels to all that
+    it read before, and folds that into its old kernel. `dampening_frac`: ridge over the mean diagonal of the gram.
     """
 
     mode: Literal["channel", "full"] = "full"
@@ -56,7 +61,7 @@ class LayerError:
 
 @runtime_checkable
 class LayerFit(Protocol):
-    """What the walk asks of a fit: rows of one clip after another, then the solution."""
+    """A fit takes the rows of one clip after another, then solves."""
 
     address: str
 
@@ -76,14 +81,6 @@ def num_taps(spec: ConvSpec) -> int:
 
 def _patches(x: Input, spec: ConvSpec, positions: Positions) -> Float[Tensor, "N C taps"]:
     return gather_patches(x, spec.kernel, positions, spec.time_padding, spec.space_padding)
-
-
-def rows_for(layers: Sequence[Conv], num_clips: int) -> int:
-    """How many positions of a clip the fit of these layers uses."""
-    spec = layers[0].spec
-    if isinstance(layers[0], SeparableConv3d):
-        return separable_rows_per_clip(spec.in_width, num_taps(spec), spec.out_width, num_clips)
-    return dense_rows_per_clip(sum(layer.spec.in_width * num_taps(layer.spec) for layer in layers), num_clips)
 
 
 class DenseFit:
@@ -232,7 +229,7 @@ class MeasuredOnly:
         self.num_rows += len(target)
 
     def solve_(self) -> LayerError:
-        """The error of the weights as they are, twice; no unknowns."""
+        """Return the error of the present weights as both `before` and `after`, with no unknowns."""
         variance = float((self.sums[1] - self.sums[0].square() / max(self.num_rows, 1)).sum())
         share = self.error / variance if variance > 0 else float("inf")
         return LayerError(self.address, share, share, self.num_rows, 0)
@@ -267,7 +264,7 @@ class LinearFit:
 
 
 class GainFit:
-    """Fit of a norm's gamma, and beta where it has one: the new decoder normalises over fewer channels."""
+    """Fit of a norm's gamma, and of its beta if it has one: the new decoder normalises over fewer channels."""
 
     def __init__(self, norm: Norm) -> None:
         assert norm.gamma is not None
@@ -286,7 +283,7 @@ class GainFit:
         self.update_normalised(self.unit(x), target)
 
     def update_normalised(self, normalised: Float[Tensor, "N C"], target: Float[Tensor, "N C"]) -> None:
-        """The same with what `unit` makes of the norm's input, which of a GroupNorm takes whole frames."""
+        """The same for rows that `unit` has normalised already: a GroupNorm needs whole frames for that."""
         self.num_rows += len(normalised)
         self.sums += torch.stack([normalised.double().sum(0), target.double().sum(0)]).cpu()
         self.cross += (normalised * target).double().sum(0).cpu()
@@ -301,3 +298,72 @@ class GainFit:
         gain = fit_gain(self.cross - self.num_rows * x * y, self.energy - self.num_rows * x * x, prior=self.prior)
         self.gamma.copy_(gain)
         self.norm.beta.copy_(y - gain * x)
+
+
+class OperatorFit(NamedTuple):
+    """How to fit the layers of an operator whose weights are not a dense kernel.
+
+    Attributes:
+        build: makes the fit, from the layer, the original's, the kept channels of the original's input and output,
+            and the settings.
+        rows_per_clip: number of positions of a clip that the fit uses, for a number of clips.
+    """
+
+    build: Callable[[Any, Conv, Channels, Channels, FitSettings], LayerFit]
+    rows_per_clip: Callable[[ConvSpec, int], int]
+
+
+def fit_of_layer(layer: Conv, source: Conv, before: Channels, after: Channels, settings: FitSettings) -> LayerFit:
+    """The fit of a whole layer, by its operator.
+
+    Args:
+        source: the original's layer.
+        before, after: kept channels of what `source` reads, and of what it gives.
+    """
+    if layer.spec.operator in OPERATOR_FITS:
+        return OPERATOR_FITS[layer.spec.operator].build(layer, source, before, after, settings)
+    if layer.spec == source.spec and _num_features(layer.spec) > MAX_UNCHANGED_FEATURES:
+        return MeasuredOnly(layer)
+    return DenseFit([layer], settings=settings)
+
+
+def rows_for(layers: Sequence[Conv], num_clips: int) -> int:
+    """Number of positions of a clip that the fit of these layers, solved as one, uses."""
+    if not can_be_joined(layers[0]):
+        return OPERATOR_FITS[layers[0].spec.operator].rows_per_clip(layers[0].spec, num_clips)
+    return dense_rows_per_clip(sum(_num_features(layer.spec) for layer in layers), num_clips)
+
+
+def can_be_joined(layer: Conv) -> bool:
+    """Whether a layer can be solved as one with another whose output is added to its own."""
+    return layer.spec.operator not in OPERATOR_FITS
+
+
+def _num_features(spec: ConvSpec) -> int:
+    return spec.in_width * num_taps(spec)
+
+
+def _fit_separable(
+    layer: SeparableConv3d, source: Conv, before: Channels, after: Channels, settings: FitSettings
+) -> LayerFit:
+    is_separable = source.spec.operator == layer.spec.operator
+    dense = None if is_separable else cut_kernel(source, before, after)
+    return SeparableLayerFit(layer, dense_weight=dense, settings=settings)
+
+
+def _fit_low_rank(
+    layer: LowRankConv3d, source: Conv, before: Channels, after: Channels, settings: FitSettings
+) -> LayerFit:
+    return LowRankFit(layer, dense_weight=cut_kernel(source, before, after), settings=settings)
+
+
+OPERATOR_FITS: dict[Operator, OperatorFit] = {
+    "dwsep3d": OperatorFit(
+        _fit_separable,
+        lambda spec, num_clips: separable_rows_per_clip(spec.in_width, num_taps(spec), spec.out_width, num_clips),
+    ),
+    "lowrank3d": OperatorFit(
+        _fit_low_rank, lambda spec, num_clips: dense_rows_per_clip(_num_features(spec), num_clips)
+    ),
+}
+"""Operators that `DenseFit` cannot fit."""

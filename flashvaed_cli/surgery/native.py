@@ -1,7 +1,7 @@
-"""Narrowing inside what a family's stock class can build: the original at another base width.
+"""Narrow to a decoder that a family's stock class can build: the original at another base width.
 
 An identity shortcut carries a whole stream from block to block, so all tensors that identities join share one kept
-set, and every width follows from the base width.
+set. Every width follows from the base width.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def native_base_width(spec: DecoderSpec) -> int:
     """The base width at which a decoder is its family's original.
 
     Raises:
-        SpecError: the family has no native layout, or the decoder is already outside of it.
+        SpecError: the family has no native layout, or the decoder no longer has it.
     """
     obstacle = get_family(spec.family).native_obstacle
     if obstacle is not None:
@@ -35,25 +35,25 @@ def native_base_width(spec: DecoderSpec) -> int:
     base_width = fits_uniform_layout(spec, original_like(spec)).base_width
     if base_width is None:
         raise SpecError(
-            "--layout native: this decoder is not its original at another base width any more, so no stock class can "
-            "build what is made of it. Give the original, or leave --layout out"
+            "--layout native: this decoder is no longer its original at some base width, so no stock class can build "
+            "it or anything pruned from it. Give the original, or leave --layout out"
         )
     return base_width
 
 
 def native_spec(spec: DecoderSpec, base_width: int) -> DecoderSpec:
-    """The family's original at a base width, with what a configuration says of `spec`."""
+    """The family's original at a base width, configured like `spec`."""
     return original_like(spec)(base_width, spec.latent_width)
 
 
 def base_width_step(spec: CoderSpec, round_to: int) -> int:
-    """What native base widths are multiples of: `round_to`, and the groups of every GroupNorm, whose number stays."""
+    """The number that native base widths are multiples of: `round_to` and the fixed number of groups per GroupNorm."""
     groups = [norm.groups for _, block in spec.blocks() for norm, _ in block.norms.values() if norm.groups is not None]
     return math.lcm(round_to, *groups)
 
 
 def nearest_base_width(base_width: int, keep_ratio: float, round_to: int) -> int:
-    """The base width nearest to a fraction of another, a multiple of `round_to`, at least one and at most that."""
+    """The multiple of `round_to` nearest to `base_width * keep_ratio`; at least `round_to`, at most `base_width`."""
     return min(max(round(base_width * keep_ratio / round_to), 1) * round_to, base_width)
 
 
@@ -70,9 +70,9 @@ def largest_base_width_within(
 
 
 def linked_groups(spec: CoderSpec) -> list[ChannelGroup]:
-    """The channel groups, those that an identity shortcut joins as one, under the first one's name.
+    """The channel groups, those that an identity shortcut joins merged under the first one's name.
 
-    A `run` is what one group of a GroupNorm holds: a native student has as many, each narrower.
+    A `run` is one group of a GroupNorm: a native student has as many, each narrower.
     """
     groups = channel_groups(spec)
     leader = {tensor: index for index, group in enumerate(groups) for tensor in group.tensors}
@@ -94,7 +94,7 @@ def linked_groups(spec: CoderSpec) -> list[ChannelGroup]:
 def select_native(
     decoder: Coder, statistics: Mapping[str, TensorStatistics], spec: CoderSpec, *, rule: str, seed: int = 0
 ) -> tuple[Kept, list[GroupSelection]]:
-    """Choose the kept channels of every stream and every inside for the widths of `spec`.
+    """Choose the kept channels of every stream and inner tensor for the widths of `spec`.
 
     Args:
         statistics: by tensor address, of this very decoder.
@@ -119,7 +119,7 @@ def select_native(
 
 
 def _chosen(rule: str, evidence: ChannelEvidence, group: ChannelGroup, num_kept: int, seed: int) -> tuple[int, ...]:
-    """The kept channels; where a GroupNorm reads them, as many of each of its groups, so that none is mixed anew."""
+    """The kept channels; where a GroupNorm reads them, equally many from each of its groups, so that none mix."""
     select, evidence = SELECTION_RULES[rule], replace(evidence, run=1)
     num_runs = group.width // group.run
     if group.run == 1 or num_kept % num_runs:

@@ -2,9 +2,9 @@
 
 Two decoders run side by side on the same clips. Inputs are what the *new* decoder really feeds a layer, so
 each solve also makes up for the errors of the layers before it; targets are what the *original* computes
-there, on the kept channels. Nothing is trained. The original runs once per block and clip, and only rows at
-sampled positions are kept of it; what the blocks hand on lies on disk. So neither time nor memory depends on
-more than the sums of one layer and the activations of one clip.
+there, on the kept channels. Nothing is trained. The original runs once per block and clip, and only its rows at
+sampled positions are kept; the activations between blocks are on disk. So memory holds the sums of one layer and
+the activations of one clip, however many clips there are.
 
 Reference: arXiv 2602.19161 trains these layers; this is a departure (flashvaed_cli/README.md, "Method").
 """
@@ -16,27 +16,29 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from flashvaed_cli.decoders.modules.coder import Coder, Decoder
+from flashvaed_cli.decoders.modules.bypass import Bypass
+from flashvaed_cli.decoders.modules.coder import Coder
 from flashvaed_cli.decoders.modules.memory_format import channels_last, use_channels_last
 from flashvaed_cli.decoders.spec.addresses import split_block, stage_of
 from flashvaed_cli.decoders.spec.groups import Kept, input_tensors
-from flashvaed_cli.decoders.variants.exact import exact_decoder
+from flashvaed_cli.decoders.variants.exact import exact_coder
 from flashvaed_cli.errors import CalibrationError
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.surgery.activations import ActivationStore
-from flashvaed_cli.surgery.block_solvers import BLOCK_SOLVERS, ROWS, STUDENT, BlockPair, rows_by_layer
-from flashvaed_cli.surgery.bypass_fit import BypassPair, solve_bypass
 from flashvaed_cli.surgery.layer_fit import FitSettings, LayerError
 from flashvaed_cli.surgery.recording import record_block
+from flashvaed_cli.surgery.solvers.bypass import solve_bypass
+from flashvaed_cli.surgery.solvers.pair import Entering, Pair
+from flashvaed_cli.surgery.solvers.table import BLOCK_SOLVERS
 from flashvaed_cli.surgery.transfer import Channels, channel_index, inner_channels
 
 Clip = Float[Tensor, "_B _C _T _H _W"]
 
-_REFERENCE = "reference"
-_ENTERING = {_REFERENCE: "reference_entering", STUDENT: "student_entering"}
-"""Names in the store: what entered the stage whose bypass is still open."""
+_BLOCK = Entering("reference", "student")
+_STAGE = Entering("reference_entering", "student_entering")
+"""Names in the store: of what enters the next block, and of what entered the stage whose bypass is still open."""
 
 
 def first_changed_block(before: Coder, after: Coder) -> str | None:
@@ -62,7 +64,7 @@ def reconstruct_coder(
 
     Args:
         reference: the original; its activations are the targets.
-        kept: channels that are left, as indices of the reference's.
+        kept: kept channels by tensor address, as indices of the reference's.
         clips: raw latents (of an encoder, pixels), one calibration clip at a time; consumed once.
         first_block: address of the first block to solve; those before it are only run.
     Returns:
@@ -75,11 +77,10 @@ def reconstruct_coder(
     device = next(student.parameters()).device
     generator = torch.Generator().manual_seed(settings.seed)
     errors: list[LayerError] = []
-    if isinstance(student, Decoder):
-        student = exact_decoder(student)  # over the same weights
+    student = exact_coder(student)  # over the same weights
     # Channel mode reads the inputs of every layer, which some exact operators never form.
-    if settings.mode == "full" and isinstance(reference, Decoder):
-        reference = exact_decoder(reference)
+    if settings.mode == "full":
+        reference = exact_coder(reference)
     use_channels_last(reference)
     use_channels_last(student)
     with ActivationStore(str(device)) as store:
@@ -89,24 +90,30 @@ def reconstruct_coder(
             for address in addresses[start:]:
                 pairing.keep_entering(address)
                 pair, bypass = pairing.blocks_at(address), pairing.bypasses_at(address)
-                num_rows = rows_by_layer(pair)
+                solver = BLOCK_SOLVERS[student.spec_of(address).kind]
+                num_rows = solver.num_rows(pair)
                 for clip in range(num_clips):
-                    output, rows = record_block(pair.reference, store.load_input(clip, _REFERENCE), num_rows, generator)
-                    store.save_input(clip, _REFERENCE, _with_bypass(output, bypass, _REFERENCE, clip))
-                    store.save(clip, ROWS, rows.to_tensors())
+                    entering = store.load_input(clip, _BLOCK.reference)
+                    output, rows = record_block(pair.reference, entering, num_rows, generator)
+                    if bypass is not None:
+                        output = bypass.reference(output, store.load_input(clip, _STAGE.reference), is_first=True)
+                    store.save_input(clip, _BLOCK.reference, output)
+                    pair.save_rows(clip, rows)
                     task.advance(block=address)
                 if bypass is not None:
-                    errors += solve_bypass(bypass, ROWS, generator)
-                errors += BLOCK_SOLVERS[student.spec_of(address).kind](pair, address)
+                    errors += solve_bypass(bypass, student.spec_of(address), generator)
+                errors += solver.solve(pair)
                 for clip in range(num_clips if address != addresses[-1] else 0):
-                    output = pair.student(store.load_input(clip, STUDENT))
-                    store.save_input(clip, STUDENT, _with_bypass(output, bypass, STUDENT, clip))
+                    output = pair.student(store.load_input(clip, _BLOCK.student))
+                    if bypass is not None:
+                        output = bypass.student(output, store.load_input(clip, _STAGE.student), is_first=True)
+                    store.save_input(clip, _BLOCK.student, output)
     return errors
 
 
 @dataclass(frozen=True)
 class _Pairing:
-    """The two decoders, and what their parts at an address are solved from."""
+    """Pairs the parts of two decoders by address."""
 
     reference: Coder
     student: Coder
@@ -115,54 +122,48 @@ class _Pairing:
     store: ActivationStore
     num_clips: int
 
-    def blocks_at(self, address: str) -> BlockPair:
+    def blocks_at(self, address: str) -> Pair[nn.Module]:
         """A block and its successor."""
-        return BlockPair(
-            self.reference.at(address),
-            self.student.at(address),
-            self._channels_before(address),
-            inner_channels(self.kept, address, self.student.spec_of(address)),
-            channel_index(self.kept, address),
-            self.settings,
-            self.store,
-            self.num_clips,
+        return Pair(
+            address=address,
+            reference=self.reference.at(address),
+            student=self.student.at(address),
+            before=self._channels_before(address),
+            inner=inner_channels(self.kept, address, self.student.spec_of(address)),
+            after=channel_index(self.kept, address),
+            settings=self.settings,
+            store=self.store,
+            num_clips=self.num_clips,
+            entering=_BLOCK,
         )
 
-    def bypasses_at(self, address: str) -> BypassPair | None:
+    def bypasses_at(self, address: str) -> Pair[Bypass] | None:
         """The bypass that ends with a block and its successor; None if none does."""
         stage = self.student.spec.bypassed().get(address)
         if stage is None:
             return None
-        return BypassPair(
-            self.reference.bypass_of(stage.name),
-            self.student.bypass_of(stage.name),
-            stage.blocks[-1],
-            self._channels_before(f"{stage.name}.0"),
-            channel_index(self.kept, address),
-            self.settings,
-            self.store,
-            self.num_clips,
-            (_ENTERING[_REFERENCE], _ENTERING[STUDENT]),
+        return Pair(
+            address=address,
+            reference=self.reference.bypass_of(stage.name),
+            student=self.student.bypass_of(stage.name),
+            before=self._channels_before(f"{stage.name}.0"),
+            after=channel_index(self.kept, address),
+            settings=self.settings,
+            store=self.store,
+            num_clips=self.num_clips,
+            entering=_STAGE,
         )
 
     def keep_entering(self, address: str) -> None:
-        """Where a stage with a bypass begins, keep what enters it."""
+        """At the first block of a stage with a bypass, keep the stage's input."""
         stage, index = split_block(address)
         if index == 0 and stage in self.student.bypasses:
             for clip in range(self.num_clips):
-                for name, kept_name in _ENTERING.items():
+                for name, kept_name in zip(_BLOCK, _STAGE, strict=True):
                     self.store.save_input(clip, kept_name, self.store.load_input(clip, name))
 
     def _channels_before(self, address: str) -> Channels:
         return channel_index(self.kept, input_tensors(self.student.spec)[address])
-
-
-def _with_bypass(output: Clip, pair: BypassPair | None, name: str, clip: int) -> Clip:
-    """A block's output with the bypass that ends there, in the decoder of that name."""
-    if pair is None:
-        return output
-    bypass = pair.reference if name == _REFERENCE else pair.student
-    return bypass(output, pair.store.load_input(clip, _ENTERING[name]), is_first=True)
 
 
 def _run_prefix(
@@ -178,12 +179,12 @@ def _run_prefix(
     entrance = input_tensors(student.spec)[f"{stage}.0"] if stage in student.bypasses else None
     num_clips = 0
     for latents in clips:
-        for name, decoder in ((_REFERENCE, reference), (STUDENT, student)):
+        for decoder, name, stage_name in zip((reference, student), _BLOCK, _STAGE, strict=True):
             x = channels_last(decoder.enter(latents.to(device)))
             for address, output in decoder.walk(x, stop=first_block):
                 x = output
                 if address == entrance:
-                    store.save_input(num_clips, _ENTERING[name], x)
+                    store.save_input(num_clips, stage_name, x)
             store.save_input(num_clips, name, x)
         num_clips += 1
     if num_clips == 0:

@@ -1,6 +1,6 @@
-"""What a block of the original reads and gives at sampled positions: the targets of the least squares.
+"""Inputs and outputs of the layers of an original's block at sampled positions: the targets of the least squares.
 
-The original runs once per block and clip; only rows at sampled positions are kept of its inner layers.
+The original runs once per block and clip.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from flashvaed_cli.decoders.modules.blocks import Downsample
-from flashvaed_cli.decoders.modules.norms import FrameGroupNorm
-from flashvaed_cli.decoders.modules.operators import Conv
 from flashvaed_cli.surgery.rows import gather_rows, sample_positions
 
 BLOCK = "block"
@@ -22,15 +20,15 @@ BLOCK = "block"
 
 
 BYPASS_GAP = "bypass_gap"
-"""The name of the outputs that a stage's last layer owes because the new bypass does not give them; on the channels
-that are left."""
+"""The name of what the new bypass misses on the kept channels, and the stage's last layer must add."""
 
 
 @dataclass(frozen=True)
 class RecordedRows:
-    """Rows of one clip. Names are those of the block's layers and GroupNorms, and `BLOCK`.
+    """Rows of one clip, by the name of a layer or GroupNorm of the block, and `BLOCK`.
 
-    `positions` of a layer index its output `[B, T, H, W]`; so do those of its input, where that has the same grid.
+    The `positions` of a layer index its output `[B, T, H, W]`. Its inputs are recorded only where they have the same
+    grid, at the same positions.
     """
 
     inputs: dict[str, Float[Tensor, "_N _C"]]
@@ -55,12 +53,12 @@ class RecordedRows:
 def record_block(
     block: nn.Module, x: Float[Tensor, "_B _C _T _H _W"], num_rows: Mapping[str, int], generator: torch.Generator
 ) -> tuple[Float[Tensor, "_B _O _F _Ho _Wo"], RecordedRows]:
-    """Run a block of the original on a clip and record its convolutions, and norms that rows alone do not give.
+    """Run a block of the original on a clip; record its convolutions, and the norms that need whole frames.
 
     Layers of the same grid share their positions.
 
     Args:
-        num_rows: by layer name, and for `BLOCK`; others are not recorded.
+        num_rows: rows to record by layer name, and for `BLOCK`; other layers are not recorded.
         generator: draws the positions.
     Returns:
         The block's output, and the rows.
@@ -80,11 +78,10 @@ def record_block(
         if given.shape[2:] == output.shape[2:]:
             rows.inputs[name] = gather_rows(given, at)
 
-    layers = {name: layer for name, layer in block.named_children() if isinstance(layer, Conv | FrameGroupNorm)}
-    handles = [_hook(layer, name, record) for name, layer in layers.items()]
+    handles = [_hook(layer, name, record) for name, layer in block.named_children() if name in num_rows]
     try:
         output = block(x)
-        if isinstance(block, Downsample):  # whose layers run strided, past their own call
+        if isinstance(block, Downsample):  # runs its layers strided, without calling them: no hook fires
             record("spatial", x, block.halve_size(x))
             record("temporal", x, output[:, :, 1:])
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from flashvaed_cli.decoders.spec.blocks import (
     AttentionSpec,
@@ -19,8 +19,9 @@ from flashvaed_cli.decoders.spec.blocks import (
 )
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.decoders.spec.groups import Kept, channel_groups, input_tensors, tensor_widths
-from flashvaed_cli.decoders.spec.layers import ConvSpec, NormSpec, Operator
+from flashvaed_cli.decoders.spec.layers import ConvSpec, NormSpec
 from flashvaed_cli.decoders.spec.naf_blocks import IstaSpec, NafSpec
+from flashvaed_cli.decoders.spec.operators import OPERATOR_FACTS, Operator
 from flashvaed_cli.errors import SpecError
 
 
@@ -58,7 +59,7 @@ def narrowed_spec(spec: DecoderSpec, kept: Kept) -> DecoderSpec:
 
 
 def spec_of_widths(spec: DecoderSpec, widths: Mapping[str, int]) -> DecoderSpec:
-    """The spec with channel groups narrowed to widths; what pruning to these widths gives, whichever channels stay.
+    """The spec with channel groups narrowed to widths, as pruning to them gives it, whichever channels are kept.
 
     Args:
         widths: by the name of a group; groups that are absent or at their full width stay as they are.
@@ -76,7 +77,7 @@ def spec_of_widths(spec: DecoderSpec, widths: Mapping[str, int]) -> DecoderSpec:
 
 
 def _keeps_runs_whole(channels: Sequence[int], run: int) -> bool:
-    """Whether channels are runs of so many, each whole and in its order: then the statistics of each are the same."""
+    """Whether channels consist of whole runs of this length, each in order, so that the statistics of a run stay."""
     starts = channels[::run]
     whole = [channel for start in starts for channel in range(start, start + run)]
     return run == 1 or (list(channels) == whole and all(start % run == 0 for start in starts))
@@ -87,15 +88,14 @@ def _count(kept: tuple[int, ...] | None) -> int | None:
 
 
 class _Widths(NamedTuple):
-    """Channels that are left before a block, in the tensors inside it and after it; None or absent: all."""
+    """Number of kept channels before a block, in the tensors inside it, and after it; None or absent: all."""
 
     before: int | None
     inner: Mapping[str, int]
     after: int | None
 
 
-def _narrow_resblock(block: Block, widths: _Widths) -> ResBlockSpec:
-    assert isinstance(block, ResBlockSpec)
+def _narrow_resblock(block: ResBlockSpec, widths: _Widths) -> ResBlockSpec:
     inner = widths.inner.get("conv1")
     conv1 = _resized(block.conv1, widths.before, inner)
     conv2 = _resized(block.conv2, inner, widths.after)
@@ -107,8 +107,7 @@ def _narrow_resblock(block: Block, widths: _Widths) -> ResBlockSpec:
     return ResBlockSpec(**{**dict(block), **changed, "norm2": None if norm2 == norm1 else norm2})
 
 
-def _narrow_chain(block: Block, widths: _Widths) -> ChainSpec:
-    assert isinstance(block, ChainSpec)
+def _narrow_chain(block: ChainSpec, widths: _Widths) -> ChainSpec:
     ends = (widths.before, *(widths.inner.get(name) for name in block.inner_tensors), widths.after)
     convs = {name: _resized(block.layers[name], *ends[i : i + 2]) for i, name in enumerate(block.path)}
     shortcut = block.shortcut
@@ -118,42 +117,36 @@ def _narrow_chain(block: Block, widths: _Widths) -> ChainSpec:
     return ChainSpec(**{**dict(block), **convs, "shortcut": shortcut})
 
 
-def _narrow_attention(block: Block, widths: _Widths) -> AttentionSpec:
-    assert isinstance(block, AttentionSpec)
+def _narrow_attention(block: AttentionSpec, widths: _Widths) -> AttentionSpec:
     width = widths.after or block.width
     norm = block.norm if block.norm.groups is None else block.norm.narrowed(block.width, width)
     return block.model_copy(update={"width": width, "norm": norm})
 
 
-def _narrow_upsample(block: Block, widths: _Widths) -> UpsampleSpec:
-    assert isinstance(block, UpsampleSpec)
+def _narrow_upsample(block: UpsampleSpec, widths: _Widths) -> UpsampleSpec:
     temporal = block.temporal and _resized(block.temporal, widths.before, widths.before and 2 * widths.before)
     changed = {"temporal": temporal, "spatial": _resized(block.spatial, widths.before, widths.after)}
     return block.model_copy(update=changed)
 
 
-def _narrow_shuffle(block: Block, widths: _Widths) -> ShuffleUpsampleSpec:
+def _narrow_shuffle(block: ShuffleUpsampleSpec, widths: _Widths) -> ShuffleUpsampleSpec:
     """A residual becomes part of the kernel."""
-    assert isinstance(block, ShuffleUpsampleSpec)
     conv = _resized(block.conv, widths.before, widths.after and widths.after * block.cell)
     return ShuffleUpsampleSpec(conv=conv, factor=block.factor)
 
 
-def _narrow_head(block: Block, widths: _Widths) -> HeadSpec:
-    assert isinstance(block, HeadSpec)
+def _narrow_head(block: HeadSpec, widths: _Widths) -> HeadSpec:
     conv = _resized(block.conv, widths.before, widths.after)
     norm = None if block.norm is None else _narrowed_norms(block, {"norm": conv.in_width})[0]
     return block.model_copy(update={"conv": conv, "norm": norm})
 
 
-def _narrow_single(block: Block, widths: _Widths) -> ConvBlockSpec:
-    assert isinstance(block, ConvBlockSpec)
+def _narrow_single(block: ConvBlockSpec, widths: _Widths) -> ConvBlockSpec:
     return block.model_copy(update={"conv": _resized(block.conv, widths.before, widths.after)})
 
 
-def _narrow_gates(block: Block, widths: _Widths) -> BlockSpec:
+def _narrow_gates(block: NafSpec | IstaSpec, widths: _Widths) -> BlockSpec:
     """Fewer values with their gates; the channels of the stream stay."""
-    assert isinstance(block, NafSpec | IstaSpec)
     layers: dict[str, ConvSpec] = {}
     for name, width in widths.inner.items():
         inner = block.inner_tensors[name]
@@ -170,7 +163,7 @@ def _refuse(block: Block, widths: _Widths) -> NoReturn:
     raise SpecError("encoders are not pruned")
 
 
-NARROWED: dict[str, Callable[[Block, _Widths], BlockSpec]] = {
+NARROWED: dict[str, Callable[[Any, _Widths], BlockSpec]] = {
     "conv": _narrow_single,
     "resblock": _narrow_resblock,
     "chain": _narrow_chain,
@@ -186,11 +179,11 @@ NARROWED: dict[str, Callable[[Block, _Widths], BlockSpec]] = {
     "cell_stem": _refuse,
     "cell_head": _refuse_cells,
 }
-"""A block of each kind with the channels that are left."""
+"""A block of each kind with the kept channels."""
 
 
 def _narrowed_norms(block: Block, kept: Mapping[str, int]) -> list[NormSpec]:
-    """The norms over the channels that are left, with a gain to make up for those that are missing."""
+    """The norms over the kept channels, with a gain to make up for the missing ones."""
     return [norm.narrowed(width, kept[name]) for name, (norm, width) in block.norms.items()]
 
 
@@ -203,7 +196,7 @@ def _resized(layer: ConvSpec, in_width: int | None, out_width: int | None) -> Co
 
 
 def full_rank(layer: ConvSpec) -> int:
-    """The rank that a layer's kernel has at most."""
+    """The largest rank that a layer's kernel can have."""
     return min(layer.out_width, layer.in_width * layer.kernel[0])
 
 
@@ -223,7 +216,7 @@ def with_time_rank(spec: DecoderSpec, ratio: float) -> DecoderSpec:
         dense = ConvSpec(**{**layer.model_dump(), "operator": "causal3d", "rank": None})
         if low.parameter_count >= dense.parameter_count:
             raise SpecError(
-                f"{address}.temporal: {rank} of rank {full_rank(layer)} cost more than the kernel itself; "
+                f"{address}.temporal: rank {rank} of {full_rank(layer)} costs more than the kernel itself; "
                 "give a smaller --time-rank, or leave it out"
             )
         changed[address] = block.model_copy(update={"temporal": low})
@@ -234,9 +227,9 @@ def with_time_rank(spec: DecoderSpec, ratio: float) -> DecoderSpec:
             if isinstance(block, ShuffleUpsampleSpec) and block.factor[0] > 1
         ]
         raise SpecError(
-            f"--time-rank factorises layers that do nothing but double the frames, as Wan's time_conv; this decoder "
-            f"doubles them by shuffling channels of {', '.join(shuffling)} into time and space at once, which stay "
-            "whole: leave --time-rank out"
+            f"--time-rank factorises layers that only double the frames, such as Wan's time_conv; this decoder doubles "
+            f"them by shuffling channels of {', '.join(shuffling)} into time and space at once, which cannot be "
+            "factorised: leave --time-rank out"
             if shuffling
             else "this decoder has no temporal upsampler: leave --time-rank out"
         )
@@ -269,16 +262,14 @@ def converted_spec(spec: DecoderSpec, stage_operators: Mapping[str, Operator]) -
     return spec.with_blocks(changed)
 
 
-_CONVERSIONS = {("causal3d", "dwsep3d"), ("causal3d", "frame2d"), ("frame2d", "dwsep3d")}
-
-
 def _with_operator(layer: ConvSpec, operator: Operator, address: str) -> ConvSpec:
     if layer.operator == operator:
         return layer
     if operator == "frame2d" and layer.operator == "pointwise":
         return layer
-    if (layer.operator, operator) not in _CONVERSIONS:
-        possible = ", ".join(sorted(to for source, to in _CONVERSIONS if source == layer.operator)) or "nothing"
+    targets = sorted(name for name, facts in OPERATOR_FACTS.items() if layer.operator in facts.made_from)
+    if operator not in targets:
+        possible = ", ".join(targets) or "nothing"
         raise SpecError(f"{address} is {layer.operator}: it converts to {possible}, not to {operator}")
     if operator != "frame2d":
         return layer.model_copy(update={"operator": operator})

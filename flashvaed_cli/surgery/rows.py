@@ -1,4 +1,4 @@
-"""Rows of a least-squares problem: values, and the input patches behind them, at sampled positions of a clip."""
+"""Rows of a least-squares problem: output values and the input patches that they come from, at sampled positions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _EQUATIONS_PER_UNKNOWN = 128
 def dense_rows_per_clip(num_features: int, num_clips: int) -> int:
     """How many positions of a clip to use for a dense layer, whose rows are summed up.
 
-    What 5e9 multiply-adds for the gram buy, but in all at least 8 and at most 128 per unknown.
+    As many as 5e9 multiply-adds for the gram allow, but over all clips at least 8 and at most 128 per unknown.
     """
     affordable = int(_GRAM_MULTIPLY_ADDS / num_features**2)
     fewest, most = (-(-n * (num_features + 1) // num_clips) for n in (_FEWEST_ROWS_PER_UNKNOWN, _MOST_ROWS_PER_UNKNOWN))

@@ -1,8 +1,8 @@
 """Which channels of each group stay: a rule from `numerics.selection`, applied to the groups that have a ratio.
 
-Channels that do not vary over the calibration clips are kept last (but for `greedy-energy`, which keeps constant
-ones that are large, since they steady the norms) and are named in the report. Where a GroupNorm reads the channels,
-whole groups of it stay or go.
+Channels that do not vary over the calibration clips are kept last and named in the report; only `greedy-energy` keeps
+constant ones that are large, since they steady the norms. Where a GroupNorm reads the channels, its groups stay or go
+whole.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ def select_channels(
     Args:
         statistics: by tensor address, of this very decoder.
         keep_ratios: fraction kept by the name of a stage (`up3`, all its groups) or of a group (`up3.stream`), which
-            wins over its stage. A stage's entry (behind a resampler that changes the width) belongs to it.
+            wins over its stage. A stage's entry (after a resampler that changes the width) belongs to it.
         rule: a key of `SELECTION_RULES`.
-        prepared: the sets that phase 2 of the distillation has made the others dependent on; they win over the
-            rule where they have the size that the ratio asks for.
+        prepared: the sets that phase 2 of the distillation prepared to be kept; they win over the rule where they
+            have the size that the ratio asks for.
     Returns:
         Kept channels by tensor address, ascending, and one line of report per group.
     Raises:

@@ -1,6 +1,6 @@
-"""First weights of a changed decoder, from the reference's alone and without data: cut, summed, factorised.
+"""First weights of a changed decoder, from the reference's weights alone: cut, summed, factorised.
 
-This is what pruning without reconstruction gives, the start of the closed-form fit, and the baseline that
+They are the result of pruning without reconstruction, the start of the closed-form fit, and the baseline that
 the fit is measured against.
 
 Reference: arXiv 2602.19161, sections 3.1 and 3.2.
@@ -9,29 +9,31 @@ Reference: arXiv 2602.19161, sections 3.1 and 3.2.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 
-from flashvaed_cli.decoders.modules.blocks import Attention, Chain, Downsample, Head, ResBlock, Upsample
+from flashvaed_cli.decoders.modules.blocks import Attention, Chain, ConvBlock, Downsample, Head, ResBlock, Upsample
 from flashvaed_cli.decoders.modules.bypass import Bypass
 from flashvaed_cli.decoders.modules.coder import CoderT
+from flashvaed_cli.decoders.modules.convolution import conv_at
+from flashvaed_cli.decoders.modules.naf_blocks import CellHead, CellStem, Ista, Naf
 from flashvaed_cli.decoders.modules.norms import ChannelLayerNorm, Norm
-from flashvaed_cli.decoders.modules.operators import OPERATORS, Conv, LowRankConv3d, SeparableConv3d, dense_kernel
-from flashvaed_cli.decoders.modules.shuffle_blocks import ShuffleUpsample
-from flashvaed_cli.decoders.spec.block import Block
+from flashvaed_cli.decoders.modules.operators import Conv
+from flashvaed_cli.decoders.modules.shuffle_blocks import ShuffleUpsample, StridedDownsample, UnshuffleDownsample
 from flashvaed_cli.decoders.spec.blocks import BlockSpec, ShuffleUpsampleSpec
 from flashvaed_cli.decoders.spec.coders import CoderSpec
 from flashvaed_cli.decoders.spec.groups import Kept, input_tensors
-from flashvaed_cli.decoders.spec.layers import Operator
 from flashvaed_cli.errors import SpecError
-from flashvaed_cli.numerics.reduced_rank import factorise
-from flashvaed_cli.numerics.separable import frame_from_causal, separable_from_dense
+from flashvaed_cli.numerics.separable import frame_from_causal
 from flashvaed_cli.surgery.attention_fit import set_collapsed
 
 Channels = Tensor | None
 AnyNorm = Norm | ChannelLayerNorm
+Single = ConvBlock | StridedDownsample | UnshuffleDownsample
+ByPaths = Naf | Ista | CellStem | CellHead
 
 
 def channel_index(kept: Kept, tensor: str | None) -> Channels:
@@ -107,8 +109,7 @@ def doubled(channels: Channels, temporal: Conv) -> Channels:
     return torch.cat([channels, channels + temporal.spec.out_width // 2])
 
 
-def _transfer_resblock(source: nn.Module, block: nn.Module, cut: Cut) -> None:
-    assert isinstance(source, ResBlock) and isinstance(block, ResBlock)
+def _transfer_resblock(source: ResBlock, block: ResBlock, cut: Cut) -> None:
     before, inner, after = cut.before, cut.inner["conv1"], cut.after
     _transfer_norm(source.norm1, block.norm1, before)
     _transfer_conv(source.conv1, block.conv1, before, inner)
@@ -122,8 +123,7 @@ def _transfer_resblock(source: nn.Module, block: nn.Module, cut: Cut) -> None:
     _transfer_shortcut(source.shortcut, block.shortcut, source.conv1.spec.in_width, cut)
 
 
-def _transfer_chain(source: nn.Module, block: nn.Module, cut: Cut) -> None:
-    assert isinstance(source, Chain) and isinstance(block, Chain)
+def _transfer_chain(source: Chain, block: Chain, cut: Cut) -> None:
     ends = (cut.before, *cut.inner.values(), cut.after)
     for i, (theirs, ours) in enumerate(zip(source.convolutions(), block.convolutions(), strict=True)):
         _transfer_conv(theirs, ours, ends[i], ends[i + 1])
@@ -142,8 +142,7 @@ def _transfer_shortcut(source: Conv | None, shortcut: Conv | None, width: int, c
     shortcut.bias.zero_()
 
 
-def _transfer_attention(source: nn.Module, block: nn.Module, cut: Cut) -> None:
-    assert isinstance(source, Attention) and isinstance(block, Attention)
+def _transfer_attention(source: Attention, block: Attention, cut: Cut) -> None:
     _transfer_norm(source.norm, block.norm, cut.before)
     if block.proj.in_features != source.proj.in_features:
         weight, outer = (pick(source.qkv.weight, cut.before, 1), pick(source.proj.weight, cut.after, 0))
@@ -156,33 +155,27 @@ def _transfer_attention(source: nn.Module, block: nn.Module, cut: Cut) -> None:
     block.proj.bias.copy_(pick(source.proj.bias, cut.after, 0))
 
 
-def _transfer_upsample(source: nn.Module, block: nn.Module, cut: Cut) -> None:
-    assert isinstance(source, Upsample) and isinstance(block, Upsample)
+def _transfer_upsample(source: Upsample, block: Upsample, cut: Cut) -> None:
     if block.temporal is not None:
         assert source.temporal is not None
         _transfer_conv(source.temporal, block.temporal, cut.before, doubled(cut.before, source.temporal))
     _transfer_conv(source.spatial, block.spatial, cut.before, cut.after)
 
 
-def _transfer_downsample(source: nn.Module, block: nn.Module, cut: Cut) -> None:
-    assert isinstance(source, Downsample) and isinstance(block, Downsample)
+def _transfer_downsample(source: Downsample, block: Downsample, cut: Cut) -> None:
     _transfer_conv(source.spatial, block.spatial, cut.before, cut.after)
     if block.temporal is not None and source.temporal is not None:
         _transfer_conv(source.temporal, block.temporal, cut.after, cut.after)
 
 
-def _transfer_head(source: nn.Module, block: nn.Module, cut: Cut) -> None:
-    assert isinstance(source, Head) and isinstance(block, Head)
+def _transfer_head(source: Head, block: Head, cut: Cut) -> None:
     if source.norm is not None and block.norm is not None:
         _transfer_norm(source.norm, block.norm, cut.before)
     _transfer_conv(source.conv, block.conv, cut.before, cut.after)
 
 
-def _transfer_single(source: nn.Module, block: nn.Module, cut: Cut) -> None:
-    """Of a block that is one convolution, `conv`."""
-    ours, theirs = block.get_submodule("conv"), source.get_submodule("conv")
-    assert isinstance(ours, Conv) and isinstance(theirs, Conv)
-    _transfer_conv(theirs, ours, cut.before, cut.after)
+def _transfer_single(source: Single, block: Single, cut: Cut) -> None:
+    _transfer_conv(source.conv, block.conv, cut.before, cut.after)
 
 
 def gated(channels: Channels, width: int) -> Channels:
@@ -190,10 +183,9 @@ def gated(channels: Channels, width: int) -> Channels:
     return None if channels is None else torch.cat([channels, channels + width])
 
 
-def _transfer_parts(source: nn.Module, block: nn.Module, cut: Cut) -> None:
-    """Of a block that names its parts by paths: all as they are, but for the layers around pruned inner tensors."""
+def _transfer_parts(source: ByPaths, block: ByPaths, cut: Cut) -> None:
+    """For blocks that name their parts by paths: copy all but the layers around pruned inner tensors, which are cut."""
     spec, old = block.spec, source.spec
-    assert isinstance(spec, Block) and isinstance(old, Block)
     ends: dict[str, list[Channels]] = {name: [None, None] for name in spec.layers}
     for name, inner in old.inner_tensors.items():
         ends[inner.producer][1] = gated(cut.inner[name], inner.width)
@@ -203,22 +195,19 @@ def _transfer_parts(source: nn.Module, block: nn.Module, cut: Cut) -> None:
         if place not in ends:
             block.get_parameter(name).copy_(parameter)
     for name, (before, after) in ends.items():
-        theirs, ours = source.get_submodule(name), block.get_submodule(name)
-        assert isinstance(theirs, Conv) and isinstance(ours, Conv)
-        _transfer_conv(theirs, ours, before, after)
+        _transfer_conv(conv_at(source, name), conv_at(block, name), before, after)
 
 
 def _transfer_norm(source: AnyNorm, norm: AnyNorm, before: Channels) -> None:
-    """Gain and shift of the channels that are left; a norm that had no gain begins with one of 1."""
+    """Gain and shift of the kept channels; where the source has no gain, the norm keeps its gain of 1."""
     if norm.gamma is not None and source.gamma is not None:
         norm.gamma.copy_(pick(source.gamma, before, 0))
     if norm.beta is not None and source.beta is not None:
         norm.beta.copy_(pick(source.beta, before, 0))
 
 
-def _transfer_shuffle(source: nn.Module, block: nn.Module, cut: Cut) -> None:
-    """A residual that pruning has parted from its channels becomes part of the kernel's middle."""
-    assert isinstance(source, ShuffleUpsample) and isinstance(block, ShuffleUpsample)
+def _transfer_shuffle(source: ShuffleUpsample, block: ShuffleUpsample, cut: Cut) -> None:
+    """A residual whose channels pruning has changed becomes part of the kernel's middle tap."""
     kernel = source.conv.weight
     if source.spec.residual and not block.spec.residual:
         kernel = kernel + residual_kernel(source.spec).to(kernel)
@@ -243,7 +232,7 @@ def residual_channels(spec: ShuffleUpsampleSpec) -> Tensor:
     return (rows // cell) % (conv.in_width // cell) * cell + rows % cell
 
 
-TRANSFERS: dict[str, Callable[[nn.Module, nn.Module, Cut], None]] = {
+TRANSFERS: dict[str, Callable[[Any, Any, Cut], None]] = {
     "conv": _transfer_single,
     "resblock": _transfer_resblock,
     "chain": _transfer_chain,
@@ -259,62 +248,33 @@ TRANSFERS: dict[str, Callable[[nn.Module, nn.Module, Cut], None]] = {
     "cell_stem": _transfer_parts,
     "cell_head": _transfer_parts,
 }
-"""How a block of each kind gets its weights: from the reference's block, for the channels that are left."""
+"""How a block of each kind gets its weights from the reference's block, on the kept channels."""
 
 
 def _transfer_conv(source: Conv, layer: Conv, before: Channels, after: Channels) -> None:
-    operators = (source.spec.operator, layer.spec.operator)
-    if operators not in _CONVERSIONS:
-        raise SpecError(f"{layer.address}: {operators[1]} weights cannot come from {operators[0]} ones")
-    _CONVERSIONS[operators](source, layer, before, after)
-    layer.bias.copy_(pick(source.bias, after, 0))
-
-
-def _copy(source: Conv, layer: Conv, before: Channels, after: Channels) -> None:
-    layer.weight.copy_(pick(pick(source.weight, after, 0), before, 1))
-
-
-def _copy_separable(source: Conv, layer: Conv, before: Channels, after: Channels) -> None:
-    assert isinstance(source, SeparableConv3d) and isinstance(layer, SeparableConv3d)
-    layer.depthwise.copy_(pick(source.depthwise, before, 0))
-    _copy(source, layer, before, after)
-
-
-def _factorise(source: Conv, layer: Conv, before: Channels, after: Channels) -> None:
-    """A factorised kernel of the same rank is cut; any other becomes the nearest of the rank."""
-    assert isinstance(layer, LowRankConv3d)
-    if isinstance(source, LowRankConv3d) and source.spec.rank == layer.spec.rank:
-        layer.weight.copy_(pick(source.weight, after, 0))
-        layer.reduce.copy_(pick(source.reduce, before, 1))
+    """The source's weights on the kept channels; of another operator, or another rank, the nearest to its kernel."""
+    if (source.spec.operator, source.spec.rank) != (layer.spec.operator, layer.spec.rank):
+        if source.spec.kernel[0] < layer.spec.kernel[0]:
+            raise SpecError(
+                f"{layer.address}: {layer.spec.operator} weights cannot come from {source.spec.operator} ones"
+            )
+        set_kernel_(layer, cut_kernel(source, before, after))
+        layer.bias.copy_(pick(source.bias, after, 0))
         return
-    kernel = pick(pick(dense_kernel(source), after, 0), before, 1)
-    outer, inner = factorise(kernel.flatten(1), layer.weight.shape[1])
-    layer.weight.copy_(outer)
-    layer.reduce.copy_(inner.reshape(layer.reduce.shape))
+    for name, axes in layer.channel_axes.items():
+        weight = source.get_parameter(name)
+        for axis, channels in zip(axes, (after, before), strict=True):
+            weight = weight if axis is None else pick(weight, channels, axis)
+        layer.get_parameter(name).copy_(weight)
 
 
-def _sum_over_time(source: Conv, layer: Conv, before: Channels, after: Channels) -> None:
-    layer.weight.copy_(frame_from_causal(pick(pick(source.weight, after, 0), before, 1)))
+def cut_kernel(source: Conv, before: Channels, after: Channels) -> Float[Tensor, "o c kt kh kw"]:
+    """The dense kernel of a layer, on the kept channels of its input and its output."""
+    return pick(pick(source.dense_kernel(), after, 0), before, 1)
 
 
-def _sum_over_time_alone(source: Conv, layer: Conv, before: Channels, after: Channels) -> None:
-    layer.weight.copy_(frame_from_causal(pick(pick(source.weight, after, 0), before, 1)).flatten(1))
-
-
-def _separate(source: Conv, layer: Conv, before: Channels, after: Channels) -> None:
-    assert isinstance(layer, SeparableConv3d)
-    depthwise, pointwise = separable_from_dense(pick(pick(dense_kernel(source), after, 0), before, 1))
-    layer.depthwise.copy_(depthwise[:, None])
-    layer.weight.copy_(pointwise)
-
-
-_CONVERSIONS: dict[tuple[Operator, Operator], Callable[[Conv, Conv, Channels, Channels], None]] = {
-    **{(operator, operator): _copy for operator in OPERATORS},
-    **{(operator, "lowrank3d"): _factorise for operator in OPERATORS},
-    ("dwsep3d", "dwsep3d"): _copy_separable,
-    ("causal3d", "frame2d"): _sum_over_time,
-    ("causal3d", "pointwise"): _sum_over_time_alone,
-    ("causal3d", "dwsep3d"): _separate,
-    ("frame2d", "dwsep3d"): _separate,
-}
-"""The data-free way from one operator's weights to another's."""
+def set_kernel_(layer: Conv, kernel: Float[Tensor, "O C kt kh kw"]) -> None:
+    """Write the weights nearest to a dense kernel, without data; a single temporal tap takes the sum of all."""
+    if layer.spec.kernel[0] < kernel.shape[2]:
+        kernel = frame_from_causal(kernel)[:, :, None]
+    layer.set_dense_kernel_(kernel)

@@ -116,6 +116,18 @@ def test_files_side_by_side_show_what_differs(made: Path) -> None:
     assert len(succeed("info pruned.safetensors converted.safetensors", cwd=made)["files"]) == 2
 
 
+def test_a_file_that_cannot_be_read_hides_no_other(made: Path) -> None:
+    words = "info pruned.safetensors absent.safetensors converted.safetensors"
+    result = invoke(words, cwd=made)
+    assert result.exit_code == 2 and "absent.safetensors" in result.stderr and "Traceback" not in result.stderr
+    assert "What differs" in result.stdout and "up3: operators" in result.stdout
+    document = json.loads(invoke(f"{words} --json", cwd=made).stdout)
+    assert [one["file"] for one in document["files"]] == ["pruned.safetensors", "converted.safetensors"]
+    assert [one["file"] for one in document["failed"]] == ["absent.safetensors"]
+    both = invoke("info absent.safetensors gone.safetensors", cwd=made)
+    assert both.exit_code == 2 and "absent" in both.stderr and "gone" in both.stderr
+
+
 def test_what_was_measured_beside_it(made: Path) -> None:
     succeed("eval converted.safetensors --data clip.mp4 --num-frames 5 --num-speed-rounds 1 --lpips off", cwd=made)
     shown = info("converted.safetensors", made)["reports"]

@@ -173,7 +173,7 @@ def test_sigterm_between_two_phases_says_what_is_kept(folder: Path, monkeypatch:
     assert result.exit_code == 143
     assert result.stderr == (
         "Error: terminated: nothing was written to flash.safetensors; run again to resume from flash.phase1.ckpt "
-        "(phase 2, 2 of 2 steps); what was encoded is kept in cache\n"
+        "(phase 2, 2 of 2 steps); the encoded clips are kept in cache\n"
     )
     assert not list(folder.glob(".*"))  # the lock is gone
 

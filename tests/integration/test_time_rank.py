@@ -38,4 +38,4 @@ def test_factors_are_written_and_exported_as_kernels(tmp_path: Path) -> None:
 def test_a_rank_that_does_not_pay_is_a_mistake(tmp_path: Path) -> None:
     write_toy_vae(tmp_path / "vae.safetensors")
     result = invoke("convert-ops vae.safetensors --time-rank 0.9 --reconstruct none", cwd=tmp_path)
-    assert result.exit_code == 2 and "cost more than the kernel itself" in result.stderr
+    assert result.exit_code == 2 and "costs more than the kernel itself" in result.stderr

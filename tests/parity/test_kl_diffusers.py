@@ -211,6 +211,17 @@ def test_configurations_of_other_networks_are_refused(changed: dict, message: st
         load_checkpoint(tmp_path, builtins={})
 
 
+def test_a_refusal_names_a_few_layers_and_counts_the_others(tmp_path: Path) -> None:
+    import json
+
+    saved(random_kl(kl_config("stable-diffusion")), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "norm_num_groups": 3}))
+    with pytest.raises(ArtifactError, match=r"; and \d+ more\.$") as caught:
+        load_checkpoint(tmp_path, builtins={})
+    assert str(caught.value).count("cannot part") == 2
+
+
 def test_statistics_by_channel_win_over_factors(tmp_path: Path) -> None:
     """As Playground 2.5 has them: pipelines undo raw = scaled * std / scaling_factor + mean."""
     mean, std = [0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 3.0, 4.0]

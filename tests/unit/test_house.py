@@ -16,10 +16,10 @@ from flashvaed_cli.artifact.foreign.layouts import CONVS
 from flashvaed_cli.decoders.modules.blocks import BLOCKS
 from flashvaed_cli.decoders.modules.operators import OPERATORS
 from flashvaed_cli.decoders.spec.blocks import KINDS
-from flashvaed_cli.decoders.spec.layers import Operator
+from flashvaed_cli.decoders.spec.operators import OPERATOR_FACTS, Operator
 from flashvaed_cli.families.registry import FAMILIES, LAYOUTS, class_layout, original_layout
-from flashvaed_cli.surgery.block_solvers import BLOCK_SOLVERS
 from flashvaed_cli.surgery.respec import NARROWED
+from flashvaed_cli.surgery.solvers.table import BLOCK_SOLVERS
 from flashvaed_cli.surgery.transfer import TRANSFERS
 
 PACKAGE = Path(flashvaed_cli.__file__).parent
@@ -78,7 +78,7 @@ TABLES = {
     "modules (decoders/modules/blocks.py)": set(BLOCKS),
     "narrowing (surgery/respec.py)": set(NARROWED),
     "weights from the reference (surgery/transfer.py)": set(TRANSFERS),
-    "least squares (surgery/block_solvers.py)": set(BLOCK_SOLVERS) | UNSOLVED,
+    "least squares (surgery/solvers/table.py)": set(BLOCK_SOLVERS) | UNSOLVED,
     "names in checkpoints (artifact/foreign/layouts.py)": set(CONVS) | {"attention"},
 }
 
@@ -91,8 +91,8 @@ def test_every_table_has_every_kind_of_block() -> None:
     assert not strange
 
 
-def test_every_operator_has_a_module() -> None:
-    assert set(OPERATORS) == set(get_args(Operator))
+def test_every_operator_has_its_facts_and_a_module() -> None:
+    assert set(OPERATORS) == set(OPERATOR_FACTS) == set(get_args(Operator))
 
 
 def named_families(module: Path) -> set[str]:

@@ -22,13 +22,17 @@ from flashvaed_cli.decoders.spec.blocks import (
     UpsampleSpec,
 )
 from flashvaed_cli.decoders.spec.coders import BypassSpec, DecoderSpec, EncoderSpec, StageSpec
-from flashvaed_cli.decoders.spec.layers import ConvSpec, Kernel, Operator, TimePadding
+from flashvaed_cli.decoders.spec.layers import ConvSpec, Kernel, TimePadding
+from flashvaed_cli.decoders.spec.operators import Operator
 from flashvaed_cli.decoders.variants.still import still_spec
 from flashvaed_cli.errors import ArtifactError, SpecError
 from flashvaed_cli.families.layout import Layout, Role
 from flashvaed_cli.families.registry import get_family
 
 WeightShape = tuple[int, int, Kernel]
+
+_NUM_SHOWN = 2
+"""Faults that a message names."""
 
 _BLOCK_SPECS: dict[str, type] = {
     "conv": ConvBlockSpec,
@@ -93,7 +97,12 @@ def spec_from_shapes(
             return type(plan).model_validate({**dict(plan), "stages": tuple(stages)})
     except ValidationError as error:
         clashes.append(reasons(error))
-    raise ArtifactError(f"{location}: the widths of its layers do not fit together: {'; '.join(clashes[:8])}.")
+    raise ArtifactError(f"{location}: the widths of its layers do not fit together: {_shown(clashes)}.")
+
+
+def _shown(clashes: list[str]) -> str:
+    more = f"; and {len(clashes) - _NUM_SHOWN} more" if len(clashes) > _NUM_SHOWN else ""
+    return "; ".join(clashes[:_NUM_SHOWN]) + more
 
 
 def _is_still(shapes: Mapping[str, Shape], layout: Layout, plan: DecoderSpec) -> bool:

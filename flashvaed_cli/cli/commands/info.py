@@ -6,6 +6,7 @@ import typer
 
 from flashvaed_cli.cli.running import run_stage
 from flashvaed_cli.cli.signature import USING_PANEL, Command
+from flashvaed_cli.errors import ArtifactError
 from flashvaed_cli.recipe import InfoRecipe
 
 
@@ -16,7 +17,9 @@ def info(context: typer.Context, settings: InfoRecipe) -> None:
     """
     from flashvaed_cli.stages.info.run import run_info
 
-    run_stage(context, run_info, settings)
+    failed = run_stage(context, run_info, settings).as_dict().get("failed")
+    if isinstance(failed, list) and failed:
+        raise ArtifactError("\n".join(one["message"] for one in failed))
 
 
 COMMAND = Command(

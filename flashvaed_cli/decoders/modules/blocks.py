@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flashvaed_cli.decoders.modules.convolution import conv_at
 from flashvaed_cli.decoders.modules.naf_blocks import CellHead, CellStem, Ista, Naf
 from flashvaed_cli.decoders.modules.norms import ChannelLayerNorm, activate, build_norm, norm_silu
 from flashvaed_cli.decoders.modules.operators import (
@@ -98,8 +99,7 @@ class Chain(nn.Module):
 
     def convolutions(self) -> list[Conv]:
         """Those of the main path, in order."""
-        found = [self.get_submodule(name) for name in self.spec.path]
-        return [conv for conv in found if isinstance(conv, Conv)]
+        return [conv_at(self, name) for name in self.spec.path]
 
 
 class Attention(nn.Module):

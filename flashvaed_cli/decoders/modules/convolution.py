@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, MutableMapping
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -140,7 +141,14 @@ def remember(
 
 
 class Conv(nn.Module):
-    """Weight and bias of one layer; `address` is its name in the spec and in the state."""
+    """Weight and bias of one layer; `address` is its name in the spec and in the state.
+
+    An operator whose weights are not a dense kernel overrides `channel_axes`, `dense_kernel` and `set_dense_kernel_`,
+    so that layers of any operator can be cut, converted and expanded.
+    """
+
+    channel_axes: ClassVar[Mapping[str, tuple[int | None, int | None]]] = {"weight": (0, 1), "bias": (0, None)}
+    """For each parameter, the axes of the output channels and of the input channels."""
 
     def __init__(self, spec: ConvSpec, address: str, weight_shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -150,6 +158,21 @@ class Conv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(spec.out_width))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
+    def dense_kernel(self) -> Float[Tensor, "O C kt kh kw"]:
+        """The equivalent dense kernel."""
+        return self.weight.reshape(self.spec.out_width, self.spec.in_width, *self.spec.kernel)
+
+    def set_dense_kernel_(self, kernel: Float[Tensor, "O C kt kh kw"]) -> None:
+        """Write a dense kernel with as many taps, or the nearest that the operator can represent; the bias stays."""
+        self.weight.copy_(kernel.reshape(self.weight.shape))
+
     def extra_repr(self) -> str:
         s = self.spec
         return f"{s.in_width} -> {s.out_width}, kernel={s.kernel}"
+
+
+def conv_at(module: nn.Module, path: str) -> Conv:
+    """The convolution at a path inside a module."""
+    layer = module.get_submodule(path)
+    assert isinstance(layer, Conv), f"{path} is no convolution"
+    return layer

@@ -92,6 +92,11 @@ class Naf(nn.Module):
         return x + y if self.spec.residual else y
 
 
+def branches_of(block: nn.Module) -> list[Branch]:
+    """The branches of a naf block, or of all naf blocks inside another block, in forward order."""
+    return [part for part in block.modules() if isinstance(part, Branch)]
+
+
 class Ista(nn.Module):
     """Latents to features by K unrolled steps of iterative shrinkage."""
 

@@ -32,7 +32,10 @@ from flashvaed_cli.decoders.modules.convolution import (
 from flashvaed_cli.decoders.modules.exact_operators import StackedConv3d, SubpixelConv2d, TapwiseConv3d, sum_over_taps
 from flashvaed_cli.decoders.modules.norms import ChannelLayerNorm, ChannelRMSNorm, norm_silu
 from flashvaed_cli.decoders.modules.winograd import WinogradConv3d
-from flashvaed_cli.decoders.spec.layers import ConvSpec, Operator
+from flashvaed_cli.decoders.spec.layers import ConvSpec
+from flashvaed_cli.decoders.spec.operators import Operator
+from flashvaed_cli.numerics.reduced_rank import factorise
+from flashvaed_cli.numerics.separable import separable_from_dense
 
 __all__ = [
     "ChannelLayerNorm",
@@ -63,10 +66,20 @@ class CausalConv3d(Conv):
 class SeparableConv3d(Conv):
     """Depthwise convolution (`depthwise` `[C, 1, kt, kh, kw]`, padded as its spec says), then `weight` `[O, C]`."""
 
+    channel_axes = {**Conv.channel_axes, "depthwise": (None, 0)}
+
     def __init__(self, spec: ConvSpec, address: str) -> None:
         super().__init__(spec, address, (spec.out_width, spec.in_width))
         self.depthwise = nn.Parameter(torch.empty(spec.in_width, 1, *spec.kernel))
         nn.init.kaiming_uniform_(self.depthwise, a=math.sqrt(5))
+
+    def dense_kernel(self) -> Float[Tensor, "O C kt kh kw"]:
+        return self.weight[:, :, None, None, None] * self.depthwise[None, :, 0]
+
+    def set_dense_kernel_(self, kernel: Float[Tensor, "O C kt kh kw"]) -> None:
+        depthwise, pointwise = separable_from_dense(kernel)
+        self.depthwise.copy_(depthwise[:, None])
+        self.weight.copy_(pointwise)
 
     def forward(
         self, x: Float[Tensor, "B C T H W"], past: Past = None, future: Future = None
@@ -79,8 +92,16 @@ class SeparableConv3d(Conv):
 class DepthwiseConv3d(Conv):
     """Depthwise convolution alone, padded as its spec says. Weight `[C, 1, kt, kh, kw]`."""
 
+    channel_axes = {**Conv.channel_axes, "weight": (0, None)}
+
     def __init__(self, spec: ConvSpec, address: str) -> None:
         super().__init__(spec, address, (spec.in_width, 1, *spec.kernel))
+
+    def dense_kernel(self) -> Float[Tensor, "C C kt kh kw"]:
+        return torch.diag_embed(self.weight[:, 0].movedim(0, -1)).permute(3, 4, 0, 1, 2)
+
+    def set_dense_kernel_(self, kernel: Float[Tensor, "C C kt kh kw"]) -> None:
+        self.weight.copy_(kernel.diagonal().movedim(-1, 0)[:, None])
 
     def forward(
         self, x: Float[Tensor, "B C T H W"], past: Past = None, future: Future = None
@@ -122,11 +143,22 @@ class LowRankConv3d(Conv):
     and what least squares of rank r gives.
     """
 
+    channel_axes = {**Conv.channel_axes, "weight": (0, None), "reduce": (None, 1)}
+
     def __init__(self, spec: ConvSpec, address: str) -> None:
         assert spec.rank is not None
         super().__init__(spec, address, (spec.out_width, spec.rank))
         self.reduce = nn.Parameter(torch.empty(spec.rank, spec.in_width, *spec.kernel))
         nn.init.kaiming_uniform_(self.reduce, a=math.sqrt(5))
+
+    def dense_kernel(self) -> Float[Tensor, "O C kt 1 1"]:
+        kernel = self.weight @ self.reduce.flatten(1)
+        return kernel.reshape(self.spec.out_width, self.spec.in_width, *self.spec.kernel)
+
+    def set_dense_kernel_(self, kernel: Float[Tensor, "O C kt 1 1"]) -> None:
+        outer, inner = factorise(kernel.flatten(1), self.weight.shape[1])
+        self.weight.copy_(outer)
+        self.reduce.copy_(inner.reshape(self.reduce.shape))
 
     def forward(
         self, x: Float[Tensor, "B C T H W"], past: Past = None, future: Future = None
@@ -152,16 +184,6 @@ def pointwise_conv(
     if x.shape[0] * x.shape[2] == 1:
         return F.linear(x.permute(0, 2, 3, 4, 1), weight, bias).permute(0, 4, 1, 2, 3)
     return batch_as_frames(F.conv2d(frames_as_batch(x), kernel, bias), x.shape[0])
-
-
-def dense_kernel(layer: Conv) -> Float[Tensor, "O C kt kh kw"]:
-    """The kernel of any operator as a dense one."""
-    shape = (layer.spec.out_width, layer.spec.in_width, *layer.spec.kernel)
-    if isinstance(layer, SeparableConv3d):
-        return layer.weight[:, :, None, None, None] * layer.depthwise[None, :, 0]
-    if isinstance(layer, LowRankConv3d):
-        return (layer.weight @ layer.reduce.flatten(1)).reshape(shape)
-    return layer.weight.reshape(shape)
 
 
 OPERATORS: dict[Operator, Callable[[ConvSpec, str], Conv]] = {

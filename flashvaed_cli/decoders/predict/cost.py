@@ -5,12 +5,12 @@ One multiply-add counts as two operations. Norms, activations and interpolation 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from flashvaed_cli.decoders.spec.blocks import AttentionSpec, BlockSpec, Grid
 from flashvaed_cli.decoders.spec.coders import CoderSpec
-from flashvaed_cli.decoders.spec.layers import ConvSpec, Operator
+from flashvaed_cli.decoders.spec.layers import ConvSpec
+from flashvaed_cli.decoders.spec.operators import OPERATOR_FACTS
 
 
 @dataclass(frozen=True)
@@ -84,54 +84,8 @@ def _block_cost(address: str, block: BlockSpec, grid: Grid) -> list[LayerCost]:
 
 
 def _layer_cost(address: str, layer: ConvSpec, grid: Grid) -> LayerCost:
-    multiplies = _MULTIPLIES.get(layer.operator, _plain_multiplies)(layer, grid)
+    multiplies = OPERATOR_FACTS[layer.operator].multiplies(layer, grid)
     return LayerCost(address, layer.operator, 2 * multiplies, layer.parameter_count)
-
-
-def _plain_multiplies(layer: ConvSpec, grid: Grid) -> int:
-    return (layer.parameter_count - layer.out_width) * _size(grid)
-
-
-def _num_taps(layer: ConvSpec, num_frames: int) -> int:
-    """Temporal taps over all frames of a video, without those that would reach before its first frame."""
-    if layer.time_padding != "zeros":
-        return layer.kernel[0] * num_frames
-    return sum(max(num_frames - delay, 0) for delay in range(layer.kernel[0]))
-
-
-def _tapwise_multiplies(layer: ConvSpec, grid: Grid) -> int:
-    _, kh, kw = layer.kernel
-    return layer.in_width * layer.out_width * kh * kw * _num_taps(layer, grid[0]) * grid[1] * grid[2]
-
-
-def _winograd_multiplies(layer: ConvSpec, grid: Grid) -> int:
-    """36 products per 4x4 tile, and the transforms of kernel, input and output as the matrix products they are."""
-    t, h, w = grid
-    kt, tiles = layer.kernel[0], -(-h // 4) * -(-w // 4)
-    channels = layer.in_width * layer.out_width
-    inputs = t if layer.time_padding == "zeros" else t + kt - 1
-    transforms = 36 * 36 * layer.in_width * inputs * tiles + 16 * 36 * layer.out_width * t * tiles
-    return 36 * channels * _num_taps(layer, t) * tiles + transforms + 36 * 9 * min(kt, inputs) * channels
-
-
-def _low_rank_multiplies(layer: ConvSpec, grid: Grid) -> int:
-    """The taps that there are, to `rank` channels, and the pointwise layer behind them."""
-    rank = layer.rank or 0
-    return rank * (layer.in_width * _num_taps(layer, grid[0]) * grid[1] * grid[2] + layer.out_width * _size(grid))
-
-
-def _subpixel_multiplies(layer: ConvSpec, grid: Grid) -> int:
-    """Four taps for every enlarged pixel (the margin of one small pixel is not counted)."""
-    return layer.in_width * layer.out_width * 4 * _size(grid)
-
-
-_MULTIPLIES: dict[Operator, Callable[[ConvSpec, Grid], int]] = {
-    "tapwise3d": _tapwise_multiplies,
-    "winograd3d": _winograd_multiplies,
-    "lowrank3d": _low_rank_multiplies,
-    "subpixel2d": _subpixel_multiplies,
-}
-"""Multiplications of the operators that do not spend one per weight and position (a whole video, float32)."""
 
 
 def _attention_cost(address: str, block: AttentionSpec, grid: Grid) -> LayerCost:

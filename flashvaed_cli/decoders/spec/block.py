@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from flashvaed_cli.decoders.spec.layers import ConvSpec, Factor, FrozenSpec, NormSpec, OmittingSpec
+from flashvaed_cli.decoders.spec.operators import Grid
 
 BlockT = TypeVar("BlockT", bound="Block")
-Grid = tuple[int, int, int]
-"""Frames, height, width of a tensor."""
 
 
 class Reader(FrozenSpec):

@@ -12,20 +12,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_serializer, model_validator
 
+from flashvaed_cli.decoders.spec.operators import OPERATOR_FACTS, Operator
 from flashvaed_cli.limits import MAX_FACTOR, MAX_TAPS, MAX_WIDTH
 
-Operator = Literal[
-    "causal3d",
-    "dwsep3d",
-    "frame2d",
-    "pointwise",
-    "lowrank3d",
-    "tapwise3d",
-    "stacked3d",
-    "winograd3d",
-    "subpixel2d",
-    "depthwise3d",
-]
 Width = Annotated[int, Field(gt=0, le=MAX_WIDTH)]
 """Channels."""
 _Taps = Annotated[int, Field(gt=0, le=MAX_TAPS)]
@@ -41,17 +30,6 @@ zeros before and after it."""
 CENTRED: frozenset[TimePadding] = frozenset({"edges", "zeros_around"})
 """The paddings of kernels that see as many frames ahead as behind; the others are causal."""
 Activation = Literal["none", "relu", "silu"]
-
-PLAIN_OPERATORS: dict[Operator, Operator] = {
-    "tapwise3d": "causal3d",
-    "stacked3d": "causal3d",
-    "winograd3d": "causal3d",
-    "subpixel2d": "frame2d",
-}
-"""Exact twin to the plain operator whose parameters and outputs it has."""
-
-
-_ONLY_3X3: frozenset[Operator] = frozenset({"winograd3d", "subpixel2d"})
 
 
 class FrozenSpec(BaseModel):
@@ -143,19 +121,7 @@ class NormSpec(OmittingSpec):
 class ConvSpec(OmittingSpec):
     """One convolution: `[B, in_width, T, H, W]` to `[B, out_width, T, H, W]`, with bias.
 
-    Operators:
-        causal3d: dense kernel `(kt, kh, kw)`, causal in time (zeros before the first frame).
-        dwsep3d: depthwise causal `(kt, kh, kw)`, then pointwise.
-        frame2d: dense `(1, kh, kw)` on every frame by itself.
-        pointwise: `(1, 1, 1)`.
-        lowrank3d: causal `(kt, 1, 1)` to `rank` channels, then pointwise.
-        depthwise3d: depthwise causal `(kt, kh, kw)` alone; as many channels leave as enter.
-    Exact twins (the same parameters and, up to rounding, the same outputs as the operator in brackets):
-        tapwise3d [causal3d]: a sum over temporal taps of 2D convolutions; no window, no products with zeros.
-        stacked3d [causal3d]: one 2D convolution to `kt` times as many channels, added up over time: few outputs.
-        winograd3d [causal3d]: `(kt, 3, 3)` by minimal filtering, a quarter of the products; half precision: tapwise3d.
-        subpixel2d [frame2d]: an upsampler's `spatial` (3x3) only: the nearest upsampling before it is folded into
-            four 2x2 kernels on the small frames.
+    Its operators are in `operators.py`.
 
     `time_padding`: `zeros` and `first` are causal, `edges` and `zeros_around` see as many frames ahead as behind. A
     layer with one temporal tap has none to choose.
@@ -175,26 +141,14 @@ class ConvSpec(OmittingSpec):
     def _kernel_fits_operator(self) -> ConvSpec:
         if any(taps % 2 == 0 for taps in self.kernel[1:]):
             raise ValueError(f"a kernel has an odd number of taps in space, not {self.kernel}")
-        if self.operator == "pointwise" and self.kernel != (1, 1, 1):
-            raise ValueError(f"a pointwise layer has kernel (1, 1, 1), not {self.kernel}")
-        if self.operator == "depthwise3d" and self.in_width != self.out_width:
-            raise ValueError(f"a depthwise3d layer gives the {self.in_width} channels it takes, not {self.out_width}")
-        if self.plain_operator == "frame2d" and self.kernel[0] != 1:
-            raise ValueError(f"a {self.operator} layer has one temporal tap, not kernel {self.kernel}")
-        if self.operator in _ONLY_3X3 and self.kernel[1:] != (3, 3):
-            raise ValueError(f"a {self.operator} layer has 3x3 taps in space, not kernel {self.kernel}")
-        if self.time_padding != "zeros" and self.kernel[0] == 1:
-            raise ValueError(f"a layer with one temporal tap pads nothing in time, not {self.time_padding}")
-        if self.operator == "stacked3d" and self.time_padding in CENTRED:
-            raise ValueError(f"a stacked3d layer is causal in time, not padded with {self.time_padding}")
-        if self.enlarges and self.space_padding != "zeros":
-            raise ValueError(f"a {self.operator} layer pads zeros around frames, not {self.space_padding}")
-        if self.time_padding in CENTRED and self.kernel[0] % 2 == 0:
-            raise ValueError(f"a centred kernel has an odd number of temporal taps, not {self.kernel[0]}")
         if (self.operator == "lowrank3d") != (self.rank is not None):
             raise ValueError(f"rank {self.rank} in a {self.operator} layer: lowrank3d has one, no other operator has")
-        if self.operator == "lowrank3d" and (self.kernel[1:] != (1, 1) or self.time_padding != "zeros"):
-            raise ValueError(f"a lowrank3d layer has one tap in space and pads zeros in time, not {self.kernel}")
+        if self.time_padding != "zeros" and self.kernel[0] == 1:
+            raise ValueError(f"a layer with one temporal tap pads nothing in time, not {self.time_padding}")
+        if self.time_padding in CENTRED and self.kernel[0] % 2 == 0:
+            raise ValueError(f"a centred kernel has an odd number of temporal taps, not {self.kernel[0]}")
+        if (fault := OPERATOR_FACTS[self.operator].fault(self)) is not None:
+            raise ValueError(fault)
         return self
 
     @property
@@ -210,7 +164,7 @@ class ConvSpec(OmittingSpec):
     @property
     def plain_operator(self) -> Operator:
         """The operator itself, or the one that it is an exact twin of."""
-        return PLAIN_OPERATORS.get(self.operator, self.operator)
+        return OPERATOR_FACTS[self.operator].twin_of or self.operator
 
     @property
     def enlarges(self) -> bool:
@@ -220,11 +174,4 @@ class ConvSpec(OmittingSpec):
     @property
     def parameter_count(self) -> int:
         """Weights and bias."""
-        kt, kh, kw = self.kernel
-        if self.rank is not None:
-            return self.rank * (self.in_width * kt + self.out_width) + self.out_width
-        if self.operator == "depthwise3d":
-            return self.in_width * (kt * kh * kw + 1)
-        if self.operator == "dwsep3d":
-            return self.in_width * kt * kh * kw + self.in_width * self.out_width + self.out_width
-        return self.in_width * self.out_width * kt * kh * kw + self.out_width
+        return OPERATOR_FACTS[self.operator].weights(self) + self.out_width

@@ -38,10 +38,11 @@ from collections.abc import Callable
 
 import torch
 
-from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.modules.coder import Coder, Decoder
 from flashvaed_cli.decoders.spec.blocks import BlockSpec, UpsampleSpec
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
-from flashvaed_cli.decoders.spec.layers import ConvSpec, Operator
+from flashvaed_cli.decoders.spec.layers import ConvSpec
+from flashvaed_cli.decoders.spec.operators import Operator
 
 WINOGRAD_WIDTH = 24
 """From this many channels on either side the products outweigh the transforms (16: 5.3 ms against 4.8)."""
@@ -72,6 +73,11 @@ def exact_decoder(decoder: Decoder, *, device_type: str | None = None) -> Decode
     """
     device_type = device_type or next(decoder.parameters()).device.type
     return with_spec(decoder, exact_spec(decoder.spec, device_type=device_type))
+
+
+def exact_coder(coder: Coder) -> Coder:
+    """A decoder with exact operators, as `exact_decoder` makes it; an encoder as it is, since it has none."""
+    return exact_decoder(coder) if isinstance(coder, Decoder) else coder
 
 
 def plain_decoder(decoder: Decoder) -> Decoder:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from flashvaed_cli.decoders.modules.coder import Decoder
-from flashvaed_cli.decoders.modules.operators import LowRankConv3d, dense_kernel
+from flashvaed_cli.decoders.modules.operators import LowRankConv3d
 from flashvaed_cli.decoders.spec.coders import BlockSpec, DecoderSpec
 
 
@@ -33,6 +33,6 @@ def expanded_decoder(decoder: Decoder) -> Decoder:
     for name, module in decoder.named_modules():
         if isinstance(module, LowRankConv3d):
             del state[f"{name}.reduce"]
-            state[f"{name}.weight"] = dense_kernel(module)
+            state[f"{name}.weight"] = module.dense_kernel()
     dense.load_state_dict(state)
     return dense

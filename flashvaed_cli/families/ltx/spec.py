@@ -29,7 +29,8 @@ from flashvaed_cli.decoders.spec.blocks import (
     UnshuffleDownsampleSpec,
 )
 from flashvaed_cli.decoders.spec.coders import DecoderSpec, EncoderSpec, StageSpec
-from flashvaed_cli.decoders.spec.layers import ConvSpec, Factor, NormSpec, Operator, SpacePadding, TimePadding
+from flashvaed_cli.decoders.spec.layers import ConvSpec, Factor, NormSpec, SpacePadding, TimePadding
+from flashvaed_cli.decoders.spec.operators import Operator
 from flashvaed_cli.families.family import ComfyUIReader, Family, OtherPrograms
 from flashvaed_cli.families.ltx.comfyui import comfyui_config
 from flashvaed_cli.families.ltx.config import config_keys, configured, described, with_space_padding

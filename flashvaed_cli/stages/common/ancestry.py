@@ -1,6 +1,6 @@
-"""The files that an artifact came from, as far as they are still at hand.
+"""The files that an artifact was made from, where they still exist.
 
-What an artifact records may come from a stranger: a recorded path is opened only to compute its hash, and read only if
+An artifact's records may come from a stranger: a recorded path is opened only to compute its hash, and read only if
 that is the recorded one. Nothing is downloaded.
 """
 
@@ -30,9 +30,9 @@ class Ancestor:
     """A recorded file.
 
     Attributes:
-        state: whether it is where it was, and of the recorded hash.
-        header: of an artifact that is unchanged; None for originals of other programs.
-        parents: what it came from in turn.
+        state: whether it is still in its place, with the recorded hash.
+        header: that of an unchanged artifact; None for originals of other programs.
+        parents: the files that it was made from in turn.
     """
 
     lineage: Lineage
@@ -42,9 +42,9 @@ class Ancestor:
 
 
 def find_parents(header: ArtifactHeader, location: str) -> tuple[Ancestor, ...]:
-    """What an artifact came from; recorded places count from here, and from beside the artifact.
+    """The parents of an artifact; recorded paths are relative to the working directory, or to the artifact's folder.
 
-    The original stands among the parents where no parent leads to it.
+    The original is among them if no parent leads to it.
 
     Args:
         location: of the artifact.
@@ -53,7 +53,7 @@ def find_parents(header: ArtifactHeader, location: str) -> tuple[Ancestor, ...]:
 
 
 def find_lineage(location: str, sha256: str, folder: Path) -> Ancestor:
-    """One file by its recorded place, which counts from here and from `folder`, and hash."""
+    """One file by its hash and its recorded path, relative to the working directory or to `folder`."""
     return _find(Lineage(role="input", location=location, sha256=sha256), folder, 0)
 
 

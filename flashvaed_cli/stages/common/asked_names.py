@@ -1,4 +1,4 @@
-"""Names of stages and channel groups that a recipe or a flag asks for: refused before any work where they are none."""
+"""Check the names of stages and channel groups in a recipe or flag before any work begins."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def require_known_ratios(recipe: RatioFields, spec: DecoderSpec) -> None:
     """Refuse ratios for stages and channel groups that the decoder lacks.
 
     Raises:
-        SpecError: says who asked (a recipe file and its key, or the flag), which names exist, and what to do.
+        SpecError: names the source (a recipe file and its key, or the flag), the names that exist, and what to do.
     """
     groups = channel_groups(spec)
     shallow = shallow_stages(spec)
@@ -42,7 +42,7 @@ def require_known_operators(recipe: ConvertOpsRecipe, spec: DecoderSpec) -> None
     """Refuse operators for stages that the decoder lacks, or that have nothing to convert.
 
     Raises:
-        SpecError: as above.
+        SpecError: as `require_known_ratios`.
     """
     stages = [stage.name for stage in spec.stages if any(isinstance(b, ResBlockSpec) for b in stage.blocks)]
     if not stages:
@@ -63,7 +63,7 @@ def require_own_blocks(spec: DecoderSpec, location: str) -> None:
     """Refuse to convert the operators of a decoder that is not made of its family's blocks.
 
     Raises:
-        SpecError: it lacks them; says what it has.
+        SpecError: its blocks are others.
     """
     if not has_family_blocks(spec):
         raise SpecError(

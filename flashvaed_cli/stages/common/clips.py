@@ -1,4 +1,4 @@
-"""From the recipe's data to calibration latents: videos are cut into clips and encoded, latents are read."""
+"""From the recipe's data to calibration latents: cut and encode videos, read latent files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from flashvaed_cli.zoo.builtin import FITTING_CLIPS
 
 
 def find_data(data: Sequence[str], default: Sequence[Path] = FITTING_CLIPS) -> list[Path]:
-    """The files that the recipe's `data` names; clips that ship with the program when it names none."""
+    """The files that the recipe's `data` names; if it names none, the clips that ship with the program."""
     return find_clips(data) if data else list(default)
 
 
@@ -37,15 +37,15 @@ def raw_latents(path: Path, scale: LatentScale, vae: Checkpoint) -> Float[Tensor
 
 
 def scale_of(path: Path, given: LatentScale) -> LatentScale:
-    """The scale that the user gives, where the file's kind does not decide it."""
+    """The scale of a file: decided by its kind, or else the one that the user gives."""
     return "raw" if is_always_raw(path) else given
 
 
 def to_raw(latents: Float[Tensor, "B C T Hz Wz"], scale: LatentScale, vae: Checkpoint) -> Float[Tensor, "B C T Hz Wz"]:
-    """Latents of a scale in the one that decoders take: raw = normalized * std + mean.
+    """Convert latents to the scale that decoders take: raw = normalized * std + mean.
 
     Raises:
-        ArtifactError: normalized ones, and the VAE has no statistics.
+        ArtifactError: the latents are normalized and the VAE has no statistics.
     """
     if scale == "raw":
         return latents
@@ -95,7 +95,7 @@ class CalibrationClips:
                 continue
             try:
                 latents = self._load(clip)
-            except MediaError as error:  # damaged after the frames that the plan looked at, or changed since
+            except MediaError as error:  # damaged after the frames that the plan checked, or changed since
                 self._skipped[clip] = str(error)
                 self.progress.warn(f"skipped {_file_of(clip)}: {error}")
                 continue
@@ -107,7 +107,7 @@ class CalibrationClips:
         """The videos themselves, padded to what the encoder takes; latent files have none.
 
         Raises:
-            MediaError: a video cannot be read any more.
+            MediaError: a video can no longer be read.
         """
         for clip in self.requests:
             if clip not in self._skipped:
@@ -156,7 +156,7 @@ def plan_calibration(
 ) -> CalibrationClips:
     """Choose the clips. Broken videos are named and left out; latent files are cut to the same size.
 
-    Sizes that the VAE does not take are rounded down, which is said.
+    Sizes that the VAE does not take are rounded down, with a warning.
 
     Args:
         still: single frames, whatever the recipe says: for a decoder of single images.
@@ -203,7 +203,7 @@ def plan_calibration(
 
 
 def _usable_latents(paths: Sequence[Path], limit: int, vae: Checkpoint) -> tuple[list[Path], dict[Path, str]]:
-    """The first `limit` latent files that fit the decoder, and what is wrong with the others met."""
+    """The first `limit` latent files that fit the decoder, and what is wrong with the files passed over."""
     if not paths:
         return [], {}
     try:

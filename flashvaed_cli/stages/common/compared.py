@@ -13,12 +13,12 @@ from flashvaed_cli.stages.common.loading import Inputs, load_inputs
 
 
 def derived_decoders(inputs: Inputs, recipe: EvalRecipe, taken: Sequence[str] = ()) -> dict[str, Decoder]:
-    """The input and everything in `compare` by file name; what is the original itself is left out.
+    """The input and everything in `compare`, by file name, except the original itself.
 
     Args:
-        taken: names that stand for something else.
+        taken: names that are already in use.
     Raises:
-        ArtifactError: a decoder to compare with cannot be loaded, or is of another original.
+        ArtifactError: a decoder to compare with cannot be loaded, or comes from another original.
     """
     derived = [inputs.checkpoint]
     for location in recipe.compare:
@@ -42,7 +42,7 @@ def derived_decoders(inputs: Inputs, recipe: EvalRecipe, taken: Sequence[str] = 
 
 
 def distinct_names(files: Sequence[Path], taken: Sequence[str] = ()) -> list[str]:
-    """File stems, numbered where one is taken already."""
+    """File stems, numbered where one is already in use."""
     names: list[str] = []
     for path in files:
         name, number = path.stem, 1

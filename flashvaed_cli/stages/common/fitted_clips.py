@@ -1,4 +1,4 @@
-"""The sizes of clip that a VAE takes, in place of those that a recipe asks for. What is rounded is said."""
+"""Round the clip sizes of a recipe down to sizes that a VAE takes, with a warning."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SIDES = ("crop_size", "max_side")
 
 
 def latent_grid(vae: Checkpoint) -> LatentGrid:
-    """What the VAE compresses by, and the longest clip that its decoder takes at once."""
+    """The VAE's compression factors, and the longest clip that its decoder takes at once."""
     spec = vae.require_decoder().spec
     tiles = spec.temporal_tiles
     return LatentGrid(spec.temporal_factor, spec.spatial_factor, None if tiles is None else tiles.length)
@@ -30,8 +30,8 @@ def fitted_to_vae(
     """The recipe with its frames and sides rounded down to what the VAE takes; one warning names what is rounded.
 
     Args:
-        still: single frames, for a decoder of single images; said only where another number was given.
-        unused: fields that have no effect, and are left as they are.
+        still: single frames, for a decoder of single images; warned of only if another number was given.
+        unused: fields that have no effect and are left unchanged.
     Raises:
         MediaError: a side holds no latent.
     """

@@ -1,4 +1,4 @@
-"""How good a decoder is at the end of `prune` and `convert-ops`: on clips that no weight was fitted to, if possible."""
+"""Judge the decoder at the end of `prune` and `convert-ops`, if possible on clips that no weight was fitted to."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ _NUM_WORST = 3
 
 @dataclass(frozen=True)
 class HeldOut:
-    """How a decoder did; None where nothing could be judged.
+    """Quality and speed of a decoder; None where they could not be measured.
 
     Attributes:
-        figures: GFLOP are of the last clip.
+        figures: their GFLOP are those of the last clip.
         speed: how many times faster than the eager original.
     """
 
@@ -63,11 +63,11 @@ def judge_held_out(
     """PSNR and sharpness to the original's output, and the speed-up over it, eager.
 
     Args:
-        original: of the decoder that is judged, without time for one of single images.
+        original: of the decoder that is judged; for one of single images, its still variant.
         vae: the original with its encoder.
-        fitted: the clips of the fit; None where nothing was fitted.
+        fitted: the clips of the fit; None if nothing was fitted.
     Returns:
-        An empty one, with a warning, where there is no clip to judge on or frames are not finite: the command's result
+        An empty result, with a warning, if there is no clip to judge on or frames are not finite: the command's output
         is kept in any case.
     """
     try:
@@ -122,7 +122,7 @@ def _judged(
 
 
 def summary_tables(judged: HeldOut, parameters: tuple[int, int], errors: Sequence[LayerError]) -> tuple[TableData, ...]:
-    """What matters: quality, speed and size in one column, and the layers that least squares could reproduce least."""
+    """Quality, speed and size in one column, and the layers that least squares reproduced worst."""
     rows: list[tuple[Cell, ...]] = []
     if (record := judged.figures) is not None:
         rows.append((f"PSNR to the original, dB, {record.which}", f"{min(record.psnr_db, 100):.2f}"))
@@ -146,7 +146,7 @@ def _speedup(speed: SpeedRatio) -> str:
 def _held_out_clips(
     vae: Checkpoint, fitted: CalibrationClips | None, recipe: CalibratedRecipe, device: torch.device, still: bool
 ) -> tuple[CalibrationClips, str]:
-    """Other files if the data has more; else other windows of the same videos; else the clips of the fit."""
+    """Other files if the data has any; else other windows of the same videos; else the clips of the fit."""
     used = set() if fitted is None else set(fitted.files)
     others = [path for path in find_data(recipe.data) if path not in used]
     if others:

@@ -54,8 +54,8 @@ def choose_input(given: str | None, recipe_type: type[CommandRecipe], progress: 
     progress.log(f"input: {chosen}" + ("" if chosen == defaults[0] else f" ({defaults[0]} is not here)"))
     if (newer := _newer_than(chosen, defaults)) is not None:
         progress.warn(
-            f"{chosen} is older than {newer}, which was made after it and may be meant: name the one to take, or make "
-            f"{chosen} again"
+            f"{chosen} is older than {newer}, which may be the one you mean: name the one to take, or make {chosen} "
+            "again"
         )
     return chosen
 
@@ -78,14 +78,14 @@ class Inputs:
     device: torch.device
 
     def reference(self) -> Decoder:
-        """The original's decoder as far as the decoder to work on follows it: without time for one of single images."""
+        """The original's decoder; its still variant if the decoder to work on takes single images."""
         original = self.original.require_decoder()
         is_still = self.checkpoint.require_decoder().spec.still
         return still_decoder(original) if is_still and not original.spec.still else original
 
 
 class InputSettings(TypedDict):
-    """What a recipe says of the files to load; see `load_inputs`."""
+    """The settings of a recipe for loading files; see `load_inputs`."""
 
     original: str | None
     family: str | None
@@ -94,7 +94,7 @@ class InputSettings(TypedDict):
 
 
 def input_settings(recipe: StageRecipe) -> InputSettings:
-    """What a recipe says of the files to load."""
+    """The settings of a recipe for loading files."""
     return InputSettings(
         original=recipe.original,
         family=recipe.family,
@@ -115,12 +115,12 @@ def load_inputs(
 ) -> Inputs:
     """Load a checkpoint and its original, both moved to the device, with plain operators.
 
-    Exact operators are a way to run a decoder: what is pruned, converted, trained or exported is the network.
+    Exact operators are only a way to run a decoder; pruning, conversion, training and export work on the plain network.
 
     Args:
-        original: the user's word for it, in place of what the checkpoint remembers.
+        original: given by the user, overrides the one that the checkpoint records.
         family, weights: see `load_checkpoint`.
-        allow_download: the original may be fetched from where the checkpoint says that it came from.
+        allow_download: the original may be fetched from the address that the checkpoint records.
     Raises:
         ArtifactError: not found, unreadable, not the original of the checkpoint, or weights that are not finite.
     """
@@ -145,9 +145,9 @@ def load_input(
     weights: str | None = None,
     original: str | None = None,
 ) -> Checkpoint:
-    """Load a checkpoint; where names and configuration leave several families open, say so and which one is taken.
+    """Load a checkpoint; if its names and configuration fit several families, log which one is taken.
 
-    What the checkpoint lacks is a warning.
+    Parts that the checkpoint lacks are warned of.
 
     Raises:
         ArtifactError: not found, unreadable or not of that family.

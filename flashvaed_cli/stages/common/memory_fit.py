@@ -1,4 +1,4 @@
-"""Whether a decoder fits into memory as asked; and how it does otherwise."""
+"""Whether a decoder fits into memory as asked, and otherwise with which limits it does."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _DTYPES: dict[torch.dtype, DType] = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What is fixed of how a decoder runs: chunk and tile in latents, memory in bytes; None leaves it open."""
+    """Fixed settings of a decoder's run: chunk and tile in latents, memory in bytes; None leaves one open."""
 
     chunk: int | None = None
     tile: int | None = None
@@ -48,9 +48,9 @@ class Fit:
 def fit_to_memory(
     spec: DecoderSpec, latents: Float[Tensor, "B C T Hz Wz"], limits: Limits, *, channels_last: bool = True
 ) -> Fit:
-    """Leave the limits as they are where that fits; else bound the memory, so that the runtime picks chunk and tile.
+    """Leave the limits as they are if that fits; else bound the memory, so that the runtime picks chunk and tile.
 
-    Without a bound of the user's, the bound is what is free now.
+    If the user gives no bound, it is the memory that is free now.
 
     Args:
         channels_last: the layout that the decoder runs in.
@@ -72,9 +72,9 @@ def fit_to_memory(
 
 
 def streaming_limits(spec: DecoderSpec, grid: Grid, limits: Limits, dtype: DType, device: torch.device) -> Limits:
-    """The limits to decode a clip of any length with, whose frames go away as they come.
+    """The limits for decoding a clip of any length whose frames are not kept.
 
-    Without a chunk and a bound of the user's: a few latents at a time, or what fits into the memory that is free now.
+    If the user gives neither chunk nor bound: a few latents at a time, or as many as fit into the memory free now.
 
     Args:
         grid: latent frames, height and width of the clip.
@@ -89,7 +89,7 @@ def streaming_limits(spec: DecoderSpec, grid: Grid, limits: Limits, dtype: DType
 
 
 def refusal_at_chunk_one(spec: DecoderSpec, latents: Float[Tensor, "B C T Hz Wz"]) -> str | None:
-    """Why a decoder does not fit that takes one latent frame at a time and knows no tiles; None if it does."""
+    """Why a decoder without tiles does not fit at one latent frame at a time; None if it does."""
     free, limits = free_bytes(latents.device), Limits(chunk=1)
     needed = _plan(spec, latents, limits, channels_last=False).predicted_bytes + _output_bytes(spec, latents, limits)
     if free is None or needed <= free:
@@ -110,7 +110,7 @@ def _plan(spec: DecoderSpec, latents: Float[Tensor, "B C T Hz Wz"], limits: Limi
 
 
 def _output_bytes(spec: DecoderSpec, latents: Float[Tensor, "B C T Hz Wz"], limits: Limits) -> int:
-    """The frames of the whole clip, which the prediction leaves out where they come in parts."""
+    """The frames of the whole clip, which the prediction leaves out if they come in parts."""
     if limits.chunk is None and limits.tile is None:
         return 0
     t, h, w = latents.shape[2:]

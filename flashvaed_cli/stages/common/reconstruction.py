@@ -29,13 +29,13 @@ def fit_settings(recipe: ReconstructingRecipe, *, num_separable_iterations: int 
 
 
 def choose_reference(inputs: Inputs, kept: Kept, progress: Progress) -> tuple[Decoder, Kept]:
-    """What to solve against, and the channels of it that are left: the original.
+    """The decoder to solve against, and its kept channels: the original where possible.
 
-    A decoder pruned elsewhere does not say what it kept of the original, and one of another shape has kept nothing of
-    it: then it is its own reference.
+    A decoder pruned elsewhere does not record which channels it kept, and a light one has kept none: such a decoder is
+    its own reference.
 
     Args:
-        kept: channels of the input decoder that this step leaves.
+        kept: channels of the input decoder that this step keeps.
     """
     decoder, original = inputs.checkpoint.require_decoder(), inputs.reference()
     if not has_same_blocks(decoder.spec, original.spec):
@@ -52,7 +52,7 @@ def choose_reference(inputs: Inputs, kept: Kept, progress: Progress) -> tuple[De
 
 
 _MUCH_MISSED = 0.5
-"""Share of a target's variance; a layer that misses more does little of its work."""
+"""Share of a target's variance; a layer that misses more is reported as poorly fitted."""
 
 
 def reconstruct(
@@ -73,23 +73,23 @@ def reconstruct(
     more_data = "Give more or larger clips (--num-calibration-clips, --num-frames, --crop-size)"
     if starved:
         progress.warn(
-            f"few calibration positions for the unknowns of {', '.join(starved)}: what they leave open keeps its "
-            f"old weights. {more_data}"
+            f"too few calibration positions to determine all weights of {', '.join(starved)}; the rest keep their "
+            f"old values. {more_data}"
         )
     if missed := [error for error in errors if error.after > _MUCH_MISSED]:
         listed = ", ".join(f"{error.address} ({100 * error.after:.0f} %)" for error in missed)
         progress.warn(
-            f"least squares misses much of what these layers should give, even on the calibration clips: {listed}. "
+            f"least squares misses much of these layers' targets, even on the calibration clips: {listed}. "
             f"{more_data}, keep more channels, or compare with --reconstruct none"
         )
     unsolved = [error.address for error in errors if error.num_unknowns == 0]
     if unsolved:
-        progress.warn(f"too large to be solved, left as they were: {', '.join(unsolved)}")
+        progress.warn(f"too large to solve, left unchanged: {', '.join(unsolved)}")
     return errors
 
 
 def layer_figures(errors: Iterable[LayerError]) -> tuple[LayerFigures, ...]:
-    """For the artifact."""
+    """The errors of all layers, for the artifact."""
     return tuple(LayerFigures(**vars(error)) for error in errors)
 
 

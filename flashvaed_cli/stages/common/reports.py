@@ -1,4 +1,4 @@
-"""Evaluations of a decoder that lie beside it."""
+"""Find evaluations of a decoder in the folders beside it."""
 
 from __future__ import annotations
 

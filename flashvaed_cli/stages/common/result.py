@@ -17,8 +17,8 @@ from flashvaed_cli.report.tables import TableData, to_rich
 class StageOutcome:
     """Result of one command. `figures` is what `--json` prints; `notes` follow the tables.
 
-    `details` are tables for `--verbose`; `next_commands` are what fits next, shown at the very end. `is_new` is False
-    where an earlier run had written the files.
+    `details` are tables for `--verbose`; `next_commands` are suggestions, shown at the very end. `is_new` is False if
+    an earlier run wrote the files.
     """
 
     paths: tuple[Path, ...]

@@ -1,4 +1,4 @@
-"""How every stage begins and ends: one guard of the output, one way to the input and its original, one header.
+"""How every stage begins and ends: one check of the output, one way to load the input and its original, one header.
 
 A stage opens its `Run`, returns `run.finished` if an earlier run made the result already, calls `run.load()`, works,
 and writes with `run.header(...)`.
@@ -37,7 +37,7 @@ ResultT = TypeVar("ResultT")
 
 
 class MainFirst(Protocol):
-    """Calls a function in the main process and gives its result, or error, to all; see `Ranks.from_main`."""
+    """Calls a function in the main process and passes its result, or error, to all; see `Ranks.from_main`."""
 
     def __call__(self, function: Callable[[], ResultT], /) -> ResultT: ...
 
@@ -52,11 +52,11 @@ class Run(Generic[RecipeT]):
 
     Attributes:
         recipe: its settings.
-        location: of the input, chosen.
+        location: of the input, given or chosen.
         output: the file or folder that it may write.
-        finished: the outcome of an earlier run of the same settings on the same files, where that still holds.
-        command_line: what was typed.
-        watch: knows when the run began.
+        finished: the outcome of an earlier run with the same settings on the same files, if it is still valid.
+        command_line: as typed.
+        watch: started with the run.
     """
 
     recipe: RecipeT
@@ -85,7 +85,7 @@ class Run(Generic[RecipeT]):
         Args:
             reads: files that it reads beside its input and the original.
             beside: what it writes beside its output; see `claim_file`.
-            data: finds the clips that the recipe leads to.
+            data: finds the recipe's clips.
         Raises:
             FlashVaedError: no place to write to; or a file of another program, the input itself, or a finished result
                 of other settings is there and `force` is not set.
@@ -107,7 +107,7 @@ class Run(Generic[RecipeT]):
         command_line: str,
         from_main: MainFirst = _here,
     ) -> Run[RecipeT]:
-        """The run of a command that fills a folder, which one of `markers` shows to be of this program.
+        """The run of a command that fills a folder; one of `markers` in it shows that this program wrote it.
 
         Raises:
             FlashVaedError: no place to write to, or the folder holds files of something else and `force` is not set.
@@ -160,7 +160,7 @@ class Run(Generic[RecipeT]):
 
         Args:
             kept_channels, parents: see `derived_header`.
-            files: what was read as clips or latents.
+            files: the clips and latents that were read.
             speedup: measured.
         """
         return derived_header(

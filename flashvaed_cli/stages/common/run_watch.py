@@ -1,4 +1,4 @@
-"""What a command notes of its own run, for the artifact that it writes."""
+"""Record a command's own run, for the artifact that it writes."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class RunWatch:
         """The run so far: call it when the artifact is about to be written.
 
         Args:
-            data: the files that were read as clips or latents; up to 64 files of 1 GB in all are hashed.
-            speedup: what was measured of the result; a time, so no part of the hash that names the artifact.
+            data: the clips and latents that were read; up to 64 files of 1 GB in all are hashed.
+            speedup: measured on the result; it varies, so it is not part of the hash that names the artifact.
         """
         return RunRecord(
             commit=_commit(),
@@ -48,7 +48,7 @@ class RunWatch:
 
 
 def describe_device(device: torch.device) -> str:
-    """A device with the name of its model, as far as this machine tells."""
+    """A device with the name of its model, if this machine reports it."""
     if device.type == "cuda":
         return f"cuda:{device.index or 0} ({torch.cuda.get_device_name(device)})"
     return f"{device.type} ({platform.machine()})" if device.type == "cpu" else device.type

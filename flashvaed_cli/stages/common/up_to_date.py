@@ -25,7 +25,7 @@ from flashvaed_cli.stages.common.result import StageOutcome
 from flashvaed_cli.stages.common.run_watch import described_files
 
 _NO_PART = ("output", "input")
-"""Fields that are compared by what they lead to."""
+"""Fields that are compared by the files that they name."""
 
 
 def finished_artifact(
@@ -36,9 +36,9 @@ def finished_artifact(
     Args:
         output: an artifact, perhaps.
         location: of the input, chosen.
-        data: finds the files that `data` of the recipe leads to now.
+        data: finds the files that the recipe's `data` names now.
     Raises:
-        FlashVaedError: a finished result of another command, or of other settings, is in the way.
+        FlashVaedError: the output is the finished result of another command, or of other settings.
     """
     if force or not output.is_file() or not has_own_header(output):
         return None
@@ -58,11 +58,11 @@ def finished_artifact(
 
 
 def provenance(recipe: CommandRecipe, inputs: Mapping[str, str], data: Sequence[Path]) -> dict[str, Any]:
-    """What a report or a manifest says of how it was made, for `finished_folder`.
+    """How a report or a manifest was made, for `finished_folder`.
 
     Args:
         inputs: SHA-256 by location, the main one first.
-        data: the files that were read as clips.
+        data: the clips that were read.
     """
     return {
         "tool": __version__,

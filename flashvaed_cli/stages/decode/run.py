@@ -29,8 +29,8 @@ from flashvaed_cli.stages.decode.targets import Clip, DecodeTarget, claim_target
 
 
 @dataclass
-class _Course:
-    """How the clips fared: decoded, or failed (with the reason)."""
+class _Tally:
+    """The clips so far: decoded, or failed (with the reason)."""
 
     decoded: list[dict[str, Cell]] = field(default_factory=list)
     paths: list[Path] = field(default_factory=list)
@@ -38,7 +38,7 @@ class _Course:
     notes: list[str] = field(default_factory=list)
 
     def fail(self, name: str, error: FlashVaedError, progress: Progress) -> None:
-        """Note a clip that cannot be decoded; the others go on."""
+        """Note a clip that cannot be decoded, and go on with the others."""
         progress.warn(f"{name} is left out: {error}")
         self.failed.append({"latents": name, "reason": str(error)})
 
@@ -57,50 +57,50 @@ class _Output:
 def run_decode(
     recipe: DecodeRecipe, *, progress: Progress, force: bool, command_line: str, stdout: BufferedIOBase | None = None
 ) -> StageOutcome:
-    """Decode every clip of the latents; one that fails leaves the others, and `failed` of the figures says why.
+    """Decode every clip of the latents; if one fails the others go on, and `failed` in the figures says why.
 
     Args:
-        stdout: where `--output -` writes raw frames; a reader that leaves is no error.
+        stdout: where `--output -` writes raw frames; a reader that closes it early is no error.
     Raises:
         ArtifactError: the decoder cannot be loaded, or has no statistics and the latents are normalized.
         MediaError: no latents found, or none that can be read.
-        DecodeError: no plan fits the memory, nothing here can compile, or no clip could be decoded.
+        DecodeError: no plan fits the memory, `--compile` finds no compiler, or no clip could be decoded.
         FlashVaedError: an output is in the way or cannot be written.
     """
     location = choose_input(recipe.decoder, DecodeRecipe, progress)
     device = choose_device(recipe.device)
     checkpoint = load_input(location, recipe.family, progress, weights=recipe.weights)
     player = Player(checkpoint, recipe, device)
-    course = _Course()
+    tally = _Tally()
     files = _latent_files(recipe)
-    clips = _clips(files, checkpoint, recipe.latent_scale, course, progress)
+    clips = _clips(files, checkpoint, recipe.latent_scale, tally, progress)
     targets = plan_targets(clips, recipe)
     reads = (location, *map(str, files))
     claim_targets(targets, reads, force=force)
     fps = Fraction(get_family(checkpoint.family).frames_per_second)
     output = _Output(parse_frame_rate(recipe.fps) if recipe.fps else fps, recipe.crf, stdout, reads, force)
     for target in targets:
-        _decode(target, player, output, course, progress, is_only=len(files) == len(targets) == 1)
-    if not course.decoded:
-        raise DecodeError("\n".join(["nothing was decoded:", *(one["reason"] for one in course.failed)]))
+        _decode(target, player, output, tally, progress, is_only=len(files) == len(targets) == 1)
+    if not tally.decoded:
+        raise DecodeError("\n".join(["nothing was decoded:", *(one["reason"] for one in tally.failed)]))
     figures = {
         "command": command_line,
         "decoder": location,
         "sha256": checkpoint.sha256,
         "dtype": recipe.dtype,
         "device": device.type,
-        "videos": course.decoded,
-        "failed": course.failed,
+        "videos": tally.decoded,
+        "failed": tally.failed,
     }
-    notes = (*_scale_notes(clips), *_clip_notes(recipe, player.spec), *course.notes)
-    return StageOutcome(tuple(course.paths), (_table(course.decoded, location),), figures, notes)
+    notes = (*_scale_notes(clips), *_clip_notes(recipe, player.spec), *tally.notes)
+    return StageOutcome(tuple(tally.paths), (_table(tally.decoded, location),), figures, notes)
 
 
 def _latent_files(recipe: DecodeRecipe) -> list[Path]:
-    """The latent files that are named or lie in the folders named.
+    """The latent files that are given, and those in the folders given.
 
     Raises:
-        MediaError: none, or a video or picture is named.
+        MediaError: there are none, or a video or picture is given.
     """
     files: dict[Path, None] = {}
     for name in recipe.latents:
@@ -114,12 +114,12 @@ def _latent_files(recipe: DecodeRecipe) -> list[Path]:
 
 
 def _clips(
-    files: Sequence[Path], checkpoint: Checkpoint, scale: LatentScale, course: _Course, progress: Progress
+    files: Sequence[Path], checkpoint: Checkpoint, scale: LatentScale, tally: _Tally, progress: Progress
 ) -> list[Clip]:
-    """The clips in the files; a file that cannot be read is an error where it is the only one.
+    """The clips in the files; an unreadable file is an error only if there is no other.
 
     Raises:
-        ArtifactError: there are normalized ones, and the checkpoint has no statistics.
+        ArtifactError: some latents are normalized, and the checkpoint has no statistics.
         MediaError: none can be read.
     """
     if any(scale_of(path, scale) == "normalized" for path in files):
@@ -132,17 +132,17 @@ def _clips(
         except FlashVaedError as error:
             if len(files) == 1:
                 raise
-            course.fail(path.name, error, progress)
+            tally.fail(path.name, error, progress)
             continue
         num_frames = spec.num_frames(num_latents)
         clips += [Clip(path, index, batch, num_frames, scale_of(path, scale)) for index in range(batch)]
     if not clips:
-        raise MediaError("\n".join(["no latents can be read:", *(one["reason"] for one in course.failed)]))
+        raise MediaError("\n".join(["no latents can be read:", *(one["reason"] for one in tally.failed)]))
     return clips
 
 
 def _decode(
-    target: DecodeTarget, player: Player, output: _Output, course: _Course, progress: Progress, *, is_only: bool
+    target: DecodeTarget, player: Player, output: _Output, tally: _Tally, progress: Progress, *, is_only: bool
 ) -> None:
     clip = target.clip
     start, done, size = time.perf_counter(), 0, (0, 0)
@@ -161,15 +161,15 @@ def _decode(
                 done, size = done + frames.shape[1], (frames.shape[2], frames.shape[3])
                 task.advance(frames.shape[1], **{"frames/s": done / (time.perf_counter() - start)})
     except BrokenPipeError:
-        course.notes.append(f"the reader of standard output left after {sink.num_frames} of {clip.num_frames} frames")
+        tally.notes.append(f"the reader of standard output left after {sink.num_frames} of {clip.num_frames} frames")
     except FlashVaedError as error:
         if is_only:
             raise
-        course.fail(clip.shown, error, progress)
+        tally.fail(clip.shown, error, progress)
         return
     if target.path is not None:
-        course.paths.append(target.path)
-    course.decoded.append(_record(target, sink.num_frames, size, output, player, time.perf_counter() - start))
+        tally.paths.append(target.path)
+    tally.decoded.append(_record(target, sink.num_frames, size, output, player, time.perf_counter() - start))
 
 
 def _record(
@@ -209,13 +209,13 @@ def _table(decoded: Sequence[dict[str, Cell]], location: str) -> TableData:
 
 
 def _clip_notes(recipe: DecodeRecipe, spec: DecoderSpec) -> tuple[str, ...]:
-    """What becomes of chunks where clips are decoded whole."""
+    """Why `--chunk` is ignored, if clips are decoded whole."""
     if recipe.chunk is None or not spec.sees_whole_clip:
         return ()
     tiles = spec.temporal_tiles
     taken = "each clip at once" if tiles is None else f"clips of {tiles.length} latents at once"
     return (
-        f"--chunk {recipe.chunk} plays no role: this decoder sees whole clips, and takes {taken}. --clip-length gives "
+        f"--chunk {recipe.chunk} is ignored: this decoder sees whole clips, and takes {taken}. --clip-length gives "
         "shorter ones, and other frames",
     )
 

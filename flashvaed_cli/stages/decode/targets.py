@@ -1,4 +1,4 @@
-"""What `decode` writes for which latents: one video for each clip, and where."""
+"""Where `decode` writes each clip, and in which format."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _FORMATS: dict[str, FrameFormat] = {".mp4": "mp4", ".png": "png", ".npy": "npy",
 
 @dataclass(frozen=True)
 class Clip:
-    """Clip `index` of a latent file's batch: `num_frames` frames when decoded; `scale` is that of its values."""
+    """Clip `index` of a latent file's batch, `num_frames` long when decoded; `scale` is that of its latents."""
 
     path: Path
     index: int
@@ -45,7 +45,7 @@ class Clip:
 
     @property
     def shown(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         return self.path.name if self.batch == 1 else f"{self.path.name}, clip {self.index + 1} of {self.batch}"
 
 
@@ -62,7 +62,7 @@ class DecodeTarget:
     def open(
         self, *, fps: Fraction, crf: int, stdout: BufferedIOBase | None, reads: Sequence[str | Path], force: bool
     ) -> Iterator[FrameSink]:
-        """The sink of the clip's frames; what it writes is there when the block has ended well."""
+        """The sink for the clip's frames; its output appears when the block ends without an error."""
         if self.is_folder:
             assert self.path is not None
             filled = filled_at_the_end(self.path, picture_name(0), reads, force=force)
@@ -85,10 +85,10 @@ class DecodeTarget:
 
 
 def plan_targets(clips: Sequence[Clip], recipe: DecodeRecipe) -> list[DecodeTarget]:
-    """One target for each clip, with the names of its latents; nothing is looked at or made on disk but folders.
+    """One target for each clip, named after its latents; on disk this only checks which paths are folders.
 
     Raises:
-        DecodeError: several clips for one file or standard output, or an output of another format.
+        DecodeError: several clips for one file or standard output, or a format that does not fit the output.
     """
     if recipe.output == STDOUT:
         _require_one(clips, "standard output is one stream")
@@ -113,7 +113,7 @@ def plan_targets(clips: Sequence[Clip], recipe: DecodeRecipe) -> list[DecodeTarg
 
 
 def claim_targets(targets: Sequence[DecodeTarget], reads: Sequence[str], *, force: bool) -> None:
-    """Find out before the work whether all can be written.
+    """Check before the work that every target can be written.
 
     Raises:
         FlashVaedError: see `claim_file` and `claim_folder`.
@@ -147,12 +147,12 @@ def _require_one(clips: Sequence[Clip], why: str) -> None:
 
 
 def _name(clip: Clip) -> str:
-    """A file name whose stem the output gets."""
+    """A file name with the stem of the output."""
     return clip.path.name if clip.batch == 1 else f"{clip.path.stem}-{clip.index + 1}{clip.path.suffix}"
 
 
 def _remove_later_pictures(folder: Path, num_frames: int) -> None:
-    """What an earlier, longer run has left behind the last frame."""
+    """Remove the pictures that an earlier, longer run wrote past the last frame."""
     number = num_frames
     while is_own_file(path := folder / picture_name(number)):
         path.unlink()

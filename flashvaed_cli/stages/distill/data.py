@@ -40,7 +40,7 @@ Draw = Callable[[int], tuple[Tensor, ...]]
 
 
 class Latents(Protocol):
-    """Encoded clips by number, from which parts are cut."""
+    """Encoded clips by number, to cut parts from."""
 
     @property
     def sizes(self) -> Mapping[int, ClipSize]:
@@ -70,13 +70,13 @@ class LatentPool:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Encoded clips, grouped by the size that a step takes of them.
+    """Encoded clips, grouped by the size that a step cuts from them.
 
     Attributes:
         groups: size on the latent grid to the numbers of the clips that have (at least) that size.
-        key: names the content, wherever it lies: equal keys draw equal batches.
-        files: what the clips were cut from, or were to be.
-        skipped: files and clips that are left out, with the reason.
+        key: identifies the content, wherever it is stored: equal keys draw equal batches.
+        files: the files that the clips were to be cut from.
+        skipped: files and clips that were left out, with the reason.
     """
 
     latents: Latents
@@ -126,7 +126,7 @@ class TrainingData:
         return [self.latents.cut(number, size)[None].to(self.device) for number, size in numbered[:count]]
 
     def record(self) -> dict[str, Any]:
-        """For the artifact."""
+        """The record of the data for the artifact."""
         return {
             "num_clips": len({number for group in self.groups.values() for number in group}),
             "num_clips_by_latent_size": {str(size): len(group) for size, group in self.groups.items()},
@@ -153,15 +153,15 @@ def training_data(
     wait: Callable[[], None] = lambda: None,
     num_drawn: int | None = None,
 ) -> TrainingData:
-    """Encode the recipe's clips, or open the cache that has them.
+    """Encode the recipe's clips, or open the cache that holds them.
 
     Args:
         is_main: with a cache, this process writes it; the others open it when `wait` returns. Without one,
             every process encodes all clips.
         wait: returns when all processes have called it; the main one does so when the cache is complete.
-        num_drawn: clips that all steps of all processes take at most: without a cache, no more are encoded.
+        num_drawn: the most clips that all steps of all processes take; without a cache, no more are encoded.
     Raises:
-        MediaError: nothing found, nothing usable, or the cache is of something else.
+        MediaError: nothing found, nothing usable, or the cache holds other data.
         ArtifactError: videos are to be encoded, and there is no encoder.
     """
     source = ClipSource.of(recipe, inputs, num_drawn)
@@ -186,7 +186,7 @@ def training_data(
 
 
 def _complete_cache(folder: Path, source: ClipSource, progress: Progress) -> int:
-    """Write what the cache lacks; returns the number of clips that were encoded for it."""
+    """Encode the clips that the cache lacks; returns their number."""
     stored = claim_cache(folder, source.key)
     cached = read_cache(folder, stored, progress.warn)
     if cached is not None and not _drop_damaged(cached, progress):
@@ -202,7 +202,7 @@ def _complete_cache(folder: Path, source: ClipSource, progress: Progress) -> int
 
 
 def _drop_damaged(cached: CachedLatents, progress: Progress) -> bool:
-    """Whether shards had to be removed."""
+    """Remove damaged shards from a cache; returns whether there were any."""
     damaged = []
     with progress.task("checking the cache", len(cached.shards)) as task:
         for shard in cached.shards:
@@ -225,7 +225,7 @@ def _collect(
     num_encoded: int,
     stored: CacheKey,
 ) -> TrainingData:
-    """Group the clips by the sizes that the source's buckets leave of them.
+    """Group the clips by the sizes that the source's buckets cut from them.
 
     Raises:
         MediaError: no clip fills a bucket.
@@ -254,7 +254,7 @@ def _collect(
 
 
 def _content_key(stored: CacheKey, wanted: CutSettings, sizes: Mapping[int, ClipSize]) -> str:
-    """Without folders and times of files: a copy of the same data elsewhere lets an interrupted run go on."""
+    """A key without folders and file times, so that an interrupted run can go on with a copy of its data."""
     content = [
         stored.vae,
         [(Path(stamp.path).name, stamp.num_bytes) for stamp in stored.files],
@@ -268,7 +268,7 @@ def _content_key(stored: CacheKey, wanted: CutSettings, sizes: Mapping[int, Clip
 
 
 def _pick(num_choices: int, num_picks: int, generator: torch.Generator) -> list[int]:
-    """Different ones, where there are enough."""
+    """Draw numbers, without repeats if there are enough."""
     if num_picks <= num_choices:
         return torch.randperm(num_choices, generator=generator)[:num_picks].tolist()
     return torch.randint(num_choices, (num_picks,), generator=generator).tolist()

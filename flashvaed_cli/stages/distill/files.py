@@ -1,4 +1,4 @@
-"""What a training writes beside its output: checkpoints, log, strips, and the lock that keeps a second run away."""
+"""Files beside the output of training: checkpoints, log, strips, and the lock that keeps other runs away."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from flashvaed_cli.locks import exclusive_lock
 
 @dataclass(frozen=True)
 class TrainingFiles:
-    """The places, all of them named after the output."""
+    """Their paths, all named after the output."""
 
     output: Path
 
     def checkpoint(self, index: int) -> Path:
-        """Of the `index`th phase (from 1) that is run."""
+        """The checkpoint of the `index`th phase (from 1) that is run."""
         return self.output.with_suffix(f".phase{index}.ckpt")
 
     @property
     def log(self) -> Path:
-        """The log of lines."""
+        """The training log, JSON lines."""
         return self.output.with_suffix(".log.jsonl")
 
     @property
@@ -38,11 +38,11 @@ class TrainingFiles:
         return self.output.with_suffix(".losses.png")
 
     def replaced(self) -> tuple[Path, ...]:
-        """What a run may replace beside its output."""
+        """The files beside its output that a run may replace."""
         return self.log, self.curves, self.samples
 
     def checkpoints(self, num_phases: int) -> list[Path]:
-        """Those of the first phases that are there."""
+        """The checkpoints of the first `num_phases` phases that exist."""
         places = map(self.checkpoint, range(1, num_phases + 1))
         return [path for path in places if path.exists()]
 

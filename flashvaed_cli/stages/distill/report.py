@@ -1,4 +1,4 @@
-"""A distillation for readers: the table, the curves and the record that the artifact keeps."""
+"""Report a distillation: its tables, its curves, and its record in the artifact."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PhaseResult = tuple[PhaseRecipe, TrainResult]
 
 
 def phase_record(phase: PhaseRecipe, result: TrainResult) -> PhaseRecord:
-    """What the artifact and `--json` keep of one phase."""
+    """The record of one phase for the artifact and `--json`."""
     return PhaseRecord(
         phase=phase.phase,
         num_steps=result.num_steps,
@@ -46,7 +46,7 @@ def draw_curves(output: Path, results: Sequence[PhaseResult]) -> Path:
 
 
 def same_clips_table(before: float, after: float, num_clips: int) -> TableData:
-    """What training has gained: batches differ, these clips do not."""
+    """The gain from training on a fixed set of clips, since batches differ from step to step."""
     columns = (Column("PSNR to the original, dB", align="left"), Column("before", ".2f"), Column("after", ".2f"))
     return TableData("", columns, ((f"the same {num_clips} training clips", before, after),))
 

@@ -1,4 +1,4 @@
-"""`flashvaed distill`: train a decoder to give what the original gives, phase after phase."""
+"""`flashvaed distill`: train a decoder to reproduce the original's frames, phase after phase."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def run_distill(recipe: DistillRecipe, *, progress: Progress, force: bool, comma
     """Train the phases of the recipe that fit the decoder; write the decoder, its loss curves and its log.
 
     A checkpoint per phase beside the output lets an interrupted run go on; they go away when the output is written.
-    Started by `accelerate launch` or torchrun, all processes train together; the main one alone writes and speaks.
+    Started by `accelerate launch` or torchrun, all processes train together; only the main one writes and logs.
 
     Raises:
         ArtifactError: input or original cannot be loaded.
@@ -141,24 +141,24 @@ def _run_alone(run: Run[DistillRecipe], ranks: Ranks, device: torch.device, file
 
 @torch.no_grad()
 def _psnr_db(job: _Job, clips: Sequence[Tensor]) -> float:
-    """To the original's output, on the same clips whenever it is called; identical frames count `PSNR_CAP_DB`."""
+    """PSNR to the original's output, always on the same clips; identical frames count `PSNR_CAP_DB`."""
     student, teacher = exact_decoder(job.student), exact_decoder(job.teacher)
     results = [compare_frames(decode(student, latents), decode(teacher, latents)) for latents in clips]
     return mean_quality(results).psnr_db if results else 0.0
 
 
 def _note_what_is_kept(error: KeyboardInterrupt, recipe: DistillRecipe, files: TrainingFiles) -> None:
-    """Tell who reports the interruption that the run can go on."""
+    """Add to the interruption's message how to resume, and what is kept."""
     if kept := files.checkpoints(len(recipe.schedule())):
         how = "run again" if recipe.resume == "auto" else "run without --resume never"
         error.add_note(f"{how} to resume from {describe_checkpoints(kept[-1:])}")
     if recipe.cache_latents is not None and user_path(recipe.cache_latents).exists():
-        error.add_note(f"what was encoded is kept in {recipe.cache_latents}")
+        error.add_note(f"the encoded clips are kept in {recipe.cache_latents}")
 
 
 @dataclass(frozen=True)
 class _Job:
-    """All that the phases share; `start` is what the first weights of a new student miss."""
+    """Everything that the phases share; `start`: the errors of a new student's first weights."""
 
     recipe: DistillRecipe
     ranks: Ranks
@@ -173,7 +173,7 @@ class _Job:
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """Terms of the loss that need no warning of each phase: said once, or no part of a student of another shape."""
+        """Loss terms that phases need not warn of: warned of already, or meaningless for a light student."""
         absent = ("lpips",) if self.recipe.loss_weights.lpips and self.perceptual is None else ()
         return absent if has_same_blocks(self.student.spec, self.teacher.spec) else (*absent, "feature")
 
@@ -211,7 +211,7 @@ def _prepare(run: Run[DistillRecipe], ranks: Ranks, device: torch.device) -> _Jo
 def _train_phases(job: _Job, files: TrainingFiles, progress: Progress) -> tuple[list[PhaseResult], Kept]:
     """One phase after the other, each with a checkpoint of its own: a finished one is not trained again.
 
-    Returns what each gave, and the channels that phase 2 has prepared the decoder to keep.
+    Returns the result of each, and the channels that phase 2 prepared the decoder to keep.
     """
     recipe, ranks = job.recipe, job.ranks
     watch = _open_watch(job, files, progress) if ranks.is_main else None
@@ -248,12 +248,12 @@ def _train_phases(job: _Job, files: TrainingFiles, progress: Progress) -> tuple[
         results.append((phase, result))
         prepared |= plan.to_keep
         done += result.num_steps
-        given_up = []  # what has these names now is of this run
+        given_up = []  # from now on, files of these names belong to this run
     return results, prepared
 
 
 def _given_up(job: _Job, files: TrainingFiles, progress: Progress) -> list[Path]:
-    """Existing checkpoints that this run will not resume from; says so."""
+    """Existing checkpoints that this run will not resume from; logs them."""
     if job.recipe.resume == "auto" or not (found := files.checkpoints(len(job.phases))):
         return []
     progress.warn(
@@ -289,7 +289,7 @@ def _open_watch(job: _Job, files: TrainingFiles, progress: Progress) -> Training
 
 
 def choose_phases(recipe: DistillRecipe, inputs: Inputs, progress: Progress) -> tuple[PhaseRecipe, ...]:
-    """The recipe's phases; with `phase: all` those that do not fit the decoder are left out, and that is said.
+    """The recipe's phases; with `phase: all` those that do not fit the decoder are left out, with a log message.
 
     Raises:
         DistillationError: none fits.
@@ -327,7 +327,7 @@ def choose_phases(recipe: DistillRecipe, inputs: Inputs, progress: Progress) -> 
 
 
 def _perceptual(recipe: DistillRecipe, ranks: Ranks, device: torch.device, progress: Progress) -> Perceptual | None:
-    """The LPIPS term, or none: on all ranks, or on none of them. The main one does any downloading."""
+    """The LPIPS term, or None, alike on all ranks. Only the main one downloads."""
     if recipe.loss_weights.lpips == 0:
         return None
 
@@ -415,7 +415,7 @@ _NO_PART_OF_THE_RUN = {
 
 
 def _run_key(job: _Job, index: int) -> str:
-    """Equal for runs that would give the same weights: recipe, decoder and data, wherever they are written."""
+    """A key of recipe, decoder and data, wherever they are stored: equal for runs that would give the same weights."""
     settings = job.recipe.model_dump(mode="json", exclude=_NO_PART_OF_THE_RUN)
     for later in ("weights", "student", "student_width", "student_start", "adversarial_start"):
         if not settings[later]:  # trainings that version 0.3 began have no such setting, and go on

@@ -1,4 +1,4 @@
-"""`distill --student`: a new light decoder in the place of the one that was given, and its first weights."""
+"""`distill --student`: a new light decoder in place of the given one, and its first weights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def with_new_student(recipe: DistillRecipe, inputs: Inputs, progress: Progress) 
     teacher, parent = inputs.reference(), inputs.checkpoint
     if not parent.latent_mean:
         progress.warn(
-            f"{parent.location}: nothing tells the statistics of its latents, so the {recipe.student} reads them raw"
+            f"{parent.location}: the statistics of its latents are unknown, so the {recipe.student} reads them raw"
         )
     mean, std = per_channel(parent.latent_mean, parent.latent_std, parent.latent_width)
     statistics = {"mean": mean, "std": std}
@@ -53,10 +53,10 @@ def with_new_student(recipe: DistillRecipe, inputs: Inputs, progress: Progress) 
 def give_first_weights(
     recipe: DistillRecipe, student: Decoder, teacher: Decoder, data: TrainingData, progress: Progress
 ) -> dict[str, float] | None:
-    """Fit the last layer of a new student to the original's frames, unless the recipe wants a random start.
+    """Fit the last layer of a new student to the original's frames, unless the recipe asks for a random start.
 
     Returns:
-        The share of the frames' variance that it missed before and after; None if nothing was fitted.
+        The share of the frames' variance that it misses before and after; None if nothing was fitted.
     Raises:
         CalibrationError: the clips give too few positions for the unknowns.
     """

@@ -1,4 +1,4 @@
-"""Clips that a distillation does not train on: how near the student comes to the original's output on them."""
+"""Validation of a distillation: how close the student comes to the original's output on clips it does not train on."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ MAX_SIDE = 512
 
 @dataclass(frozen=True)
 class Validation:
-    """Called, it judges the student as it is.
+    """Judges the student as it is when called.
 
     Attributes:
-        clips: raw latents, and the original's frames of them on the CPU.
+        clips: raw latents, and the original's frames for them, on the CPU.
     """
 
     student: Decoder
@@ -46,7 +46,7 @@ class Validation:
 
 
 def validation_files(recipe: DistillRecipe) -> frozenset[Path]:
-    """The files to validate on, resolved: whoever trains leaves them out."""
+    """The files to validate on, resolved; training leaves them out."""
     return (
         frozenset(path.resolve() for path in find_data(recipe.validation_data))
         if recipe.validation_data

@@ -1,4 +1,4 @@
-"""What a training leaves to look at while it runs: a log of lines, TensorBoard, and strips of a sample clip."""
+"""Outputs to follow while training runs: a log, TensorBoard, and strips of a sample clip."""
 
 from __future__ import annotations
 
@@ -27,9 +27,8 @@ _NOT_CURVES = ("step", "seconds")
 class TrainingLog:
     """`NAME.log.jsonl`: one line per entry of the history, only ever appended to.
 
-    A resumed run goes through steps again that were logged before it was killed: what is there is not written
-    twice. The first line names the run, so that another run's log is replaced: with the first entry, which a run that
-    is refused does not come to.
+    A resumed run repeats steps that were logged before it was killed; they are not logged twice. The first line names
+    the run: another run's log is replaced, but only with the first entry, so that a refused run leaves it alone.
     """
 
     def __init__(self, path: Path, run_key: str, *, resumes: bool) -> None:
@@ -59,7 +58,7 @@ class TrainingLog:
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """The lines of a log; one that a kill has torn off is left out."""
+    """The complete lines of a log, without one that a kill has cut off."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -94,7 +93,7 @@ class TensorBoardLog:
 
 
 class SampleStrips:
-    """Every so often a PNG: original, student and their difference on one clip, in `NAME.samples/`."""
+    """A PNG of original, student and their difference on one clip, every `every_s` seconds, in `NAME.samples/`."""
 
     def __init__(
         self,
@@ -110,7 +109,7 @@ class SampleStrips:
         self._drawn_at = time.monotonic()
 
     def draw_if_due(self, phase: int, step: int) -> None:
-        """Draw a strip when the last is long enough ago."""
+        """Draw a strip if `every_s` seconds have passed since the last."""
         if time.monotonic() - self._drawn_at < self._every_s:
             return
         latents = self._latents.to(next(self._student.parameters()).device)
@@ -121,7 +120,7 @@ class SampleStrips:
 
 
 class TrainingWatch:
-    """Feeds log, TensorBoard and strips. None of them may end a training: what the disk refuses is said once."""
+    """Feeds log, TensorBoard and strips. None of them may end training: if the disk refuses one, it warns once."""
 
     def __init__(
         self, progress: Progress, log: TrainingLog, board: TensorBoardLog | None, strips: SampleStrips | None
@@ -130,7 +129,7 @@ class TrainingWatch:
         self._refused: set[str] = set()
 
     def for_phase(self, index: int, phase: int, done_before: int) -> AfterStep:
-        """What to call after each step of the `index`th phase (from 1), after `done` steps of earlier phases."""
+        """The function to call after each step of the `index`th phase (from 1), after `done_before` earlier steps."""
 
         def after_step(step: int, entry: HistoryEntry | None) -> None:
             if entry is not None:
@@ -149,4 +148,4 @@ class TrainingWatch:
             action()
         except OSError as error:
             self._refused.add(name)
-            self._progress.warn(f"no more {name} from here on: {error}")
+            self._progress.warn(f"{name}: not written from here on: {error}")

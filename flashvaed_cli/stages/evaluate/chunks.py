@@ -1,4 +1,4 @@
-"""A clip as `eval` takes it: raw latents chunk by chunk, and the frames that they came from."""
+"""Read a clip for `eval`: raw latents chunk by chunk, and the frames that they were encoded from."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _video_chunks(path: Path, num_frames: int, chunk: int, inputs: Inputs, recip
 
 
 def _middle_square(clip: UInt8[Tensor, "3 T H W"], side: int) -> UInt8[Tensor, "3 T S S"]:
-    """The middle of frames whose shorter side is resized to `side` (bicubic, antialiased), in whole levels again."""
+    """Resize frames to a shorter side of `side` (bicubic, antialiased, rounded to uint8) and cut the middle square."""
     height, width = clip.shape[-2:]
     size = [max(round(length * side / min(height, width)), side) for length in (height, width)]
     frames = functional.interpolate(
@@ -114,7 +114,7 @@ def _middle_square(clip: UInt8[Tensor, "3 T H W"], side: int) -> UInt8[Tensor, "
 
 
 def _fill_up(clip: Frames, factor: int, multiple: int, *, is_first: bool) -> Frames:
-    """Repeat the last frame, row and column up to what the encoder takes in a first or later chunk."""
+    """Repeat the last frame, row and column until the encoder takes the clip as a first or later chunk."""
     _, t, h, w = clip.shape
     missing = -(t - 1 if is_first else t) % factor
     for axis, count in ((1, missing), (2, -h % multiple), (3, -w % multiple)):

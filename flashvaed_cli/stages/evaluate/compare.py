@@ -32,7 +32,7 @@ _NUM_STRIP_COLUMNS = 4
 
 @dataclass(frozen=True)
 class ClipToJudge:
-    """A file, what reports call it, and the stem of its pictures."""
+    """A file, its name in reports, and the stem of its pictures."""
 
     path: Path
     shown: str
@@ -41,7 +41,7 @@ class ClipToJudge:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What one clip gave. `latents` are its first few, to time the decoders on."""
+    """The results for one clip. `latents` are its first few, for timing the decoders."""
 
     rows: tuple[ClipFigures, ...]
     files: tuple[Path, ...]
@@ -63,7 +63,7 @@ def compare_clip(
     """Decode a clip with every decoder, the original first, and judge it.
 
     Args:
-        features: takes the frames too.
+        features: also takes the frames.
         output: folder for its pictures.
     Raises:
         MediaError: the file is damaged.

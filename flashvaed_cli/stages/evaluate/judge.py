@@ -24,12 +24,12 @@ Frames = Float[Tensor, "3 T H W"]
 
 @dataclass(frozen=True)
 class Metrics:
-    """What is measured beside what always is.
+    """The optional measures.
 
     Attributes:
         lpips: None leaves it out.
         ffmpeg: one with libvmaf; None leaves VMAF out.
-        needs_vmaf: where ffmpeg fails on a clip, the evaluation does.
+        needs_vmaf: the evaluation fails if ffmpeg fails on a clip.
         features: of the Fréchet distances, over all clips together; None leaves them out.
     """
 
@@ -48,8 +48,8 @@ class ClipJudge:
         """Start empty.
 
         Args:
-            until_the_end: ends what runs beside this process.
-            warn: told of a metric that fails, and is left out of this clip.
+            until_the_end: closes the helper processes.
+            warn: called with a message when a metric fails and is left out for this clip.
         """
         self._metrics, self._until_the_end, self._warn = metrics, until_the_end, warn
         lpips = metrics.lpips
@@ -73,11 +73,11 @@ class ClipJudge:
             self._compare("original", frames, original)
 
     def to_video(self) -> QualityResult | None:
-        """None where there is no video."""
+        """Quality against the video; None if there is none."""
         return self._result("video")
 
     def to_original(self) -> QualityResult | None:
-        """None of the original itself."""
+        """Quality against the original's output; None for the original itself."""
         return self._result("original")
 
     def _compare(self, reference: str, frames: Frames, wanted: Frames) -> None:
@@ -98,14 +98,14 @@ class ClipJudge:
 
     @contextmanager
     def _vmaf_may_fail(self, reference: str) -> Iterator[None]:
-        """One clip's VMAF is no reason to lose the others' figures, unless it was asked for by name."""
+        """Leave VMAF out for this clip if it fails, unless the user asked for it by name."""
         try:
             yield
         except MetricUnavailableError as error:
             if self._metrics.needs_vmaf:
                 raise
             self._vmaf[reference] = None
-            self._warn(f"{error}; it is left out of this clip")
+            self._warn(f"{error}; it is left out for this clip")
 
     def _result(self, reference: str) -> QualityResult | None:
         if reference not in self._has:
@@ -137,11 +137,11 @@ class FeatureJudge:
             self._waiting[name] = waiting[:, waiting.shape[1] // step * step :].clone()
 
     def end_clip(self) -> None:
-        """Frames that fill no window are left out."""
+        """End a clip, dropping the last frames if they do not fill a window."""
         self._waiting.clear()
 
     def share(self, name: str, ranks: Ranks) -> None:
-        """Add up a view's features over all processes, on each; a process without a clip of it takes part too."""
+        """Add up a view's features over all processes; every process must call it, even without a clip."""
         if ranks.count == 1:
             return
         found = [one for one in ranks.gather(self.statistics.get(name)) if one is not None]
@@ -149,7 +149,7 @@ class FeatureJudge:
             self.statistics[name] = FeatureStatistics.added_up(found)
 
     def distances(self, name: str, *, video: str, original: str) -> FrechetDistances | None:
-        """Those of a view; None without two samples of it."""
+        """The Fréchet distances of a view; None if it has fewer than two samples."""
         own = self.statistics.get(name)
         if own is None or own.count < 2:
             return None
@@ -162,7 +162,7 @@ class FeatureJudge:
         )
 
     def warning(self) -> str | None:
-        """Whether there are too few samples for what they are used for."""
+        """A warning if there are too few samples; None otherwise."""
         if not self.statistics:
             return f"no clip has {self._extractor.num_frames} frames: there is no Fréchet distance"
         one = next(iter(self.statistics.values()))

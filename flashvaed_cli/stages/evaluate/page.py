@@ -1,4 +1,4 @@
-"""What `eval` adds to its page: lineage, analysis, training log, and a small video per decoder."""
+"""Extras on the page of `eval`: lineage, analysis, training log, and a small video per decoder."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class ClipVideos:
 
 
 def page_extras(checkpoint: Checkpoint, albums: Sequence[ClipAlbum], command_line: str) -> PageExtras:
-    """What the page shows of the decoder's past, as far as its files are still at hand and unchanged."""
+    """The decoder's lineage, analysis and training log, where their files still exist unchanged."""
     header = checkpoint.header
     parents = () if header is None else find_parents(header, checkpoint.location)
     ancestors = [one.header for one in flat(parents) if one.header is not None]

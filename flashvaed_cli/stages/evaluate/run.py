@@ -76,8 +76,8 @@ MAX_PICTURED = 12
 
 
 @dataclass
-class _Course:
-    """How the clips of one process fared."""
+class _Tally:
+    """The results of one process's clips so far."""
 
     rows: list[ClipFigures] = field(default_factory=list)
     pictured: list[Comparison] = field(default_factory=list)
@@ -104,8 +104,8 @@ class _Course:
 def run_evaluate(recipe: EvalRecipe, *, progress: Progress, force: bool, command_line: str) -> StageOutcome:
     """Compare all decoders on every clip, time them in alternation, write report, page and pictures.
 
-    Started by `accelerate launch` or torchrun, each process judges its share of the clips; the main one alone times,
-    writes and speaks.
+    Started by `accelerate launch` or torchrun, each process judges its share of the clips; only the main one measures
+    times, writes and logs.
 
     Raises:
         ArtifactError: decoder or original cannot be loaded.
@@ -147,7 +147,7 @@ def _run(
     decoders = _decoders(inputs, recipe)
     if any(decoder.spec.still for decoder in decoders.values()) and recipe.num_frames != 1:
         recipe = recipe.model_copy(update={"num_frames": 1})
-        notes.append("Of every clip the first frame is judged: there is a decoder of single images among them.")
+        notes.append("Only the first frame of every clip is judged, because one of the decoders takes single images.")
     require_decoders(requirements, [*decoders, *((ORIGINAL_TUNED,) if len(decoders) > 1 else ())])
     runtimes = {name: runtime_of(name, decoder, recipe) for name, decoder in decoders.items()}
     found = find_data(recipe.data, default=(JUDGED_CLIP,))
@@ -155,41 +155,41 @@ def _run(
     clips = _named(files)
     reads = (location, recipe.original, *recipe.compare, *files)
     refuse_to_replace((output / f"{clip.stem}{suffix}" for clip in clips for suffix in (".png", ".mp4")), reads)
-    course = _Course(broken=dict(broken) if ranks.is_main else {})
+    tally = _Tally(broken=dict(broken) if ranks.is_main else {})
     with _shared_draft(ranks, output, reads, force=force) as draft:
         for clip in clips[ranks.rank :: ranks.count]:
             try:
-                course.add(compare_clip(clip, runtimes, inputs, recipe, metrics, features, draft, progress))
+                tally.add(compare_clip(clip, runtimes, inputs, recipe, metrics, features, draft, progress))
             except MediaError as error:  # damaged where only decoding shows it
-                course.broken[clip.path] = str(error)
+                tally.broken[clip.path] = str(error)
                 for suffix in (".png", ".mp4"):
                     (draft / f"{clip.stem}{suffix}").unlink(missing_ok=True)
-        course = _gathered(course, [clip.shown for clip in clips], ranks)
+        tally = _gathered(tally, [clip.shown for clip in clips], ranks)
         if features is not None:
             for name in (VIDEO, *decoders):
                 features.share(name, ranks)
-        for path, reason in course.broken.items():
+        for path, reason in tally.broken.items():
             progress.warn(f"skipped {path}: {reason}")
             notes.append(f"skipped {path.name}: {reason}")
-        if not course.rows or course.latents is None:
-            raise none_usable(len(course.broken), course.broken)
+        if not tally.rows or tally.latents is None:
+            raise none_usable(len(tally.broken), tally.broken)
         if not ranks.is_main:
             return StageOutcome((), ())
-        judged = [path for path in files if path not in course.broken]
+        judged = [path for path in files if path not in tally.broken]
         notes += [*_notes_on_colours(judged), *_notes_on_seen(inputs.checkpoint, recipe, judged, progress)]
-        figures = [_figures(name, decoder, course, features) for name, decoder in decoders.items()]
+        figures = [_figures(name, decoder, tally, features) for name, decoder in decoders.items()]
         if features is not None and (few := features.warning()) is not None:
             notes.append(few)
-        if (short := _too_short(course.rows, recipe)) is not None:
+        if (short := _too_short(tally.rows, recipe)) is not None:
             notes.append(short)
         if len(judged) > MAX_PICTURED:
             notes.append(f"pictures and videos are kept of the {MAX_PICTURED} worst of {len(judged)} clips")
-        figures = timed(figures, runtimes, decoders[ORIGINAL], course.latents, recipe, device, progress)
-        pictures = tuple(path for comparison in course.pictured for path in comparison.files)
+        figures = timed(figures, runtimes, decoders[ORIGINAL], tally.latents, recipe, device, progress)
+        pictures = tuple(path for comparison in tally.pictured for path in comparison.files)
         report = EvaluationReport(
             decoders=tuple(figures),
-            clips=tuple(course.rows),
-            settings=_settings(recipe, inputs, course.latents, ranks, command_line),
+            clips=tuple(tally.rows),
+            settings=_settings(recipe, inputs, tally.latents, ranks, command_line),
             notes=tuple(notes),
             made_with=provenance(asked, _hashes(inputs, recipe), judged),
             files={path.name: path.name for path in pictures},
@@ -197,7 +197,7 @@ def _run(
         report = replace(report, gates=judge_gates(report, requirements))
         written = save_report(report, draft)
         page = draft / PAGE
-        albums = [comparison.album for comparison in course.pictured]
+        albums = [comparison.album for comparison in tally.pictured]
         page.write_text(
             render_page(report, page_extras(inputs.checkpoint, albums, command_line)),
             encoding="utf-8",
@@ -213,7 +213,7 @@ def _run(
 
 @contextmanager
 def _shared_draft(ranks: Ranks, output: Path, reads: Sequence[str | Path | None], *, force: bool) -> Iterator[Path]:
-    """The main process' draft folder, which all of them write pictures to."""
+    """The main process's draft folder, which all processes write pictures to."""
     if ranks.is_main:
         with filled_at_the_end(output, REPORT_JSON, reads, force=force) as draft:
             yield ranks.from_main(lambda: draft)
@@ -221,14 +221,14 @@ def _shared_draft(ranks: Ranks, output: Path, reads: Sequence[str | Path | None]
         yield ranks.from_main(lambda: output)
 
 
-def _gathered(course: _Course, order: Sequence[str], ranks: Ranks) -> _Course:
+def _gathered(tally: _Tally, order: Sequence[str], ranks: Ranks) -> _Tally:
     """The clips of all processes, in the order of the files."""
     if ranks.count == 1:
-        return course
-    courses = ranks.gather(replace(course, latents=None if course.latents is None else course.latents.cpu()))
+        return tally
+    tallies = ranks.gather(replace(tally, latents=None if tally.latents is None else tally.latents.cpu()))
     position = {name: index for index, name in enumerate(order)}
-    together = _Course(latents=next((one.latents for one in courses if one.latents is not None), None))
-    for one in courses:
+    together = _Tally(latents=next((one.latents for one in tallies if one.latents is not None), None))
+    for one in tallies:
         together.rows += one.rows
         together.pictured += one.pictured
         together.broken |= one.broken
@@ -240,7 +240,7 @@ def _gathered(course: _Course, order: Sequence[str], ranks: Ranks) -> _Course:
 
 
 def _claim_junit(junit: Path, recipe: EvalRecipe, output: Path, *, force: bool) -> None:
-    """Refuse what is read, whatever `force` says: it is no result that is made again."""
+    """Claim the JUnit file; refuse a file that the command reads, even with `force`."""
     require_apart(junit, (recipe.input, recipe.original, *recipe.compare, *recipe.data), flag="--junit")
     if junit.absolute() == output.absolute():
         raise FlashVaedError(f"{junit} is the folder of the report; give --junit the name of a file.")
@@ -248,7 +248,7 @@ def _claim_junit(junit: Path, recipe: EvalRecipe, output: Path, *, force: bool) 
 
 
 def _finished(recipe: EvalRecipe, output: Path, location: str, *, force: bool) -> StageOutcome | None:
-    """The report of an earlier run on the same files; None too where the JUnit file that belongs to it is gone."""
+    """The report of an earlier run on the same files; None if there is none, or its JUnit file is gone."""
     done = finished_folder(
         output / REPORT_JSON, recipe, location, lambda: find_data(recipe.data, default=(JUDGED_CLIP,)), force=force
     )
@@ -258,7 +258,7 @@ def _finished(recipe: EvalRecipe, output: Path, location: str, *, force: bool) -
 
 
 def _hashes(inputs: Inputs, recipe: EvalRecipe) -> dict[str, str]:
-    """What was read beside the clips."""
+    """SHA-256 of the decoders read, by location."""
     read = {one.location: one.sha256 for one in (inputs.checkpoint, inputs.original)}
     return read | {
         place: sha256_of_files(checkpoint_files(locate(place, BUILTINS, may_download=False)))
@@ -267,7 +267,7 @@ def _hashes(inputs: Inputs, recipe: EvalRecipe) -> dict[str, str]:
 
 
 def _named(files: Sequence[Path]) -> list[ClipToJudge]:
-    """Every file with a name of its own: its path where two share one."""
+    """Every file with a unique name: its path if two share a file name."""
     names = [path.name for path in files]
     stems = distinct_names(files)
     return [
@@ -277,7 +277,7 @@ def _named(files: Sequence[Path]) -> list[ClipToJudge]:
 
 
 def _too_short(rows: Sequence[ClipFigures], recipe: EvalRecipe) -> str | None:
-    """Of a protocol: the clips that it would not have taken."""
+    """A note on the clips that are too short for the protocol; None if there are none."""
     if recipe.protocol is None or recipe.num_frames is None:
         return None
     short = {row.clip: row.num_frames for row in rows if row.num_frames < recipe.num_frames}
@@ -292,7 +292,7 @@ def _too_short(rows: Sequence[ClipFigures], recipe: EvalRecipe) -> str | None:
 
 
 def _notes_on_colours(paths: Iterable[Path]) -> list[str]:
-    """Which clips are judged in other colours than they are stored in."""
+    """Notes on the clips that are judged in other colours than they are stored in."""
     videos = [path for path in paths if not is_latent_file(path)]
     return [f"{path.name}: {how}." for path in videos if (how := probe_video(path).tone_mapping)]
 
@@ -382,11 +382,11 @@ def _decoders(inputs: Inputs, recipe: EvalRecipe) -> dict[str, Decoder]:
     return {ORIGINAL: cast_decoder(inputs.original.require_decoder(), dtype), **tuned}
 
 
-def _figures(name: str, decoder: Decoder, course: _Course, features: FeatureJudge | None) -> DecoderFigures:
-    rows = [row for row in course.rows if row.decoder == name]
+def _figures(name: str, decoder: Decoder, tally: _Tally, features: FeatureJudge | None) -> DecoderFigures:
+    rows = [row for row in tally.rows if row.decoder == name]
     to_video = [row.to_ground_truth for row in rows if isinstance(row.to_ground_truth, QualityResult)]
     to_original = [row.to_original for row in rows if isinstance(row.to_original, QualityResult)]
-    latents = course.latents
+    latents = tally.latents
     assert latents is not None
     num_frames = decoder.spec.num_frames(latents.shape[2])
     return DecoderFigures(

@@ -1,4 +1,4 @@
-"""Which clips a decoder has been calibrated or trained on: judged on them, it looks better than it is."""
+"""Warn of clips that a decoder was calibrated or trained on: judged on them, it looks better than it is."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def warn_of_seen(name: str, header: ArtifactHeader | None, location: str, files:
     nothing else was recorded; None if none is known to be.
 
     Args:
-        name: of the decoder.
-        header: its own.
-        location: where it lies.
+        name: the decoder's, for the message.
+        header: the decoder's.
+        location: of its file.
     """
     if header is None:
         return None

@@ -1,4 +1,4 @@
-"""How fast the decoders of an evaluation are: in alternation, on the first latents of a clip."""
+"""Time the decoders of an evaluation in alternation, on the first latents of a clip."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ORIGINAL_TUNED = "original, exact"
 
 
 def runtime_of(name: str, decoder: Decoder, recipe: EvalRecipe) -> DecodeRuntime:
-    """How a decoder runs: within the recipe's limits, and the original as plain torch would."""
+    """The runtime of a decoder within the recipe's limits; the original runs as in plain torch."""
     settings = DecodeSettings(
         chunk=recipe.chunk,
         tile=recipe.tile,

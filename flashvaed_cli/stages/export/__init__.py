@@ -1,1 +1,1 @@
-"""`flashvaed export`: what it writes for which program."""
+"""`flashvaed export`: write a decoder for other programs."""

@@ -1,4 +1,4 @@
-"""`export -t comfyui`: a file for ComfyUI's own loader where that reads the decoder, else a folder with a node."""
+"""`export -t comfyui`: a file for ComfyUI's own loader if that reads the decoder, else a folder with a node."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flashvaed_cli.stages.export.layouts import Prepared, encoder_at_hand, prepa
 
 COMFYUI_FOLDER = "comfyui"
 DECODES_ONLY = "flashvaed.decodes_only"
-"""In the metadata of a file whose encoder is a stand-in."""
+"""Key in the metadata of a file whose encoder is a stand-in."""
 _DECODES_ONLY_NOTE = (
     "comfyui: the file decodes only. ComfyUI builds encoder and decoder at one width, so the encoder in it is a "
     "stand-in of zeros. To encode (image to video), use the original VAE, or prune with --with-encoder"
@@ -26,7 +26,7 @@ _DECODES_ONLY_NOTE = (
 
 
 def export_comfyui(checkpoint: Checkpoint, folder: Path, name: str, recipe: ExportRecipe) -> ExportResult:
-    """Write into `folder` what ComfyUI takes of the checkpoint's decoder.
+    """Write the checkpoint's decoder into `folder` in a form that ComfyUI loads.
 
     Raises:
         ExportError: what was written does not reproduce the decoder.

@@ -1,4 +1,4 @@
-"""The diffusers folder of a decoder that no class of diffusers can hold: `AutoencoderFlash`, with its spec."""
+"""A diffusers folder for a decoder that no class of diffusers can hold: `AutoencoderFlash`, with its spec."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def export_flash_folder(
     recipe: ExportRecipe,
     reference: Reference,
 ) -> ExportResult:
-    """A folder that diffusers loads with flashvaed's class, with the encoder where one is at hand.
+    """Write a folder that diffusers loads with flashvaed's class, with the encoder if there is one.
 
     Args:
-        encoder: of the checkpoint or its original.
-        layout: of the family's own class in diffusers.
+        encoder: that of the checkpoint or its original.
+        layout: that of the family's own class in diffusers.
     Raises:
-        ExportError: latent statistics are not known, or the folder does not reproduce the decoder.
+        ExportError: latent statistics are unknown, or the folder does not reproduce the decoder.
     """
     assert layout.config_class is not None
     decoder, statistics = checkpoint.require_decoder(), (checkpoint.latent_mean, checkpoint.latent_std)
@@ -74,6 +74,6 @@ def export_flash_folder(
 def _beside_the_decoder(
     encoder: Encoder | None, layout: Layout, statistics: tuple[tuple[float, ...], tuple[float, ...]]
 ) -> dict[str, Tensor]:
-    """What the family's class holds beside its decoder: the encoder, and statistics that are buffers."""
+    """The tensors of the family's class beside its decoder: the encoder, and statistics that are buffers."""
     coders = [] if encoder is None else [(encoder.state_dict(), encoder.spec)]
     return to_program(coders, layout, statistics)

@@ -1,4 +1,4 @@
-"""The targets of `export` that hold weights under other programs' names: the family's own file, diffusers' folder."""
+"""The targets of `export` that use other programs' tensor names: the family's own file, the diffusers folder."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from flashvaed_cli.zoo.builtin import BUILTINS
 
 DIFFUSERS_FOLDER = "diffusers"
 _CHECK_GRID = (3, 6, 8)
-_EXPANDED = "the low-rank time_conv layers are written as whole kernels, which cost what they did before"
-_NOISY = "diffusers: with its noise, which this program leaves out: frames differ by that"
+_EXPANDED = "the low-rank time_conv layers are written as whole kernels, which save no operations"
+_NOISY = "diffusers: adds noise, which this program leaves out: frames differ by that noise"
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A checkpoint without what layouts do not know, and the layouts of its family."""
+    """A checkpoint without the operators that layouts cannot hold, and the layouts of its family."""
 
     checkpoint: Checkpoint
     decoder: Decoder
@@ -59,13 +59,13 @@ class Prepared:
         return self.checkpoint.latent_mean, self.checkpoint.latent_std
 
     def tensors(self, layout: Layout, encoder: Encoder | None) -> tuple[dict[str, Tensor], frozenset[str]]:
-        """What a file in the layout holds, and the names of it that stand for no weight."""
+        """The tensors of a file in the layout, and the names among them that stand for no weight."""
         coders = [coder for coder in (self.decoder, encoder) if coder is not None]
         tensors = to_program([(coder.state_dict(), coder.spec) for coder in coders], layout, self.statistics)
         return tensors, frozenset(f"{layout.prefix}{name}" for name in layout.statistics or ())
 
     def reference(self, seed: int, reload: Callable[[Path], Decoder] | None = None) -> Reference:
-        """What a file must reproduce; `reload` reads it (None: as a checkpoint of another program)."""
+        """The reference that a file must reproduce; `reload` reads the file (None: as another program's checkpoint)."""
         return Reference(self.decoder, _check_latents(self.checkpoint, seed), reload or _reload_decoder)
 
     def notes(self, target: str) -> tuple[str, ...]:
@@ -73,7 +73,7 @@ class Prepared:
 
 
 def export_original_layout(checkpoint: Checkpoint, path: Path, recipe: ExportRecipe) -> ExportResult:
-    """The family's own key layout, with the encoder where the checkpoint holds one, and the latent statistics.
+    """Write the family's own key layout, with the latent statistics, and the encoder if the checkpoint holds one.
 
     A decoder that is not made of the family's blocks has no such layout: its file is an artifact.
 
@@ -119,10 +119,10 @@ def _export_artifact(checkpoint: Checkpoint, path: Path, recipe: ExportRecipe) -
 
 
 def export_diffusers_folder(checkpoint: Checkpoint, folder: Path, recipe: ExportRecipe) -> ExportResult:
-    """A folder for `from_pretrained`, with the encoder of the checkpoint or of its original.
+    """Write a folder for `from_pretrained`, with the encoder of the checkpoint or of its original.
 
-    Of diffusers' own class where that has such a decoder and there is an encoder for it, so that nothing of a model
-    is left without weights; else of `AutoencoderFlash`.
+    It is for diffusers' own class if that can hold the decoder and there is an encoder, so that no part of the model
+    lacks weights; else for `AutoencoderFlash`.
 
     Raises:
         ExportError: diffusers knows no such family, or the folder does not reproduce the decoder.
@@ -154,7 +154,7 @@ def export_diffusers_folder(checkpoint: Checkpoint, folder: Path, recipe: Export
 
 
 def diffusers_obstacle(checkpoint: Checkpoint) -> str | None:
-    """Why there is no diffusers folder of a checkpoint; None if there is one."""
+    """Why a checkpoint cannot be exported as a diffusers folder; None if it can."""
     written = prepared(checkpoint)
     if written.class_name is None:
         return f"no diffusers folder: it has no class for {checkpoint.family}"
@@ -164,7 +164,7 @@ def diffusers_obstacle(checkpoint: Checkpoint) -> str | None:
 
 
 def prepared(checkpoint: Checkpoint) -> Prepared:
-    """The decoder as layouts know it, and the layouts that its family has."""
+    """The checkpoint in a form that layouts can hold, and the layouts of its family."""
     given = checkpoint.require_decoder()
     decoder = expanded_decoder(given)
     layouts = [layout for layout in LAYOUTS.values() if layout.family == checkpoint.family and layout.config_class]
@@ -176,7 +176,7 @@ def encoder_at_hand(checkpoint: Checkpoint, recipe: ExportRecipe) -> Encoder | N
     """The encoder of a checkpoint, or of its original; None if neither can be read.
 
     Raises:
-        ArtifactError: the recipe names an original that is none of this decoder, or cannot be read.
+        ArtifactError: the recipe names an original that is not this decoder's, or cannot be read.
     """
     if checkpoint.encoder is not None or checkpoint.header is None or checkpoint.header.original is None:
         return checkpoint.encoder

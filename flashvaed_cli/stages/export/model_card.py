@@ -1,4 +1,4 @@
-"""`README.md` of an export: a model card as on the Hub, for this decoder and what was written of it."""
+"""`README.md` of an export: a model card, as on the Hub, for the decoder and the files written."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def model_card(
     """The card as Markdown with YAML front matter.
 
     Args:
-        name: of the export.
-        results: what was written.
-        files: of each result, relative to the card.
+        name: the export's.
+        results: the exports written.
+        files: those of each result, relative to the card.
     """
     spec = checkpoint.require_decoder().spec
     parts = [
@@ -119,7 +119,7 @@ def _history(checkpoint: Checkpoint) -> str:
 
 
 def _figures(checkpoint: Checkpoint) -> list[str]:
-    """What evaluations beside the decoder found of it."""
+    """The figures of evaluations in folders beside the decoder."""
     lines: list[str] = []
     for folder, figures in find_reports(Path(checkpoint.location), checkpoint.sha256).items():
         lines += [f"From `{printable(folder)}/report.json`:", ""]

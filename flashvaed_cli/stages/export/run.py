@@ -36,22 +36,22 @@ _Job = tuple[ExportTarget, Callable[[], list[ExportResult]]]
 
 
 @dataclass
-class _Course:
-    """How the targets fared: written, failed (with the reason), or not meant for this decoder."""
+class _Tally:
+    """The targets so far: written, failed (with the reason), or not meant for this decoder."""
 
     results: list[ExportResult] = field(default_factory=list)
     failed: list[dict[str, str]] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
     def notes(self) -> tuple[str, ...]:
-        """Each once, in the order of the targets."""
+        """The notes of all results, each once, in the order of the targets."""
         return tuple(dict.fromkeys([*(note for result in self.results for note in result.notes), *self.skipped]))
 
 
 def run_export(recipe: ExportRecipe, *, progress: Progress, force: bool, command_line: str) -> StageOutcome:
-    """Write the targets of the recipe into a folder, each read back and compared with the decoder.
+    """Write the targets of the recipe into a folder; read each back and compare it with the decoder.
 
-    A target that fails leaves the others: `failed` of the figures and of the manifest says which, and why.
+    If a target fails the others go on; `failed` in the figures and in the manifest says which, and why.
 
     Raises:
         ArtifactError: the decoder cannot be loaded.
@@ -65,34 +65,34 @@ def run_export(recipe: ExportRecipe, *, progress: Progress, force: bool, command
         return done
     checkpoint = run.load_alone()
     with filled_at_the_end(output, MANIFEST, reads=(location,), force=force) as draft:
-        course = _write_targets(checkpoint, draft, export_name(location), recipe, progress)
-        table = _table(course.results, draft)
+        tally = _write_targets(checkpoint, draft, export_name(location), recipe, progress)
+        table = _table(tally.results, draft)
         manifest = {
             "kind": "flashvaed-export",
             "command": command_line,
             "decoder": location,
             "sha256": checkpoint.sha256,
             "made_with": provenance(recipe, _hashes(location, checkpoint, recipe.original), ()),
-            "files": [result.to_record(draft) for result in course.results],
-            "failed": course.failed,
+            "files": [result.to_record(draft) for result in tally.results],
+            "failed": tally.failed,
         }
-        files = [[path.relative_to(draft).as_posix() for path in result.paths] for result in course.results]
-        card = model_card(checkpoint, export_name(location), course.results, files)
+        files = [[path.relative_to(draft).as_posix() for path in result.paths] for result in tally.results]
+        card = model_card(checkpoint, export_name(location), tally.results, files)
         (draft / CARD).write_text(card, encoding="utf-8")
         manifest["sha256_of_files"] = hashes_of(draft)
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    paths = [output / path.relative_to(draft) for result in course.results for path in result.paths]
-    return StageOutcome((*paths, output / CARD, output / MANIFEST), (table,), manifest, course.notes())
+    paths = [output / path.relative_to(draft) for result in tally.results for path in result.paths]
+    return StageOutcome((*paths, output / CARD, output / MANIFEST), (table,), manifest, tally.notes())
 
 
 def _hashes(location: str, checkpoint: Checkpoint, named: str | None) -> dict[str, str]:
-    """What an export depends on: the decoder, and the original, whose encoder goes into it."""
+    """The hashes that an export depends on: of the decoder, and of the original, whose encoder it contains."""
     original = None if checkpoint.header is None else checkpoint.header.original
     return {location: checkpoint.sha256} | ({} if original is None else {named or original.location: original.sha256})
 
 
 def export_name(location: str) -> str:
-    """What the files are called: a folder's name, or a file's without the suffix of its format."""
+    """The name of the files: that of the input folder, or of the input file without its suffix."""
     if location.startswith(BUILTIN_SCHEME):
         return location.replace(":", "-")
     path = Path(location.rstrip("/"))
@@ -100,24 +100,22 @@ def export_name(location: str) -> str:
     return name if path.is_dir() else name.removesuffix(next((s for s in _WEIGHT_SUFFIXES if name.endswith(s)), ""))
 
 
-def _write_targets(
-    checkpoint: Checkpoint, folder: Path, name: str, recipe: ExportRecipe, progress: Progress
-) -> _Course:
-    course = _Course()
-    for target, job in _jobs(checkpoint, folder, name, recipe, progress, course.skipped):
+def _write_targets(checkpoint: Checkpoint, folder: Path, name: str, recipe: ExportRecipe, progress: Progress) -> _Tally:
+    tally = _Tally()
+    for target, job in _jobs(checkpoint, folder, name, recipe, progress, tally.skipped):
         try:
-            course.results += job()
+            tally.results += job()
         except (ExportError, ArtifactError, DecodeError) as error:
-            course.failed.append({"target": target, "reason": str(error)})
-    if not course.results:
-        raise ExportError("\n".join(["nothing was written:", *(entry["reason"] for entry in course.failed)]))
-    return course
+            tally.failed.append({"target": target, "reason": str(error)})
+    if not tally.results:
+        raise ExportError("\n".join(["nothing was written:", *(entry["reason"] for entry in tally.failed)]))
+    return tally
 
 
 def _jobs(
     checkpoint: Checkpoint, folder: Path, name: str, recipe: ExportRecipe, progress: Progress, skipped: list[str]
 ) -> Iterator[_Job]:
-    """What to write; what does not apply to this decoder is added to `skipped`."""
+    """The targets to write, each with its function; those that do not apply to this decoder are added to `skipped`."""
     decoder = checkpoint.require_decoder()
     if "safetensors" in recipe.targets:
         yield "safetensors", lambda: [export_original_layout(checkpoint, folder / f"{name}.safetensors", recipe)]
@@ -156,7 +154,7 @@ def _jobs(
     elif not decoder.spec.is_causal:
         kinds = ("clip",)
         sight = "whole clips" if decoder.spec.sees_whole_clip else "frames ahead"
-        skipped.append(f"no streaming graph: this decoder sees {sight}, so a step alone has no frames")
+        skipped.append(f"no streaming graph: this decoder sees {sight}, so a single step gives no frames")
     path = folder / f"{name}.onnx"
     yield "onnx", lambda: export_onnx(decoder, path, options=options, kinds=kinds, progress=progress)
 

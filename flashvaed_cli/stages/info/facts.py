@@ -1,4 +1,4 @@
-"""All that is known of one file, as plain data: what `flashvaed info` shows and `--json` prints."""
+"""Everything known about one file, as plain data: what `flashvaed info` shows and `--json` prints."""
 
 from __future__ import annotations
 
@@ -46,10 +46,12 @@ class StageFacts:
 
 @dataclass(frozen=True)
 class CoderFacts:
-    """A decoder or an encoder. `gflop` and the stages' are None and 0 for encoders, which are not counted.
+    """A decoder or an encoder.
 
-    `shape` is that of a light decoder; None: the family's own blocks. `whole_clips` says how one that sees whole clips
-    takes them; None of others.
+    Attributes:
+        shape: that of a light decoder; None: the family's own blocks.
+        whole_clips: how a decoder that sees whole clips takes them; None for others.
+        gflop: for the size asked for; None for encoders, whose stages have 0: they are not counted.
     """
 
     parameters: int
@@ -69,10 +71,10 @@ class FileFacts:
     """One file.
 
     Attributes:
-        recognised_by: what told its family.
-        sha256: by which other artifacts name it; of an artifact, of its content.
-        file_sha256: of the file as it lies there; None for folders.
-        number_formats: of the stored tensors, with their number; empty where only loading would tell.
+        recognised_by: how its family was recognised.
+        sha256: the hash by which other artifacts name it; for an artifact, that of its content.
+        file_sha256: that of the whole file; None for folders.
+        number_formats: number of stored tensors by format; empty if only loading would show it.
         measured: figures by name, with units.
     """
 

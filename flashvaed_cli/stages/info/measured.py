@@ -1,4 +1,4 @@
-"""What commands measured and left in an artifact's header, in words."""
+"""The measurements in an artifact's header, in words."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NUM_WORST = 3
 
 
 def measured_figures(header: ArtifactHeader) -> dict[str, str]:
-    """Figures by name. What is not there, or not of the shape that flashvaed writes, is left out."""
+    """Figures by name. Those that are absent, or not in the form that flashvaed writes, are left out."""
     found: dict[str, str] = {}
     if header.kind == "analysis":
         if analysis := AnalysisRecord.of(header):

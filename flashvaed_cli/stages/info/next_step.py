@@ -1,4 +1,4 @@
-"""What to type next, by what a file is."""
+"""Suggest the next command for a file, by its kind."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _FIT = ("prune", "convert-ops", "distill")
 def next_commands(
     location: str, header: ArtifactHeader | None, checkpoint: Checkpoint | None, *, data: Sequence[str] | None = None
 ) -> tuple[str, ...]:
-    """Commands that fit a file, the next step of the pipeline first.
+    """Commands that suit a file, the next step of the pipeline first.
 
     Args:
-        data: what was fitted to, for what is fitted next; None where that is not known.
+        data: the clips of the last fit, suggested for the next one; None if unknown.
     """
     file = shlex.quote(location)
     made_by = _command_of(header)
@@ -57,7 +57,7 @@ def next_commands(
 
 
 def _with_data(template: str, data: Sequence[str]) -> str:
-    """With the clips of this step where weights are fitted, and others where they are judged."""
+    """Add the clips of this step to commands that fit weights, and other clips to commands that judge."""
     command = template.split()[0]
     clips = "".join(f" --data {shlex.quote(place)}" for place in data) if command in _FIT else ""
     if command == "eval" and data:
@@ -66,13 +66,13 @@ def _with_data(template: str, data: Sequence[str]) -> str:
 
 
 def _can_be_converted(family_name: str) -> bool:
-    """Whether a family has operators to convert to; the layers of others are light already."""
+    """Whether a family has operators to convert; the layers of others are light already."""
     family = FAMILIES.get(family_name)
     return family is None or bool(family.paper_operators)
 
 
 def _command_of(header: ArtifactHeader | None) -> str | None:
-    """Which command wrote an artifact, as what it measured shows, however it was called."""
+    """The command that wrote an artifact, recognised by what it measured."""
     if header is None:
         return None
     if header.kind == "analysis":
@@ -82,5 +82,5 @@ def _command_of(header: ArtifactHeader | None) -> str | None:
 
 
 def _is_finished(header: ArtifactHeader) -> bool:
-    """Exact operators, images, native layouts: nothing of the pipeline has to follow."""
+    """Whether no further step of the pipeline is needed: exact operators, single images, native layouts."""
     return header.recipe.get("profile") in ("exact", "image") or header.recipe.get("layout") == "native"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import RenderableType
 
+from flashvaed_cli.errors import ArtifactError, SpecError
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.info import InfoRecipe
 from flashvaed_cli.stages.common.loading import choose_input
@@ -17,10 +18,14 @@ from flashvaed_cli.stages.info.show import show_one, show_side_by_side
 
 @dataclass(frozen=True)
 class InfoOutcome:
-    """What was found; nothing is written."""
+    """What was found; nothing is written.
+
+    `failed`: the files that could not be described, each with the reason.
+    """
 
     files: tuple[FileFacts, ...]
     size: str
+    failed: tuple[tuple[str, str], ...] = ()
     paths: tuple[Path, ...] = ()
 
     def table(self) -> RenderableType:
@@ -36,14 +41,26 @@ class InfoOutcome:
             "schema": 1,
             "size": self.size,
             "files": [facts.document() for facts in self.files],
+            "failed": [{"file": location, "message": reason} for location, reason in self.failed],
         }
 
 
 def run_info(recipe: InfoRecipe, *, progress: Progress, force: bool, command_line: str) -> InfoOutcome:
-    """Describe every file.
+    """Describe every file that can be described.
 
     Raises:
-        ArtifactError: a file cannot be found or read, or is of a kind that flashvaed does not know.
+        ArtifactError: none can: not found, not readable, or of a kind that flashvaed does not know.
     """
     locations = recipe.files or (choose_input(None, InfoRecipe, progress),)
-    return InfoOutcome(tuple(gather(location, recipe, progress) for location in locations), recipe.size)
+    files: list[FileFacts] = []
+    failed: list[tuple[str, str]] = []
+    for location in locations:
+        try:
+            files.append(gather(location, recipe, progress))
+        except (ArtifactError, SpecError) as error:
+            if len(locations) == 1:
+                raise
+            failed.append((location, str(error)))
+    if not files:
+        raise ArtifactError("\n".join(reason for _, reason in failed))
+    return InfoOutcome(tuple(files), recipe.size, tuple(failed))

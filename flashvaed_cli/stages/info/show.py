@@ -1,4 +1,4 @@
-"""The facts of files as tables and trees for a terminal."""
+"""Show the facts of files as tables and trees in a terminal."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""`flashvaed prune`: choose channels, fit what is left, judge it."""
+"""`flashvaed prune`: choose channels, refit the weights, judge the result."""

@@ -35,7 +35,7 @@ _DEFAULTS = AnalyzeRecipe()
 
 @dataclass(frozen=True)
 class Budget:
-    """The plan that was found, and the clip whose decoding it is about."""
+    """The plan found, and the clip that its times or operations are for."""
 
     plan: WidthPlan | None  # None: one width for the whole decoder, found by timing
     clip: TimedClip
@@ -83,7 +83,7 @@ def target_clip(
     device: torch.device,
     progress: Progress,
 ) -> TimedClip:
-    """The clip that a target is about: the recipe's, else the one of the analysis, else the default."""
+    """The clip that a target is for: the recipe's, else that of the analysis, else the default."""
     frames, side = (stored.num_frames, stored.side) if stored else (_DEFAULTS.latency_frames, _DEFAULTS.latency_side)
     num_frames, side = recipe.latency_frames or frames, recipe.latency_side or side
     return whole_clip(TimedClip(num_frames, side, device, recipe.dtype), spec, recipe, progress)

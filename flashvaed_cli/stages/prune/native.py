@@ -1,4 +1,4 @@
-"""`prune --layout native`: the widths that a stock class can build, nearest to what was asked for."""
+"""`prune --layout native`: choose the widths nearest to the request that a stock class can build."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def choose_native(
     device: torch.device,
     progress: Progress,
 ) -> tuple[Budget | None, DecoderSpec, Kept, list[GroupSelection]]:
-    """The narrower original, and the channels that are left; a ratio between two base widths is rounded, and said.
+    """The spec of the narrower original, and its kept channels; rounding a ratio to a base width is warned of.
 
     A target speed-up is reached by timing: bisection finds the widest decoder that is fast enough.
 
@@ -67,7 +67,7 @@ def choose_native(
         raise SpecError(f"nothing to prune: the base width stays {full}. Give a smaller ratio, target or --round-to")
     if asked is not None and abs(base - full * asked) > 1e-9:
         progress.warn(
-            f"ratio {asked:g} of base width {full} is no whole width: {base} is the nearest native one, a ratio of "
+            f"ratio {asked:g} of base width {full} is not a native width: taking {base}, the nearest one, a ratio of "
             f"{base / full:.4g}"
         )
     progress.log(f"native layout: base width {full} to {base}, in the whole decoder")
@@ -77,7 +77,7 @@ def choose_native(
 
 @torch.no_grad()
 def fast_enough(decoder: Decoder, full: int, clip: TimedClip, recipe: PruneRecipe, progress: Progress) -> int:
-    """The widest base width at which random weights decode the clip as many times faster as was asked for.
+    """The widest base width at which a decoder with random weights reaches the target speed-up.
 
     Raises:
         SpecError: not even the narrowest does.

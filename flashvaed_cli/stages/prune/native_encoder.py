@@ -1,7 +1,7 @@
-"""`prune --layout native --with-encoder`: the encoder at the width of the native decoder, so that a file is whole.
+"""`prune --layout native --with-encoder`: narrow the encoder to the width of the native decoder.
 
-Some programs (ComfyUI from 0.8, LightX2V) build encoder and decoder at one width. The encoder is narrowed as the
-decoder is, by the same selection and the same least squares, against what the original's layers give on the clips.
+Some programs (ComfyUI from 0.8, LightX2V) build encoder and decoder at one width. The encoder is narrowed like the
+decoder, by the same selection and least squares, against the outputs of the original's layers on the clips.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def narrow_encoder(
     recipe: PruneRecipe,
     progress: Progress,
 ) -> tuple[Encoder, EncoderFigures]:
-    """The original's encoder at a base width, and how good it is.
+    """The original's encoder at a base width, and its quality.
 
     Args:
-        decoder: the narrowed one, which the figures are taken through.
+        decoder: the narrowed one, which decodes for the figures.
     Raises:
         ArtifactError: the original has no encoder.
-        SpecError: all calibration data are latents, which tell nothing of an encoder.
+        SpecError: all calibration data are latents, which an encoder cannot be fitted to.
     """
     encoder = original.require_encoder()
     if not clips.requests:

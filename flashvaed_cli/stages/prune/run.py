@@ -142,7 +142,7 @@ def run_prune(recipe: PruneRecipe, *, progress: Progress, force: bool, command_l
 
 
 def _kept_of_original(inputs: Inputs, kept: Kept) -> Kept:
-    """The original's channels that are left; none of a decoder of another shape, whose channels are its own."""
+    """The kept channels of the original; empty for a light decoder, whose channels are its own."""
     if not has_same_blocks(inputs.checkpoint.require_decoder().spec, inputs.reference().spec):
         return {}
     return compose_kept(inputs.checkpoint.kept_channels, kept)
@@ -156,7 +156,7 @@ def _choose_free(
     device: torch.device,
     progress: Progress,
 ) -> tuple[Budget | None, Kept, list[GroupSelection]]:
-    """Kept channels, each group with a width of its own: by ratios, by a target, or as a distillation prepared."""
+    """Kept channels with a width for each group, from ratios, from a target, or as distillation prepared them."""
     decoder = inputs.checkpoint.require_decoder()
     budget = None
     ratios, round_to = recipe.ratios(shallow_stages(decoder.spec)), recipe.round_to
@@ -176,7 +176,7 @@ def _choose_free(
         seed=recipe.seed,
         prepared=prepared,
     )
-    _tell_of_prepared(prepared, kept, progress)
+    _report_prepared(prepared, kept, progress)
     unpruned = _unpruned(channel_groups(decoder.spec), ratios, kept, round_to)
     if not kept:
         raise SpecError(f"nothing to prune: {unpruned or f'the ratios {ratios} keep every channel'}")
@@ -186,7 +186,7 @@ def _choose_free(
 
 
 def _unpruned(groups: Sequence[ChannelGroup], ratios: Mapping[str, float], kept: Kept, round_to: int) -> str | None:
-    """Which groups have a ratio below 1 and yet keep all their channels, why, and what to do; None if none does."""
+    """A warning about groups that keep all channels in spite of a ratio below 1; None if there are none."""
     asked = [(group, ratios.get(group.name, ratios.get(group.stage, 1.0))) for group in groups]
     whole = [(group, ratio) for group, ratio in asked if ratio < 1 and group.tensors[0] not in kept]
     if not whole:
@@ -203,25 +203,25 @@ def _unpruned(groups: Sequence[ChannelGroup], ratios: Mapping[str, float], kept:
 
 
 def _prepared_channels(checkpoint: Checkpoint) -> Kept:
-    """The channels that phase 2 of a distillation has prepared the decoder to keep."""
+    """The channels that phase 2 of a distillation prepared the decoder to keep."""
     trained = DistillRecord.of(checkpoint.header)
     return {} if trained is None else trained.prepared_channels
 
 
 def _ratios_of(prepared: Kept, spec: DecoderSpec) -> dict[str, float]:
-    """The ratios by channel group that keep as many channels as phase 2 has prepared."""
+    """The ratios by channel group that keep as many channels as phase 2 prepared."""
     groups = [group for group in channel_groups(spec) if group.tensors[0] in prepared]
     return {group.name: len(prepared[group.tensors[0]]) / group.width for group in groups}
 
 
-def _tell_of_prepared(prepared: Kept, kept: Kept, progress: Progress) -> None:
-    """Say whether the channels that phase 2 has prepared are those that stay."""
+def _report_prepared(prepared: Kept, kept: Kept, progress: Progress) -> None:
+    """Report whether the kept channels are those that phase 2 prepared."""
     others = [tensor for tensor, channels in kept.items() if tensor in prepared and channels != prepared[tensor]]
     if others:
         first = others[0]
         progress.warn(
-            f"phase 2 prepared {len(prepared[first])} channels of {first} to be kept, but {len(kept[first])} are asked "
-            "for, so they are chosen again. Leave out --ratio to keep the prepared ones"
+            f"phase 2 prepared {len(prepared[first])} channels of {first}, but this run keeps {len(kept[first])}, so "
+            "they are chosen again. Leave out --ratio to keep the prepared ones"
         )
     elif prepared:
         progress.log("keeping the channels that phase 2 of the distillation prepared")
@@ -230,7 +230,7 @@ def _tell_of_prepared(prepared: Kept, kept: Kept, progress: Progress) -> None:
 def _statistics(
     recipe: PruneRecipe, checkpoint: Checkpoint, clips: CalibrationClips, progress: Progress
 ) -> tuple[dict[str, TensorStatistics], tuple[Lineage, ...], WidthTimes | None]:
-    """From the analysis given, from `analysis.safetensors` here if it is of this decoder, else measured now.
+    """Statistics from the given analysis, or from `analysis.safetensors` if it is of this decoder; else measured now.
 
     Returns the statistics, the analysis as a parent, and its latency model.
     """
@@ -247,7 +247,7 @@ def _statistics(
     if header.kind != "analysis":
         raise ArtifactError(f"{given} is a {header.kind}, not an analysis; make one with `flashvaed analyze`")
     if not header.parents:
-        raise ArtifactError(f"{given} does not say what it is the analysis of. Run `flashvaed analyze` again.")
+        raise ArtifactError(f"{given} does not say which decoder it analyses. Run `flashvaed analyze` again.")
     if _analyzed_sha256(Path(given)) != checkpoint.sha256:
         raise ArtifactError(
             f"{given} is the analysis of {header.parents[0].location} (SHA-256 {header.parents[0].sha256[:12]}), not "
@@ -285,13 +285,13 @@ def _read_statistics(
 
 
 def _analyzed_sha256(path: Path) -> str | None:
-    """Hash of the decoder that an analysis was made of; None for anything else."""
+    """Hash of the decoder that an analysis is of; None for anything else."""
     header = read_header(path)
     return header.parents[0].sha256 if header.kind == "analysis" and header.parents else None
 
 
 def _warn_of_unvarying(selections: list[GroupSelection], progress: Progress) -> None:
-    """Name the dead and the constant channels of every group that has some."""
+    """Warn of the dead and the constant channels of every group."""
     found = []
     for selection in selections:
         for kind, channels in (("dead", selection.dead), ("constant", selection.constant)):

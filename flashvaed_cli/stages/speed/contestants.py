@@ -24,7 +24,7 @@ PLAIN_EAGER = Choice("contiguous", exact=False)
 
 
 def own_call(decoder: Decoder, latents: Latents, choice: Choice, limits: Limits) -> Call:
-    """Our decoder, prepared the chosen way.
+    """A call of our decoder, prepared in the chosen way.
 
     Args:
         decoder: with plain operators.
@@ -60,14 +60,14 @@ def diffusers_fault(decoder: Decoder) -> str | None:
 
 
 def diffusers_call(decoder: Decoder, latents: Latents) -> Call:
-    """diffusers' model with the decoder's weights, as it comes: eager, one latent frame at a time.
+    """A call of diffusers' model with the decoder's weights, unchanged: eager, one latent frame at a time.
 
     Args:
         decoder: one with `diffusers_fault` None.
         latents: raw, in the dtype and on the device of the run.
     """
     vae = _diffusers_vae(decoder)
-    nn.Module.to(vae, device=latents.device, dtype=latents.dtype)  # theirs warns about modules that it has not
+    nn.Module.to(vae, device=latents.device, dtype=latents.dtype)  # diffusers warns about modules that it lacks
     return lambda: vae.decode(latents, return_dict=False)[0]  # type: ignore[operator]
 
 

@@ -86,7 +86,7 @@ def run_speed(recipe: EvalRecipe, *, progress: Progress, force: bool, command_li
 
 
 def _lengths(recipe: EvalRecipe, decoders: Mapping[str, Decoder]) -> tuple[int, ...]:
-    """Frames of the clips to time: those asked for, or what suits all decoders.
+    """Numbers of frames to time: those asked for, or one that suits all decoders.
 
     Raises:
         DecodeError: several frames are asked for, and one of the decoders takes single images.
@@ -115,7 +115,7 @@ def _whole(asked: TimedSize, original: Decoder, progress: Progress) -> TimedSize
 
 
 def _in_pipeline(table: SpeedTable, rest_s: float | None) -> SpeedTable:
-    """The table with what each decoder means for a pipeline whose other steps take `rest_s`."""
+    """The table with the effect of each decoder on a pipeline whose other steps take `rest_s`."""
     eager = table.rows[0].seconds
     if rest_s is None or eager is None:
         return table

@@ -1,4 +1,4 @@
-"""One speed table: the rows that a decoder and its original make, run as a contest and put into figures.
+"""One speed table: time a decoder and its original in several ways, and compute the figures of each row.
 
 Used by `flashvaed eval --speed` and by the benches alike.
 """
@@ -46,9 +46,9 @@ class SpeedSettings:
     Attributes:
         chunk: latent frames at a time for our decoders; None decodes at once where that fits into memory.
         tile: side of the tiles in latents; None decodes whole frames where that fits.
-        max_memory_bytes: bound for each of our decoders; None: what is free.
+        max_memory_bytes: bound for each of our decoders; None: the memory that is free.
         compile: compile the tuned ones.
-        autotune: try ways of running each tuned one, or take the remembered one.
+        autotune: for each tuned decoder, try several ways of running it, or take the remembered one.
     """
 
     dtype: torch.dtype = torch.float32
@@ -76,7 +76,7 @@ class TimedSize:
         return spec.num_latents(self.num_frames), -(-self.height // factor), -(-self.width // factor)
 
     def rounded(self, spec: DecoderSpec) -> TimedSize:
-        """What that grid decodes to: 1 + temporal_factor n frames, sides that spatial_factor divides, rounded up."""
+        """The size that this grid decodes to: 1 + temporal_factor n frames, sides divisible by spatial_factor."""
         t, h, w = self.grid(spec)
         return TimedSize(spec.num_frames(t), spec.spatial_factor * h, spec.spatial_factor * w)
 
@@ -87,7 +87,7 @@ class TimedSize:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A row in the making: who runs, and the spec that its figures are counted on."""
+    """An unfinished row: its contestant, and the spec that its operations are counted on."""
 
     contestant: Contestant
     spec: DecoderSpec
@@ -114,7 +114,7 @@ def time_decoders(
         derived: by name, other than the names of the original's rows.
         label: put before the size in the titles.
     Returns:
-        The table and what its reader has to know.
+        The table, and notes for its reader.
     Raises:
         DecodeError: none of our decoders fits into memory.
     """
@@ -149,7 +149,7 @@ def time_decoders(
 
 
 def _baselines(original: Decoder, latents: Latents, settings: SpeedSettings, notes: list[str]) -> list[_Entry]:
-    """The original as diffusers runs it, where it can, then as we run it without any of our improvements."""
+    """The original as diffusers runs it, if it can, then as we run it without any of our improvements."""
     entries: list[_Entry] = []
     fault = diffusers_fault(original)
     if fault is None:
@@ -184,7 +184,7 @@ def _own_entry(name: str, decoder: Decoder, latents: Latents, choice: Choice, se
 
 
 def counted_spec(spec: DecoderSpec, dtype: torch.dtype) -> DecoderSpec:
-    """The spec whose operations are those that run: in half precision `winograd3d` runs as `tapwise3d`."""
+    """The spec with the operators that really run: in half precision `winograd3d` runs as `tapwise3d`."""
     if dtype.itemsize > 2:
         return spec
     changed = {

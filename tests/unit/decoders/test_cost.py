@@ -9,7 +9,8 @@ from flashvaed_cli.decoders.modules.coder import Coder
 from flashvaed_cli.decoders.predict.cost import stage_costs, total_gflop
 from flashvaed_cli.decoders.spec.blocks import AttentionSpec, BlockSpec, ConvBlockSpec, UpsampleSpec
 from flashvaed_cli.decoders.spec.coders import CoderSpec, StageSpec
-from flashvaed_cli.decoders.spec.layers import ConvSpec, Kernel, Operator
+from flashvaed_cli.decoders.spec.layers import ConvSpec, Kernel
+from flashvaed_cli.decoders.spec.operators import Operator
 from tests.toy import DECODER_SPECS, original_spec, toy_decoder, toy_encoder
 
 CODERS: dict[str, Coder] = {name: toy_decoder(spec) for name, spec in DECODER_SPECS.items()}

@@ -19,7 +19,6 @@ from flashvaed_cli.decoders.modules.operators import Conv, Future, Past, batch_a
 from flashvaed_cli.decoders.predict import winograd_strips
 from flashvaed_cli.decoders.spec.layers import (
     CENTRED,
-    PLAIN_OPERATORS,
     ConvSpec,
     Kernel,
     Operator,
@@ -73,7 +72,7 @@ def pair(
     )
     plain, twin = (
         build_conv(spec.model_copy(update={"operator": name}), "here").double()
-        for name in (PLAIN_OPERATORS[operator], operator)
+        for name in (spec.plain_operator, operator)
     )
     assert isinstance(plain, Conv) and isinstance(twin, Conv)
     plain.bias.data.normal_()

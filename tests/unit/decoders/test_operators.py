@@ -21,12 +21,12 @@ from flashvaed_cli.decoders.modules.operators import (
     SeparableConv3d,
     batch_as_frames,
     build_conv,
-    dense_kernel,
     frames_as_batch,
     norm_silu,
 )
 from flashvaed_cli.decoders.spec.blocks import DownsampleSpec, UpsampleSpec
-from flashvaed_cli.decoders.spec.layers import ConvSpec, Kernel, Operator
+from flashvaed_cli.decoders.spec.layers import ConvSpec, Kernel
+from flashvaed_cli.decoders.spec.operators import Operator
 
 KERNELS: dict[Operator, Kernel] = {
     "causal3d": (3, 3, 3),
@@ -87,8 +87,32 @@ def test_low_rank_equals_the_dense_product() -> None:
     dense.weight.copy_(torch.einsum("or,rcthw->octhw", low.weight, low.reduce))
     dense.bias.copy_(low.bias)
     assert_same(low(x), dense(x))
-    assert torch.equal(dense_kernel(low).reshape(dense.weight.shape), dense.weight)
+    assert torch.equal(low.dense_kernel().reshape(dense.weight.shape), dense.weight)
     assert low.spec.parameter_count == sum(p.numel() for p in low.parameters())
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_every_operator_stands_for_a_dense_kernel(operator: Operator) -> None:
+    """Which a dense layer computes as well, and which, written back, leaves the layer's output as it was."""
+    found, x = layer(operator), clip(1, 3, 4, 6, 8)
+    dense = layer("causal3d", found.spec.in_width, found.spec.out_width, KERNELS[operator])
+    dense.weight.copy_(found.dense_kernel())
+    dense.bias.copy_(found.bias)
+    expected = dense(Upsample.enlarge(x) if found.spec.enlarges else x)
+    assert_same(found(x), expected)
+    found.set_dense_kernel_(found.dense_kernel().clone())
+    assert_same(found(x), expected)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_axes_and_number_are_those_of_the_parameters(operator: Operator) -> None:
+    found = layer(operator)
+    assert set(found.channel_axes) == {name for name, _ in found.named_parameters()}
+    assert found.spec.parameter_count == sum(parameter.numel() for parameter in found.parameters())
+    for name, (out_axis, in_axis) in found.channel_axes.items():
+        shape = found.get_parameter(name).shape
+        assert out_axis is None or shape[out_axis] == found.spec.out_width
+        assert in_axis is None or shape[in_axis] == found.spec.in_width
 
 
 def test_frame2d_equals_causal3d_with_only_the_last_tap() -> None:

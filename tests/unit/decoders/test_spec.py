@@ -8,7 +8,8 @@ from pydantic import ValidationError
 
 from flashvaed_cli.decoders.spec.blocks import AttentionSpec, ConvBlockSpec, HeadSpec, ResBlockSpec
 from flashvaed_cli.decoders.spec.coders import DecoderSpec, EncoderSpec
-from flashvaed_cli.decoders.spec.layers import ConvSpec, Operator
+from flashvaed_cli.decoders.spec.layers import ConvSpec
+from flashvaed_cli.decoders.spec.operators import Operator
 from flashvaed_cli.families.wan21.spec import wan_decoder_spec, wan_encoder_spec
 from tests.toy import BASE_WIDTH, DECODER_SPECS, original_spec
 
@@ -29,6 +30,28 @@ def conv(in_width: int, out_width: int, operator: Operator = "causal3d") -> Conv
 def test_kernels_that_do_not_fit_the_operator(operator: Operator, kernel: tuple[int, int, int], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         ConvSpec(operator=operator, in_width=2, out_width=2, kernel=kernel)
+
+
+@pytest.mark.parametrize(
+    ("operator", "changed", "message"),
+    [
+        ("depthwise3d", {"out_width": 3}, "gives the 2 channels it takes, not 3"),
+        ("lowrank3d", {"rank": 1}, "one tap in space and pads zeros in time"),
+        ("lowrank3d", {"kernel": (3, 1, 1)}, "rank None in a lowrank3d layer"),
+        ("causal3d", {"rank": 1}, "rank 1 in a causal3d layer"),
+        ("winograd3d", {"kernel": (3, 1, 1)}, r"3x3 taps in space, not kernel \(3, 1, 1\)"),
+        ("stacked3d", {"time_padding": "edges"}, "causal in time, not padded with edges"),
+        ("subpixel2d", {}, "one temporal tap"),
+        ("subpixel2d", {"kernel": (1, 1, 1)}, "3x3 taps"),
+        ("subpixel2d", {"kernel": (1, 3, 3), "space_padding": "reflect"}, "pads zeros around frames, not reflect"),
+    ],
+)
+def test_each_operator_says_what_keeps_a_layer_from_it(
+    operator: Operator, changed: dict[str, object], message: str
+) -> None:
+    fields = {"operator": operator, "in_width": 2, "out_width": 2, "kernel": (3, 3, 3), **changed}
+    with pytest.raises(ValidationError, match=message):
+        ConvSpec.model_validate(fields)
 
 
 def test_widths_and_keys_are_checked() -> None:

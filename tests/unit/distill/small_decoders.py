@@ -8,7 +8,8 @@ from torch import Tensor
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.spec.blocks import ResBlockSpec
 from flashvaed_cli.decoders.spec.coders import DecoderSpec, StageSpec
-from flashvaed_cli.decoders.spec.layers import ConvSpec, Operator
+from flashvaed_cli.decoders.spec.layers import ConvSpec
+from flashvaed_cli.decoders.spec.operators import Operator
 from flashvaed_cli.families.wan21.spec import wan_decoder_spec
 
 BASE_WIDTH = 2

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -163,6 +164,19 @@ def test_latents_that_do_not_fit_are_refused(latents: Tensor, message: str) -> N
     plan = plan_phase_3(student.spec, teacher.spec)
     with pytest.raises(DistillationError, match=message):
         train(student, teacher, plan, lambda _: (latents,), TrainSettings(num_steps=1, loss_weights=NO_LPIPS))
+
+
+@pytest.mark.parametrize("weight", [1e300, 1e37])
+def test_a_weight_that_takes_the_loss_out_of_range_is_named(weight: float) -> None:
+    """Beyond float32 the loss itself, or its gradient; the learning rate has nothing to do with it."""
+    student, teacher = student_decoder(), teacher_decoder()
+    plan = plan_phase_3(student.spec, teacher.spec)
+    settings = TrainSettings(num_steps=1, loss_weights=replace(NO_LPIPS, mse=weight))
+    with pytest.raises(
+        DistillationError, match=rf"Give --loss-weight mse a smaller value \(now {re.escape(format(weight, 'g'))}"
+    ) as caught:
+        train(student, teacher, plan, batches, settings)
+    assert str(caught.value).endswith(f"Give --loss-weight mse a smaller value (now {weight:g}).")
 
 
 def test_half_precision_weights_are_refused() -> None:

@@ -7,7 +7,8 @@ import torch
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.spec.blocks import AttentionSpec, ConvBlockSpec, ResBlockSpec
 from flashvaed_cli.decoders.spec.coders import DecoderSpec, StageSpec
-from flashvaed_cli.decoders.spec.layers import ConvSpec, Operator
+from flashvaed_cli.decoders.spec.layers import ConvSpec
+from flashvaed_cli.decoders.spec.operators import Operator
 from flashvaed_cli.families.wan21.spec import LATENT_WIDTH, wan_decoder_spec
 from flashvaed_cli.surgery.respec import with_time_rank
 

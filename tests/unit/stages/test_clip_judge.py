@@ -29,7 +29,7 @@ def test_a_clip_keeps_its_other_figures_where_vmaf_fails(broken: str) -> None:
             judge.update(part, part + 0.1, part)
         result = judge.to_video()
     assert result is not None and result.vmaf is None and result.num_frames == 200
-    assert len(warnings) == 1 and "VMAF: ffmpeg failed" in warnings[0] and "left out of this clip" in warnings[0]
+    assert len(warnings) == 1 and "VMAF: ffmpeg failed" in warnings[0] and "left out for this clip" in warnings[0]
 
 
 def test_where_vmaf_was_asked_for_its_failure_is_an_error(broken: str) -> None:

@@ -46,7 +46,7 @@ def test_a_full_disk_ends_the_log_and_not_the_training(tmp_path: Path) -> None:
     after_step = watch.for_phase(1, 3, 0)
     for step in (5, 10):
         after_step(step, {"step": step, "loss": 1.0})
-    assert len(progress.warnings) == 1 and "no more log" in progress.warnings[0]
+    assert len(progress.warnings) == 1 and "log: not written" in progress.warnings[0]
 
 
 def test_a_strip_leaves_the_training_as_it_was(tmp_path: Path) -> None:

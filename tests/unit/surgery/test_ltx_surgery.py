@@ -13,7 +13,7 @@ from flashvaed_cli.decoders.spec.coders import DecoderSpec, StageSpec
 from flashvaed_cli.decoders.spec.groups import Kept, channel_groups, consumers, producers
 from flashvaed_cli.distill.phases import gradient_masks, plan_phase_2
 from flashvaed_cli.progress import SilentProgress
-from flashvaed_cli.surgery import block_solvers
+from flashvaed_cli.surgery import layer_fit
 from flashvaed_cli.surgery.layer_fit import FitSettings, LayerError
 from flashvaed_cli.surgery.reconstruct import reconstruct_coder
 from flashvaed_cli.surgery.respec import converted_spec, narrowed_spec
@@ -118,7 +118,7 @@ def test_layers_too_large_to_solve_are_measured_with_their_own_padding(
     version: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An unchanged decoder misses nothing."""
-    monkeypatch.setattr(block_solvers, "MAX_UNCHANGED_FEATURES", 1)
+    monkeypatch.setattr(layer_fit, "MAX_UNCHANGED_FEATURES", 1)
     reference = ltx_decoder(short_spec(version))
     student = transfer_weights(reference, reference.spec, {})
     errors = reconstruct(reference, student, {}, "up1.0", FitSettings())

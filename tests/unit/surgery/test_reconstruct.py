@@ -20,7 +20,7 @@ from flashvaed_cli.decoders.variants.expansion import expanded_decoder
 from flashvaed_cli.errors import CalibrationError
 from flashvaed_cli.families.wan21.spec import wan_decoder_spec
 from flashvaed_cli.progress import SilentProgress
-from flashvaed_cli.surgery import block_solvers
+from flashvaed_cli.surgery import layer_fit
 from flashvaed_cli.surgery.layer_fit import FitSettings, LayerError
 from flashvaed_cli.surgery.reconstruct import first_changed_block, reconstruct_coder
 from flashvaed_cli.surgery.respec import converted_spec, narrowed_spec, with_time_rank
@@ -328,7 +328,7 @@ def test_channel_mode_beats_the_cut_with_few_positions(operator: str) -> None:
 
 
 def test_unchanged_layers_that_are_too_large_keep_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block_solvers, "MAX_UNCHANGED_FEATURES", 150)
+    monkeypatch.setattr(layer_fit, "MAX_UNCHANGED_FEATURES", 150)
     reference = toy_decoder()
     student = transfer_weights(reference, converted_spec(reference.spec, {"up2": "frame2d"}), {})
     before = student.get_parameter("stages.up3.0.conv1.weight").clone()  # 4 * 27 = 108 inputs: solved
@@ -337,7 +337,7 @@ def test_unchanged_layers_that_are_too_large_keep_their_weights(monkeypatch: pyt
     assert all(error.num_unknowns > 0 for error in errors.values())
     assert not torch.equal(student.get_parameter("stages.up3.0.conv1.weight"), before)
     assert not torch.equal(student.get_parameter("stages.up2.3.spatial.weight"), kept_before)
-    monkeypatch.setattr(block_solvers, "MAX_UNCHANGED_FEATURES", 100)
+    monkeypatch.setattr(layer_fit, "MAX_UNCHANGED_FEATURES", 100)
     student = transfer_weights(reference, converted_spec(reference.spec, {"up2": "frame2d"}), {})
     errors = {error.address: error for error in reconstruct(reference, student, {}, "up2.0")}
     assert torch.equal(student.get_parameter("stages.up3.0.conv1.weight"), before)
@@ -348,7 +348,7 @@ def test_unchanged_layers_that_are_too_large_keep_their_weights(monkeypatch: pyt
 
 def test_a_large_spatial_layer_of_an_upsampler_is_measured_as_it_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """The exact twin there enlarges the frames itself, which the fit has done already."""
-    monkeypatch.setattr(block_solvers, "MAX_UNCHANGED_FEATURES", 70)
+    monkeypatch.setattr(layer_fit, "MAX_UNCHANGED_FEATURES", 70)
     reference = toy_decoder()
     student = transfer_weights(reference, converted_spec(reference.spec, {"up2": "frame2d"}), {})
     before = student.get_parameter("stages.up2.3.spatial.weight").clone()

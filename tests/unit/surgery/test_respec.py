@@ -5,7 +5,7 @@ import pytest
 from flashvaed_cli.decoders.spec.blocks import AttentionSpec, HeadSpec, ResBlockSpec, UpsampleSpec
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.decoders.spec.groups import Kept, input_tensors
-from flashvaed_cli.decoders.spec.layers import Operator
+from flashvaed_cli.decoders.spec.operators import Operator
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.families.wan21.spec import WAN21
 from flashvaed_cli.surgery.respec import converted_spec, narrowed_spec, with_time_rank

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashvaed_cli.decoders.modules.operators import build_conv
-from flashvaed_cli.decoders.spec.layers import ConvSpec, Kernel, Operator
+from flashvaed_cli.decoders.spec.layers import ConvSpec, Kernel
+from flashvaed_cli.decoders.spec.operators import Operator
 from flashvaed_cli.surgery.rows import dense_rows_per_clip, gather_patches, gather_rows, sample_positions
 
 

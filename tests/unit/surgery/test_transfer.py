@@ -6,7 +6,7 @@ from torch import Tensor
 
 from flashvaed_cli.decoders.modules.blocks import Attention, ResBlock, Upsample
 from flashvaed_cli.decoders.modules.coder import Decoder
-from flashvaed_cli.decoders.modules.operators import LowRankConv3d, Pointwise, SeparableConv3d, dense_kernel
+from flashvaed_cli.decoders.modules.operators import LowRankConv3d, Pointwise, SeparableConv3d
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.surgery.respec import converted_spec, narrowed_spec, with_time_rank
 from flashvaed_cli.surgery.transfer import transfer_weights
@@ -68,8 +68,8 @@ def test_a_low_rank_upsampler_keeps_the_cut_of_its_factors() -> None:
     assert isinstance(new, Upsample) and isinstance(new.temporal, LowRankConv3d)
     assert new.temporal.spec.rank == old.temporal.spec.rank
     left = torch.tensor([i for i in range(16) if i % 4 != 1])
-    cut = dense_kernel(old.temporal)[torch.cat([left, 16 + left])][:, left]
-    torch.testing.assert_close(dense_kernel(new.temporal), cut, rtol=0, atol=1e-6)  # float32, another blocking
+    cut = old.temporal.dense_kernel()[torch.cat([left, 16 + left])][:, left]
+    torch.testing.assert_close(new.temporal.dense_kernel(), cut, rtol=0, atol=1e-6)  # float32, another blocking
 
 
 def test_attention_keeps_its_heads() -> None:
