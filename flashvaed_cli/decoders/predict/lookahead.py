@@ -50,13 +50,31 @@ def window_of(spec: DecoderSpec, start: int, stop: int, num_latents: int | None 
     return LatentWindow(begin, end, first - offset, last + 1 - offset)
 
 
+def first_chunk(num_latents: int, chunk: int) -> int:
+    """Latents of a causal decoder's first step: those that fill no chunk, so that all later steps have one shape."""
+    return (num_latents - 1) % chunk + 1
+
+
+def chunk_spans(num_latents: int, chunk: int) -> Iterator[tuple[int, int]]:
+    """First latent and end of each step of a causal decoder."""
+    start, stop = 0, first_chunk(num_latents, chunk)
+    while start < num_latents:
+        yield start, stop
+        start, stop = stop, stop + chunk
+
+
 def latent_windows(spec: DecoderSpec, num_latents: int, chunk: int) -> Iterator[LatentWindow]:
-    """A window for every chunk of a video; for every tile of a decoder that sees whole clips."""
-    if spec.sees_whole_clip:
+    """The schedule of a clip: the window of each step. A causal decoder reads the chunk alone, one that sees frames
+    ahead also those around it, and one that sees whole clips a tile of its own length."""
+    if spec.is_causal:
+        for start, stop in chunk_spans(num_latents, chunk):
+            first, last = _frames_of(spec, start, stop)
+            yield LatentWindow(start, stop, 0, last + 1 - first)
+    elif spec.sees_whole_clip:
         yield from clip_windows(spec.temporal_tiles, num_latents, spec.temporal_factor)
-        return
-    for start in range(0, num_latents, chunk):
-        yield window_of(spec, start, min(start + chunk, num_latents), num_latents)
+    else:
+        for start in range(0, num_latents, chunk):
+            yield window_of(spec, start, min(start + chunk, num_latents), num_latents)
 
 
 def widest_window(spec: DecoderSpec, num_latents: int, chunk: int) -> int:
@@ -75,14 +93,15 @@ def latents_per_step(spec: DecoderSpec, num_latents: int, chunk: int) -> int:
     return min(chunk, num_latents)
 
 
-def clip_windows(tiles: TemporalTiles | None, num_latents: int, factor: int) -> Iterator[LatentWindow]:
-    """The tiles of a clip; None: the clip.
+def clip_windows(
+    tiles: TemporalTiles | None, num_latents: int, factor: int, *, start: int = 0
+) -> Iterator[LatentWindow]:
+    """The tiles of a clip from the one at `start` on; without tiles, the clip.
 
     Args:
         factor: frames that a latent stands for, all but the first of a clip.
     """
-    stop = num_latents if tiles is None else min(tiles.length, num_latents)
-    start = 0
+    stop = num_latents if tiles is None else min(start + tiles.length, num_latents)
     while (following := next_tile(tiles, start, num_latents)) is not None:
         yield tile_window(tiles, start, stop, factor, is_last=False)
         start, stop = following

@@ -14,7 +14,7 @@ from math import ceil, prod
 from typing import Literal
 
 from flashvaed_cli.decoders.predict.cost import Grid, stage_costs
-from flashvaed_cli.decoders.predict.lookahead import latents_per_step, widest_window
+from flashvaed_cli.decoders.predict.lookahead import first_chunk, latents_per_step, widest_window
 from flashvaed_cli.decoders.predict.tiling import TileLayout, require_tiles, split_addresses, tile_layout
 from flashvaed_cli.decoders.predict.winograd_strips import MIN_TILES, working_elements
 from flashvaed_cli.decoders.spec.addresses import split_block
@@ -158,7 +158,7 @@ class MemoryModel:
         num_latents = self._grid[0]
         if not self._spec.is_causal:  # every step is a video of its own
             return [(widest_window(self._spec, num_latents, chunk), False)]
-        first = (num_latents - 1) % chunk + 1
+        first = first_chunk(num_latents, chunk)
         return [(first, False), (chunk, True)] if chunk < num_latents else [(first, False)]
 
     def _worst_block(self, num_latents: int, layout: TileLayout | None, *, later: bool) -> int:

@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Literal, cast
 
 import torch
@@ -26,15 +25,15 @@ from torch import Tensor
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.modules.memory_format import channels_last, use_channels_last
 from flashvaed_cli.decoders.predict.cost import Grid
-from flashvaed_cli.decoders.predict.lookahead import LatentWindow, latent_windows
+from flashvaed_cli.decoders.predict.lookahead import LatentWindow
 from flashvaed_cli.decoders.predict.memory import ITEM_BYTES, DType
 from flashvaed_cli.decoders.predict.planning import DecodePlan, choose_plan
 from flashvaed_cli.decoders.predict.tiling import TileLayout, TileWindow, tile_layout
+from flashvaed_cli.decoders.run.buffers import buffer_of, frames_of_parts
 from flashvaed_cli.decoders.run.heap import return_freed_memory
 from flashvaed_cli.decoders.run.overflow import explain_overflow
-from flashvaed_cli.decoders.run.streaming import State, WindowBuffer, check_latents, windows_of_parts
-from flashvaed_cli.decoders.run.temporal_tiles import Blender, TileBuffer, frames_of_parts
-from flashvaed_cli.decoders.spec.coders import DecoderSpec
+from flashvaed_cli.decoders.run.streaming import State, check_latents, decode_in_steps
+from flashvaed_cli.decoders.run.temporal_tiles import Blender
 from flashvaed_cli.decoders.variants.half_range import cast_decoder
 from flashvaed_cli.errors import DecodeError, NonFiniteError, SpecError
 from flashvaed_cli.limits import MAX_LATENT
@@ -143,17 +142,9 @@ class DecodeRuntime:
             DecodeError, SpecError: as `plan` does, before the first frame.
         """
         plan = self.plan(latents)
-        layout = self._layout(plan, latents.shape[3], latents.shape[4])
-        if not self.spec.is_causal:
-            blender = Blender()
-            for window in latent_windows(self.spec, latents.shape[2], plan.chunk):
-                yield self._window(latents[:, :, window.start : window.stop], window, layout, blender)
-            return
-        run = _Run(self, layout)
-        starts = chunk_starts(latents.shape[2], plan.chunk)
-        for start, stop in pairwise([*starts, latents.shape[2]]):
-            part = latents[:, :, start:stop]
-            yield run.step(part, first=start == 0, last=stop == latents.shape[2])
+        run = _Run(self, self._layout(plan, latents.shape[3], latents.shape[4]))
+        for frames in decode_in_steps(self.spec, latents, plan.chunk, run.step):
+            yield frames.clamp_(-1.0, 1.0)
 
     def iter_parts(
         self, parts: Iterable[Float[Tensor, "_B _C _t _Hz _Wz"]]
@@ -173,26 +164,17 @@ class DecodeRuntime:
                 stream = stream or self.open(*part.shape[3:], batch=part.shape[0])
                 yield stream.step(part)
             return
-        if self.spec.sees_whole_clip:
-            yield from self._regrouped(parts)
-            return
-        for latents, window in windows_of_parts(self.spec, parts):
-            yield self._window(latents, window, self._layout_of(latents), Blender())
-
-    def _regrouped(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
-        """The frames of tiles as those of parts; parts are read as tiles need them."""
         sizes: deque[int] = deque()
-        buffer, blender = TileBuffer(self.spec), Blender()
+        buffer, blender = buffer_of(self.spec), Blender()
 
-        def decoded() -> Iterator[Tensor]:
+        def windows() -> Iterator[tuple[Tensor, LatentWindow]]:
             for part in parts:
                 sizes.append(part.shape[2])
-                for latents, window in buffer.push(part):
-                    yield self._window(latents, window, self._layout_of(latents), blender)
-            for latents, window in buffer.finish():
-                yield self._window(latents, window, self._layout_of(latents), blender)
+                yield from buffer.push(part)
+            yield from buffer.finish()
 
-        return frames_of_parts(self.spec, sizes, decoded())
+        decoded = (self._window(*pair, self._layout_of(pair[0]), blender) for pair in windows())
+        yield from frames_of_parts(self.spec, sizes, decoded)
 
     def _layout_of(self, latents: Tensor) -> TileLayout | None:
         batch, _, num_latents, height, width = latents.shape
@@ -200,7 +182,7 @@ class DecodeRuntime:
 
     def _window(self, latents: Tensor, window: LatentWindow, layout: TileLayout | None, blender: Blender) -> Tensor:
         """The kept frames of a window of latents, decoded as a video of its own."""
-        frames = _Run(self, layout).step(latents, first=True, last=True, clamp=False)
+        frames = _Run(self, layout).step(latents, first=True, last=True)
         return blender.frames(frames, window).clamp_(-1.0, 1.0)
 
     def require_usable(self, latents: Tensor) -> None:
@@ -263,7 +245,7 @@ class DecodeStream:
         self._runtime, self.plan, self._size = runtime, plan, size
         self._layout = runtime._layout(plan, *size[1:])
         self._run = _Run(runtime, self._layout)
-        self._buffer = _buffer_of(runtime.spec)
+        self._buffer = None if runtime.spec.is_causal else buffer_of(runtime.spec)
         self._blender = Blender()
         self._begun = self._ended = False
 
@@ -285,7 +267,7 @@ class DecodeStream:
         frames = []
         for part in latents.split(self.plan.chunk, dim=2):
             if self._buffer is None:
-                frames.append(self._run.step(part, first=not self._begun, last=False))
+                frames.append(self._run.step(part, first=not self._begun, last=False).clamp_(-1.0, 1.0))
             else:
                 frames += self._decoded(self._buffer.push(part))
             self._begun = True
@@ -307,19 +289,6 @@ class DecodeStream:
         return torch.empty(batch, 3, 0, *size, device=self._runtime.device, dtype=self._runtime.dtype)
 
 
-def _buffer_of(spec: DecoderSpec) -> WindowBuffer | TileBuffer | None:
-    """What collects the latents that the frames of a step depend on; None for a causal decoder."""
-    if spec.is_causal:
-        return None
-    return TileBuffer(spec) if spec.sees_whole_clip else WindowBuffer(spec)
-
-
-def chunk_starts(num_latents: int, chunk: int) -> range | list[int]:
-    """First latent frame of every step: the rest first, then steps of `chunk`."""
-    rest = (num_latents - 1) % chunk + 1
-    return [0, *range(rest, num_latents, chunk)]
-
-
 class _Run:
     """One clip on its way: the states of the decoder's sections, a tile's each for itself."""
 
@@ -336,15 +305,15 @@ class _Run:
             self._tile_states: list[State] = [{} for _ in range(self._layout.num_tiles)]
 
     @torch.no_grad()
-    def step(self, latents: Tensor, *, first: bool, last: bool, clamp: bool = True) -> Tensor:
-        """The next frames; without `clamp` as they are, to be blended."""
+    def step(self, latents: Tensor, *, first: bool, last: bool) -> Tensor:
+        """The next frames, not clamped; see `Step`."""
         self._runtime.require_usable(latents)
         # A compiled step always gives its state, unless there is one step only: no third graph for the last.
         keep = not last or (self._compiles and not first)
         x = self._before(latents.to(device=self._device, dtype=self._dtype), self._before_state, first=first, keep=keep)
         frames = x if self._layout is None else self._in_tiles(x, first=first, keep=keep)
         self._runtime.require_finite(frames, latents)  # before infinite ones are clamped
-        return frames.clamp_(-1.0, 1.0) if clamp else frames
+        return frames
 
     def _in_tiles(self, x: Tensor, *, first: bool, keep: bool) -> Tensor:
         layout = cast(TileLayout, self._layout)
