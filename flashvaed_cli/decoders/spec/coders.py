@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, FiniteFloat, model_validator
 
 from flashvaed_cli.decoders.spec.blocks import BlockSpec, HeadSpec, UpsampleSpec
+from flashvaed_cli.decoders.spec.convolutions import point_conv
 from flashvaed_cli.decoders.spec.layers import ConvSpec, FrozenSpec, OmittingSpec, Width
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.limits import MAX_FACTOR, MAX_STAGE_BLOCKS, MAX_STAGES, MAX_TILE_LATENTS
@@ -61,7 +62,7 @@ class BypassSpec(FrozenSpec):
 
 
 def _bypass_conv(in_width: int, out_width: int, cell_size: int) -> ConvSpec:
-    return ConvSpec(operator="pointwise", in_width=in_width, out_width=out_width * cell_size, kernel=(1, 1, 1))
+    return point_conv(in_width, out_width * cell_size)
 
 
 class StageSpec(FrozenSpec):

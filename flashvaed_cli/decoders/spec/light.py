@@ -34,6 +34,7 @@ from flashvaed_cli.decoders.spec.blocks import (
     UpsampleSpec,
 )
 from flashvaed_cli.decoders.spec.coders import BypassSpec, DecoderSpec, StageSpec
+from flashvaed_cli.decoders.spec.convolutions import frame_conv, point_conv, time_conv
 from flashvaed_cli.decoders.spec.layers import ConvSpec, LatentEntrySpec, NormSpec
 from flashvaed_cli.decoders.spec.naf_blocks import CELL, CellHeadSpec, IstaSpec, cell_head_spec, naf_spec
 from flashvaed_cli.errors import SpecError
@@ -160,24 +161,16 @@ def _doublings(original: DecoderSpec) -> tuple[bool, ...]:
     return tuple(found)
 
 
-def _frame(in_width: int, out_width: int) -> ConvSpec:
-    return ConvSpec(operator="frame2d", in_width=in_width, out_width=out_width, kernel=(1, 3, 3))
-
-
-def _point(in_width: int, out_width: int) -> ConvSpec:
-    return ConvSpec(operator="pointwise", in_width=in_width, out_width=out_width, kernel=(1, 1, 1))
-
-
 def _with_previous_frame(width: int) -> ConvSpec:
     return ConvSpec(operator="causal3d", in_width=width, out_width=width, kernel=(2, 3, 3))
 
 
 def _chain(width: int, *, num_layers: int, sees_past: bool, activates: bool) -> ChainSpec:
-    first = _with_previous_frame(width) if sees_past else _frame(width, width)
+    first = _with_previous_frame(width) if sees_past else frame_conv(width, width)
     return ChainSpec(
         conv1=first,
-        conv2=_frame(width, width),
-        conv3=_frame(width, width) if num_layers == 3 else None,
+        conv2=frame_conv(width, width),
+        conv3=frame_conv(width, width) if num_layers == 3 else None,
         activation="relu" if activates else "none",
     )
 
@@ -189,8 +182,8 @@ def _tae(ground: _Ground, width: int) -> DecoderSpec:
 def _temporal_tae(ground: _Ground, width: int) -> DecoderSpec:
     if not ground.has_time:
         raise SpecError("temporal-tae sees several frames, and this decoder is of single images: take tae")
-    on_frame = ResBlockSpec(conv1=_frame(width, width), conv2=_frame(width, width))
-    taps = ConvSpec(operator="causal3d", in_width=width, out_width=width, kernel=(3, 1, 1))
+    on_frame = ResBlockSpec(conv1=frame_conv(width, width), conv2=frame_conv(width, width))
+    taps = time_conv(width, width)
     over_time = ResBlockSpec(conv1=taps, conv2=taps)
     middle = StageSpec(name="mid", blocks=(on_frame, over_time) * 2)
     return _tae_like(ground, width, _TEMPORAL_DEPTHS, sees_past=False, bottleneck=middle)
@@ -201,18 +194,18 @@ def _tae_like(
 ) -> DecoderSpec:
     """The entry, chains before each upsampling and after the last, the head; `bottleneck` follows the first."""
     entry = LatentEntrySpec(mean=ground.mean, std=ground.std, limit=LATENT_LIMIT)
-    conv_in = ConvBlockSpec(conv=_frame(ground.latent_width, width), activation="relu", entry=entry)
+    conv_in = ConvBlockSpec(conv=frame_conv(ground.latent_width, width), activation="relu", entry=entry)
     stages = [StageSpec(name="conv_in", blocks=(conv_in,))]
     chain = _chain(width, num_layers=3, sees_past=sees_past, activates=True)
     for index, doubles in enumerate(ground.doubles_frames):
-        temporal = _point(width, 2 * width) if doubles and ground.has_time else None
-        upsample = UpsampleSpec(temporal=temporal, spatial=_frame(width, width))
+        temporal = point_conv(width, 2 * width) if doubles and ground.has_time else None
+        upsample = UpsampleSpec(temporal=temporal, spatial=frame_conv(width, width))
         blocks: list[BlockSpec] = [chain] * depths[min(index, len(depths) - 2)]
         stages.append(StageSpec(name=f"up{index}", blocks=(*blocks, upsample)))
         if index == 0 and bottleneck is not None:
             stages.append(bottleneck)
     stages.append(StageSpec(name=f"up{len(ground.doubles_frames)}", blocks=(chain,) * depths[-1]))
-    head = HeadSpec(conv=_frame(width, _COLOURS * ground.original.patch**2), norm=None, activation="none")
+    head = HeadSpec(conv=frame_conv(width, _COLOURS * ground.original.patch**2), norm=None, activation="none")
     return ground.decoder([*stages, StageSpec(name="head", blocks=(head,))], patch=ground.original.patch)
 
 
@@ -229,14 +222,14 @@ def _efficientvit(ground: _Ground, width: int) -> DecoderSpec:
         doublings, patch = doublings[:-1], 2 * patch
     entry = BypassSpec(kind="duplicate", in_width=latent_width, out_width=2 * width)
     stages = [
-        StageSpec(name="post_quant", blocks=(ConvBlockSpec(conv=_point(latent_width, latent_width)),)),
-        StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=_frame(latent_width, 2 * width)),), bypass=entry),
+        StageSpec(name="post_quant", blocks=(ConvBlockSpec(conv=point_conv(latent_width, latent_width)),)),
+        StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=frame_conv(latent_width, 2 * width)),), bypass=entry),
     ]
     chain = _chain(width, num_layers=2, sees_past=ground.has_time, activates=False)
     before = 2 * width
     for index, doubles in enumerate(doublings):
         frames = 2 if doubles and ground.has_time else 1
-        shuffle = ShuffleUpsampleSpec(conv=_frame(before, 4 * frames * width), factor=(frames, 2, 2))
+        shuffle = ShuffleUpsampleSpec(conv=frame_conv(before, 4 * frames * width), factor=(frames, 2, 2))
         copies = BypassSpec(
             kind="duplicate", in_width=before, out_width=width, temporal_factor=frames, spatial_factor=2
         )
@@ -244,7 +237,7 @@ def _efficientvit(ground: _Ground, width: int) -> DecoderSpec:
         stages.append(StageSpec(name=f"shuffle{index + 1}", blocks=(shuffle,), bypass=copies))
         stages.append(StageSpec(name=f"up{index + 1}", blocks=(chain,) * depth))
         before = width
-    head = HeadSpec(conv=_frame(before, _COLOURS * patch**2), norm=_HEAD_NORM, activation="relu")
+    head = HeadSpec(conv=frame_conv(before, _COLOURS * patch**2), norm=_HEAD_NORM, activation="relu")
     return ground.decoder([*stages, StageSpec(name="head", blocks=(head,))], patch=patch)
 
 
@@ -261,8 +254,8 @@ def _lean(ground: _Ground, width: int) -> DecoderSpec:
         raise SpecError(f"lean has a branch of a quarter of its channels: its width is a multiple of 4, not {width}")
     low = width // _LEAN_BRANCHES
     stages = (
-        StageSpec(name="post_quant", blocks=(ConvBlockSpec(conv=_point(latent_width, latent_width)),)),
-        StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=_point(latent_width, width)),)),
+        StageSpec(name="post_quant", blocks=(ConvBlockSpec(conv=point_conv(latent_width, latent_width)),)),
+        StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=point_conv(latent_width, width)),)),
         StageSpec(name="fusion", blocks=(naf_spec(width),) * _LEAN_FUSION),
         StageSpec(name="branches", blocks=(naf_spec(low, width - low),) * _LEAN_SEPARATE),
         StageSpec(name="head", blocks=(cell_head_spec(low, width - low),)),

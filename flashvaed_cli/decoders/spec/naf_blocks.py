@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from flashvaed_cli.decoders.spec.block import Block, Grid, InnerTensor, Reader
+from flashvaed_cli.decoders.spec.convolutions import point_conv
 from flashvaed_cli.decoders.spec.layers import ConvSpec, Factor, FrozenSpec
 from flashvaed_cli.limits import MAX_STAGE_BLOCKS
 
@@ -349,32 +350,27 @@ def naf_spec(*widths: int, residual: bool = True) -> NafSpec:
     width = sum(widths)
     depthwise = ConvSpec(operator="depthwise3d", in_width=width, out_width=width, kernel=(3, 3, 3))
     branches = tuple(
-        BranchSpec(expand=point_spec(one, 2 * inner_width(one)), contract=point_spec(inner_width(one), one))
+        BranchSpec(expand=point_conv(one, 2 * inner_width(one)), contract=point_conv(inner_width(one), one))
         for one in widths
     )
     return NafSpec(depthwise=depthwise, branches=branches, residual=residual)
 
 
-def point_spec(in_width: int, out_width: int) -> ConvSpec:
-    """A pointwise layer."""
-    return ConvSpec(operator="pointwise", in_width=in_width, out_width=out_width, kernel=(1, 1, 1))
-
-
 def cell_head_spec(low: int, high: int) -> CellHeadSpec:
     """The head behind low and high branches of the given widths."""
     return CellHeadSpec(
-        video_low=point_spec(low, band_width("video", "low")),
-        video_high=point_spec(high, band_width("video", "high")),
-        image_low=point_spec(low, band_width("image", "low")),
-        image_high=point_spec(high, band_width("image", "high")),
+        video_low=point_conv(low, band_width("video", "low")),
+        video_high=point_conv(high, band_width("video", "high")),
+        image_low=point_conv(low, band_width("image", "low")),
+        image_high=point_conv(high, band_width("image", "high")),
     )
 
 
 def cell_stem_spec(low: int, high: int) -> CellStemSpec:
     """The stem before low and high branches of the given widths."""
     return CellStemSpec(
-        video_low=point_spec(band_width("video", "low"), low),
-        video_high=point_spec(band_width("video", "high"), high),
-        image_low=point_spec(band_width("image", "low"), low),
-        image_high=point_spec(band_width("image", "high"), high),
+        video_low=point_conv(band_width("video", "low"), low),
+        video_high=point_conv(band_width("video", "high"), high),
+        image_low=point_conv(band_width("image", "low"), low),
+        image_high=point_conv(band_width("image", "high"), high),
     )
