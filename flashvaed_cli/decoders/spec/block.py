@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import ClassVar, TypeVar, get_args
 
 from flashvaed_cli.decoders.spec.layers import ConvSpec, Factor, FrozenSpec, NormSpec, OmittingSpec
 
@@ -38,7 +38,21 @@ class InnerTensor(FrozenSpec):
 
 
 class Block(OmittingSpec):
-    """What every kind of block tells. As it stands here: of a block with a single convolution, `conv`."""
+    """What every kind of block states about itself. The values here are those of a block with one convolution, `conv`.
+
+    Attributes:
+        has_path_names: its parts have paths as names, in its module and in every layout (`branches.0.expand`).
+        has_still_form: it can become a block for single images, by its layers alone; see `variants/still.py`.
+    """
+
+    has_path_names: ClassVar[bool] = False
+    has_still_form: ClassVar[bool] = False
+
+    @classmethod
+    def convolution_fields(cls) -> tuple[str, ...]:
+        """The fields that hold a convolution or None, in forward order."""
+        fields = cls.model_fields.items()
+        return tuple(name for name, field in fields if ConvSpec in (field.annotation, *get_args(field.annotation)))
 
     @property
     def layers(self) -> dict[str, ConvSpec]:

@@ -43,6 +43,8 @@ class ConvBlockSpec(Block):
 
     omitted_defaults: ClassVar[tuple[str, ...]] = ("activation", "entry")
 
+    has_still_form: ClassVar[bool] = True
+
     kind: Literal["conv"] = "conv"
     conv: ConvSpec
     activation: Activation = "none"
@@ -71,6 +73,8 @@ class ResBlockSpec(Block):
     """
 
     omitted_defaults: ClassVar[tuple[str, ...]] = ("norm2",)
+
+    has_still_form: ClassVar[bool] = True
 
     kind: Literal["resblock"] = "resblock"
     conv1: ConvSpec
@@ -143,6 +147,8 @@ class ChainSpec(Block):
 
     `activation` comes after the sum.
     """
+
+    has_still_form: ClassVar[bool] = True
 
     kind: Literal["chain"] = "chain"
     conv1: ConvSpec
@@ -220,6 +226,8 @@ class AttentionSpec(Block):
 
     omitted_defaults: ClassVar[tuple[str, ...]] = ("norm", "context")
 
+    has_still_form: ClassVar[bool] = True
+
     kind: Literal["attention"] = "attention"
     width: Width
     inner_width: Width
@@ -271,6 +279,8 @@ class HeadSpec(Block):
     """norm (if not None), activation, conv; the first `lead_frames` frames of a video are dropped before them."""
 
     omitted_defaults: ClassVar[tuple[str, ...]] = ("activation", "lead_frames")
+
+    has_still_form: ClassVar[bool] = True
 
     kind: Literal["head"] = "head"
     conv: ConvSpec

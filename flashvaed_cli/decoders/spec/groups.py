@@ -16,7 +16,7 @@ from itertools import pairwise
 
 from flashvaed_cli.decoders.spec.addresses import stage_of
 from flashvaed_cli.decoders.spec.block import InnerTensor
-from flashvaed_cli.decoders.spec.blocks import BlockSpec, ChainSpec, ResBlockSpec, ShuffleUpsampleSpec
+from flashvaed_cli.decoders.spec.blocks import BlockSpec, ShuffleUpsampleSpec
 from flashvaed_cli.decoders.spec.coders import CoderSpec, StageSpec
 from flashvaed_cli.decoders.spec.layers import ConvSpec
 
@@ -78,15 +78,11 @@ def _stream_owner(stage: str, block: BlockSpec, next_address: str, following: Bl
     if following.kind == "conv" or block.holds_channels or following.holds_channels:
         return None  # the latent's own channels, or those that a layer norm reads in branches
     next_stage = stage_of(next_address)
-    if (
-        isinstance(block, ResBlockSpec | ChainSpec)
-        and isinstance(following, ShuffleUpsampleSpec)
-        and next_stage == stage
-    ):
-        return f"{stage}.entry"  # other channels than those behind the resampler
+    if isinstance(following, ShuffleUpsampleSpec) and next_stage == stage:
+        return f"{stage}.entry"  # other channels than those after the resampler
     if not block.ends_stream or next_stage == stage:
         return f"{stage}.stream"
-    changes_width = isinstance(following, ResBlockSpec | ChainSpec) and following.shortcut is not None
+    changes_width = "shortcut" in following.layers
     return f"{next_stage}.entry" if changes_width else f"{next_stage}.stream"
 
 

@@ -9,7 +9,7 @@ Reference: LeanVAE, arXiv 2503.14325.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -55,6 +55,8 @@ class BranchSpec(FrozenSpec):
 
 class NafSpec(Block):
     """`depthwise`, then on each branch of the channels a gated feed-forward layer; with `residual` each is added."""
+
+    has_path_names: ClassVar[bool] = True
 
     kind: Literal["naf"] = "naf"
     depthwise: ConvSpec
@@ -147,6 +149,8 @@ class IstaSpec(Block):
     p = `start` z; then K times r = p - step * measureᵀ(measure p - z) and p = r + synthesis(shrink(analysis r)).
     `analysis` and `synthesis` are a run of naf blocks for each step; step and threshold are a number for each.
     """
+
+    has_path_names: ClassVar[bool] = True
 
     kind: Literal["ista"] = "ista"
     start: ConvSpec
@@ -252,6 +256,8 @@ class IstaSpec(Block):
 
 class _CellSpec(Block):
     """What stem and head share: a pointwise layer for low and high bands, of the first frame and of later cells."""
+
+    has_path_names: ClassVar[bool] = True
 
     video_low: ConvSpec
     video_high: ConvSpec

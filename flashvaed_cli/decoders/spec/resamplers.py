@@ -23,6 +23,8 @@ class UpsampleSpec(Block):
 
     omitted_defaults: ClassVar[tuple[str, ...]] = ("grows_first", "repeats_frames")
 
+    has_still_form: ClassVar[bool] = True
+
     kind: Literal["upsample"] = "upsample"
     temporal: ConvSpec | None = None
     spatial: ConvSpec

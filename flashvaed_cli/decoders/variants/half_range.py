@@ -24,6 +24,7 @@ from flashvaed_cli.decoders.spec.addresses import stage_of
 LARGEST = 2.0**11
 """What may occur in a probe before anything is scaled: a 32nd of what float16 holds."""
 _WANTED = 2.0**8
+_Scalable = ConvBlock | ResBlock | Chain | Attention | Upsample | ShuffleUpsample | Head
 _PROBE_GRID = (2, 6, 6)
 _PROBE_SPREAD = 2.0  # of raw latents, about that of the families' statistics
 _SEED = 0
@@ -48,8 +49,8 @@ def fit_half_range(decoder: Decoder) -> dict[str, int]:
     """
     if any(getattr(block, "noise1", None) is not None for block in _blocks(decoder)):
         return {}
-    if any(block.holds_channels for _, block in decoder.spec.blocks()):
-        return {}  # gates and thresholds do not scale with what enters them
+    if not all(isinstance(block, _Scalable) for block in _blocks(decoder)):
+        return {}  # gates and thresholds, for one, do not scale with what enters them
     peaks = _peaks(decoder)
     exponents = {place: round(math.log2(_WANTED / peak)) for place, peak in peaks.items() if LARGEST < peak < math.inf}
     for place, exponent in exponents.items():

@@ -20,8 +20,6 @@ from flashvaed_cli.decoders.spec.coders import BypassSpec, DecoderSpec, StageSpe
 from flashvaed_cli.decoders.spec.layers import ConvSpec, NormSpec
 from flashvaed_cli.errors import SpecError
 
-_KINDS = ("conv", "resblock", "chain", "attention", "upsample", "head")
-
 
 @torch.no_grad()
 def still_decoder(decoder: Decoder) -> Decoder:
@@ -40,7 +38,7 @@ def still_decoder(decoder: Decoder) -> Decoder:
             f"no profile of single images for {spec.family}: it decodes every frame by itself already, an image as a "
             "clip of one. Leave --profile image out"
         )
-    if unknown := [f"{address} ({block.kind})" for address, block in spec.blocks() if block.kind not in _KINDS]:
+    if unknown := [f"{address} ({block.kind})" for address, block in spec.blocks() if not block.has_still_form]:
         raise SpecError(f"no profile of single images for {spec.family}: {', '.join(unknown[:4])} works in time too")
     if any(isinstance(block, UpsampleSpec) and block.grows_first for _, block in spec.blocks()):
         raise SpecError(
