@@ -1,7 +1,7 @@
 """Decode and encode videos of any length chunk by chunk, with the same result for every chunk size.
 
-The state between chunks is an explicit value: a dictionary from layer address to the last frames which
-that layer has seen. Its size depends on the frame size only, never on the length of the video.
+The state between chunks is an explicit value: a dictionary from layer address to the last frames that the layer has
+seen. Its size depends on the frame size only, not on the length of the video.
 
 This is the plain contract, and the schedule of its steps. `runtime.py` takes the same steps with tiles, another dtype
 or compiled.
@@ -44,8 +44,7 @@ def decode_step(
     """Decode one chunk of raw latents; returns its frames (not clamped) and the state for the next chunk.
 
     Raises:
-        SpecError: the decoder sees frames ahead or whole clips, so that a chunk alone has no frames: use
-            `DecodeRuntime`.
+        SpecError: the decoder sees frames ahead or whole clips, so it has no state to pass on: use `DecodeRuntime`.
     """
     if not decoder.spec.is_causal:
         raise SpecError(
@@ -57,7 +56,7 @@ def decode_step(
 
 
 def why_not_causal(spec: CoderSpec) -> str:
-    """What keeps a coder from taking a clip chunk by chunk, as the end of a sentence about it."""
+    """Why a coder cannot take a clip chunk by chunk, as the predicate of a sentence about it."""
     if spec.sees_whole_clip:
         return "sees whole clips (by norms or attention over all their frames)"
     return "sees frames ahead (its kernels are centred in time)"
@@ -122,8 +121,8 @@ def encode_step(
     """Encode one chunk (as `frame_chunks` cuts them) to raw latents, the posterior's mean; returns the next state.
 
     Raises:
-        SpecError: the chunk is not cut on a latent border, its sides are no multiple of the spatial factor, or it is
-            not the first and the encoder sees frames ahead or whole clips: that one takes a video at once.
+        SpecError: the chunk is not cut on a latent border, its sides are no multiples of the spatial factor, or it is
+            not the first and the encoder sees frames ahead or whole clips: such an encoder takes a video at once.
     """
     if past is not None and not encoder.spec.is_causal:
         raise SpecError(
@@ -147,8 +146,12 @@ def encode_step(
 def encode(
     encoder: Encoder, pixels: Float[Tensor, "B 3 F H W"], *, chunk: int | None = None
 ) -> Float[Tensor, "B C T Hz Wz"]:
-    """Encode frames in [-1, 1] to raw latents, `chunk` latent frames at a time (None: all at once, as do encoders that
-    see frames ahead; those that see whole clips take their own tiles)."""
+    """Encode frames in [-1, 1] to raw latents.
+
+    Args:
+        chunk: latent frames at a time; None: all at once. Encoders that see frames ahead always take all at once, those
+            that see whole clips take tiles of their own length.
+    """
     kt = encoder.spec.temporal_factor
     chunks = (
         [pixels]

@@ -1,6 +1,6 @@
-"""Clips of decoders that see whole clips: cut into tiles in time, whose frames are blended where two give them.
+"""Tiles in time, for coders that see whole clips: frames that two tiles share are blended.
 
-Which latents and frames are whose is worked out in `predict/lookahead.py`; here they are put together.
+`predict/lookahead.py` works out which latents and frames belong to which tile.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from flashvaed_cli.decoders.spec.coders import CoderSpec
 
 
 class Blender:
-    """Frames of windows that follow each other as frames of one clip."""
+    """Joins the frames of consecutive windows to those of one clip."""
 
     def __init__(self) -> None:
-        self._shared: Tensor | None = None  # what the last window gave beyond its own frames
+        self._shared: Tensor | None = None  # of the last window, beyond the frames that it keeps
 
     def frames(self, given: Float[Tensor, "B C f H W"], window: LatentWindow) -> Float[Tensor, "B C k H W"]:
-        """The kept frames of a window, blended into what the window before gave for them; part of `given`, in place."""
+        """The frames that a window keeps, blended with those of the window before; in place, a view of `given`."""
         kept = given[:, :, window.keep_start : window.keep_stop]
         if self._shared is not None:
             count = self._shared.shape[2]
@@ -34,7 +34,7 @@ class Blender:
 def encode_in_tiles(
     encoder: torch.nn.Module, spec: CoderSpec, pixels: Float[Tensor, "B 3 F H W"]
 ) -> Float[Tensor, "B M T Hz Wz"]:
-    """The moments of a clip whose tiles are encoded as clips of their own, the latents blended as frames are."""
+    """The moments of a clip, its tiles encoded as clips of their own and blended as frames are."""
     blender, moments = Blender(), []
     for window in clip_windows(spec.temporal_tiles, spec.num_latents(pixels.shape[2]), 1):
         first, last = (spec.temporal_factor * latent for latent in (window.start, window.stop - 1))

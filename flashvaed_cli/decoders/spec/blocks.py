@@ -1,8 +1,8 @@
-"""The blocks of an encoder or decoder as data, and what each tells of itself.
+"""The kinds of block as data, and what each states about itself.
 
-Cost, memory, roofline, tiles, lookahead and channel groups loop over these properties; a new kind of block states them
-once, here. What must differ by kind stands in tables (`KINDS` lists the kinds; a test checks that every table has all):
-the module, and how it is narrowed, how its weights are transferred and fitted, how its tensors are called elsewhere.
+Cost, memory, roofline, tiles, lookahead, channel groups and names in checkpoints loop over these properties; a new kind
+of block states them once. What must differ by kind is in tables (`KINDS` lists the kinds; a test checks that every
+table has all of them): the module, and how a block is narrowed and its weights are transferred and fitted.
 
 Imports no torch. Reference: Wan 2.1 VAE, LTX-Video; TAESD and TAEHV (chains).
 """
@@ -38,7 +38,7 @@ class ConvBlockSpec(Block):
 
     Attributes:
         activation: after it.
-        entry: what is done with raw latents before it.
+        entry: what happens to raw latents before it.
     """
 
     omitted_defaults: ClassVar[tuple[str, ...]] = ("activation", "entry")
@@ -58,7 +58,7 @@ class ConvBlockSpec(Block):
 
     @property
     def ends_stream(self) -> bool:
-        """The entry's channels are those of the stage after it."""
+        """Its output has the channels of the next stage."""
         return True
 
 
@@ -67,9 +67,9 @@ class ResBlockSpec(Block):
 
     Attributes:
         norm: both norms of the main path.
-        norm2: the second of them, where pruning has left it other groups than the first.
-        shortcut_norm: a layer norm over the channels, with gain and shift, stands before the shortcut.
-        noise: after both convolutions there are learned scales for noise, which is left out; they are kept and written.
+        norm2: the second of them, if pruning has left it other groups than the first.
+        shortcut_norm: a layer norm over the channels, with gain and shift, comes before the shortcut.
+        noise: both convolutions have learned scales for noise, which are kept and written; no noise is added.
     """
 
     omitted_defaults: ClassVar[tuple[str, ...]] = ("norm2",)
@@ -94,12 +94,12 @@ class ResBlockSpec(Block):
                 f"an identity shortcut cannot join {self.conv1.in_width} channels to {self.conv2.out_width}"
             )
         if self.shortcut_norm and self.shortcut is None:
-            raise ValueError("a norm before the shortcut needs a shortcut that is no identity")
+            raise ValueError("a norm before the shortcut needs a shortcut that is not an identity")
         return self
 
     @property
     def inner_tensors(self) -> dict[str, InnerTensor]:
-        """What stands between both convolutions."""
+        """The tensor between both convolutions."""
         reader = Reader(layer="conv2", norm="norm2")
         return {"conv1": InnerTensor(group="inner", width=self.conv1.out_width, producer="conv1", reader=reader)}
 
@@ -120,7 +120,7 @@ class ResBlockSpec(Block):
 
     @property
     def norm_parameters(self) -> int:
-        """Of both norms of the main path, and of the shortcut's."""
+        """Those of both norms of the main path, and of the shortcut's norm."""
         return super().norm_parameters + 2 * self.conv1.in_width * self.shortcut_norm
 
     @property
@@ -138,7 +138,7 @@ class ResBlockSpec(Block):
 
     @property
     def carries_input(self) -> bool:
-        """By an identity shortcut."""
+        """If the shortcut is an identity."""
         return self.shortcut is None
 
 
@@ -196,7 +196,7 @@ class ChainSpec(Block):
 
     @property
     def inner_tensors(self) -> dict[str, InnerTensor]:
-        """What every convolution of the main path but the last gives."""
+        """The outputs of all convolutions of the main path but the last."""
         found = {}
         for index, (name, following) in enumerate(pairwise(self.path), start=1):
             group = "inner" if index == 1 else f"inner{index}"
@@ -211,7 +211,7 @@ class ChainSpec(Block):
 
     @property
     def carries_input(self) -> bool:
-        """By an identity shortcut."""
+        """If the shortcut is an identity."""
         return self.shortcut is None
 
 
@@ -219,8 +219,8 @@ class AttentionSpec(Block):
     """Single-head self-attention, residual.
 
     Attributes:
-        inner_width: that of q, k and v.
-        context: what a position attends to: all positions of its own frame, or those of its own and all earlier frames
+        inner_width: of q, k and v.
+        context: the positions that one attends to: all of its own frame, or all of its own and of all earlier frames
             of the clip.
     """
 
@@ -236,7 +236,7 @@ class AttentionSpec(Block):
 
     @property
     def norms(self) -> dict[str, tuple[NormSpec, int]]:
-        """The one before q, k and v."""
+        """The norm before q, k and v."""
         return {"norm": (self.norm, self.width)}
 
     @property
@@ -256,12 +256,12 @@ class AttentionSpec(Block):
 
     @property
     def readers(self) -> tuple[Reader, ...]:
-        """Query, key and value in one."""
+        """Query, key and value as one layer."""
         return (Reader(layer="qkv", norm="norm"),)
 
     @property
     def carries_input(self) -> bool:
-        """It is residual."""
+        """Always: it is residual."""
         return True
 
     @property
@@ -271,12 +271,12 @@ class AttentionSpec(Block):
 
     @property
     def sees_whole_clip(self) -> bool:
-        """Where it mixes frames: it keeps no keys and values of chunks that went before."""
+        """If it mixes frames: it keeps no keys and values of earlier chunks."""
         return self.context == "clip" or super().sees_whole_clip
 
 
 class HeadSpec(Block):
-    """norm (if not None), activation, conv; the first `lead_frames` frames of a video are dropped before them."""
+    """norm (if not None), activation, conv; the first `lead_frames` frames of a video are dropped first."""
 
     omitted_defaults: ClassVar[tuple[str, ...]] = ("activation", "lead_frames")
 
@@ -289,12 +289,12 @@ class HeadSpec(Block):
     lead_frames: Annotated[int, Field(ge=0, lt=MAX_FACTOR)] = 0
 
     def grid_after(self, grid: Grid) -> Grid:
-        """Fewer frames by those that are dropped."""
+        """Without the dropped frames."""
         return (grid[0] - self.lead_frames, *grid[1:])
 
     @property
     def norms(self) -> dict[str, tuple[NormSpec, int]]:
-        """Its one, if it has one."""
+        """Its norm, if it has one."""
         return {} if self.norm is None else {"norm": (self.norm, self.conv.in_width)}
 
     @property

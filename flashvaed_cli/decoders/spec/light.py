@@ -1,17 +1,17 @@
-"""Light decoders for the latents of another network: three shapes, each fitted to the grid of a given original.
+"""Light decoders for the latents of another network: four shapes, each fitted to the grid of a given original.
 
-They have few norms and no attention, and are trained from the original's frames alone. Where the original doubles the
-frames, so do they: 1 + f (T - 1) frames come out. Time is seen by causal layers only, so chunks follow each other by a
-state. Imports no torch.
+They have few norms and no attention, and are trained on the original's frames alone. They double the frames where the
+original does: 1 + f (T - 1) frames come out. Only causal layers work in time, so chunks are connected by a state.
+Imports no torch.
 
 Shapes:
     tae: chains of three convolutions and nearest upsampling, one width throughout, latents clamped at the entry. For
         video, the first layer of every chain reads the previous frame too.
     temporal-tae: chains on frames; time is seen by causal residual layers of (3, 1, 1) after the first upsampling.
-        Departs from the published one, which is not causal, has GroupNorm over all frames of a clip, attention in each
-        frame and bilinear upsampling.
+        Departure: the published one is not causal and has GroupNorm over all frames of a clip, attention in each frame
+        and bilinear upsampling.
     lean: LeanVAE's gated layers on the grid of the latents, without its iterations, and cells of pixels by a Haar
-        transform; for originals on that grid, 4 x 8 x 8, alone.
+        transform; only for originals on its grid, 4 x 8 x 8.
     efficientvit: chains of two convolutions, pixel shuffles with copies past them, one RMS norm before the last layer.
         The published decoder of this name has no attention either.
 
@@ -44,13 +44,13 @@ from flashvaed_cli.recipe.fields import StudentShape
 LightShape = StudentShape
 
 LATENT_LIMIT = 3.0
-"""Normalized latents are clamped softly within this, as TAESD does."""
+"""Normalized latents are clamped softly to this magnitude, as in TAESD."""
 _COLOURS = 3
 _ROUND_TO = 8
 _TAE_DEPTHS, _TEMPORAL_DEPTHS = (3, 3, 3, 1), (3, 2, 2, 1)
 _EFFICIENT_DEPTHS = (10, 5)
 _SHARES: dict[LightShape, float] = {"efficientvit": 1 / 3, "lean": 4 / 3}
-_LEAN_BRANCHES = 4  # a quarter of the channels is for low bands, the rest for high ones
+_LEAN_BRANCHES = 4  # a quarter of the channels is for low bands, the rest for high bands
 _LEAN_FUSION, _LEAN_SEPARATE = 4, 2
 _WIDEST_LAYER = 8  # times the width: the shuffle of an efficientvit that doubles frames, rows and columns
 _HEAD_NORM = NormSpec(eps=1e-5, gain=True, shift=True)
@@ -58,7 +58,7 @@ _HEAD_NORM = NormSpec(eps=1e-5, gain=True, shift=True)
 
 @dataclass(frozen=True)
 class _Ground:
-    """What a light decoder takes over from the original: its grid, and the scale of its latents."""
+    """What a light decoder has in common with the original: its grid, and the scale of its latents."""
 
     original: DecoderSpec
     doubles_frames: tuple[bool, ...]
@@ -74,7 +74,7 @@ class _Ground:
         return self.original.temporal_factor > 1 and not self.original.still
 
     def decoder(self, stages: Sequence[StageSpec], *, patch: int) -> DecoderSpec:
-        """The whole, with the original's family and factors."""
+        """A decoder of these stages with the original's family and factors."""
         original = self.original
         return DecoderSpec(
             family=original.family,
@@ -100,8 +100,8 @@ def light_spec(
         width: channels; None: see `default_width`.
         mean, std: of the raw latents, per channel; empty: the decoder reads them raw.
     Raises:
-        SpecError: the original grows otherwise than by doublings of the size, the width does not suit the shape, or it
-            is beyond `MAX_WIDTH` in some layer.
+        SpecError: the original grows by other factors than powers of two, the width does not suit the shape, or some
+            layer would be wider than `MAX_WIDTH`.
     """
     ground = _Ground(original, _doublings(original), mean, std)
     width = default_width(shape, original) if width is None else width
@@ -120,7 +120,7 @@ def default_width(shape: LightShape, original: DecoderSpec) -> int:
 
 
 def light_shape(spec: DecoderSpec) -> LightShape | None:
-    """Which light decoder this is, by its blocks; None for any other decoder."""
+    """Which light decoder this is, judged by its blocks; None if it is none."""
     blocks = [block for _, block in spec.blocks()]
     if isinstance(blocks[-1], CellHeadSpec) and not any(isinstance(block, IstaSpec) for block in blocks):
         return "lean"
@@ -132,7 +132,7 @@ def light_shape(spec: DecoderSpec) -> LightShape | None:
 
 
 def has_same_blocks(first: DecoderSpec, second: DecoderSpec) -> bool:
-    """Whether two decoders have blocks of the same kinds at the same addresses; else one is of another shape."""
+    """Whether two decoders have blocks of the same kinds at the same addresses."""
     return [(address, block.kind) for address, block in first.blocks()] == [
         (address, block.kind) for address, block in second.blocks()
     ]
@@ -141,7 +141,7 @@ def has_same_blocks(first: DecoderSpec, second: DecoderSpec) -> bool:
 def _doublings(original: DecoderSpec) -> tuple[bool, ...]:
     """For every doubling of the size in the original, whether it doubles the frames too.
 
-    Frames that the original doubles by themselves are doubled with the next size that has no doubling of frames.
+    If the original doubles frames alone, they are doubled with the next size that does not double frames already.
     """
     found: list[bool] = []
     pending = 0
@@ -150,14 +150,14 @@ def _doublings(original: DecoderSpec) -> tuple[bool, ...]:
         if height != width or any(side.bit_count() != 1 for side in block.growth):
             raise SpecError(
                 f"no light decoder for {original.family}: {address} makes {block.growth} frames, rows and columns of "
-                "one, and light decoders double what they enlarge"
+                "one, and light decoders only double"
             )
         pending += frames.bit_length() - 1
         for _ in range(height.bit_length() - 1):
             found.append(pending > 0)
             pending -= pending > 0
     if pending:
-        raise SpecError(f"no light decoder for {original.family}: it doubles the frames behind the last size")
+        raise SpecError(f"no light decoder for {original.family}: it doubles the frames after the last size")
     return tuple(found)
 
 
@@ -242,7 +242,7 @@ def _efficientvit(ground: _Ground, width: int) -> DecoderSpec:
 
 
 def _lean(ground: _Ground, width: int) -> DecoderSpec:
-    """A 1x1 that normalizes the latents, the entry, gated layers on all channels, then on low and high ones, cells."""
+    """A 1x1 that normalizes the latents, the entry, gated layers on all channels, then on low and high ones; head."""
     original, latent_width = ground.original, ground.latent_width
     grid = (original.temporal_factor, original.spatial_factor, original.spatial_factor)
     if grid != CELL or original.still:
@@ -264,7 +264,7 @@ def _lean(ground: _Ground, width: int) -> DecoderSpec:
 
 
 def _latent_step(latent_width: int) -> int:
-    """What the width of an efficientvit is a multiple of, so that twice the width is one of the latent channels."""
+    """What the width of an efficientvit is a multiple of, so that twice the width is one of the latent width."""
     return latent_width // 2 if latent_width % 2 == 0 else latent_width
 
 

@@ -1,6 +1,6 @@
 """The blocks of LeanVAE as data: gated layers over branches of the channels, the ISTA bottleneck, cells of pixels.
 
-Their layers are named by paths (`branches.0.expand`), as their modules are. Every layer has a bias, which is zero where
+Their layers have paths as names (`branches.0.expand`), as their modules do. Every layer has a bias, which is zero if
 the released weights have none. Imports no torch.
 
 Reference: LeanVAE, arXiv 2503.14325.
@@ -19,16 +19,16 @@ from flashvaed_cli.decoders.spec.layers import ConvSpec, Factor, FrozenSpec
 from flashvaed_cli.limits import MAX_STAGE_BLOCKS
 
 CELL: Factor = (4, 8, 8)
-"""Frames, rows and columns of pixels that one latent stands for; of the first frame (1, 8, 8)."""
+"""Frames, rows and columns of pixels per latent; of the first frame (1, 8, 8)."""
 PATCH: Factor = (2, 4, 4)
-"""Of the bands of a Haar transform of such a cell; of the first frame's (1, 4, 4)."""
+"""The same in each band of a cell's Haar transform; of the first frame (1, 4, 4)."""
 COLOURS = 3
 PARTS = ("low", "high")
 _NUM_BANDS = {"video": {"low": 1, "high": 7}, "image": {"low": 1, "high": 3}}
 
 
 def band_width(medium: str, part: str) -> int:
-    """Values of a patch: of all low or all high bands of a cell of a video, or of the first frame (`image`)."""
+    """Values per cell in all low or all high bands, of a video or of its first frame (`image`)."""
     frames = PATCH[0] if medium == "video" else 1
     return COLOURS * _NUM_BANDS[medium][part] * frames * PATCH[1] * PATCH[2]
 
@@ -49,7 +49,7 @@ class BranchSpec(FrozenSpec):
 
     @property
     def width(self) -> int:
-        """Channels that it reads and gives."""
+        """Width of its input and of its output."""
         return self.expand.in_width
 
 
@@ -100,7 +100,7 @@ class NafSpec(Block):
 
     @property
     def inner_tensors(self) -> dict[str, InnerTensor]:
-        """What the gates let through."""
+        """The values after their gates."""
         found = {}
         for index, branch in enumerate(self.branches):
             group = "inner" if len(self.branches) == 1 else f"inner{index}"
@@ -121,7 +121,7 @@ class NafSpec(Block):
 
     @property
     def out_width(self) -> int:
-        """That of all branches."""
+        """That of all branches together."""
         return self.depthwise.out_width
 
     @property
@@ -131,12 +131,12 @@ class NafSpec(Block):
 
     @property
     def carries_input(self) -> bool:
-        """It is residual."""
+        """If it is residual."""
         return self.residual
 
     @property
     def holds_channels(self) -> bool:
-        """Norms over all of a branch, and a depthwise layer."""
+        """Because of norms over whole branches, and a depthwise layer."""
         return True
 
 
@@ -144,10 +144,10 @@ _Run = tuple[NafSpec, ...]
 
 
 class IstaSpec(Block):
-    """The latents' inversion by K steps of a learned iterative shrinkage, from z `[d]` to p `[width]`.
+    """Inverts the map to the latents by K steps of learned iterative shrinkage: z `[d]` to p `[width]`.
 
     p = `start` z; then K times r = p - step * measureᵀ(measure p - z) and p = r + synthesis(shrink(analysis r)).
-    `analysis` and `synthesis` are a run of naf blocks for each step; step and threshold are a number for each.
+    `analysis` and `synthesis` hold a run of naf blocks for each step; each step has a step size and a threshold.
     """
 
     has_path_names: ClassVar[bool] = True
@@ -163,7 +163,7 @@ class IstaSpec(Block):
         if len(self.analysis) != len(self.synthesis):
             raise ValueError(f"{len(self.analysis)} steps of analysis, {len(self.synthesis)} of synthesis")
         if (self.start.in_width, self.start.out_width) != (self.measure.out_width, self.measure.in_width):
-            raise ValueError("measure and start have each other's widths swapped")
+            raise ValueError("the widths of start must be those of measure, swapped")
         if any(unit.in_width != self.out_width for unit in self.units.values()):
             raise ValueError(f"a step works on {self.out_width} channels")
         return self
@@ -202,7 +202,7 @@ class IstaSpec(Block):
         )
 
     def num_uses(self, name: str) -> int:
-        """`measure` is used both ways in every step."""
+        """`measure` is applied twice in every step, once transposed."""
         return 2 * len(self.analysis) if name == "measure" else 1
 
     @property
@@ -215,7 +215,7 @@ class IstaSpec(Block):
 
     @property
     def norm_parameters(self) -> int:
-        """Those of its naf blocks; and a step and a threshold for every step."""
+        """Those of its naf blocks, and the step size and threshold of every step."""
         return 2 * len(self.analysis) + sum(unit.norm_parameters for unit in self.units.values())
 
     @property
@@ -235,7 +235,7 @@ class IstaSpec(Block):
 
     @property
     def paths(self) -> tuple[tuple[str, ...], ...]:
-        """All depthwise layers follow each other."""
+        """All depthwise layers, one after another."""
         return (tuple(name for name in self.layers if name.endswith("depthwise")),)
 
     @property
@@ -245,12 +245,12 @@ class IstaSpec(Block):
 
     @property
     def writers(self) -> tuple[str, ...]:
-        """The last layer, and what the steps carry on."""
+        """The last layer, and the first, whose output the steps carry on."""
         return (list(self.layers)[-1], "start")
 
     @property
     def holds_channels(self) -> bool:
-        """Every step carries all of them on."""
+        """Because every step carries all of them on."""
         return True
 
 
@@ -271,7 +271,7 @@ class _CellSpec(Block):
 
     @property
     def holds_channels(self) -> bool:
-        """Low and high ones are read apart."""
+        """Because low and high ones are read by different layers."""
         return True
 
 
@@ -306,7 +306,7 @@ class CellStemSpec(_CellSpec):
         return tuple(Reader(layer=name) for name in self.layers)
 
     def layer_grid(self, name: str, grid: Grid) -> Grid:
-        """The first frame has layers of its own."""
+        """The first frame has its own layers."""
         frames, height, width = self.grid_after(grid)
         return (1 if name.startswith("image") else frames - 1, height, width)
 
@@ -328,7 +328,7 @@ class CellHeadSpec(_CellSpec):
 
     @property
     def widest_output(self) -> int:
-        """Counted at the size of the pixels."""
+        """At the size of the pixels."""
         return COLOURS
 
     @property
@@ -342,12 +342,12 @@ class CellHeadSpec(_CellSpec):
         return tuple(Reader(layer=name) for name in self.layers)
 
     def layer_grid(self, name: str, grid: Grid) -> Grid:
-        """The first frame has layers of its own."""
+        """The first frame has its own layers."""
         return (1 if name.startswith("image") else grid[0] - 1, *grid[1:])
 
 
 def inner_width(width: int) -> int:
-    """Values of the gated layer of a branch: two thirds of four times its width, rounded down."""
+    """Inner width of a branch of `width` channels: two thirds of four times that, rounded down."""
     return int(4 * (2 / 3) * width)
 
 
@@ -363,7 +363,7 @@ def naf_spec(*widths: int, residual: bool = True) -> NafSpec:
 
 
 def cell_head_spec(low: int, high: int) -> CellHeadSpec:
-    """The head behind low and high branches of the given widths."""
+    """The head after low and high branches of the given widths."""
     return CellHeadSpec(
         video_low=point_conv(low, band_width("video", "low")),
         video_high=point_conv(high, band_width("video", "high")),

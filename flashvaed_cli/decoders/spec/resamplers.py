@@ -17,8 +17,8 @@ class UpsampleSpec(Block):
     """Optional doubling in time, then nearest x2 in space and `spatial`.
 
     `temporal` gives 2 x width channels, which become two frames each: 1 + 2 (T - 1) frames. With `grows_first` the
-    first frame of a video is doubled too: 2 T frames, of which the head drops those that stand before the first.
-    `repeats_frames`: in place of `temporal`, every frame but the first of a video comes twice: 1 + 2 (T - 1) frames.
+    first frame of a video is doubled too: 2 T frames, of which the head drops the surplus ones at the beginning.
+    `repeats_frames`: instead of `temporal`, every frame but the first of a video is repeated: 1 + 2 (T - 1) frames.
     """
 
     omitted_defaults: ClassVar[tuple[str, ...]] = ("grows_first", "repeats_frames")
@@ -36,7 +36,7 @@ class UpsampleSpec(Block):
         if self.repeats_frames and self.temporal is not None:
             raise ValueError("an upsampler doubles frames by a temporal layer or by repeating them, not by both")
         if self.grows_first and self.temporal is None:
-            raise ValueError("an upsampler without a temporal layer doubles no frame, the first neither")
+            raise ValueError("an upsampler without a temporal layer doubles no frame, so not the first either")
         return self
 
     @property
@@ -56,17 +56,17 @@ class UpsampleSpec(Block):
 
     @property
     def enlarges_first(self) -> bool:
-        """Unless `spatial` reads small frames as if they were large."""
+        """Unless `spatial` enlarges frames itself."""
         return not self.spatial.enlarges
 
     @property
     def readers(self) -> tuple[Reader, ...]:
-        """`temporal` gives the channels that it takes, so `spatial` reads them too."""
+        """`temporal` keeps the channels of its input, so `spatial` reads them too."""
         return tuple(Reader(layer=name) for name in self.layers)
 
     @property
     def ends_stream(self) -> bool:
-        """Its output begins a stage of another size."""
+        """Its output belongs to the next stage, of another size."""
         return True
 
     def grid_after(self, grid: Grid) -> Grid:
@@ -75,14 +75,14 @@ class UpsampleSpec(Block):
         return (2 * grid[0] if self.grows_first else frames, height, width)
 
     def layer_grid(self, name: str, grid: Grid) -> Grid:
-        """`temporal` runs on small frames, and the first frame of a video passes it unless it is doubled too."""
+        """`temporal` runs on small frames; the first frame of a video skips it unless it is doubled too."""
         if name != "temporal":
             return self.grid_after(grid)
         return grid if self.grows_first else (grid[0] - 1, *grid[1:])
 
 
 class DownsampleSpec(Block):
-    """`spatial` with stride 2 (padded right and below), then optional `temporal` with stride 2 (first frame passes)."""
+    """`spatial` with stride 2, padded right and below; then optional `temporal` with stride 2 (first frame passes)."""
 
     kind: Literal["downsample"] = "downsample"
     spatial: ConvSpec
@@ -100,7 +100,7 @@ class DownsampleSpec(Block):
 
     @property
     def ends_stream(self) -> bool:
-        """Its output begins a stage of another size."""
+        """Its output belongs to the next stage, of another size."""
         return True
 
     def layer_grid(self, name: str, grid: Grid) -> Grid:
@@ -112,9 +112,9 @@ class DownsampleSpec(Block):
 class ShuffleUpsampleSpec(Block):
     """`conv`, whose channels then move into time and space: 1 + ft (T - 1) frames, fh and fw times the size.
 
-    Channel c of the output is channels c * ft * fh * fw and following of `conv`, in the order of `factor`; the first
-    ft - 1 frames of a video are dropped. With `residual` the input, moved in the same way and its channels
-    repeated as often as needed, is added.
+    Channel c of the output comes from the channels of `conv` from c * ft * fh * fw on, in the order of `factor`; the
+    first ft - 1 frames of a video are dropped. With `residual` the input is added, moved in the same way and its
+    channels repeated as often as needed.
     """
 
     kind: Literal["shuffle_upsample"] = "shuffle_upsample"
@@ -133,12 +133,12 @@ class ShuffleUpsampleSpec(Block):
 
     @property
     def cell(self) -> int:
-        """Positions that one becomes: channels of `conv` per channel of the output."""
+        """Positions made of one: channels of `conv` per channel of the output."""
         return _cell(self.factor)
 
     @property
     def out_width(self) -> int:
-        """Channels of a cell have become positions."""
+        """The channels of a cell have become positions."""
         return self.conv.out_width // self.cell
 
     @property
@@ -153,12 +153,12 @@ class ShuffleUpsampleSpec(Block):
 
     @property
     def carries_input(self) -> bool:
-        """Copies of it, with a residual."""
+        """If it has a residual, which adds copies of it."""
         return self.residual
 
     @property
     def ends_stream(self) -> bool:
-        """Its output begins a stage of another size."""
+        """Its output belongs to the next stage, of another size."""
         return True
 
     def layer_grid(self, name: str, grid: Grid) -> Grid:
@@ -167,7 +167,7 @@ class ShuffleUpsampleSpec(Block):
 
 
 class StridedDownsampleSpec(Block):
-    """`conv` with the stride `factor`, from the first frame on: 1 + (T - 1) / ft frames. Padded as `conv` says."""
+    """`conv` with the stride `factor`, from the first frame on: 1 + (T - 1) / ft frames."""
 
     kind: Literal["strided_downsample"] = "strided_downsample"
     conv: ConvSpec
@@ -182,7 +182,7 @@ class StridedDownsampleSpec(Block):
 class UnshuffleDownsampleSpec(Block):
     """`conv`, then cells of `factor` positions move into the channels; plus the input's cells, averaged to as many.
 
-    The first frame of a video stands there ft times, which gives 1 + (T - 1) / ft frames.
+    The first frame of a video is taken ft times, which gives 1 + (T - 1) / ft frames.
     """
 
     kind: Literal["unshuffle_downsample"] = "unshuffle_downsample"
@@ -197,12 +197,12 @@ class UnshuffleDownsampleSpec(Block):
 
     @property
     def cell(self) -> int:
-        """Positions that become one: channels of the output per channel of `conv`."""
+        """Positions made into one: channels of the output per channel of `conv`."""
         return _cell(self.factor)
 
     @property
     def out_width(self) -> int:
-        """Positions of a cell have become channels."""
+        """The positions of a cell have become channels."""
         return self.conv.out_width * self.cell
 
     @property
