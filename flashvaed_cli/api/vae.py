@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flashvaed_cli.artifact.checkpoint import Checkpoint, load_checkpoint, load_original
+from flashvaed_cli.artifact.checkpoint import Checkpoint, load_checkpoint
+from flashvaed_cli.artifact.original import load_original
 from flashvaed_cli.decoders.modules.coder import Encoder
 from flashvaed_cli.decoders.run.latent_scale import figures_over, unpatched
 from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings, DecodeStream

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint
+from flashvaed_cli.decoders.predict.lookahead import chunk_spans
 from flashvaed_cli.decoders.predict.planning import DecodePlan
-from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings, chunk_starts
+from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.decoders.variants.exact import exact_decoder, plain_decoder
 from flashvaed_cli.recipe.decode import DecodeRecipe
 from flashvaed_cli.recipe.fields import LatentScale
@@ -59,8 +59,8 @@ class Player:
         limits = streaming_limits(self.spec, grid, self._asked, self._recipe.dtype, self._device)
         runtime = self._prepared(limits)
         self.plan = runtime.plan(latents)
-        starts = [*chunk_starts(num_latents, self.plan.chunk), num_latents]
-        parts = (to_raw(latents[:, :, start:stop].float(), scale, self._checkpoint) for start, stop in pairwise(starts))
+        spans = chunk_spans(num_latents, self.plan.chunk)
+        parts = (to_raw(latents[:, :, start:stop].float(), scale, self._checkpoint) for start, stop in spans)
         for frames in runtime.iter_parts(parts):
             yield frames[0]
 
