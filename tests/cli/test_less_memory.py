@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +24,7 @@ from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.recipe import DecodeRecipe
 from flashvaed_cli.stages.decode.run import run_decode
 from tests.commands import JUDGING, invoke, read_report, succeed
+from tests.conftest import REPOSITORY
 from tests.toy import original_spec, write_toy_clip, write_toy_vae
 
 ERRORS: dict[str, Callable[[], Exception]] = {
@@ -102,6 +106,33 @@ def test_nothing_is_sent_twice(folder: Path) -> None:
         assert sent(recipe) == whole
     assert refused == [4]
     assert len(whole) == 17 * 3 * 32 * 128
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import flashvaed_cli.stages.decode.run
+from flashvaed_cli.cli.app import main
+
+size = int(next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmSize" in line).split()[1])
+resource.setrlimit(resource.RLIMIT_AS, (1024 * size + 150_000_000, resource.RLIM_INFINITY))
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space by what /proc says")
+def test_a_real_limit(tmp_path: Path) -> None:
+    """Whether it fits in the end depends on the machine; that it steps down and never crashes does not."""
+    save_file({"latents": torch.randn(1, 16, 13, 32, 48)}, tmp_path / "long.safetensors")
+    words = "decode long.safetensors -d builtin:tiny-wan --latent-scale raw --chunk 13 -o long.npy -q --device cpu"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", LIMITED, *words.split()]
+    run = subprocess.run(command, check=False, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    told = " ".join(run.stderr.split())
+    assert "out of memory: decoding long.safetensors again with chunk 4" in told, told
+    assert (run.returncode, told.count("Error: out of memory: this machine is full")) in ((0, 0), (2, 1)), told
+    assert "Traceback" not in told
+    assert (tmp_path / "long.npy").exists() == (run.returncode == 0)
 
 
 def test_where_nothing_gets_smaller_it_fails_cleanly(folder: Path) -> None:
