@@ -46,6 +46,7 @@ from flashvaed_cli.families.registry import families_named, get_family
 from flashvaed_cli.limits import MAX_LISTED_MISTAKES, MAX_QUOTED_CHARS
 from flashvaed_cli.ownership import has_own_header
 from flashvaed_cli.paths import user_path
+from flashvaed_cli.untrusted.files import unchanging
 
 BUILTIN_SCHEME = "builtin:"
 ARTIFACT_LAYOUT = "flashvaed"
@@ -152,7 +153,9 @@ def load_checkpoint(
     """
     location = str(location)
     statistics_of = partial(_statistics_of, location, original, builtins)
-    return _load_located(location, locate(location, builtins), family, weights, statistics_of)
+    path = locate(location, builtins)
+    with unchanging(path):
+        return _load_located(location, path, family, weights, statistics_of)
 
 
 def _statistics_of(location: str, original: str | None, builtins: Mapping[str, Path], family: Family) -> Statistics:
