@@ -75,6 +75,25 @@ def greedily_kept(reference: Decoder, keep_ratios: dict[str, float]) -> Kept:
     return kept
 
 
+@pytest.mark.parametrize(("changed", "runs_per_clip"), [(None, 1), ("up0.0", 2)])
+def test_what_comes_before_the_first_solved_block_runs_once_for_both(
+    monkeypatch: pytest.MonkeyPatch, changed: str | None, runs_per_clip: int
+) -> None:
+    reference = toy_decoder()
+    student = transfer_weights(reference, reference.spec, {})
+    if changed is not None:
+        next(student.at(changed).parameters()).mul_(1.5)
+    walk, stops = Decoder.walk, []
+
+    def counted(self: Decoder, *args: object, stop: str | None = None, **options: object) -> object:
+        stops.append(stop)
+        return walk(self, *args, stop=stop, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Decoder, "walk", counted)
+    reconstruct(reference, student, {}, "up1.0")
+    assert stops.count("up1.0") == runs_per_clip * len(CLIPS)
+
+
 def test_an_unchanged_decoder_keeps_its_frames() -> None:
     reference = toy_decoder()
     student = transfer_weights(reference, reference.spec, {})
