@@ -1,4 +1,4 @@
-"""How channels depend on one another: what a kept set explains, and the least-squares map back to all channels."""
+"""How channels depend on one another: the variance that a kept set explains, and the map back to all channels."""
 
 from __future__ import annotations
 

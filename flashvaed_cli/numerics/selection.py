@@ -1,6 +1,6 @@
 """Which channels to keep: greedy R² and the rules it is compared with, one function each.
 
-A rule orders the channels of one group by importance, from what is known about them (`ChannelEvidence`). For every
+A rule orders the channels of one group by importance, from the evidence about them (`ChannelEvidence`). For every
 rule, larger counts give supersets, ties (up to rounding) go to the lowest index, and channels that
 do not vary over the calibration clips (dead or constant ones) come after all that do, by index; for `greedy-energy`
 only dead ones come last.
@@ -24,7 +24,7 @@ _TIE_SHARE = 1e-12
 
 @dataclass(frozen=True)
 class ChannelEvidence:
-    """What is known about the channels of one group; a rule that lacks what it needs says so.
+    """The evidence about the channels of one group; a rule raises if it lacks what it needs.
 
     Attributes:
         covariance: centred, over all calibration positions.

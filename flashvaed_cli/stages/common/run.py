@@ -119,7 +119,7 @@ class Run(Generic[RecipeT]):
 
     @property
     def device(self) -> torch.device:
-        """Where to compute.
+        """The device to compute on.
 
         Raises:
             FlashVaedError: this machine does not have what the recipe names.

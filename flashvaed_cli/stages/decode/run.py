@@ -45,7 +45,7 @@ class _Tally:
 
 @dataclass(frozen=True)
 class _Output:
-    """How videos are written."""
+    """Settings for writing videos."""
 
     fps: Fraction
     crf: int

@@ -398,7 +398,7 @@ def _settings(recipe: DistillRecipe, phase: PhaseRecipe) -> TrainSettings:
 _NO_PART_OF_THE_RUN = {
     "input",
     "output",
-    "data",  # its content is named by the data's own key
+    "data",  # the data's own key identifies its content
     "validation_data",
     "validate_every_steps",
     "num_workers",
@@ -418,7 +418,7 @@ def _run_key(job: _Job, index: int) -> str:
     """A key of recipe, decoder and data, wherever they are stored: equal for runs that would give the same weights."""
     settings = job.recipe.model_dump(mode="json", exclude=_NO_PART_OF_THE_RUN)
     for later in ("weights", "student", "student_width", "student_start", "adversarial_start"):
-        if not settings[later]:  # trainings that version 0.3 began have no such setting, and go on
+        if not settings[later]:  # so that runs of version 0.3, which had no such setting, can go on
             del settings[later]
     for later in ("wavelet", "adversarial"):
         if not settings["loss_weights"][later]:

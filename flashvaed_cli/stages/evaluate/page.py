@@ -29,7 +29,7 @@ _VIDEO_SIDE_PX = 384
 _VIDEO_SECONDS = 6
 _VIDEO_CRF = 24
 _TRAINING_FIGURES = ("loss", "psnr_db", "validation_psnr_db", "learning_rate")
-"""Of the log; its other figures stay there."""
+"""The figures of the training log that the page shows."""
 
 
 class ClipVideos:
