@@ -89,7 +89,7 @@ def select_greedy_energy(evidence: ChannelEvidence, num_kept: int, *, seed: int 
     del seed
     _require_num_kept(evidence, num_kept)
     second_moment = _require(
-        evidence.second_moment, "greedy-energy", "the means of the channels beside their covariance"
+        evidence.second_moment, "greedy-energy", "the means of the channels besides their covariance"
     )
     energy, variance = ResidualCovariance(second_moment), ResidualCovariance(evidence.covariance)
     order = _pick_greedily(energy, num_kept, energy.gains, run=evidence.run).kept
@@ -141,7 +141,7 @@ def select_chip(evidence: ChannelEvidence, num_kept: int, *, seed: int = 0) -> S
     """
     del seed
     _require_num_kept(evidence, num_kept)
-    second_moment = _require(evidence.second_moment, "chip", "the means of the channels beside their covariance")
+    second_moment = _require(evidence.second_moment, "chip", "the means of the channels besides their covariance")
     # The root of an eigenvalue that is rounding is 1e-8 of the largest, which must not break ties.
     return _pick_ranked(evidence, nuclear_norm_drops(second_moment), num_kept, tie_share=1e-7)
 

@@ -77,7 +77,7 @@ def provenance(recipe: CommandRecipe, inputs: Mapping[str, str], data: Sequence[
 def finished_folder(
     marker: Path, recipe: CommandRecipe, location: str, data: Callable[[], Iterable[Path]], *, force: bool
 ) -> StageOutcome | None:
-    """`finished_artifact` for a folder, whose `marker` holds its `provenance` as `made_with`, and the figures."""
+    """`finished_artifact` for a folder; its `marker` holds the figures, and the `provenance` under `made_with`."""
     if force or not marker.is_file() or not is_own_file(marker):
         return None
     document = json.loads(marker.read_bytes())

@@ -118,7 +118,7 @@ def _r2(analysis: AnalysisRecord) -> dict[str, tuple[float, ...]] | None:
 
 
 def _training(location: Path) -> tuple[dict[str, list[tuple[float, float]]], tuple[tuple[float, str], ...]]:
-    """The curves of the log beside a decoder, steps counted over all phases, and where each phase begins."""
+    """The curves of the log beside a decoder, with steps counted over all phases, and the first step of each phase."""
     log = TrainingFiles(location).log
     curves: dict[str, list[tuple[float, float]]] = {}
     phases: list[tuple[float, str]] = []
