@@ -105,13 +105,20 @@ _OUT_OF_MEMORY = (  # wordings of torch, oneDNN, CUDA's libraries and C++, for e
 )
 
 
+_NO_ROOM_FOR_CODE = "could not create a primitive"
+"""All that oneDNN says where it cannot map the code that it generates; with more words after it, it means others."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on any device; torch need not be loaded."""
     if isinstance(error, MemoryError):
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        text.strip() == _NO_ROOM_FOR_CODE or any(words in text for words in _OUT_OF_MEMORY)
+    )
 
 
 def _shortened(message: str) -> str:

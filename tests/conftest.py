@@ -12,7 +12,17 @@ from jaxtyping import install_import_hook
 install_import_hook(
     [
         f"flashvaed_cli.{room}"
-        for room in ("numerics", "decoders", "calibrate", "surgery", "metrics", "media", "distill")
+        for room in (
+            "numerics",
+            "decoders.modules",
+            "decoders.run",
+            "decoders.variants.still",
+            "calibrate",
+            "surgery",
+            "metrics",
+            "media",
+            "distill",
+        )
     ],
     "beartype.beartype",
 )

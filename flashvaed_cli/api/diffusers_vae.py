@@ -24,6 +24,7 @@ from flashvaed_cli.artifact.foreign.flash_folder import CODE, CODE_NAME, FLASH_C
 from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.predict.tiling import split_addresses
+from flashvaed_cli.decoders.run.less_memory import decode_in_memory
 from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.decoders.variants.exact import exact_spec, plain_decoder, with_spec
 from flashvaed_cli.decoders.variants.half_range import cast_decoder
@@ -184,7 +185,8 @@ class AutoencoderFlash(ModelMixin, ConfigMixin):
         if num_frames < 1 or z.shape[0] % num_frames:
             raise SpecError(f"{z.shape[0]} latents are no clips of {num_frames} frames")
         clips = z.unflatten(0, (-1, num_frames)).transpose(1, 2)  # [B, C, T, Hz, Wz]
-        frames = self._runtime(whole_clip=self._own_decoder.spec.sees_whole_clip).decode(clips)
+        runtime = self._runtime(whole_clip=self._own_decoder.spec.sees_whole_clip)
+        frames = decode_in_memory(runtime, clips, warnings.warn)
         return frames.transpose(1, 2).flatten(0, 1)
 
     def forward(
@@ -204,7 +206,7 @@ class AutoencoderFlash(ModelMixin, ConfigMixin):
         return self
 
     def _decode(self, z: Tensor) -> Tensor:
-        return self._runtime().decode(z)
+        return decode_in_memory(self._runtime(), z, warnings.warn)
 
     def _runtime(self, *, whole_clip: bool = False) -> DecodeRuntime:
         decoder = self._own_decoder

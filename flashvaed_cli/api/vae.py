@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flashvaed_cli.artifact.checkpoint import Checkpoint, load_checkpoint, load_original
+from flashvaed_cli.artifact.checkpoint import Checkpoint, load_checkpoint
+from flashvaed_cli.artifact.original import load_original
 from flashvaed_cli.decoders.modules.coder import Encoder
 from flashvaed_cli.decoders.run.latent_scale import figures_over, unpatched
+from flashvaed_cli.decoders.run.less_memory import decode_in_memory
 from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings, DecodeStream
 from flashvaed_cli.decoders.run.streaming import encode
 from flashvaed_cli.decoders.spec.latent_patches import are_per_place
@@ -105,7 +108,7 @@ class Vae:
     def decode(
         self, latents: Float[Tensor, "B C T Hz Wz"], *, scale: LatentScale = "normalized"
     ) -> Float[Tensor, "B 3 F H W"]:
-        """All frames, in [-1, 1].
+        """All frames, in [-1, 1]. Where memory runs out, a warning says so, and smaller chunks and tiles are taken.
 
             video = vae.decode(latents)   # as the diffusion model gave them
 
@@ -117,7 +120,7 @@ class Vae:
             DecodeError: no plan fits `max_memory`, or frames that are not finite.
             ArtifactError: the latents are normalized, but their mean and deviation are unknown.
         """
-        return self._runtime.decode(self._raw(latents, scale))
+        return decode_in_memory(self._runtime, self._raw(latents, scale), warnings.warn)
 
     def iter_decode(
         self, latents: Float[Tensor, "B C T Hz Wz"], *, scale: LatentScale = "normalized"

@@ -39,14 +39,14 @@ from flashvaed_cli.artifact.store import content_sha256, read_artifact, sha256_o
 from flashvaed_cli.artifact.weight_checks import require_usable_weights
 from flashvaed_cli.decoders.modules.coder import Coder, Decoder, Encoder
 from flashvaed_cli.decoders.spec.coders import CoderSpec
-from flashvaed_cli.decoders.spec.groups import tensor_widths
-from flashvaed_cli.errors import ArtifactError, FlashVaedError
+from flashvaed_cli.errors import ArtifactError
 from flashvaed_cli.families.family import Family
 from flashvaed_cli.families.layout import Role
 from flashvaed_cli.families.registry import families_named, get_family
 from flashvaed_cli.limits import MAX_LISTED_MISTAKES, MAX_QUOTED_CHARS
 from flashvaed_cli.ownership import has_own_header
 from flashvaed_cli.paths import user_path
+from flashvaed_cli.untrusted.files import unchanging
 
 BUILTIN_SCHEME = "builtin:"
 ARTIFACT_LAYOUT = "flashvaed"
@@ -153,7 +153,9 @@ def load_checkpoint(
     """
     location = str(location)
     statistics_of = partial(_statistics_of, location, original, builtins)
-    return _load_located(location, locate(location, builtins), family, weights, statistics_of)
+    path = locate(location, builtins)
+    with unchanging(path):
+        return _load_located(location, path, family, weights, statistics_of)
 
 
 def _statistics_of(location: str, original: str | None, builtins: Mapping[str, Path], family: Family) -> Statistics:
@@ -426,64 +428,16 @@ def cast_weight(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return cast_tensor
 
 
-def load_original(
-    checkpoint: Checkpoint,
-    override: str | None,
-    builtins: Mapping[str, Path],
-    *,
-    needs_encoder: bool = True,
-    allow_download: bool = False,
-) -> Checkpoint:
-    """The original that a checkpoint descends from, or the checkpoint itself if it names none.
-
-    What a checkpoint records is untrusted. A recorded path is opened only to compute its SHA-256, and read
-    only if that matches the record. A recorded Hub address is looked up in the cache.
+def load_verified(location: str, checkpoint: Checkpoint, recorded: Lineage | None, path: Path) -> Checkpoint:
+    """Load an original at a path once its hash matches the record; no other file is parsed.
 
     Args:
-        override: the user's `--original`; must be the same file as the recorded one, by its SHA-256.
-        allow_download: whether a recorded Hub address may be downloaded.
+        location: what to call it in messages.
+        checkpoint: the one that descends from it.
+        recorded: what `checkpoint` says of its original; None: nothing is compared.
     Raises:
-        ArtifactError: not found, another file than recorded, another latent space, or without an encoder.
+        ArtifactError: another file than recorded, or see `load_checkpoint`.
     """
-    recorded = checkpoint.header.original if checkpoint.header is not None else None
-    if override is not None:
-        original = _load_verified(override, checkpoint, recorded, locate(override, builtins))
-    elif recorded is not None:
-        original = _load_recorded(checkpoint, recorded, builtins, allow_download)
-    else:
-        original = checkpoint
-    if needs_encoder:
-        original.require_encoder()
-    if original.latent_width != checkpoint.latent_width:
-        raise ArtifactError(
-            f"{original.location} has {original.latent_width} latent channels, {checkpoint.location} has "
-            f"{checkpoint.latent_width}: not its original. Give the right one with --original."
-        )
-    _check_kept_channels(checkpoint, original)
-    return original
-
-
-def _load_recorded(
-    checkpoint: Checkpoint, recorded: Lineage, builtins: Mapping[str, Path], allow_download: bool
-) -> Checkpoint:
-    """Load the recorded original from its old place or, if it was moved together with the artifact, from beside it."""
-    location = recorded.location
-    is_path = "://" not in location and not location.startswith(BUILTIN_SCHEME)
-    try:
-        if is_path and not user_path(location).exists():
-            beside = Path(checkpoint.location).parent / location
-            location = str(beside) if beside.exists() else location
-        path = locate(location, builtins, may_download=allow_download)
-        return _load_verified(location, checkpoint, recorded, path)
-    except (FlashVaedError, OSError) as error:
-        raise ArtifactError(
-            f"the original of {checkpoint.location} (SHA-256 {recorded.sha256:.64}) cannot be loaded: {error}\n"
-            "Say where it is now with --original."
-        ) from error
-
-
-def _load_verified(location: str, checkpoint: Checkpoint, recorded: Lineage | None, path: Path) -> Checkpoint:
-    """Load an original once its hash matches the record; no other file is parsed."""
     weights = None if recorded is None else recorded.weights
     if recorded is not None:
         found = sha256_of_files(checkpoint_files(path, weights))
@@ -493,16 +447,3 @@ def _load_verified(location: str, checkpoint: Checkpoint, recorded: Lineage | No
                 f"(recorded for {recorded.location}), found {found}. Give the right file with --original."
             )
     return _load_located(location, path, checkpoint.family, weights)
-
-
-def _check_kept_channels(checkpoint: Checkpoint, original: Checkpoint) -> None:
-    """Raise ArtifactError if the kept channels include some that the original does not have."""
-    if not checkpoint.kept_channels or original.decoder is None:
-        return
-    widths = tensor_widths(original.decoder.spec)
-    for address, indices in checkpoint.kept_channels.items():
-        if max(indices, default=0) >= widths.get(address, 0):
-            raise ArtifactError(
-                f"{checkpoint.location}: kept_channels names channel {max(indices)} of {address}, where "
-                f"{original.location} has {widths.get(address, 0)} channels. Make the artifact again."
-            )

@@ -15,7 +15,7 @@ from flashvaed_cli.artifact.header import NO_CONTENT, ArtifactHeader, canonical_
 from flashvaed_cli.atomic import atomic_path
 from flashvaed_cli.errors import ArtifactError
 from flashvaed_cli.ownership import HEADER_KEY, has_own_header
-from flashvaed_cli.untrusted.files import open_regular, parse_json
+from flashvaed_cli.untrusted.files import open_regular, parse_json, unchanging
 from flashvaed_cli.untrusted.safetensors_file import NotSafetensorsError, load_safetensors, read_index
 
 _CHUNK_BYTES = 1 << 20
@@ -57,11 +57,12 @@ def read_artifact(path: str | Path) -> tuple[ArtifactHeader, dict[str, Tensor]]:
     Raises:
         ArtifactError: not an artifact, truncated, damaged or of a newer schema.
     """
-    header = read_header(path)
-    try:
-        return header, load_safetensors(Path(path))
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot read its tensors: {error}. Write or copy it again.") from error
+    with unchanging(Path(path)):
+        header = read_header(path)
+        try:
+            return header, load_safetensors(Path(path))
+        except OSError as error:
+            raise ArtifactError(f"{path}: cannot read its tensors: {error}. Write or copy it again.") from error
 
 
 def read_header(path: str | Path) -> ArtifactHeader:

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from flashvaed_cli.cli.console import open_progress, result_console
 from flashvaed_cli.cli.interruption import OutputWatch, Terminated, interruption, is_main_process
+from flashvaed_cli.cli.output_lock import only_run
 from flashvaed_cli.cli.streams import reader_may_leave
 from flashvaed_cli.errors import OutOfMemory, is_out_of_memory
 from flashvaed_cli.printable import printable_line
@@ -106,7 +107,7 @@ def run_stage(
     if context.params["quiet"]:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when huggingface_hub is imported
     try:
-        with open_progress(quiet=context.params["quiet"]) as progress:
+        with only_run(_locked_output(context, recipe)), open_progress(quiet=context.params["quiet"]) as progress:
             result = stage(
                 recipe, progress=progress, force=context.params.get("force", False), command_line=command_line(context)
             )
@@ -125,6 +126,14 @@ def run_stage(
         with reader_may_leave(has_written=bool(result.paths)):
             _print_result(context, result, on_stderr=result_on_stderr)
     return result
+
+
+def _locked_output(context: typer.Context, recipe: CommandRecipe) -> str | None:
+    """The output that no other run may write meanwhile; several decode into one folder."""
+    output: str | None = getattr(recipe, "output", None)
+    if output is None or context.params.get("dry_run") or not is_main_process():
+        return None
+    return output if context.command.name != "decode" or Path(output).suffix else None
 
 
 def _memory_advice(context: typer.Context, error: BaseException) -> str:

@@ -14,13 +14,50 @@ from flashvaed_cli.errors import FlashVaedError
 
 
 def prepare_streams() -> None:
-    """Give closed streams somewhere to go before a file takes their descriptor; replace what cannot be printed."""
+    """Give closed streams somewhere to go before a file takes their descriptor; replace what cannot be printed.
+
+    Help, versions and messages may lose their reader (`| head -1`) like any result: what is left goes nowhere.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115 (for the whole run)
         elif isinstance(stream, TextIOWrapper) and mode == "w":
-            stream.reconfigure(errors="replace")
+            setattr(sys, name, _LastingStream(stream))
+
+
+class _LastingStream(TextIOWrapper):
+    """A stream that goes on when its reader has left. Its `buffer` still raises BrokenPipeError."""
+
+    def __init__(self, stream: TextIOWrapper) -> None:
+        super().__init__(
+            stream.buffer,
+            encoding=stream.encoding,
+            errors="replace",
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write, or discard."""
+        try:
+            return super().write(text)
+        except BrokenPipeError:
+            send_nowhere(self)
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush, or discard."""
+        try:
+            super().flush()
+        except BrokenPipeError:
+            send_nowhere(self)
+
+    def close(self) -> None:
+        """Flush: the stream that it stands for owns the descriptor."""
+        if not self.buffer.closed:
+            self.flush()
 
 
 def was_closed(stream: TextIO) -> bool:

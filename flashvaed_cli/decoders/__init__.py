@@ -1,1 +1,1 @@
-"""The architecture: operators, specs, channel groups, streaming, families."""
+"""Encoders and decoders: specs, predictions from them, networks, variants, and how they run."""

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -32,11 +33,13 @@ class FileWorkers:
     """Processes that start with the first job and end with the `with` block; none if `num_workers` is 0.
 
     They are spawned, not forked: forked ones may hang if threads or CUDA were in use. A worker exits on its own
-    when this process is killed.
+    when this process is killed. Where the system has no semaphores (no writable /dev/shm), there are none either: the
+    work is done here, more slowly.
     """
 
-    def __init__(self, num_workers: int) -> None:
+    def __init__(self, num_workers: int, warn: Callable[[str], object] = warnings.warn) -> None:
         self.num_workers = num_workers
+        self._warn = warn
         self._executor: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> FileWorkers:
@@ -59,7 +62,7 @@ class FileWorkers:
         Raises:
             MediaError: a process died.
         """
-        if self.num_workers == 0:
+        if self.num_workers == 0 or not self._started():
             for job in jobs:
                 yield job, function(job)
             return
@@ -68,7 +71,8 @@ class FileWorkers:
         try:
             while True:
                 while len(pending) <= self.num_workers and (job := next(waiting, None)) is not None:
-                    pending.append((job, self._started().submit(function, job)))
+                    assert self._executor is not None
+                    pending.append((job, self._executor.submit(function, job)))
                 if not pending:
                     return
                 job, future = pending[0]
@@ -85,12 +89,16 @@ class FileWorkers:
             for _, future in pending:
                 future.cancel()
 
-    def _started(self) -> ProcessPoolExecutor:
-        if self._executor is None:
-            self._executor = ProcessPoolExecutor(
+    def _started(self) -> bool:
+        """Whether there are processes."""
+        try:
+            self._executor = self._executor or ProcessPoolExecutor(
                 self.num_workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_worker
             )
-        return self._executor
+        except (OSError, ImportError) as error:  # semaphores live in /dev/shm
+            self._warn(f"no decoding processes: they need a writable /dev/shm ({error}). Clips are read one by one")
+            self.num_workers = 0
+        return self._executor is not None
 
 
 def _begin_worker() -> None:

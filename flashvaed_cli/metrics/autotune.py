@@ -6,6 +6,7 @@ best of those: the choices hardly interact beyond that, and trying all combinati
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -97,8 +98,14 @@ def autotune(
 
 
 def cache_file() -> Path:
-    """Where choices are remembered: `flashvaed/autotune.json` in the user's cache folder (`XDG_CACHE_HOME`)."""
-    folder = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    """Where choices are remembered: `flashvaed/autotune.json` in the user's cache folder (`XDG_CACHE_HOME`).
+
+    Raises:
+        FileNotFoundError: the user has no home folder.
+    """
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 (raises RuntimeError)
+    if folder.startswith("~"):
+        raise FileNotFoundError(errno.ENOENT, "there is no home folder, nor XDG_CACHE_HOME")
     return Path(folder) / "flashvaed" / "autotune.json"
 
 

@@ -103,10 +103,10 @@ def load_lpips(
 
 def _download(net: LpipsNet, path: Path) -> None:
     backbone = _BACKBONES[net]
-    path.parent.mkdir(parents=True, exist_ok=True)
     usual_timeout_s = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT_S)  # torch.hub sets none, and would wait for minutes
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(backbone.url, str(path), hash_prefix=backbone.hash_prefix, progress=False)
     except (OSError, RuntimeError) as error:  # no network, full disk; wrong hash
         raise MetricUnavailableError(

@@ -19,6 +19,7 @@ def profile_modules(
     *,
     num_warmup: int = 1,
     num_rounds: int = 5,
+    budget_s: float | None = None,
     synchronize: Callable[[], object] | None = None,
 ) -> dict[str, float]:
     """Median wall time of modules within one call of the model.
@@ -33,6 +34,8 @@ def profile_modules(
         names: as in `model.named_modules()`.
         num_warmup: calls that are not counted.
         num_rounds: counted calls, at least 1.
+        budget_s: a call begins only if it is expected to end within this many seconds. One too slow for a second is
+            itself counted: what the first call warms up is a small part of a long one.
         synchronize: called before each reading of the clock.
     Returns:
         Milliseconds per name, in the order of `names`.
@@ -43,11 +46,15 @@ def profile_modules(
         raise ValueError("at least one round is needed")
     modules = _find_modules(model, names)
     rounds: list[dict[str, float]] = []
-    for round_index in range(num_warmup + num_rounds):
+    started = time.perf_counter()
+    for index in range(num_warmup + num_rounds):
         with _timed(modules, synchronize) as seconds:
             call()
-        if round_index >= num_warmup:
-            rounds.append(dict(seconds))
+        rounds.append(dict(seconds))
+        spent_s = time.perf_counter() - started
+        if budget_s is not None and spent_s * (index + 2) / (index + 1) > budget_s:
+            break
+    rounds = rounds[num_warmup:] or rounds[-1:]
     if idle := [name for name in modules if not all(name in seconds for seconds in rounds)]:
         raise SpecError(f"modules that did not run during the profiled call: {', '.join(idle)}")
     return {name: 1e3 * statistics.median(seconds[name] for seconds in rounds) for name in modules}

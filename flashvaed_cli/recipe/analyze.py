@@ -26,7 +26,11 @@ class AnalyzeRecipe(CalibratedRecipe, RuleField, StageRecipe):
         default=128,
         description="Height and width in pixels of the clip whose decoding is timed, rounded up to whole latents.",
     )
-    num_latency_rounds: Count = Field(default=3, description="Timed rounds, after a warm-up round; the median counts.")
+    num_latency_rounds: Count = Field(
+        default=3,
+        description="Timed rounds, after a warm-up round; the median counts. Slow decoders get fewer unless this is "
+        "given.",
+    )
     width_latency_s: OptionalCount = Field(
         default=30,
         description="Roughly how many seconds to spend on the latency at narrower widths, which prune "

@@ -40,6 +40,8 @@ from flashvaed_cli.stages.common.run import Run
 from flashvaed_cli.stages.latency_model import TimedClip, measure_width_times, whole_clip
 from flashvaed_cli.surgery.evidence import channel_evidence
 
+LATENCY_BUDGET_S = 15.0
+"""Seconds for the latency of the stages, and as many for that of their layers, unless the rounds are given."""
 SHOWN_RATIOS = (0.125, 0.25, 0.5)
 
 
@@ -138,7 +140,12 @@ def _stage_records(
 ) -> tuple[StageFigures, ...]:
     spec = decoder.spec
     dtype = DTYPES[recipe.dtype]
-    profile = partial(profile_modules, num_rounds=recipe.num_latency_rounds, synchronize=synchronizer(clip.device))
+    profile = partial(
+        profile_modules,
+        num_rounds=recipe.num_latency_rounds,
+        budget_s=None if recipe.given("num_latency_rounds") else LATENCY_BUDGET_S,
+        synchronize=synchronizer(clip.device),
+    )
     progress.log(f"latency: {counted(clip.num_frames, 'frame')} of {clip.side} x {clip.side}")
     latency = measure_latency(decoder.to(dtype), clip.latents(spec, recipe.seed), profile)
     decoder.float()

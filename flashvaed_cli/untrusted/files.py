@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -51,6 +53,39 @@ def read_bounded(path: Path, limit: int) -> bytes:
     if len(content) > limit:
         raise TensorFileError(f"{path}: {path.stat().st_size} bytes, where at most {limit} are read.")
     return content
+
+
+@contextmanager
+def unchanging(*paths: Path) -> Iterator[None]:
+    """Notice that a file was written, replaced or removed while the block read it, from one opening to the next.
+
+    Args:
+        paths: files, and folders in place of the files directly in them.
+    Raises:
+        TensorFileError: one was, whatever the block made of it.
+    """
+    files = [file for path in paths for file in (path.iterdir() if path.is_dir() else (path,))]
+    before = [_stamp(file) for file in files]
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    changed = next((path for path, stamp in zip(files, before, strict=True) if _stamp(path) != stamp), None)
+    if changed is not None:
+        raise TensorFileError(
+            f"{changed} was changed while it was read. Wait until whatever writes it has ended, and run again."
+        ) from failure
+    if failure is not None:
+        raise failure
+
+
+def _stamp(path: Path) -> tuple[int, int, int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashvaed_cli.errors import TensorFileError
 from flashvaed_cli.limits import MAX_INDEX_BYTES, MAX_TENSORS
-from flashvaed_cli.untrusted.files import open_regular, parse_json
+from flashvaed_cli.untrusted.files import open_regular, parse_json, unchanging
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,14 +110,17 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    index = read_index(path)
-    size = path.stat().st_size
-    if size < index.num_bytes:
-        raise TensorFileError(
-            f"{path}: truncated: its index promises {index.num_bytes} bytes and the file has {size}. "
-            "Copy or download it again."
-        )
-    try:
-        return load_file(path)
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise TensorFileError(f"{path}: cannot read its tensors: {error!s:.300}. Copy or download it again.") from error
+    with unchanging(path):
+        index = read_index(path)
+        size = path.stat().st_size
+        if size < index.num_bytes:
+            raise TensorFileError(
+                f"{path}: truncated: its index promises {index.num_bytes} bytes and the file has {size}. "
+                "Copy or download it again."
+            )
+        try:
+            return load_file(path)
+        except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise TensorFileError(
+                f"{path}: cannot read its tensors: {error!s:.300}. Copy or download it again."
+            ) from error

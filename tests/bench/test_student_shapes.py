@@ -1,7 +1,8 @@
 """Narrowed decoders beside new, light ones: the same latents, the same minutes of training, one evaluation.
 
-Prints a table for `builtin:tiny-wan` on the shipped clip that nothing is fitted to. `FLASHVAED_BENCH_SECONDS` is what
-each student trains for (120).
+Prints a table for `builtin:tiny-wan` on the shipped clip that nothing is fitted to. New decoders get the greatest width
+at which they are as fast as the decoder that keeps half of its shallow channels. Each trains for
+`FLASHVAED_BENCH_SECONDS` (120).
 """
 
 from __future__ import annotations
@@ -10,13 +11,22 @@ import json
 import os
 import subprocess
 import sys
+from bisect import bisect_left
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
+from flashvaed_cli.artifact.checkpoint import load_checkpoint
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
+from flashvaed_cli.decoders.spec.coders import DecoderSpec
+from flashvaed_cli.decoders.spec.light import LightShape, light_spec
+from flashvaed_cli.metrics.speed import time_alternating
 from flashvaed_cli.report.tables import Column, TableData, to_rich
+from flashvaed_cli.zoo.builtin import BUILTINS
 
 SECONDS = float(os.environ.get("FLASHVAED_BENCH_SECONDS", "120"))
 CLIPS = "--num-clips 40 --num-frames 9 --crop-size 96 --batch-size 1 --cache-latents latents"
@@ -25,7 +35,9 @@ LOSS += "--loss-weight feature=0 --loss-weight ssim=0 --ema-decay 0.98"
 CALIBRATION = "--num-calibration-clips 10 --num-frames 9 --crop-size 96"
 PROBE_STEPS = 12
 NARROWED = {"flash-2": 0.5, "flash-4": 0.25}
-SHAPES = ("tae", "temporal-tae", "efficientvit", "lean")
+SHAPES: tuple[LightShape, ...] = ("tae", "temporal-tae", "efficientvit", "lean")
+WIDTHS = range(8, 513, 8)
+GRID = (3, 27, 48)  # latents of 9 frames as large as those of the judged clip
 
 
 def flashvaed(words: str, folder: Path) -> dict[str, Any]:
@@ -45,6 +57,33 @@ def trained(words: str, output: str, folder: Path) -> int:
     return num_steps
 
 
+def spec_of(location: str) -> DecoderSpec:
+    decoder = load_checkpoint(location, builtins=BUILTINS).decoder
+    assert decoder is not None
+    return decoder.spec
+
+
+def runtime(spec: DecoderSpec) -> DecodeRuntime:
+    """A decoder with random weights, as it is timed."""
+    return DecodeRuntime(Decoder(spec).eval().requires_grad_(False), DecodeSettings(), shares_weights=True)
+
+
+@torch.inference_mode()
+def width_as_fast_as(model: DecoderSpec, shape: LightShape, original: DecoderSpec) -> int:
+    """The greatest of `WIDTHS` at which the median of five decodings in turns takes no longer than the model's."""
+    latents = torch.randn(1, original.latent_width, *GRID)
+    reference = runtime(model)
+
+    def is_slower(width: int) -> bool:
+        student = runtime(light_spec(shape, original, width))
+        calls = {"model": lambda: reference.decode(latents), "student": lambda: student.decode(latents)}
+        times = time_alternating(calls, num_rounds=5)
+        print(shape, width, {name: round(result.median, 3) for name, result in times.items()}, flush=True)
+        return times["student"].median > times["model"].median
+
+    return WIDTHS[max(bisect_left(WIDTHS, True, key=is_slower) - 1, 0)]
+
+
 @pytest.mark.bench
 def test_shapes_of_students(tmp_path: Path) -> None:
     steps: dict[str, int] = {}
@@ -53,8 +92,13 @@ def test_shapes_of_students(tmp_path: Path) -> None:
         converted = f"{name}-solved.safetensors"
         flashvaed(f"convert-ops {name}-pruned.safetensors {CALIBRATION} --output {converted}", tmp_path)
         steps[name] = trained(f"{converted} --phase 3 --learning-rate 1e-4 {CLIPS} {LOSS}", name, tmp_path)
+    flash, original = spec_of(str(tmp_path / "flash-2.safetensors")), spec_of("builtin:tiny-wan")
     for shape in SHAPES:
-        steps[shape] = trained(f"builtin:tiny-wan --student {shape} {CLIPS} {LOSS}", shape, tmp_path)
+        width = width_as_fast_as(flash, shape, original)
+        name = f"{shape}-{width}"
+        steps[name] = trained(
+            f"builtin:tiny-wan --student {shape} --student-width {width} {CLIPS} {LOSS}", name, tmp_path
+        )
     first, *others = steps
     compared = " ".join(f"--compare {name}.safetensors" for name in others)
     report = flashvaed(

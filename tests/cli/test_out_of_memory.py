@@ -19,6 +19,7 @@ ERRORS = {
     "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
     "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     "onednn": RuntimeError("could not create a memory object"),
+    "onednn's code": RuntimeError("could not create a primitive"),
     "kernel": OSError(errno.ENOMEM, "Cannot allocate memory"),
 }
 FLAGS = {
@@ -49,5 +50,13 @@ def test_one_message(command: str, kind: str, monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_other_errors_are_none() -> None:
-    for error in (RuntimeError("shape mismatch"), OSError(errno.ENOSPC, "No space"), ValueError("out of memory")):
+    unsupported = RuntimeError(
+        "could not create a primitive descriptor for a convolution forward propagation primitive"
+    )
+    for error in (
+        unsupported,
+        RuntimeError("shape mismatch"),
+        OSError(errno.ENOSPC, "No space"),
+        ValueError("out of memory"),
+    ):
         assert not is_out_of_memory(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from io import TextIOWrapper
 from pathlib import Path
@@ -14,6 +15,7 @@ from flashvaed_cli.cli.app import main
 from flashvaed_cli.cli.console import open_progress
 from flashvaed_cli.cli.streams import prepare_streams
 from tests.cli.test_interruption import put_in_place_of_stages
+from tests.conftest import REPOSITORY
 
 
 def broken_pipe() -> TextIOWrapper:
@@ -114,3 +116,50 @@ def test_work_goes_on_when_nobody_reads_its_progress(monkeypatch: pytest.MonkeyP
             progress.warn("not heard")
             progress.log("nor this")
         stream.flush()
+
+
+def test_help_and_messages_whose_reader_left(tmp_path: Path) -> None:
+    """Exit codes stay what they are: 1 would say that a condition of --require failed."""
+    commands = [
+        ("--help", 0),
+        ("prune --help", 0),
+        ("--version", 0),
+        ("recipes", 0),
+        ("recipes demo", 0),
+        ("--show-completion", 0),
+        ("prune --nonsense", 2),
+        ("prune --nonsense --json", 2),
+        ("info missing", 2),
+    ]
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "SHELL": "/bin/bash"}
+    for words, exit_code in commands:
+        command = [sys.executable, "-m", "flashvaed_cli", *words.split()]
+        run = subprocess.run(command, check=False, cwd=tmp_path, env=environment, stdout=writer, stderr=writer)
+        assert run.returncode == exit_code, words
+    os.close(writer)
+
+
+def test_a_reader_that_leaves_midway(tmp_path: Path) -> None:
+    """What was read before is whole, and what is written later goes nowhere."""
+    reader, writer = os.pipe()
+    script = (
+        "import os, sys\n"
+        "from flashvaed_cli.cli.streams import prepare_streams\n"
+        "prepare_streams()\n"
+        "print('first', flush=True)\n"
+        f"os.close({reader})\n"
+        "print('second' * 10_000)\n"
+        "print('third', flush=True)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", script]
+    # The script holds the only reader: it leaves where the script says so.
+    with subprocess.Popen(
+        command, env=environment, stdout=writer, stderr=subprocess.PIPE, pass_fds=[reader], text=True
+    ) as run:
+        os.close(writer)
+        os.close(reader)
+        assert run.communicate()[1] == ""
+    assert run.returncode == 0

@@ -1,9 +1,10 @@
-"""Every call that changes a file fails, in every command: `python -m tests.faults --cases 1000 --seed 1`.
+"""Every call that changes a file fails, and every file that is read vanishes or changes, in every command.
 
-A process imports the program once and forks for every case: a copy of a folder with outputs of an earlier run, one
-command that replaces one of them, one fault. Afterwards the inputs and all other outputs must be as they were, the
-command's output the old one or a whole new one, the exit status right and the message one error; and the command run
-again without a fault must succeed and leave nothing behind. Prints what was tried, by command and by fault.
+`python -m tests.faults --cases 1000 --seed 1`. A process imports the program once and forks for every case: a copy of a
+folder with outputs of an earlier run, one command that replaces one of them, one fault. Afterwards the inputs and all
+other outputs must be as they were, the command's output the old one or a whole new one, the exit status right and the
+message one error; and the command run again without a fault must succeed and leave nothing behind. Prints what was
+tried, by command and by fault; Ctrl-C ends it early.
 """
 
 from __future__ import annotations
@@ -26,8 +27,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("inject.c")
+REPOSITORY = Path(__file__).resolve().parents[2]
 KILL = -1
 FAULTS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "EACCES": errno.EACCES, "EINTR": errno.EINTR, "SIGKILL": KILL}
+READING = {"vanishes": 0, "changes": 1}
+"""Faults of files about to be read: removed, or replaced by another of the same kind."""
+KINDS = (*FAULTS, *READING)
+SHOWN_EVERY = 50
 LASTING = ("ENOSPC", "EACCES")
 """Faults that stay: a disk that is full stays full."""
 _LIBRARY = "FLASHVAED_FAULTS_LIBRARY"
@@ -40,7 +46,7 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Case:
-    """The nth changing call of a command fails."""
+    """The nth changing call of a command fails, or the nth file that it opens for reading is not what it was."""
 
     command: int
     fault: str
@@ -49,11 +55,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a forked run ended: status, stderr, how many changing calls it made, and which of them failed."""
+    """How a forked run ended: status, stderr, how many calls that change or open files it made, and which was hit."""
 
     status: int
     stderr: str
     num_calls: int
+    num_reads: int
     hit: str
 
 
@@ -69,21 +76,17 @@ def build(folder: Path) -> Path:
     return library
 
 
-def start(arguments: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run this module with the library loaded."""
-    library = build(folder)
-    package = Path(__file__).resolve().parents[2]
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": str(library),
-        _LIBRARY: str(library),
-        "PYTHONPATH": str(package),
-        "OMP_NUM_THREADS": "1",
-    }
+def start(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Run this module in a process of its own; its output is in the result."""
     command = [sys.executable, "-m", "tests.faults", *arguments]
-    return subprocess.run(
-        command, env=environment, text=True, capture_output=False, check=False, stdout=subprocess.PIPE
-    )
+    return subprocess.run(command, cwd=REPOSITORY, text=True, check=False, stdout=subprocess.PIPE)
+
+
+def begin_again_with_library() -> None:
+    """Become the same process with the library loaded, whose folder it removes at its end."""
+    library = build(Path(os.path.realpath(tempfile.mkdtemp(prefix="flashvaed-faults-"))))
+    more = {"LD_PRELOAD": str(library), _LIBRARY: str(library), "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    os.execve(sys.executable, [sys.executable, "-m", "tests.faults", *sys.argv[1:]], {**os.environ, **more})
 
 
 class Bench:
@@ -91,24 +94,46 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         self._library = ctypes.CDLL(os.environ[_LIBRARY])
-        self._library.faults_count.restype = ctypes.c_long
+        self._library.faults_count.restype = self._library.faults_num_reads.restype = ctypes.c_long
         self._library.faults_hit.restype = ctypes.c_char_p
         self._library.faults_arm.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_int, ctypes.c_int]
+        self._library.faults_arm_reads.argtypes = [ctypes.c_long, ctypes.c_int]
+        self._library.faults_arm_clock.argtypes = [ctypes.c_long]
         self._outcome = folder / "outcome"
         self._stderr = folder / "stderr"
 
-    def run(self, words: str, world: Path, *, nth: int = 0, fault: str | None = None) -> Ended:
-        """A command in a folder, in a process of its own."""
+    def run(
+        self,
+        words: str,
+        world: Path,
+        *,
+        nth: int = 0,
+        fault: str | None = None,
+        below: Path | None = None,
+        clock_jump_s: int = 0,
+    ) -> Ended:
+        """A command in a folder, in a process of its own.
+
+        Args:
+            nth, fault: which call is hit, and by what: of `KINDS`.
+            below: where calls are hit; None: in the folder.
+            clock_jump_s: how far every second look at the clock is off.
+        """
         self._outcome.unlink(missing_ok=True)
         child = os.fork()
         if child == 0:
-            self._run_here(words, world, nth, fault)
-        _, status = os.waitpid(child, 0)
-        calls, hit = self._outcome.read_text().split("\n") if self._outcome.exists() else ("0", "")
+            self._run_here(words, world, nth, fault, below or world, clock_jump_s)
+        try:
+            _, status = os.waitpid(child, 0)
+        except BaseException:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise
+        calls, reads, hit = self._outcome.read_text().split("\n") if self._outcome.exists() else ("0", "0", "")
         code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-        return Ended(code, self._stderr.read_text(errors="replace"), int(calls), hit)
+        return Ended(code, self._stderr.read_text(errors="replace"), int(calls), int(reads), hit)
 
-    def _run_here(self, words: str, world: Path, nth: int, fault: str | None) -> None:
+    def _run_here(self, words: str, world: Path, nth: int, fault: str | None, below: Path, clock_jump_s: int) -> None:
         from flashvaed_cli.cli.app import main
 
         code = 70
@@ -119,8 +144,11 @@ class Bench:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
             sys.argv = ["flashvaed", *words.split(), "--device", "cpu"]
-            number = 0 if fault is None else FAULTS[fault]
-            self._library.faults_arm(f"{world}/".encode(), nth, number, fault in LASTING)
+            is_read = fault in READING
+            number = 0 if fault is None or is_read else FAULTS[fault]
+            self._library.faults_arm(f"{below}/".encode(), 0 if is_read else nth, number, fault in LASTING)
+            self._library.faults_arm_reads(nth if is_read else 0, READING.get(fault or "", 0))
+            self._library.faults_arm_clock(clock_jump_s)
             try:
                 main()
                 code = 0
@@ -128,16 +156,17 @@ class Bench:
                 code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
             except BaseException:
                 traceback.print_exc()
-            count, hit = self._library.faults_count(), self._library.faults_hit().decode()
+            counts = f"{self._library.faults_count()}\n{self._library.faults_num_reads()}"
+            hit = self._library.faults_hit().decode()
             self._library.faults_arm(b"", 0, 0, 0)
             sys.stderr.flush()
-            self._outcome.write_text(f"{count}\n{hit}")
+            self._outcome.write_text(f"{counts}\n{hit}")
         finally:
             os._exit(code)
 
 
 def check(bench: Bench, case: Case, old: Path, names: set[str], place: Path) -> tuple[str, list[str]]:
-    """Run a case; returns the call that failed and what was wrong afterwards."""
+    """Run a case; returns the call or file that was hit and what was wrong afterwards."""
     from tests.faults.world import COMMANDS, copy_world, fault_of_output, files_of, is_leftover, is_part_of
 
     command = COMMANDS[case.command]
@@ -146,14 +175,19 @@ def check(bench: Bench, case: Case, old: Path, names: set[str], place: Path) -> 
     ended = bench.run(command.with_seed(2), place, nth=case.nth, fault=case.fault)
     after = files_of(place)
     wrong = []
-    lost = [path for path in before if not is_part_of(path, command.output) and after.get(path) != before[path]]
+    meant = {path for path in before if case.fault in READING and Path(path).name == ended.hit}
+    lost = [
+        path
+        for path in before
+        if not is_part_of(path, command.output) and path not in meant and after.get(path) != before[path]
+    ]
     added = [path for path in after if path not in before and not is_part_of(path, command.output)]
     if lost or added:
         wrong.append(f"other files were touched: {[*lost, *added][:4]}")
     mine = {
         path: digest
         for path, digest in before.items()
-        if path == command.output or path.startswith(f"{command.output}/")
+        if path not in meant and (path == command.output or path.startswith(f"{command.output}/"))
     }
     now = {path: after.get(path) for path in mine}
     if now != mine and (fault := fault_of_output(place, command.output, names)) is not None:
@@ -162,24 +196,32 @@ def check(bench: Bench, case: Case, old: Path, names: set[str], place: Path) -> 
         if ended.status not in (0, -signal.SIGKILL):
             wrong.append(f"status {ended.status} of a killed run")
     elif ended.status == 2:
-        if ended.stderr.count("Error:") != 1 or "Traceback" in ended.stderr:
-            wrong.append(f"not one error: {ended.stderr[-300:]!r}")
-        elif case.fault in _WORDS and _WORDS[case.fault] not in ended.stderr:
-            wrong.append(f"the message does not say {_WORDS[case.fault]!r}: {ended.stderr[-300:]!r}")
-        if case.fault == "EINTR":
-            wrong.append(f"interrupted calls are to be made again: {ended.stderr[-300:]!r}")
+        wrong += _faults_of_message(case.fault, ended.stderr)
     elif ended.status == 0:
         if fault := fault_of_output(place, command.output, names):
             wrong.append(f"success, and the output is not whole: {fault}")
     else:
         wrong.append(f"status {ended.status}: {ended.stderr[-300:]!r}")
+    for path in meant:
+        shutil.copy2(old / path, place / path)
     again = bench.run(command.with_seed(2), place)
     if again.status != 0:
         wrong.append(f"run again: status {again.status}: {again.stderr[-300:]!r}")
     left = [str(path.relative_to(place)) for path in place.rglob(".*") if is_leftover(path.relative_to(place))]
-    if left := [path for path in left if ".partial-" in path]:
+    if left := [path for path in left if ".partial-" in path or path.endswith(".lock")]:
         wrong.append(f"left behind after the next run: {left[:4]}")
     return ended.hit or ("killed" if case.fault == "SIGKILL" else "none"), wrong
+
+
+def _faults_of_message(fault: str, stderr: str) -> list[str]:
+    wrong = []
+    if stderr.count("Error:") != 1 or "Traceback" in stderr:
+        wrong.append(f"not one error: {stderr[-300:]!r}")
+    elif fault in _WORDS and _WORDS[fault] not in stderr:
+        wrong.append(f"the message does not say {_WORDS[fault]!r}: {stderr[-300:]!r}")
+    if fault == "EINTR":
+        wrong.append(f"interrupted calls are to be made again: {stderr[-300:]!r}")
+    return wrong
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -189,13 +231,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
     arguments = parser.parse_args(argv)
-    folder = Path(os.path.realpath(tempfile.mkdtemp(prefix="flashvaed-faults-")))
+    if _LIBRARY not in os.environ:
+        begin_again_with_library()
+    folder = Path(os.environ[_LIBRARY]).parent
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
-        if _LIBRARY not in os.environ:
-            passed_on = ["--cases", arguments.cases, "--seed", arguments.seed, "--seconds", arguments.seconds]
-            done = start([str(word) for word in passed_on], folder)
-            print(done.stdout, end="")
-            return done.returncode
         return _run(arguments.cases, arguments.seed, arguments.seconds, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -207,34 +247,43 @@ def _run(num_cases: int, seed: int, seconds: float, folder: Path) -> int:
     bench = Bench(folder)
     old, place = folder / "old", folder / "world"
     make_world(old)
-    num_calls, names = [], []
+    whole, names = [], []
     for command in COMMANDS:
         copy_world(old, place)
         ended = bench.run(command.with_seed(2), place)
         assert ended.status == 0, ended.stderr
-        num_calls.append(ended.num_calls)
+        whole.append(ended)
         names.append({path for path in files_of(place) if path.startswith(f"{command.output}/")})
     rng, began = random.Random(seed), time.monotonic()
     hits: Counter[tuple[str, str]] = Counter()
     tried: Counter[str] = Counter()
-    findings = []
-    for index in range(num_cases):
-        if time.monotonic() - began > seconds:
-            break
-        number = index % len(COMMANDS)
-        case = Case(number, list(FAULTS)[index // len(COMMANDS) % len(FAULTS)], rng.randint(1, num_calls[number]))
-        hit, wrong = check(bench, case, old, names[number], place)
-        hits[case.fault, hit] += 1
-        tried[COMMANDS[number].name] += 1
-        findings += [f"{COMMANDS[number].name}, call {case.nth} ({hit}) {case.fault}: {one}" for one in wrong]
-        if wrong:
-            print(f"{COMMANDS[number].name}, call {case.nth} ({hit}) {case.fault}: {wrong}", flush=True)
-    calls = ", ".join(f"{command.name} {count}" for command, count in zip(COMMANDS, num_calls, strict=True))
-    print(f"{sum(tried.values())} faults, seed {seed}, {time.monotonic() - began:.0f} s; changing calls a run: {calls}")
+    num_findings, ending = 0, ""
+    try:
+        for index in range(num_cases):
+            if time.monotonic() - began > seconds:
+                break
+            number, kind = index % len(COMMANDS), KINDS[index // len(COMMANDS) % len(KINDS)]
+            among = whole[number].num_reads if kind in READING else whole[number].num_calls
+            case = Case(number, kind, rng.randint(1, among))
+            hit, wrong = check(bench, case, old, names[number], place)
+            hits[kind, hit] += 1
+            tried[COMMANDS[number].name] += 1
+            num_findings += len(wrong)
+            if wrong:
+                print(f"{COMMANDS[number].name}, call {case.nth} ({hit}) {kind}: {wrong}", flush=True)
+            if (index + 1) % SHOWN_EVERY == 0:
+                print(f"... {index + 1} faults, {num_findings} findings", flush=True)
+    except KeyboardInterrupt:
+        ending = ", interrupted"
+    calls = ", ".join(
+        f"{command.name} {one.num_calls}+{one.num_reads}" for command, one in zip(COMMANDS, whole, strict=True)
+    )
+    duration = f"{time.monotonic() - began:.0f} s"
+    print(f"{sum(tried.values())} faults, seed {seed}, {duration}{ending}; calls that change and open files: {calls}")
     print("by command: " + ", ".join(f"{name} {count}" for name, count in sorted(tried.items())))
     print("by fault: " + ", ".join(f"{fault} in {call} {count}" for (fault, call), count in sorted(hits.items())))
-    print(f"{len(findings)} findings")
-    return bool(findings)
+    print(f"{num_findings} findings")
+    return num_findings > 0
 
 
 if __name__ == "__main__":

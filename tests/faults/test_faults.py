@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -18,7 +17,7 @@ pytestmark = [
 ]
 
 
-def test_nothing_is_lost_where_calls_fail(tmp_path: Path) -> None:
-    done = start(["--cases", str(NUM_CASES), "--seed", "5"], tmp_path)
+def test_nothing_is_lost_where_calls_fail() -> None:
+    done = start(["--cases", str(NUM_CASES), "--seed", "5"])
     assert done.returncode == 0, done.stdout
     assert f"{NUM_CASES} faults" in done.stdout and "0 findings" in done.stdout

@@ -66,6 +66,20 @@ def make_world(folder: Path) -> None:
     for command in COMMANDS:
         result = invoke(command.with_seed(1), cwd=folder)
         assert result.exit_code == 0, result.output
+    _make_others(folder)
+
+
+def _make_others(folder: Path) -> None:
+    """Files of the same kinds and shapes in a hidden folder, to be put in place of those in the world."""
+    others = folder / ".other"
+    others.mkdir()
+    write_toy_vae(others / "vae.safetensors", seed=1)
+    write_toy_clip(others / "clip.mp4", num_frames=5)
+    save_file({"latents": torch.ones(1, 16, 2, 4, 4)}, others / "latents.safetensors")
+    changed = invoke(
+        f"{COMMANDS[1].words} --seed 3 --quiet -o .other/pruned.safetensors".replace("vae.", ".other/vae."), cwd=folder
+    )
+    assert changed.exit_code == 0, changed.output
 
 
 def copy_world(source: Path, target: Path) -> None:

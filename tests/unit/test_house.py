@@ -12,7 +12,6 @@ import pytest
 
 import flashvaed_cli
 from flashvaed_cli import families
-from flashvaed_cli.artifact.foreign.layouts import CONVS
 from flashvaed_cli.decoders.modules.blocks import BLOCKS
 from flashvaed_cli.decoders.modules.operators import OPERATORS
 from flashvaed_cli.decoders.spec.blocks import KINDS
@@ -79,7 +78,6 @@ TABLES = {
     "narrowing (surgery/respec.py)": set(NARROWED),
     "weights from the reference (surgery/transfer.py)": set(TRANSFERS),
     "least squares (surgery/solvers/table.py)": set(BLOCK_SOLVERS) | UNSOLVED,
-    "names in checkpoints (artifact/foreign/layouts.py)": set(CONVS) | {"attention"},
 }
 
 

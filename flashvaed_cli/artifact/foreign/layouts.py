@@ -17,7 +17,6 @@ from flashvaed_cli.decoders.spec.blocks import (
     AttentionSpec,
     BlockSpec,
     DownsampleSpec,
-    HeadSpec,
     ResBlockSpec,
     UpsampleSpec,
 )
@@ -26,22 +25,6 @@ from flashvaed_cli.decoders.spec.layers import ConvSpec
 from flashvaed_cli.decoders.spec.naf_blocks import IstaSpec
 from flashvaed_cli.families.layout import Layout, Role
 from flashvaed_cli.families.registry import get_family
-
-# The convolutions of each kind of block; none of those that name their parts by paths, which their layouts take over.
-CONVS: dict[str, tuple[str, ...]] = {
-    "conv": ("conv",),
-    "resblock": ("conv1", "conv2", "shortcut"),
-    "chain": ("conv1", "conv2", "conv3", "shortcut"),
-    "upsample": ("temporal", "spatial"),
-    "shuffle_upsample": ("conv",),
-    "downsample": ("spatial", "temporal"),
-    "strided_downsample": ("conv",),
-    "unshuffle_downsample": ("conv",),
-    "head": ("conv",),
-    **dict.fromkeys(("naf", "ista", "cell_stem", "cell_head"), ()),
-}
-# Each norm with the layer that reads it.
-_NORMS: dict[str, dict[str, str]] = {"resblock": {"norm1": "conv1", "norm2": "conv2"}, "head": {"norm": "conv"}}
 
 
 @dataclass(frozen=True)
@@ -76,32 +59,23 @@ def slots(spec: CoderSpec, layout: Layout) -> list[Slot]:
 def _block_slots(role: Role, address: str, block: BlockSpec, layout: Layout) -> Iterator[Slot]:
     stage, index = split_block(address)
     ours = f"stages.{stage}.{index}"
-    if not CONVS.get(block.kind, True):
+    if block.has_path_names:
         yield from _path_slots(ours, layout.places[role][address], block)
         return
     places = {layer: layout.layer_place(role, address, block.kind, layer) for layer in layout.layers[block.kind]}
+    yield from _norm_slots(ours, block, places, layout.gain)
     if isinstance(block, AttentionSpec):
         inner, width = block.inner_width, block.width
-        yield Slot(
-            f"{ours}.norm.gamma",
-            f"{places['norm']}.{layout.gain}",
-            (width, 1, 1) if layout.gain == "gamma" else (width,),
-        )
-        if block.norm.shift:
-            yield Slot(f"{ours}.norm.beta", f"{places['norm']}.bias", (width,))
         for layer, shape in (("qkv", (3 * inner, width, 1, 1)), ("proj", (width, inner, 1, 1))):
             yield Slot(f"{ours}.{layer}.weight", f"{places[layer]}.weight", shape)
             yield Slot(f"{ours}.{layer}.bias", f"{places[layer]}.bias", shape[:1])
-        return
-    if isinstance(block, ResBlockSpec | HeadSpec):
-        yield from _norm_slots(ours, block, places, layout.gain)
     if isinstance(block, ResBlockSpec):
         yield from _extra_slots(ours, block, places)
     # A block that works on frames holds its 1x1 layers as 2D convolutions too.
     on_frames = isinstance(block, UpsampleSpec | DownsampleSpec) or (
         isinstance(block, ResBlockSpec) and block.conv1.operator == "frame2d"
     )
-    for layer in CONVS[block.kind]:
+    for layer in block.convolution_fields():
         conv = getattr(block, layer)
         if conv is not None:
             yield from _conv_slots(f"{ours}.{layer}", places[layer], conv, on_frames and layer != "temporal")
@@ -122,17 +96,18 @@ def _path_slots(ours: str, place: str, block: BlockSpec) -> Iterator[Slot]:
             yield Slot(f"{ours}.{name}", f"{place}.{name}", (len(block.analysis),))
 
 
-def _norm_slots(ours: str, block: ResBlockSpec | HeadSpec, places: Mapping[str, str], gain: str) -> Iterator[Slot]:
-    if block.norm is None:
-        return
-    for norm, layer in _NORMS[block.kind].items():
-        conv = block.layers[layer]
-        axes = (1, 1) if conv.operator == "frame2d" else (1, 1, 1)
-        shape = (conv.in_width, *axes) if gain == "gamma" else (conv.in_width,)
-        if block.norm.gain:
-            yield Slot(f"{ours}.{norm}.gamma", f"{places[norm]}.{gain}", shape)
-        if block.norm.shift:
-            yield Slot(f"{ours}.{norm}.beta", f"{places[norm]}.bias", shape)
+def _norm_slots(ours: str, block: BlockSpec, places: Mapping[str, str], gain: str) -> Iterator[Slot]:
+    """Gains and shifts, with the axes that a 2D or 3D layer after the norm asks for where they are `gamma`."""
+    reading = {reader.norm: reader.layer for reader in block.readers}
+    reading |= {inner.reader.norm: inner.reader.layer for inner in block.inner_tensors.values()}
+    for name, (norm, width) in block.norms.items():
+        layer = block.layers.get(reading[name])  # None: queries, keys and values of frames
+        axes = (1, 1) if layer is None or layer.operator == "frame2d" else (1, 1, 1)
+        shape = (width, *axes) if gain == "gamma" else (width,)
+        if norm.gain:
+            yield Slot(f"{ours}.{name}.gamma", f"{places[name]}.{gain}", shape)
+        if norm.shift:
+            yield Slot(f"{ours}.{name}.beta", f"{places[name]}.bias", shape)
 
 
 def _extra_slots(ours: str, block: ResBlockSpec, places: Mapping[str, str]) -> Iterator[Slot]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from flashvaed_cli.artifact.foreign.layouts import blueprint, slots
@@ -187,15 +188,17 @@ def present_roles(shapes: Shapes, layout: Layout) -> tuple[Role, ...]:
     """Which of decoder and encoder a checkpoint holds. The 1x1 layers around the latent alone do not count."""
     if layout.by_blocks:
         return tuple(role for role in ROLES if any(name.startswith(f"{role}.") for name in shapes))
-    return tuple(role for role in ROLES if any(name in shapes for name in _landmarks(layout, role)))
+    return tuple(role for role in ROLES if any(name in shapes for name in _landmarks(layout.name, role)))
 
 
-def _landmarks(layout: Layout, role: Role) -> list[str]:
+@cache
+def _landmarks(layout_name: str, role: Role) -> tuple[str, ...]:
     """Names that every variant has, whatever its operators: the norms, and the resamplers' layers on frames."""
+    layout = LAYOUTS[layout_name]
     if role in layout.landmarks:
-        return list(layout.landmarks[role])
+        return tuple(layout.landmarks[role])
     names = slots(blueprint(layout, role), layout)
-    return [slot.foreign for slot in names if slot.ours.endswith((".gamma", ".spatial.weight"))]
+    return tuple(slot.foreign for slot in names if slot.ours.endswith((".gamma", ".spatial.weight")))
 
 
 def _fit_of(names: Shapes, layout: Layout, shapes: Shapes, config: Mapping[str, Any]) -> _Fit:
@@ -216,7 +219,7 @@ def _fit_of_names(shapes: Shapes, layout: Layout) -> _Fit:
         return min(fits, key=lambda fit: fit.rank, default=nothing)
     found: list[_Fit] = []
     for role in ROLES:
-        landmarks = _landmarks(layout, role)
+        landmarks = _landmarks(layout.name, role)
         missing = [name for name in landmarks if name not in shapes]
         there = len(landmarks) - len(missing)
         found.append(_Fit(there / len(landmarks), there, f"no tensor named {missing[0]}" if missing else ""))

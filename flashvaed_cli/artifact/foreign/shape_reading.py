@@ -7,19 +7,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from flashvaed_cli.artifact.foreign.layouts import CONVS, blueprint
+from flashvaed_cli.artifact.foreign.layouts import blueprint
 from flashvaed_cli.artifact.foreign.mismatch import Mismatch, Shape, reasons
 from flashvaed_cli.decoders.spec.blocks import (
     AttentionSpec,
     BlockSpec,
-    ConvBlockSpec,
-    DownsampleSpec,
     HeadSpec,
     ResBlockSpec,
-    ShuffleUpsampleSpec,
-    StridedDownsampleSpec,
-    UnshuffleDownsampleSpec,
-    UpsampleSpec,
 )
 from flashvaed_cli.decoders.spec.coders import BypassSpec, DecoderSpec, EncoderSpec, StageSpec
 from flashvaed_cli.decoders.spec.layers import ConvSpec, Kernel, TimePadding
@@ -33,17 +27,6 @@ WeightShape = tuple[int, int, Kernel]
 
 _NUM_SHOWN = 2
 """Faults that a message names."""
-
-_BLOCK_SPECS: dict[str, type] = {
-    "conv": ConvBlockSpec,
-    "resblock": ResBlockSpec,
-    "upsample": UpsampleSpec,
-    "shuffle_upsample": ShuffleUpsampleSpec,
-    "downsample": DownsampleSpec,
-    "strided_downsample": StridedDownsampleSpec,
-    "unshuffle_downsample": UnshuffleDownsampleSpec,
-    "head": HeadSpec,
-}
 
 
 def spec_from_shapes(
@@ -176,7 +159,7 @@ def _read_block(
     Args:
         in_separable: how depthwise-separable layers pad in time, where it is not as planned.
     """
-    if not CONVS.get(planned.kind, True):
+    if planned.has_path_names:
         return _read_paths(reader, layout.places[role][address], planned)
     places = {layer: layout.layer_place(role, address, planned.kind, layer) for layer in layout.layers[planned.kind]}
     if isinstance(planned, AttentionSpec):
@@ -185,7 +168,7 @@ def _read_block(
             return None
         return planned.model_copy(update={"width": qkv[1], "inner_width": proj[1]})
     layers: dict[str, ConvSpec | None] = {}
-    for layer in CONVS[planned.kind]:
+    for layer in planned.convolution_fields():
         optional = _may_lack(layer, planned, layers)
         layers[layer] = reader.conv(places[layer], optional=optional)
         if layers[layer] is None and not optional:
@@ -196,7 +179,7 @@ def _read_block(
         layer: conv and _with_planned_padding(conv, getattr(planned, layer), in_separable)
         for layer, conv in layers.items()
     }
-    return _BLOCK_SPECS[planned.kind](**{**_read_extras(reader, layout, planned, places), **padded})
+    return type(planned)(**{**_read_extras(reader, layout, planned, places), **padded})
 
 
 def _read_paths(reader: _ShapeReader, place: str, planned: BlockSpec) -> BlockSpec | None:
@@ -223,22 +206,13 @@ def _read_extras(
     reader: _ShapeReader, layout: Layout, planned: BlockSpec, places: Mapping[str, str]
 ) -> dict[str, object]:
     """What a block has beside its layers: as planned, and for norms and noise as the shapes show."""
-    extras: dict[str, object] = {}
-    if isinstance(planned, ShuffleUpsampleSpec | StridedDownsampleSpec | UnshuffleDownsampleSpec):
-        extras["factor"] = planned.factor
-    if isinstance(planned, ShuffleUpsampleSpec):
-        extras["residual"] = planned.residual
-    if isinstance(planned, UpsampleSpec):
-        extras["repeats_frames"] = planned.repeats_frames
+    extras: dict[str, object] = {name: said for name, said in planned if name not in planned.convolution_fields()}
     norm = planned.norm if isinstance(planned, ResBlockSpec | HeadSpec) else None
-    if norm is not None and norm.groups is not None:
-        extras["norm"] = norm  # never without gain and shift: where they lack, the file is incomplete
-    elif norm is not None and norm.eps is not None:
-        place = places["norm1" if isinstance(planned, ResBlockSpec) else "norm"]
+    # A GroupNorm is never without gain and shift: where they lack, the file is incomplete.
+    if norm is not None and norm.groups is None and norm.eps is not None:
+        place = places[next(iter(planned.norms))]
         gain, shift = f"{place}.{layout.gain}" in reader.shapes, f"{place}.bias" in reader.shapes
         extras["norm"] = norm.model_copy(update={"gain": gain, "shift": shift})
-    if isinstance(planned, ResBlockSpec):
-        extras["norm2"] = planned.norm2
     if isinstance(planned, ResBlockSpec) and "noise1" in places:
         extras["shortcut_norm"] = f"{places['shortcut_norm']}.weight" in reader.shapes
         extras["noise"] = places["noise1"] in reader.shapes

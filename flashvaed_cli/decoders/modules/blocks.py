@@ -1,4 +1,4 @@
-"""Blocks: the units that a stage is a run of. Each is built from its spec and named by its address.
+"""Blocks: the units of a stage. Each is built from its spec and named by its address.
 
 Every block maps `(x, past, future)` to `y`, with the streaming contract of `operators.py`.
 """
@@ -35,11 +35,11 @@ from flashvaed_cli.decoders.spec.blocks import (
 from flashvaed_cli.decoders.spec.layers import LatentEntrySpec
 
 Clip = Float[Tensor, "B C T H W"]
-MappedClip = Float[Tensor, "B O To Ho Wo"]  # what a block makes of it: width, frames and size may differ
+MappedClip = Float[Tensor, "B O To Ho Wo"]  # a block's output: width, frames and size may differ
 
 
 class ConvBlock(nn.Module):
-    """A single convolution, with what its spec puts before and after it."""
+    """A single convolution, with the entry and the activation of its spec."""
 
     def __init__(self, spec: ConvBlockSpec, address: str) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class ConvBlock(nn.Module):
         return activate(self.conv(self.before_conv(x), past, future), self.spec.activation)
 
     def before_conv(self, x: Clip) -> Clip:
-        """What the convolution reads: of raw latents, those that the spec's entry makes of them."""
+        """The convolution's input: raw latents normalized and clamped if the spec has an entry."""
         return x if self.spec.entry is None else enter_latents(x, self.spec.entry)
 
 
@@ -66,7 +66,7 @@ class ResBlock(nn.Module):
         self.conv2 = build_conv(spec.conv2, f"{address}.conv2")
         self.shortcut_norm = ChannelLayerNorm(spec.conv1.in_width) if spec.shortcut_norm else None
         self.shortcut = None if spec.shortcut is None else build_conv(spec.shortcut, f"{address}.shortcut")
-        if spec.noise:  # kept for whoever adds the noise; here it is left out
+        if spec.noise:  # kept for programs that add the noise; here it is left out
             self.register_buffer("noise1", torch.zeros(spec.conv1.out_width))
             self.register_buffer("noise2", torch.zeros(spec.conv2.out_width))
 
@@ -76,7 +76,7 @@ class ResBlock(nn.Module):
         return _add(h, x if self.shortcut is None else self.shortcut(self.before_shortcut(x), past, future))
 
     def before_shortcut(self, x: Float[Tensor, "B C *P"]) -> Float[Tensor, "B C *P"]:
-        """What the shortcut reads."""
+        """The shortcut's input."""
         return x if self.shortcut_norm is None else self.shortcut_norm(x)
 
 
@@ -103,7 +103,7 @@ class Chain(nn.Module):
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over the positions of each frame, or of it and all before it, residual.
+    """Single-head self-attention over the positions of each frame, or of it and all earlier ones; residual.
 
     Keeps no state: over a clip it takes all frames at once.
     """
@@ -126,7 +126,7 @@ class Attention(nn.Module):
     def _over_clip(
         self, q: Float[Tensor, "BT P C"], k: Float[Tensor, "BT P C"], v: Float[Tensor, "BT P C"], batch: int
     ) -> Float[Tensor, "BT P C"]:
-        """Frame after frame, each with the keys up to its own: half the products of a mask, which is not built."""
+        """Frame after frame, each with the keys up to its own: half the products of a mask, and no mask."""
         positions = q.shape[1]
         q, k, v = (rows.unflatten(0, (batch, -1)).flatten(1, 2) for rows in (q, k, v))  # [B, TP, C]
         ends = range(positions, q.shape[1] + 1, positions)
@@ -141,8 +141,8 @@ def _attend(q: Float[Tensor, "B Q C"], k: Float[Tensor, "B K C"], v: Float[Tenso
 class Upsample(nn.Module):
     """Double the frames (all but the first of the video), then the size of each frame.
 
-    The first frame of a video skips `temporal`, and `temporal` does not see it: frames 1 + 2 (T - 1). With
-    `grows_first` it is a frame like any other: frames 2 T. With `repeats_frames` every other frame comes twice.
+    The first frame of a video skips `temporal`, which does not see it: 1 + 2 (T - 1) frames. With `grows_first` it is
+    treated like any other: 2 T frames. With `repeats_frames` all frames but the first are repeated.
     """
 
     def __init__(self, spec: UpsampleSpec, address: str) -> None:
@@ -158,12 +158,12 @@ class Upsample(nn.Module):
 
     @staticmethod
     def enlarge(x: Clip) -> MappedClip:
-        """Every pixel as a square of four."""
+        """Every pixel as a square of 2x2."""
         frames = F.interpolate(frames_as_batch(x), scale_factor=2, mode="nearest")
         return batch_as_frames(frames, x.shape[0])
 
     def double_frames(self, x: Clip, past: Past = None, future: Future = None) -> MappedClip:
-        """The temporal part alone: frames 1 + 2 (T - 1) for a first chunk (unless it grows), 2 T for a later one."""
+        """The temporal part alone: 1 + 2 (T - 1) frames for a first chunk (2 T if it grows), 2 T for a later one."""
         if self.repeats_frames:
             return _repeat_frames(x, keeps_first=past is None)
         if self.temporal is None:
@@ -188,13 +188,13 @@ class Upsample(nn.Module):
 
 
 def _repeat_frames(x: Clip, *, keeps_first: bool) -> MappedClip:
-    """Every frame twice; with `keeps_first` the first one once."""
+    """Every frame twice; with `keeps_first` the first one only once."""
     twice = x.unsqueeze(3).expand(-1, -1, -1, 2, -1, -1).flatten(2, 3)
     return twice[:, :, 1:] if keeps_first else twice
 
 
 class Downsample(nn.Module):
-    """Halve the size of each frame, then the frames (the first of the video passes): 1 + (T - 1) / 2."""
+    """Halve the size of each frame, then the number of frames (without the video's first): 1 + (T - 1) / 2."""
 
     def __init__(self, spec: DownsampleSpec, address: str) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ class Downsample(nn.Module):
 
 
 class Head(nn.Module):
-    """norm (if the spec has one), activation, conv, on the frames that are not dropped."""
+    """norm (if the spec has one), activation and conv, on the frames that are not dropped."""
 
     def __init__(self, spec: HeadSpec, address: str) -> None:
         super().__init__()
@@ -236,10 +236,10 @@ class Head(nn.Module):
         return self.conv(self.before_conv(x, is_first=past is None), past, future)
 
     def before_conv(self, x: Clip, *, is_first: bool = True) -> MappedClip:
-        """What the convolution reads; `is_first`: the video begins with this chunk."""
+        """The convolution's input; `is_first`: the video begins with this chunk."""
         if is_first and self.spec.lead_frames:
             x = x[:, :, self.spec.lead_frames :]
-        if self.norm is None:  # the input is not the head's own to overwrite
+        if self.norm is None:  # the input is not the head's to overwrite
             return activate(x, self.spec.activation, in_place=False)
         if self.spec.activation == "silu":
             return norm_silu(self.norm, x)
@@ -247,7 +247,7 @@ class Head(nn.Module):
 
 
 def enter_latents(x: Clip, entry: LatentEntrySpec) -> Clip:
-    """Raw latents, normalized and softly clamped as the entry says; a new tensor."""
+    """Raw latents, normalized and softly clamped as the entry says, as a new tensor."""
     if entry.mean:
         mean, std = (x.new_tensor(values).view(1, -1, 1, 1, 1) for values in (entry.mean, entry.std))
         x = (x - mean) / std
@@ -255,7 +255,7 @@ def enter_latents(x: Clip, entry: LatentEntrySpec) -> Clip:
 
 
 def _add(new: Clip, residual: Clip) -> Clip:
-    """The sum, in place of `new` where no gradient needs it: nothing else holds a convolution's output."""
+    """The sum, written into `new` if no gradient needs it: nothing else holds a convolution's output."""
     if torch.is_grad_enabled() or new.dtype != residual.dtype:
         return new + residual
     return new.add_(residual)

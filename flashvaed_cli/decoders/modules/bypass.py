@@ -1,4 +1,4 @@
-"""The bypass of a stage: what enters it, copied to the finer grid (or averaged to the coarser) that leaves it.
+"""The bypass of a stage: its input, copied to the finer grid (or averaged to the coarser one) of its output.
 
 Stateless: a frame's copies depend on that frame alone. See `BypassSpec` for the order of the channels.
 Reference: the parameter-free shortcuts of Wan 2.2's VAE.
@@ -27,7 +27,7 @@ class Bypass(nn.Module):
         self.conv = None if spec.conv is None else build_conv(spec.conv, f"{address}.bypass")
 
     def forward(self, leaving: MappedClip, entering: Clip, *, is_first: bool) -> MappedClip:
-        """The sum; in place of `leaving` where no gradient needs it. `is_first`: the video begins with this chunk."""
+        """The sum, written into `leaving` if no gradient needs it. `is_first`: the video begins with this chunk."""
         spec = self.spec
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or spec.kind == "average":
             return leaving + self.carried(entering, is_first=is_first)
@@ -64,14 +64,14 @@ class Bypass(nn.Module):
         return weight, weight.new_zeros(len(weight))
 
     def carried(self, x: Clip, *, is_first: bool) -> MappedClip:
-        """What is added."""
+        """The summand: the input on the output's grid."""
         spec = self.spec
         ft, fs = spec.temporal_factor, spec.spatial_factor
         if spec.kind == "duplicate":
             cells = self.wide(x).unflatten(1, (spec.out_width, ft, fs, fs))  # [B, O, t, i, j, T, H, W]
             y = cells.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6, 7).flatten(4, 5).flatten(2, 3)
             return y[:, :, ft - 1 :] if is_first else y
-        x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % ft, 0))  # the frames that are missing before the first are zero
+        x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % ft, 0))  # frames missing before the first are zero
         cells = x.unflatten(4, (-1, fs)).unflatten(3, (-1, fs)).unflatten(2, (-1, ft))  # [B, C, T, t, H, i, W, j]
         wide = cells.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
         return wide.unflatten(1, (spec.out_width, -1)).mean(2)

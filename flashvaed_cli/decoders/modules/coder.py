@@ -54,7 +54,7 @@ class Coder(nn.Module):
         start: str | None = None,
         stop: str | None = None,
     ) -> Float[Tensor, "B O F Hp Wp"]:
-        """Run the blocks from the address `start` up to but not at `stop`; pixels are patched at the outer ends."""
+        """Run the blocks from the address `start` up to, but without, `stop`; the outer ends take and give pixels."""
         if start is None:
             x = self.enter(x)
         for _, output in self.walk(x, past, future, start=start, stop=stop):
@@ -71,15 +71,15 @@ class Coder(nn.Module):
         stop: str | None = None,
         call: Callable[..., Tensor] | None = None,
     ) -> Iterator[tuple[str, Float[Tensor, "B O F Hp Wp"]]]:
-        """Run the blocks one after another: the address and the output of each, bypasses included.
+        """Run the blocks one after another; yields the address and the output of each, bypasses included.
 
-        The one way to run blocks: whoever needs what lies between them walks.
+        The only way to run blocks: all code that needs the tensors between them walks.
 
         Args:
-            x: what the block at `start` reads.
+            x: the input of the block at `start`.
             start: address of the first block; not inside a stage that has a bypass.
             stop: address of the first block that does not run.
-            call: runs a block, given it and its arguments, in another way than by calling it.
+            call: runs a block, given it and its arguments; None: the block is called.
         """
         entering: Tensor | None = None  # held only while a bypass waits for it
         for address, block in self._between(start, stop):
@@ -93,7 +93,7 @@ class Coder(nn.Module):
             yield address, x
 
     def enter(self, x: Float[Tensor, "B C T H W"]) -> Float[Tensor, "B Cp T Hp Wp"]:
-        """What the first block reads: an encoder's pixels as patches.
+        """The first block's input: an encoder's pixels become patches.
 
         Raises:
             SpecError: several latent frames for a decoder of single images.
@@ -105,7 +105,7 @@ class Coder(nn.Module):
         return patchify(x, self.spec.patch) if self.spec.role == "encoder" else x
 
     def leave(self, x: Float[Tensor, "B Cp F Hp Wp"]) -> Float[Tensor, "B O F H W"]:
-        """What the last block gives, a decoder's patches as pixels."""
+        """The coder's output: a decoder's patches become pixels."""
         return unpatchify(x, self.spec.patch) if self.spec.role == "decoder" else x
 
     def _between(self, start: str | None, stop: str | None) -> list[tuple[str, nn.Module]]:

@@ -42,8 +42,8 @@ def extend_with_past(
     future: Future,
     padding: TimePadding = "zeros",
 ) -> Float[Tensor, "B C Tp H W"]:
-    """Put the `num_past` frames before `x` in front of it (zeros, or the first again, before the first of all) and
-    remember its last ones."""
+    """Prepend the `num_past` frames before `x` (at the start of a video zeros, or its first frame repeated), and
+    remember the last ones."""
     if num_past == 0:
         return x
     if past is not None:
@@ -58,7 +58,7 @@ def extend_with_past(
 
 
 def _repeated(frame: Float[Tensor, "B C 1 H W"], count: int) -> list[Float[Tensor, "B C 1 H W"]]:
-    """A frame several times, to be joined: `torch.cat` keeps the layout of frames, but not of an expanded one."""
+    """A frame several times, to be joined: `torch.cat` keeps the layout of frames, but not of an expanded frame."""
     return [frame] * count
 
 
@@ -67,7 +67,7 @@ def time_window(
 ) -> Float[Tensor, "B C Tp H W"]:
     """All frames that a layer's kernel reads for the frames of `x`: T + kt - 1 of them.
 
-    A centred kernel keeps no state: `x` is then a whole video, or a part whose margins are cut away afterwards.
+    A centred kernel keeps no state: `x` is then a whole video, or a part whose margins are cut off afterwards.
     """
     if not spec.num_ahead:
         return extend_with_past(x, spec.num_past, address, past, future, spec.time_padding)
@@ -77,8 +77,8 @@ def time_window(
 def time_clips(
     x: Float[Tensor, "B C T H W"], spec: ConvSpec, address: str, past: Past = None
 ) -> list[Float[Tensor, "B C _ H W"]]:
-    """The frames of `time_window` as clips that follow each other, none of them copied; zeros before causal kernels
-    are left out."""
+    """The frames of `time_window` as consecutive clips, none of them copied; zeros before causal kernels are left
+    out."""
     if spec.time_padding == "zeros_around":
         zeros = torch.zeros_like(x[:, :, :1])
         return [*_repeated(zeros, spec.num_past), x, *_repeated(zeros, spec.num_ahead)]
@@ -90,7 +90,7 @@ def time_clips(
 
 
 def space_window(x: Float[Tensor, "B C T H W"], spec: ConvSpec) -> tuple[Float[Tensor, "B C T Hp Wp"], tuple[int, int]]:
-    """What a kernel reads of the frames, and the zeros that the convolution itself must add around them.
+    """The frames with the margins that a kernel reads, and the zeros that the convolution itself must add around them.
 
     Raises:
         SpecError: the frames are too small to be mirrored.
@@ -104,7 +104,7 @@ def space_window(x: Float[Tensor, "B C T H W"], spec: ConvSpec) -> tuple[Float[T
 
 
 def require_mirrored(x: Float[Tensor, "B C T H W"], margins: tuple[int, int]) -> None:
-    """Refuse frames with fewer positions than are mirrored.
+    """Refuse frames that are too small to be mirrored.
 
     Raises:
         SpecError: the frames are too small.
@@ -125,7 +125,7 @@ def remember(
     future: Future,
     padding: TimePadding = "zeros",
 ) -> None:
-    """Write what the next chunk must know, as `extend_with_past` does, without the window that spans both."""
+    """Write the state for the next chunk, as `extend_with_past` does, without building the window."""
     if num_past == 0 or future is None:
         return
     num_frames = x.shape[2]

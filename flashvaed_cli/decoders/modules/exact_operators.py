@@ -1,9 +1,8 @@
 """Exact twins: the same function of the same parameters as a plain operator, computed another way.
 
-A twin's `weight` and `bias` have the plain operator's names and shapes, so a decoder goes from one to the
-other by its spec alone, and both write the same state. `variants.exact` says which twin is taken where.
-The frames are equal up to rounding: only the order of the sums changes, and for half precision the number
-of times that a sum is rounded.
+A twin's `weight` and `bias` have the plain operator's names and shapes, so changing the spec is enough to swap them,
+and both write the same state. `variants.exact` chooses the twin of each layer. The frames are equal up to rounding:
+only the order of the sums changes, and in half precision how often a sum is rounded.
 """
 
 from __future__ import annotations
@@ -28,19 +27,19 @@ from flashvaed_cli.decoders.spec.layers import ConvSpec
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 WIDE_KERNEL = 1 << 18
-"""Products of widths from which torch's convolutions spend their time on the kernel, which they lay out again."""
+"""Product of both widths above which torch's convolutions spend their time on laying out the kernel again."""
 
 FEW_POSITIONS = 256
-"""Positions up to which patches, with one matrix product, are cheaper than that: 1.6 times at 192 of 512 to 4096."""
+"""Positions up to which patches and one matrix product are faster than that: 1.6 times at 192, from 512 to 4096."""
 
 
 class TapwiseConv3d(Conv):
     """causal3d as a sum over temporal taps of convolutions of single frames. Weight `[O, C, kt, kh, kw]`.
 
-    No window of past and present frames is built where zeros come before the first frame, no frame of zeros is
-    multiplied, and torch's CPU backend always finds its fast 2D kernel (its conv3d falls to a slow float32 one for
-    small inputs). Half precision with a past has neither zeros nor a slow kernel, and a wide kernel costs more than
-    its products: there the plain form is faster, and taken.
+    No window of past and present frames is built if zeros come before the first frame, no zeros are multiplied, and
+    torch's CPU backend always finds its fast 2D kernel (its conv3d falls back to a slow float32 one for small inputs).
+    Half precision with a past has neither zeros nor a slow kernel, and a wide kernel costs more than its products: the
+    plain form is faster there, and is used.
     """
 
     def __init__(self, spec: ConvSpec, address: str) -> None:
@@ -54,7 +53,7 @@ class TapwiseConv3d(Conv):
             window, margins = space_window(time_window(x, self.spec, self.address, past, future), self.spec)
             return _conv_over_window(window, self.weight, self.bias, margins)
         before = None
-        if past is not None and kt > 1:  # one tap remembers nothing
+        if past is not None and kt > 1:  # a single tap has no past
             before, _ = space_window(past[self.address], self.spec)
         frames, margins = space_window(x, self.spec)
         y = sum_over_taps(frames, before, self.weight, self.bias, margins)
@@ -63,7 +62,7 @@ class TapwiseConv3d(Conv):
 
 
 Margins = tuple[int, int]
-"""Zeros that a convolution adds above and below the frames, and to their left and right."""
+"""Rows and columns of zeros that a convolution adds on each side of the frames."""
 
 
 def sum_over_taps(
@@ -92,7 +91,7 @@ def _conv_over_window(
     bias: Float[Tensor, " O"],
     margins: Margins,
 ) -> Float[Tensor, "B O T Ho Wo"]:
-    """The same of frames that have their margins in time, in the way that is fastest for the size."""
+    """The same for frames with their margins in time, by the method that is fastest for the size."""
     b, _, *inputs = window.shape
     num_frames, height, width = (
         side - taps + 1 + 2 * margin for side, taps, margin in zip(inputs, weight.shape[2:], (0, *margins), strict=True)
@@ -114,7 +113,7 @@ def _unrolled(
     bias: Float[Tensor, " O"],
     margins: Margins,
 ) -> Float[Tensor, "B O T Ho Wo"]:
-    """As one matrix product, which reads a channels-last kernel as it lies."""
+    """As one matrix product, which reads a channels-last kernel without a copy."""
     frames = F.pad(window.permute(0, 2, 3, 4, 1), (0, 0, margins[1], margins[1], margins[0], margins[0]))
     for axis, taps in enumerate(weight.shape[2:], start=1):
         frames = frames.unfold(axis, taps, 1)
@@ -132,9 +131,9 @@ def _tap(
 
 
 class StackedConv3d(Conv):
-    """causal3d with few outputs: its temporal taps are further outputs of one 2D convolution, added up later.
+    """causal3d with few outputs: its temporal taps are further outputs of one 2D convolution, added up afterwards.
 
-    Weight `[O, C, kt, kh, kw]`. The input, which is many times wider than the output, is read once.
+    Weight `[O, C, kt, kh, kw]`. The input, many times wider than the output, is read once.
     Half-precision products are added up in float32.
     """
 
@@ -166,7 +165,7 @@ class StackedConv3d(Conv):
         return y.to(x.dtype).permute(0, 2, 1, 3, 4)
 
     def _taps(self, x: Float[Tensor, "B C T H W"], num_taps: int, margins: Margins) -> Float[Tensor, "B T K O Ho Wo"]:
-        """What each of the first `num_taps` temporal taps makes of each frame."""
+        """The product of each frame with each of the first `num_taps` temporal taps."""
         weight = self.weight[:, :, :num_taps].permute(2, 0, 1, 3, 4).flatten(0, 1)  # [K O, C, kh, kw]
         y = F.conv2d(frames_as_batch(x), weight, padding=margins)
         wide = y if y.dtype == torch.float64 else y.float()
@@ -176,9 +175,9 @@ class StackedConv3d(Conv):
 class SubpixelConv2d(Conv):
     """An upsampler's `spatial`: nearest x2 and a 3x3 kernel as four 2x2 kernels on the small frames.
 
-    Of the 3x3 taps around an output pixel, those on the same source pixel fall together: four products
-    instead of nine, and no enlarged tensor. Weight `[O, C, 3, 3]`, folded in float32 on every call, so that
-    it may change in place. Maps `[B, C, T, H, W]` to `[B, O, T, 2 H, 2 W]`. Keeps no state.
+    The 3x3 taps around an output pixel that lie on the same source pixel are summed: four products instead of nine, and
+    no enlarged tensor. Weight `[O, C, 3, 3]`, folded in float32 on every call, so that it may change in place. Maps
+    `[B, C, T, H, W]` to `[B, O, T, 2 H, 2 W]`. Keeps no state.
     """
 
     def __init__(self, spec: ConvSpec, address: str) -> None:

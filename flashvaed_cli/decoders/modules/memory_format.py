@@ -1,4 +1,4 @@
-"""Memory layout of a decoder: channels-last makes per-frame operators and 1x1 layers free of copies."""
+"""Memory layout of a decoder: channels-last spares per-frame operators and 1x1 layers their copies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def use_channels_last(model: ModuleT) -> ModuleT:
-    """Lay the kernels of a decoder, or of a part of one, out channels-last, in place. Same frames up to rounding.
+    """Lay out the kernels of a decoder, or of a part of one, channels-last, in place. Same frames up to rounding.
 
     Feed it latents from `channels_last`: every operator keeps the layout of its input.
     """

@@ -58,7 +58,7 @@ class Branch(nn.Module):
         self.contract = build_conv(spec.contract, f"{address}.contract")
 
     def inner(self, x: Clip) -> MappedClip:
-        """What `contract` reads."""
+        """The input of `contract`."""
         return self.gate(self.expand(self.norm(x)))
 
     def forward(self, x: Clip) -> Clip:
@@ -77,7 +77,7 @@ class Naf(nn.Module):
         )
 
     def mixed(self, x: Clip, past: Past = None, future: Future = None) -> Clip:
-        """What the branches read."""
+        """The input of the branches."""
         y = self.depthwise(x, past, future)
         return x + y if self.spec.residual else y
 
@@ -119,13 +119,13 @@ class Ista(nn.Module):
         given = x
         for passed in self.walk(x, past, future):
             given = passed[-1]
-            del passed  # what the unit read would live while the next one runs
+            del passed  # else the unit's input would live while the next one runs
         return given
 
     def walk(
         self, x: Clip, past: Past = None, future: Future = None
     ) -> Iterator[tuple[str, Float[Tensor, "B C T H W"], Float[Tensor, "B C T H W"]]]:
-        """The path of every naf block, what it reads, and what it gives; of the last of a step with what that adds."""
+        """Yields every naf block's path, input and output; for the last of a step, the output after the step's sum."""
         y = self.start(x)
         back = self.measure.weight.T
         no_bias = back.new_zeros(len(back))
@@ -176,7 +176,7 @@ def haar_cells(x: Float[Tensor, "B C T H W"], factor: Factor) -> MappedClip:
 
 
 def _halved(factor: Factor) -> Factor:
-    """By how much a Haar transform divides each axis of a cell."""
+    """The factor by which a Haar transform divides each axis of a cell."""
     return (1 if factor[0] == 1 else 2, 2, 2)
 
 

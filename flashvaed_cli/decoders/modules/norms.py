@@ -45,7 +45,7 @@ class ChannelRMSNorm(nn.Module):
         return y
 
     def _gain(self, x: Tensor) -> Tensor:
-        """What a vector of length one (with an eps: of mean square one) is multiplied with."""
+        """The factor of a vector of length one (with an eps: of mean square one)."""
         root = self.width**0.5 if self.eps is None else 1.0
         return x.new_tensor(root) if self.gamma is None else _per_channel(self.gamma * root, x)
 
@@ -79,9 +79,9 @@ class ChannelLayerNorm(nn.Module):
 
 
 class FrameGroupNorm(nn.Module):
-    """GroupNorm of every frame by itself: each group of channels minus its mean, over its standard deviation.
+    """GroupNorm over each frame, or over whole clips: each group minus its mean, divided by its standard deviation.
 
-    Times `gamma` `[C]`, plus `beta` `[C]`; None where the spec has no gain or shift. torch sums up the statistics in
+    Times `gamma` `[C]`, plus `beta` `[C]`; None where the spec has no gain or shift. torch computes the statistics in
     float32 for half-precision input.
 
     Raises:
@@ -108,11 +108,11 @@ class FrameGroupNorm(nn.Module):
 
 
 Norm = ChannelRMSNorm | FrameGroupNorm
-"""What stands before the layers of a block."""
+"""The norms before the layers of a block."""
 
 
 def build_norm(width: int, spec: NormSpec) -> Norm:
-    """The module of a norm over so many channels."""
+    """The module of a norm over `width` channels."""
     return ChannelRMSNorm(width, spec) if spec.groups is None else FrameGroupNorm(width, spec)
 
 

@@ -139,8 +139,8 @@ class Pointwise(Conv):
 class LowRankConv3d(Conv):
     """A causal kernel of one tap in space, as a product of rank r: `reduce` `[r, C, kt, 1, 1]`, `weight` `[O, r]`.
 
-    The temporal taps come first: r (kt C + O) products a position, where r (C + kt O) would be more for O > C,
-    and what least squares of rank r gives.
+    The temporal taps come first: r (kt C + O) products per position, fewer than r (C + kt O) for O > C, and the form
+    that least squares of rank r gives.
     """
 
     channel_axes = {**Conv.channel_axes, "weight": (0, None), "reduce": (None, 1)}
@@ -173,10 +173,10 @@ class LowRankConv3d(Conv):
 def pointwise_conv(
     x: Float[Tensor, "B C T H W"], weight: Float[Tensor, "O C"], bias: Float[Tensor, " O"]
 ) -> Float[Tensor, "B O T H W"]:
-    """1x1x1 as a 2D convolution: of frames as a batch if channels are innermost, else of frames on top of each other.
+    """1x1x1 as a 2D convolution: on frames as a batch if channels are innermost, else on frames stacked vertically.
 
-    Both are views, and the output has the layout of the input: torch's 1x1 convolution of a single image has not, so
-    that a single channels-last frame is a matrix product.
+    Both are views, and the output keeps the layout of the input. torch's 1x1 convolution of a single image does not, so
+    a single channels-last frame is done as a matrix product.
     """
     kernel = weight[:, :, None, None]
     if x.stride(1) != 1:

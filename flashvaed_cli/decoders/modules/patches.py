@@ -1,7 +1,7 @@
 """Pixels as channels: `patch` x `patch` pixels of a frame become one position of a coarser grid, and back.
 
 The channel of colour c at row i and column j of a patch is (c * patch + j) * patch + i: columns before rows.
-Reference: Wan 2.2 and LTX-Video (one order).
+Reference: Wan 2.2 and LTX-Video, which have the same order.
 """
 
 from __future__ import annotations

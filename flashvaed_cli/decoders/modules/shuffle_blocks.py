@@ -23,7 +23,7 @@ MappedClip = Float[Tensor, "B O To Ho Wo"]
 
 
 class ShuffleUpsample(nn.Module):
-    """`conv`, then its channels become frames, rows and columns; plus, with `residual`, those of the input."""
+    """`conv`, then its channels become frames, rows and columns; with `residual` the input's too, and are added."""
 
     def __init__(self, spec: ShuffleUpsampleSpec, address: str) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class ShuffleUpsample(nn.Module):
 
     def forward(self, x: Clip, past: Past = None, future: Future = None) -> MappedClip:
         factor = self.spec.factor
-        surplus = factor[0] - 1 if past is None else 0  # the first frame of a video stands for one frame only
+        surplus = factor[0] - 1 if past is None else 0  # the first frame of a video yields one frame only
         y = channels_to_cells(self.conv(x, past, future), factor)[:, :, surplus:]
         if not self.spec.residual:
             return y
@@ -41,7 +41,7 @@ class ShuffleUpsample(nn.Module):
 
 
 class StridedDownsample(nn.Module):
-    """`conv` with a stride; a chunk behind the first needs one frame of the past less than its kernel has."""
+    """`conv` with a stride; a later chunk needs fewer past frames than its kernel has, by the stride less one."""
 
     def __init__(self, spec: StridedDownsampleSpec, address: str) -> None:
         super().__init__()

@@ -1,14 +1,14 @@
 """3x3 kernels by Winograd's minimal filtering F(4x4, 3x3): 36 products for 16 outputs instead of 144.
 
-A 6x6 tile of the input (tiles overlap by two) is transformed by small integers, multiplied with the
-transformed kernel, and transformed back to 4x4 outputs; a causal kernel's temporal taps are added up between
-the transforms, so that these are paid once for three taps.
+A 6x6 tile of the input (tiles overlap by two) is transformed with small integers, multiplied with the transformed
+kernel, and transformed back to 4x4 outputs. A causal kernel's temporal taps are added up between the transforms, so
+that three taps need each of these once.
 
-Frames come in strips or kernels in parts, see `winograd_strips`. Mirrored and repeated borders are written into the
-patches.
+Either frames are processed in strips or kernels in parts: see `winograd_strips`. Mirrored and repeated borders are
+written into the patches.
 
-Float32 loses about one digit (1e-5 of the largest output). Half precision would lose all its digits in the
-transforms, so half-precision input takes the sum over taps instead.
+Float32 loses about one digit (1e-5 of the largest output). Half precision would lose all its digits in the transforms,
+so half-precision input is summed over taps instead.
 
 Reference: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, arXiv 1509.09308, section 4.3.
 """
@@ -61,15 +61,15 @@ def winograd_conv(
     num_outputs: int,
     space_padding: SpacePadding = "zeros",
 ) -> Float[Tensor, "B O T H W"]:
-    """Valid in time: the last `num_outputs` frames' outputs; frames before the list are zero.
+    """The outputs of the last `num_outputs` frames; frames before the list are zero.
 
     Args:
-        frames: clips that follow each other in time; past frames and the chunk's own need not be one tensor.
+        frames: consecutive clips; past frames and the chunk's own need not be one tensor.
     """
     b, _, _, height, width = frames[-1].shape
     num_inputs = sum(clip.shape[2] for clip in frames)
     rows, columns = -(-height // 4), -(-width // 4)
-    weight = weight[:, :, -num_inputs:]  # earlier taps see zeros only
+    weight = weight[:, :, -num_inputs:]  # earlier taps see only zeros
     transform = _plane(_INPUT, weight)
     strip, at_once = rows, weight.shape[0]
     if not torch.compiler.is_compiling():  # a graph has no loops
@@ -106,9 +106,9 @@ def _plane(matrix: Matrix, like: Tensor) -> Float[Tensor, "P Q"]:
 
 
 def _fold(weight: Float[Tensor, "O C kt 3 3"]) -> Float[Tensor, "36 kt C O"]:
-    """The transformed kernel; cheap beside the products, so it is made on every call and may change in place."""
+    """The transformed kernel: cheap compared with the products, so made on every call, and the weight may change."""
     o, c, kt = weight.shape[:3]
-    taps = weight.permute(3, 4, 2, 0, 1).reshape(9, kt * o * c)  # whole runs of channels, where they are innermost
+    taps = weight.permute(3, 4, 2, 0, 1).reshape(9, kt * o * c)  # whole runs of channels if they are innermost
     return (_plane(_KERNEL, weight).div(24 * 24) @ taps).view(36, kt, o, c).transpose(2, 3)
 
 
@@ -117,8 +117,8 @@ def _patches(
 ) -> Float[Tensor, "36 N"]:
     """The 6x6 patches, four pixels apart, of a strip of tiles whose first patch begins at row `top`.
 
-    Row-major inside a patch; then frame, clip, row and column of the tile, channel. What lies farther beyond the
-    border than one pixel is zero: no kept output reads it.
+    Row-major inside a patch; then frame, clip, row and column of the tile, channel. Pixels more than one beyond the
+    border are zero: no kept output reads them.
     """
     height, width = frames[-1].shape[3:]
     bottom, right = top + 4 * count + 2, 4 * columns + 2
@@ -133,11 +133,11 @@ def _patches(
 
 
 def _fill_margins_(padded: Float[Tensor, "T B Hp Wp C"], below: int, right: int, *, at_top: bool, inward: int) -> None:
-    """Write the frame's own pixels into the margins, in place: rows first, since the columns' ends are of them.
+    """Write the frame's own pixels into the margins, in place: rows first, since the columns include their ends.
 
     Args:
         below, right: row below the frame (perhaps not in this strip) and column to the right of it.
-        inward: how far from a margin the pixels lie that it takes: 2 mirrors the frame, 1 repeats its border.
+        inward: distance of the copied pixels from the margin: 2 mirrors the frame, 1 repeats its border.
     """
     if at_top:
         padded[:, :, 0] = padded[:, :, inward]
@@ -150,7 +150,7 @@ def _fill_margins_(padded: Float[Tensor, "T B Hp Wp C"], below: int, right: int,
 def _outputs(
     tiles: Float[Tensor, "36 Ti N C"], kernels: Iterable[Float[Tensor, "36 kt C _o"]], num_outputs: int
 ) -> Float[Tensor, "16 TN O"]:
-    """The 4x4 outputs of every tile. `kernels`: of some channels of the output after the other."""
+    """The 4x4 outputs of every tile. `kernels`: consecutive parts of the output channels."""
     inverse = _plane(_OUTPUT, tiles)
     parts = []
     for kernel in kernels:
@@ -166,7 +166,7 @@ def _multiply(
     num_inputs, n = tiles.shape[1:3]
     kt = kernel.shape[1]
     rows = tiles.flatten(1, 2)  # [36, T' N, C]
-    first = num_inputs - num_outputs  # the frame that the first output lies on
+    first = num_inputs - num_outputs  # the frame of the first output
     products = torch.bmm(rows[:, first * n :], kernel[:, kt - 1])
     for delay in range(1, kt):
         skipped = max(delay - first, 0)  # outputs whose tap reaches before the first frame
@@ -177,7 +177,7 @@ def _multiply(
 
 
 class WinogradConv3d(TapwiseConv3d):
-    """causal3d with a 3x3 kernel in space, where it pays; else the sum over taps. Weight `[O, C, kt, 3, 3]`."""
+    """causal3d with a 3x3 kernel in space by Winograd where it pays, else by taps. Weight `[O, C, kt, 3, 3]`."""
 
     def forward(
         self, x: Float[Tensor, "B C T H W"], past: Past = None, future: Future = None

@@ -1,1 +1,1 @@
-"""What a spec tells before anything runs: cost, memory, latency, tiles, lookahead. Imports no torch."""
+"""Predictions from a spec alone: cost, memory, latency, tiles, lookahead. Imports no torch."""

@@ -1,10 +1,10 @@
-"""Decoding time as a function of the widths that pruning leaves: measured points, and what lies between them.
+"""Decoding time as a function of the widths after pruning: measured points, interpolated.
 
 A block's time depends on one or two *axes*, each a tuple of channel groups: a residual block's on its stream (two
-groups, where its entry is one of its own) and on its inside, an upsampler's on the streams before and behind it,
-the head's on the stream before it. What enters a bypass counts among the streams before the block that the bypass
-ends with. The coordinate on an axis is the width of its group, the geometric mean of the
-widths where it has two. Blocks that no group reaches take a fixed time.
+groups if its entry is a group of its own) and on its inside, an upsampler's on the streams before and after it, the
+head's on the stream before it. The input of a bypass counts among the streams before the block that the bypass ends
+with. The coordinate on an axis is the width of its group, or the geometric mean of the widths of two. Blocks that no
+group reaches take a fixed time.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Axis = tuple[str, ...]
 """Names of the channel groups that share a coordinate."""
 
 LOWEST_RATIO = 0.125
-"""The narrowest that is measured and searched, as a fraction of the full width (the paper's)."""
+"""The narrowest width that is measured and searched, as a fraction of the full width (as in the paper)."""
 
 
 def width_ladder(width: int) -> tuple[int, ...]:
     """The widths worth trying, widest first: `width` itself, then of 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, ...
 
-    Powers of two and three times those: above 8 multiples of 4 and above 16 of 8, which vector units and blocked
-    layouts like. None is below an eighth of `width`.
+    These are powers of two and three times those: multiples of 4 above 8 and of 8 above 16, which suit vector units
+    and blocked layouts. None is below an eighth of `width`.
     """
     lowest = max(math.ceil(width * LOWEST_RATIO), 1)
     rungs = {scale << power for scale in (1, 3) for power in range(width.bit_length())}
@@ -44,7 +44,7 @@ def rounded_ladder(ladder: Sequence[int], round_to: int) -> tuple[int, ...]:
 
 
 def block_axes(spec: CoderSpec, groups: Sequence[ChannelGroup]) -> dict[str, tuple[Axis, ...]]:
-    """The axes of every block that one of `groups` reaches, by its address, in forward order."""
+    """The axes of every block that one of `groups` reaches, by address, in forward order."""
     owner = {tensor: group.name for group in groups for tensor in group.tensors}
     found: dict[str, tuple[Axis, ...]] = {}
     sources = input_tensors(spec)
@@ -68,13 +68,13 @@ def block_axes(spec: CoderSpec, groups: Sequence[ChannelGroup]) -> dict[str, tup
 
 
 def coordinate(axis: Axis, widths: Mapping[str, int]) -> float:
-    """Where widths lie on an axis."""
+    """The position of widths on an axis."""
     return math.prod(widths[name] for name in axis) ** (1 / len(axis))
 
 
 @dataclass(frozen=True)
 class BlockLatency:
-    """Milliseconds of one block on a grid of widths.
+    """The time of one block, in milliseconds, on a grid of widths.
 
     Attributes:
         widths: the coordinates on each axis, ascending.
@@ -87,13 +87,13 @@ class BlockLatency:
     latency_ms: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        """Refuse values that are no grid."""
+        """Refuse values that do not fill the grid. Raises ValueError."""
         if math.prod(len(values) for values in self.widths) != len(self.latency_ms):
             raise ValueError(f"{self.address}: {len(self.latency_ms)} values do not fill the grid {self.widths}")
 
     def __call__(self, widths: Mapping[str, int]) -> float:
-        """Milliseconds at the given widths of its groups: exact on the grid, and between its points linear in the
-        logarithms of width and time, so that powers of the width are met exactly.
+        """Milliseconds at the given widths of its groups: exact on the grid, between its points linear in the
+        logarithms of width and time, which is exact for powers of the width.
 
         Raises:
             ValueError: a width outside the grid.
@@ -108,7 +108,7 @@ class BlockLatency:
         return math.exp(total)
 
     def _sides(self, axis: Axis, values: Sequence[float], widths: Mapping[str, int]) -> list[tuple[int, float]]:
-        """The grid points on both sides of a coordinate, with their shares."""
+        """The grid points on both sides of a coordinate, with their weights."""
         at = coordinate(axis, widths)
         if not values[0] * (1 - 1e-9) <= at <= values[-1] * (1 + 1e-9):
             raise ValueError(f"{self.address}: {at:g} of {'+'.join(axis)} is outside what was measured, {values}")
@@ -125,10 +125,10 @@ class WidthLatency:
     """The latency model of a decoder.
 
     Attributes:
-        fixed_ms: time of all blocks that no group reaches.
-        blocks: a table for each block that one does.
-        ladders: the widths at which each group was measured, widest first. What a program does with a layer can
-            change abruptly with its width, so only these are sure.
+        fixed_ms: total time of the blocks that no group reaches.
+        blocks: a table for each of the other blocks.
+        ladders: the widths at which each group was measured, widest first. A layer's time can change abruptly with
+            its width, so only these are reliable.
     """
 
     fixed_ms: float
@@ -136,5 +136,5 @@ class WidthLatency:
     ladders: Mapping[str, tuple[int, ...]]
 
     def __call__(self, widths: Mapping[str, int]) -> float:
-        """Milliseconds of decoding at the given widths of all its groups."""
+        """Decoding time in milliseconds at the given widths of all its groups."""
         return self.fixed_ms + sum(block(widths) for block in self.blocks)

@@ -1,12 +1,12 @@
-"""Windows of latents for decoders that pass no state on: those that see frames ahead, or whole clips.
+"""Which latents each step of a clip reads, and which of its frames it keeps.
 
-A decoder that is centred in time has no state to hand on. It runs on a chunk with as many latents on both sides as its
-frames reach, worked out from the spec, block by block from the frames back to the latents. What a window's own borders
-spoil lies outside the frames that are kept; at the video's borders there is nothing to spoil, since there the padding
-is the decoder's.
+A causal decoder passes a state on and reads the chunk alone. A decoder that is centred in time has no state: it runs on
+a window, the chunk with as many latents on both sides as its frames depend on, worked out from the spec, block by block
+from the frames back to the latents. Frames that a window's own borders spoil are not kept; at the video's borders
+nothing is spoilt, since the padding there is the decoder's.
 
 The frames of a decoder that sees whole clips depend on all latents. Its windows are the tiles that its spec cuts longer
-clips into, and where these overlap their frames are blended. Imports no torch.
+clips into; where these overlap, their frames are blended. Imports no torch.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from flashvaed_cli.decoders.spec.blocks import BlockSpec
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, TemporalTiles
 
-_FAR = 1 << 20  # a latent so far from a video's beginning that no rounding differs from its neighbours'
+_FAR = 1 << 20  # a latent so far from the video's start that rounding is the same as for its neighbours
 
 
 @dataclass(frozen=True)
 class LatentWindow:
-    """Latents `start:stop` are decoded as if they were a video; its frames `keep_start:keep_stop` are the chunk's.
+    """Latents `start:stop` are read; of their frames, `keep_start:keep_stop` are the chunk's.
 
-    `num_blended` frames after those are given by the next window too, and blended into its first ones.
+    The next window has `num_blended` frames after those too; they are blended into its first ones.
     """
 
     start: int
@@ -35,32 +35,50 @@ class LatentWindow:
 
 
 def time_halo(spec: DecoderSpec) -> tuple[int, int]:
-    """Latents before and behind a chunk that its frames depend on; a causal decoder needs none behind."""
+    """Latents before and after a chunk that its frames depend on; a causal decoder needs none after it."""
     first, last = _latents_of(spec, *_frames_of(spec, _FAR, _FAR + 1))
     return _FAR - first, last - _FAR
 
 
 def window_of(spec: DecoderSpec, start: int, stop: int, num_latents: int | None = None) -> LatentWindow:
-    """The window of the chunk `start:stop` in a video of `num_latents` (None: its end is farther than the halo)."""
+    """The window of the chunk `start:stop` in a video of `num_latents` (None: it ends beyond the halo)."""
     first, last = _frames_of(spec, start, stop)
-    before, behind = time_halo(spec)
-    begin, end = max(start - before, 0), stop + behind
+    before, after = time_halo(spec)
+    begin, end = max(start - before, 0), stop + after
     offset = begin * spec.temporal_factor
     end = end if num_latents is None else min(end, num_latents)
     return LatentWindow(begin, end, first - offset, last + 1 - offset)
 
 
+def first_chunk(num_latents: int, chunk: int) -> int:
+    """Latents of a causal decoder's first step: those that fill no chunk, so that all later steps have one shape."""
+    return (num_latents - 1) % chunk + 1
+
+
+def chunk_spans(num_latents: int, chunk: int) -> Iterator[tuple[int, int]]:
+    """First latent and end of each step of a causal decoder."""
+    start, stop = 0, first_chunk(num_latents, chunk)
+    while start < num_latents:
+        yield start, stop
+        start, stop = stop, stop + chunk
+
+
 def latent_windows(spec: DecoderSpec, num_latents: int, chunk: int) -> Iterator[LatentWindow]:
-    """A window for every chunk of a video; for every tile of a decoder that sees whole clips."""
-    if spec.sees_whole_clip:
+    """The schedule of a clip: the window of each step. A causal decoder reads the chunk alone, one that sees frames
+    ahead also those around it, and one that sees whole clips a tile of its own length."""
+    if spec.is_causal:
+        for start, stop in chunk_spans(num_latents, chunk):
+            first, last = _frames_of(spec, start, stop)
+            yield LatentWindow(start, stop, 0, last + 1 - first)
+    elif spec.sees_whole_clip:
         yield from clip_windows(spec.temporal_tiles, num_latents, spec.temporal_factor)
-        return
-    for start in range(0, num_latents, chunk):
-        yield window_of(spec, start, min(start + chunk, num_latents), num_latents)
+    else:
+        for start in range(0, num_latents, chunk):
+            yield window_of(spec, start, min(start + chunk, num_latents), num_latents)
 
 
 def widest_window(spec: DecoderSpec, num_latents: int, chunk: int) -> int:
-    """Latents of the largest window; the chunk itself where the decoder is causal."""
+    """Latents of the largest window; the chunk itself if the decoder is causal."""
     if spec.is_causal:
         return min(chunk, num_latents)
     if spec.sees_whole_clip:
@@ -75,14 +93,15 @@ def latents_per_step(spec: DecoderSpec, num_latents: int, chunk: int) -> int:
     return min(chunk, num_latents)
 
 
-def clip_windows(tiles: TemporalTiles | None, num_latents: int, factor: int) -> Iterator[LatentWindow]:
-    """The tiles of a clip; None: the clip.
+def clip_windows(
+    tiles: TemporalTiles | None, num_latents: int, factor: int, *, start: int = 0
+) -> Iterator[LatentWindow]:
+    """The tiles of a clip from the one at `start` on; without tiles, the clip.
 
     Args:
         factor: frames that a latent stands for, all but the first of a clip.
     """
-    stop = num_latents if tiles is None else min(tiles.length, num_latents)
-    start = 0
+    stop = num_latents if tiles is None else min(start + tiles.length, num_latents)
     while (following := next_tile(tiles, start, num_latents)) is not None:
         yield tile_window(tiles, start, stop, factor, is_last=False)
         start, stop = following
@@ -90,16 +109,16 @@ def clip_windows(tiles: TemporalTiles | None, num_latents: int, factor: int) -> 
 
 
 def next_tile(tiles: TemporalTiles | None, start: int, num_latents: int) -> tuple[int, int] | None:
-    """Start and stop of the tile after that at `start`; None where that one gives all frames that are left."""
+    """Start and stop of the tile after the one at `start`; None if that one already has all remaining frames."""
     if tiles is None:
         return None
     following = start + tiles.stride
-    given = following + min(tiles.overlap, 1)  # the first latent of an overlapping tile gives no frame
+    given = following + min(tiles.overlap, 1)  # the first latent of an overlapping tile yields no frame
     return (following, min(following + tiles.length, num_latents)) if given < num_latents else None
 
 
 def tile_window(tiles: TemporalTiles | None, start: int, stop: int, factor: int, *, is_last: bool) -> LatentWindow:
-    """The window of a tile: all its frames, less those that the tiles around it give."""
+    """The window of a tile: all its frames, less those that the tiles around it keep."""
     num_frames = 1 + factor * (stop - start - 1)
     if tiles is None:
         return LatentWindow(start, stop, 0, num_frames)
@@ -118,10 +137,10 @@ def _frames_of(spec: CoderSpec, start: int, stop: int) -> tuple[int, int]:
 
 
 def _latents_of(spec: CoderSpec, first: int, last: int) -> tuple[int, int]:
-    """First and last latent that the frames `first` to `last` depend on, were the video endless on both sides.
+    """First and last latent that the frames `first` to `last` depend on, in a video without ends.
 
-    A window begins a video of its own, of which the frames before the last of a cell are dropped: what a block must
-    give therefore begins at a frame that the window has too.
+    A window is a video of its own, which lacks all but the last frame of its first cell: the frames that a block must
+    provide therefore begin at one that the window has too.
     """
     for _, block in reversed(list(spec.blocks())):
         growth = block.growth[0]
@@ -132,7 +151,7 @@ def _latents_of(spec: CoderSpec, first: int, last: int) -> tuple[int, int]:
 
 
 def _reach(block: BlockSpec) -> tuple[int, int]:
-    """Frames before and behind a position of a block's input that its output depends on."""
+    """Frames before and after a position of a block's input that its output depends on."""
     paths = [[block.layers[name] for name in path] for path in block.paths]
     past = max(sum(layer.num_past for layer in path) for path in paths)
     return past, max(sum(layer.num_ahead for layer in path) for path in paths)

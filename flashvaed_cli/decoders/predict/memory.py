@@ -1,8 +1,8 @@
 """Peak memory of a decoder, predicted from its spec alone.
 
-Added up is what lives at the worst moment of a step: the weights, what every causal layer remembers (in all
-tiles), the frames of this step and of the one before, and the tensors of the worst block. The last follow the
-blocks' code with the plain operators; operators that need fewer temporaries stay below the prediction.
+It is the sum of all that lives at the worst moment of a step: the weights, the state of every causal layer (in all
+tiles), the frames of this step and of the one before, and the tensors of the worst block. The last follow the blocks'
+code with plain operators; operators that need fewer temporaries stay below the prediction.
 Imports no torch.
 """
 
@@ -14,7 +14,7 @@ from math import ceil, prod
 from typing import Literal
 
 from flashvaed_cli.decoders.predict.cost import Grid, stage_costs
-from flashvaed_cli.decoders.predict.lookahead import latents_per_step, widest_window
+from flashvaed_cli.decoders.predict.lookahead import first_chunk, latents_per_step, widest_window
 from flashvaed_cli.decoders.predict.tiling import TileLayout, require_tiles, split_addresses, tile_layout
 from flashvaed_cli.decoders.predict.winograd_strips import MIN_TILES, working_elements
 from flashvaed_cli.decoders.spec.addresses import split_block
@@ -36,15 +36,15 @@ DType = Literal["float16", "bfloat16", "float32", "float64"]
 ITEM_BYTES: dict[DType, int] = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 FIXED_BYTES = 32 * 2**20  # code and scratch memory of the kernels, whatever the size
 UNROLLED_BELOW = 20480  # channels x frames x rows of a float32 input up to which torch unrolls 3D patches
-GAP_SHARE = 0.08  # rounding and gaps of the allocator, as a share of the tensors: at 1080p they took 7 %
+GAP_SHARE = 0.08  # the allocator's rounding and gaps, as a share of the tensors: 7 % at 1080p
 
 
 @dataclass(frozen=True)
 class MemoryFormat:
-    """What the prediction must know of a run.
+    """What the prediction must know about a run.
 
-    `has_kernels` is False for a half-precision `dtype` that the processor has no convolutions for: torch unrolls
-    patches then, and the prediction is the bound for plain operators, up to three times the truth for others.
+    `has_kernels` is False for a half-precision `dtype` that the processor has no convolutions for: torch then unrolls
+    patches, and the prediction is a bound for plain operators, up to three times the truth for others.
     """
 
     dtype: DType = "float32"
@@ -59,7 +59,7 @@ class MemoryFormat:
 
 @dataclass(frozen=True)
 class Passage:
-    """One block in one step: the frames, rows and columns that enter, and the frames that leave."""
+    """One block in one step: the frames, rows and columns of its input, and the frames of its output."""
 
     address: str
     block: BlockSpec
@@ -74,7 +74,7 @@ class Passage:
         return self.rows * self.columns
 
     def after(self) -> Passage:
-        """The same with the sizes that leave."""
+        """The same with the sizes of the output."""
         _, rows, columns = self.block.growth
         return replace(self, frames=self.frames_after, rows=rows * self.rows, columns=columns * self.columns)
 
@@ -103,11 +103,11 @@ def predict_peak_bytes(
     has_kernels: bool = True,
     batch: int = 1,
 ) -> int:
-    """Peak memory of decoding in bytes: an upper bound that is meant to be near the truth.
+    """Peak memory of decoding in bytes: an upper bound, meant to be close.
 
-    It counts what lives, on top of the process with torch loaded. The C library's heap can take up to twice that,
-    unless `decoders.run.heap` has it give back what is freed, as a runtime with a memory limit does.
-    Measured on the CPU only. On CUDA the context and cuDNN's workspaces come on top.
+    It counts live tensors, on top of a process with torch loaded. The C library's heap can take up to twice that,
+    unless `decoders.run.heap` makes it return freed memory, as a runtime with a memory limit does.
+    Measured on the CPU only; on CUDA the context and cuDNN's workspaces come on top.
 
     Args:
         grid: latent frames, height and width of the whole clip.
@@ -115,7 +115,7 @@ def predict_peak_bytes(
         tile: side of a tile in latents; None: whole frames.
         split: first block that runs in tiles; None: the one with the lowest prediction. Unused without `tile`.
         has_kernels: whether the processor has convolutions for a half-precision `dtype`; see `MemoryFormat`.
-        batch: clips that are decoded together.
+        batch: number of clips that are decoded together.
     Raises:
         SpecError: `tile` or `split` does not fit.
     """
@@ -129,7 +129,7 @@ def predict_peak_bytes(
 
 
 class MemoryModel:
-    """Predictions for one clip; what does not depend on the plan is worked out once."""
+    """Predictions for one clip; all that does not depend on the plan is worked out once."""
 
     def __init__(self, spec: DecoderSpec, grid: Grid, form: MemoryFormat, batch: int = 1) -> None:
         self._spec, self._grid, self._form, self._batch = spec, grid, form, batch
@@ -149,16 +149,16 @@ class MemoryModel:
         frames = self._spec.num_frames(chunk) + (self._spec.temporal_factor - 1 if chunk < num_latents else 0)
         pixels = 3 * frames * height * width * self._spec.spatial_factor**2
         in_parts = chunk < num_latents
-        given_out = pixels * (2 if in_parts else int(layout is not None))  # all at once are the head's output
+        given_out = pixels * (2 if in_parts else int(layout is not None))  # decoded at once, they are the head's output
         tensors = self._form.item_bytes * (self._weights + self._batch * (state + given_out)) + self._batch * worst
         return ceil(tensors * (1 + GAP_SHARE)) + FIXED_BYTES
 
     def _steps(self, chunk: int) -> list[tuple[int, bool]]:
-        """Latent frames of the first step, which takes what is left over, and of the later ones."""
+        """Latent frames of the first step, and of the later ones; whether it is one of those."""
         num_latents = self._grid[0]
         if not self._spec.is_causal:  # every step is a video of its own
             return [(widest_window(self._spec, num_latents, chunk), False)]
-        first = (num_latents - 1) % chunk + 1
+        first = first_chunk(num_latents, chunk)
         return [(first, False), (chunk, True)] if chunk < num_latents else [(first, False)]
 
     def _worst_block(self, num_latents: int, layout: TileLayout | None, *, later: bool) -> int:
@@ -170,7 +170,7 @@ class MemoryModel:
         return max(entering + self._worst_of(_at_window(whole[index:], layout)), self._worst_of(whole[:index]))
 
     def _worst_of(self, run: list[Passage]) -> int:
-        """Bytes of the worst block of a run, with what is held for a bypass meanwhile."""
+        """Bytes of the worst block of a run, with the tensor that a bypass holds meanwhile."""
         worst, held = 0, 0
         for passage in run:
             stage, index = split_block(passage.address)
@@ -222,7 +222,7 @@ def _state_elements(run: Iterable[Passage]) -> int:
 
 
 def _bypass_elements(bypass: BypassSpec, leaving: Passage) -> int:
-    """What the addition of a bypass needs beside its input: the stage's output, and the layer's wide channels."""
+    """Elements that adding a bypass needs beside its input: the stage's output, and the layer's wide channels."""
     output = leaving.frames * leaving.area * bypass.out_width
     return output + output // bypass.cell_size + (0 if bypass.conv is None else output)
 
@@ -232,7 +232,7 @@ def _block_bytes(passage: Passage, form: MemoryFormat) -> int:
     block, item = passage.block, form.item_bytes
     entering, positions = _elements(passage) * item, passage.frames * passage.area
     if isinstance(block, AttentionSpec):
-        # the normed frames once more as rows; q, k, v; the mixed values (over a clip joined); projected and added
+        # the normalised frames once more as rows; q, k, v; the mixed values (over a clip joined); projected and added
         joined = block.inner_width if block.context == "clip" else 0
         return entering + item * positions * (2 * block.width + 5 * block.inner_width + joined)
     if isinstance(block, UpsampleSpec):
@@ -262,7 +262,7 @@ def _block_bytes(passage: Passage, form: MemoryFormat) -> int:
 def _resblock_bytes(block: ResBlockSpec, passage: Passage, form: MemoryFormat) -> int:
     positions = passage.frames * passage.area * form.item_bytes
     around = 0 if block.shortcut is None else _conv_bytes(block.shortcut, passage, form)
-    around += 2 * positions * block.conv1.in_width * block.shortcut_norm  # normed, and once more in another layout
+    around += 2 * positions * block.conv1.in_width * block.shortcut_norm  # normalised, and once more in another layout
     return max(
         _normed_conv_bytes(block.norm, block.conv1, passage, form),
         positions * block.conv2.in_width + _normed_conv_bytes(block.norm, block.conv2, passage, form),
@@ -271,7 +271,7 @@ def _resblock_bytes(block: ResBlockSpec, passage: Passage, form: MemoryFormat) -
 
 
 def _chain_bytes(block: ChainSpec, passage: Passage, form: MemoryFormat) -> int:
-    """Each layer beside what the one before it gave (activated in place); then the sum with the shortcut."""
+    """Each layer beside its input, activated in place; then the sum with the shortcut."""
     positions = passage.frames * passage.area * form.item_bytes
     worst = 0
     for index, name in enumerate(block.path):
@@ -282,9 +282,9 @@ def _chain_bytes(block: ChainSpec, passage: Passage, form: MemoryFormat) -> int:
 
 
 def _naf_bytes(block: NafSpec | IstaSpec, passage: Passage, form: MemoryFormat) -> int:
-    """The widest naf block: its input mixed and one more of its size, values and gates, and both while they are joined.
+    """The widest naf block: its mixed input and another tensor of that size, values and gates, and their product.
 
-    A bottleneck holds the input of the block meanwhile, what its step began with, and what it shrank.
+    A bottleneck meanwhile holds the block's input, the start of its step, and the shrunk tensor.
     """
     units = [block] if isinstance(block, NafSpec) else list(block.units.values())
     positions = passage.frames * passage.area * form.item_bytes
@@ -312,13 +312,13 @@ def _upsample_bytes(passage: Passage, block: UpsampleSpec, form: MemoryFormat) -
         doubled = (after.frames + 1) * passage.area * block.spatial.in_width * item
     enlarged = 0 if block.spatial.enlarges else after.frames * after.area * block.spatial.in_width * item
     if after.frames == 2 * passage.frames - 1 and form.channels_last:
-        # the first frame and the rest join to a contiguous tensor, which is laid out again
+        # the first frame and the rest are joined to a contiguous tensor, which is laid out again
         enlarged += enlarged or doubled
     return max(temporal, doubled + enlarged + _conv_bytes(block.spatial, after, form))
 
 
 def _shuffle_bytes(passage: Passage, block: ShuffleUpsampleSpec, form: MemoryFormat) -> int:
-    """The layer and its output in its new order; with a residual that of the input, repeated, and the sum."""
+    """The layer, and its output reordered; with a residual also the reordered and repeated input, and the sum."""
     item = form.item_bytes
     moved = passage.after().frames * passage.after().area * block.out_width * item
     wide = passage.frames * passage.area * block.conv.out_width * item
@@ -336,7 +336,7 @@ def _normed_conv_bytes(norm: NormSpec | None, layer: ConvSpec, passage: Passage,
 
 
 def _conv_bytes(layer: ConvSpec, passage: Passage, form: MemoryFormat) -> int:
-    """What a layer needs beside its input: the input with its past, temporaries, output."""
+    """Bytes that a layer needs beside its input: the input with its past, temporaries, output."""
     past = layer.kernel[0] - 1
     frame = passage.area * layer.in_width * form.item_bytes
     window = (passage.frames + past) * frame if past else 0
@@ -346,11 +346,11 @@ def _conv_bytes(layer: ConvSpec, passage: Passage, form: MemoryFormat) -> int:
         side + taps - 1 for side, taps in zip((passage.rows, passage.columns), layer.kernel[1:], strict=True)
     )
     mirrored = (passage.frames + past) * rows * columns * layer.in_width * form.item_bytes
-    return max(window + mirrored, _reading_bytes(layer, passage, form, mirrored))  # stands in the window's place
+    return max(window + mirrored, _reading_bytes(layer, passage, form, mirrored))  # replaces the window
 
 
 def _reading_bytes(layer: ConvSpec, passage: Passage, form: MemoryFormat, window: int) -> int:
-    """The same of a layer that reads so many bytes (0: its input itself), those included."""
+    """The same for a layer that reads a window of so many bytes (0: its input itself), those included."""
     item, positions = form.item_bytes, passage.frames * passage.area
     leaving, entering = positions * layer.out_width * item, positions * layer.in_width * item
     reordered = 0 if form.channels_last else max(window, entering)
@@ -372,7 +372,7 @@ def _reading_bytes(layer: ConvSpec, passage: Passage, form: MemoryFormat, window
         return leaving + _winograd_bytes(layer, passage, form) + reordered
     if layer.plain_operator == "causal3d":  # a tap and the sum
         return (mirrored if layer.time_padding == "zeros" else window) + 2 * leaving + reordered
-    return mirrored + (2 if layer.enlarges else 1) * leaving + reordered  # the phases, and the frames that they make up
+    return mirrored + (2 if layer.enlarges else 1) * leaving + reordered  # the phases, and the frames made of them
 
 
 def _num_tiles(passage: Passage) -> int:
@@ -400,7 +400,7 @@ def _unrolled_bytes(layer: ConvSpec, passage: Passage, form: MemoryFormat) -> in
 
 
 def _patch_bytes(layer: ConvSpec, passage: Passage, form: MemoryFormat) -> int:
-    """The patches that a kernel reads, written out, and the input in the order that they are taken from."""
+    """The patches that a kernel reads, written out, and the input reordered for them."""
     window = (passage.frames + layer.kernel[0] - 1) * layer.in_width
     patches = prod(layer.kernel) * layer.in_width * passage.frames
     return (patches + window) * passage.area * form.item_bytes

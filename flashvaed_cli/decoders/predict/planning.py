@@ -1,6 +1,6 @@
 """The fastest way to decode a clip within a memory limit: latent frames per step, tiles, and where they begin.
 
-Time is estimated as arithmetic: what the windows' halos compute twice, plus a share for each step.
+Time is estimated by arithmetic: the work that the windows' halos repeat, plus a share for each step.
 Imports no torch.
 """
 
@@ -18,19 +18,18 @@ from flashvaed_cli.decoders.spec.addresses import block_of
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.errors import DecodeError, SpecError
 
-STEP_SHARE = 0.1  # what a step costs beside its frames (the past is joined on again), in latent frames
-CHUNKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # that are tried, beside the whole clip
-MAX_TILES = 24  # along the longer side, that are tried
-SPLIT_SLACK = 1.1  # without a limit, a split may need this much more memory than the best if it saves time
+STEP_SHARE = 0.1  # cost of a step beside its frames (joining the past to them), in latent frames
+CHUNKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # tried beside the whole clip
+MAX_TILES = 24  # most tiles tried along the longer side
+SPLIT_SLACK = 1.1  # without a limit, a faster split may need this many times the memory of the best one
 
 
 @dataclass(frozen=True)
 class DecodePlan:
     """How a clip is decoded: `chunk` latent frames per step; tiles of `tile` latents from block `split` on.
 
-    Of a decoder that sees whole clips, `chunk` is its tile in time, whatever was asked for. `tile` and `split` are None
-    for whole frames. `relative_cost` is the estimated time; whole frames in one
-    step take a little over 1.
+    For a decoder that sees whole clips, `chunk` is its tile in time, whatever was asked for. `tile` and `split` are
+    None for whole frames. `relative_cost` is the estimated time; whole frames in one step take a little over 1.
     """
 
     chunk: int
@@ -57,13 +56,13 @@ def choose_plan(
     Args:
         grid: latent frames, height and width of the clip.
         max_memory_bytes: limit of the prediction; None: whole clips and frames, unless `chunk` or `tile` is given.
-        chunk: latent frames per step, if that is settled already.
-        tile: side of the tiles in latents, if that is settled already.
+        chunk: latent frames per step; None: to be chosen.
+        tile: side of the tiles in latents; None: to be chosen.
         has_kernels: whether the processor has convolutions for a half-precision `dtype`.
         batch: clips that are decoded together.
     Raises:
-        DecodeError: nothing fits; the message names the smallest that is possible.
-        SpecError: `chunk`, `tile` or `max_memory_bytes` is below 1, or the decoder runs on whole frames alone.
+        DecodeError: nothing fits; the message names the smallest limit that would do.
+        SpecError: `chunk`, `tile` or `max_memory_bytes` is below 1, or the decoder runs on whole frames only.
     """
     if chunk is not None and chunk < 1:
         raise SpecError(f"a chunk holds at least 1 latent frame, not {chunk}")
@@ -110,14 +109,14 @@ def _nothing_fits(least: DecodePlan, grid: Grid, dtype: str, limit: int, advice:
 
 
 def _ceil_gigabytes(num_bytes: int) -> float:
-    """In GB with two decimals, never less than it is."""
+    """In GB with two decimals, rounded up."""
     return -(-num_bytes // 10**7) / 100
 
 
 def _layouts(
     spec: DecoderSpec, grid: Grid, tile: int | None, *, may_tile: bool
 ) -> Iterator[tuple[TileLayout | None, int | None]]:
-    """Every different way to cut frames: whole, and if `may_tile` all tiles; only those of `tile` if it is given."""
+    """Every way to cut frames: whole, with `may_tile` also all sizes of tiles; with `tile` that size only."""
     if tile is not None:
         require_tiles(spec)
     _, height, width = grid
@@ -150,7 +149,7 @@ class _Planner:
     def largest_chunk(
         self, layout: TileLayout | None, tile: int | None, chunk: int | None, max_memory_bytes: int
     ) -> DecodePlan:
-        """The plan with the largest chunk that fits; where none does, the one that needs the least."""
+        """The plan with the largest chunk that fits; if none does, the one that needs the least."""
         if chunk is not None:
             return self.plan(chunk, layout, tile)
         whole = self.plan(self.grid[0], layout, tile)  # keeps no state, so it may need less than smaller chunks
@@ -169,12 +168,12 @@ class _Planner:
         chunk = latents_per_step(self.spec, self.grid[0], chunk)
         num_bytes = self.memory.predict(chunk, layout)
         split = None if layout is None else layout.split
-        overlap = widest_window(self.spec, self.grid[0], chunk) / chunk  # what chunks that see frames ahead share
+        overlap = widest_window(self.spec, self.grid[0], chunk) / chunk  # decoded twice where chunks see frames ahead
         cost = self.recomputation(layout) * (overlap + STEP_SHARE / chunk)
         return DecodePlan(chunk, tile, split, num_bytes, cost)
 
     def recomputation(self, layout: TileLayout | None) -> float:
-        """Arithmetic with tiles over that without."""
+        """Arithmetic with tiles, as a multiple of that without."""
         if layout is None:
             return 1.0
         rows, columns = layout.window

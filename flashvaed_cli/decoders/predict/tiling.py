@@ -1,11 +1,11 @@
-"""Spatial tiling without seams: the last blocks of a decoder run on overlapping windows, with the whole's frames.
+"""Spatial tiling without seams: the last blocks of a decoder run on overlapping windows and give the same frames.
 
-Attention sees a whole frame, so everything up to the last attention runs on whole frames, at the latents'
-size, where that is cheap. So does GroupNorm, whose statistics span the frame: a decoder that has it up to its head
-runs on whole frames alone, and tiles are refused. From the *split* on, a block at a time reaches only so far: the sum
-of the kernels' radii that are still to come, each in units of the split's grid, is the *halo*. A window is its part of
-the frame plus the halo; what the halo's zero padding has spoilt is cut away. At the frame's own border there is no
-halo, since there the zero padding is the decoder's. Imports no torch.
+Attention sees a whole frame, so everything up to the last attention runs on whole frames, at the size of the latents,
+where that is cheap. GroupNorm sees the whole frame too, in its statistics: a decoder that has it up to its head runs
+on whole frames only, and tiles are refused. From the *split* on, blocks reach only so far: the sum of the radii of the
+kernels that follow, each in units of the split's grid, is the *halo*. A window is its part of the frame plus the halo;
+pixels that zero padding at the halo's edge has spoilt are cut away. At the frame's own border there is no halo, since
+the zero padding there is the decoder's. Imports no torch.
 """
 
 from __future__ import annotations
@@ -55,21 +55,21 @@ class TileLayout:
 
 
 def split_addresses(spec: DecoderSpec) -> tuple[str, ...]:
-    """Blocks at which tiling may begin: behind the last that sees whole frames, where a stage begins or, unless a
-    bypass leads past that, a frame grows. None where nothing after that block works in space.
+    """Blocks at which tiling may begin: after the last one that sees whole frames, where a stage begins or, unless a
+    bypass spans that place, a frame grows. Empty if nothing after that block works in space.
     """
     blocks = list(spec.blocks())
     whole = [index for index, (_, block) in enumerate(blocks) if block.sees_whole_frames]
-    behind = blocks[whole[-1] + 1 :] if whole else blocks
-    if all(block.growth == (1, 1, 1) and not _works_in_space(block) for _, block in behind):
+    rest = blocks[whole[-1] + 1 :] if whole else blocks
+    if all(block.growth == (1, 1, 1) and not _works_in_space(block) for _, block in rest):
         return ()
     bypassed = {stage.name for stage in spec.bypassed().values()}
-    grows = {a for a, block in behind if block.growth != (1, 1, 1) and stage_of(a) not in bypassed}
-    return tuple(address for address, _ in behind if address.endswith(".0") or address in grows) or (blocks[-1][0],)
+    grows = {a for a, block in rest if block.growth != (1, 1, 1) and stage_of(a) not in bypassed}
+    return tuple(address for address, _ in rest if address.endswith(".0") or address in grows) or (blocks[-1][0],)
 
 
 def require_tiles(spec: DecoderSpec) -> None:
-    """Raise SpecError if a decoder can only run on whole frames, as one with GroupNorm up to its head."""
+    """Raise SpecError if a decoder can only run on whole frames, as with GroupNorm up to its head."""
     if not split_addresses(spec):
         address, block = [(address, block) for address, block in spec.blocks() if block.sees_whole_frames][-1]
         raise SpecError(
@@ -89,7 +89,7 @@ def _instead(spec: DecoderSpec) -> str:
 
 
 def scale_at(spec: DecoderSpec, split: str) -> int:
-    """Side of the split's input per latent."""
+    """Rows of the split's input per latent. Raises SpecError if there is no such block."""
     scale = 1
     for address, block in spec.blocks():
         if address == split:
@@ -99,7 +99,7 @@ def scale_at(spec: DecoderSpec, split: str) -> int:
 
 
 def halo_at(spec: DecoderSpec, split: str) -> int:
-    """How far the frames reach into the split's input, in its units, rounded up.
+    """How far around a pixel the frames depend on the split's input, in its units, rounded up.
 
     Raises:
         SpecError: no such block, or one that sees whole frames comes at or after it.
@@ -117,7 +117,7 @@ def halo_at(spec: DecoderSpec, split: str) -> int:
 
 
 def _radius(block: BlockSpec, name: str, scale: int) -> Fraction:
-    """How far a layer reaches, where `scale` rows enter its block for each of the split's."""
+    """How far a layer reaches, in the split's units; `scale`: rows of its block's input per row of the split's."""
     kernel, rows = block.layers[name].kernel, block.layer_grid(name, (2, 1, 1))[1]
     return Fraction(max(kernel[1], kernel[2]) // 2, scale * rows)
 
@@ -125,8 +125,8 @@ def _radius(block: BlockSpec, name: str, scale: int) -> Fraction:
 def windows_along(length: int, core: int, halo: int) -> tuple[TileWindow, ...]:
     """Cover an axis with windows of one size: `ceil(length / core)`, or fewer where the halo covers as much.
 
-    All have the same size, so that a compiled decoder meets one shape only. The outer windows have a halo on
-    one side and keep more; a window is never larger than `core + 2 halo`.
+    All have the same size, so that a compiled decoder sees one shape only. The outer windows have a halo on one side
+    and keep more; a window is never larger than `core + 2 halo`.
     """
     count = ceil(length / core)
     size = ceil((length + 2 * halo * (count - 1)) / count)
@@ -141,7 +141,7 @@ def tile_layout(spec: DecoderSpec, height: int, width: int, *, tile: int, split:
     """Cut frames of `height` x `width` latents into tiles of about `tile` x `tile` latents.
 
     Args:
-        tile: side that a tile adds to the frame, in latents; the frame is cut evenly into as many as that takes.
+        tile: side of a tile without its halo, in latents; the frame is cut evenly into as many as that takes.
         split: address of the first block that runs tile by tile.
     Raises:
         SpecError: `tile` is below 1, or tiles cannot begin at `split`.

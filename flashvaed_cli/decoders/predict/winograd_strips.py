@@ -1,26 +1,26 @@
 """How much of a layer `winograd3d` works on at once: strips of rows of tiles, or parts of the kernel.
 
-Either the transformed kernel is made once and the frame taken in strips that stay in the cache, or, where that kernel
-is larger than the cache and than the frame, the whole frame is transformed once and the kernel taken in parts.
-Imports no torch, so that predictions of memory know it too.
+Either the kernel is transformed once and the frame taken in strips that stay in the cache, or, if the transformed
+kernel is larger than the cache and than the frame, the whole frame is transformed once and the kernel taken in parts.
+Imports no torch, so that memory predictions can use it too.
 """
 
 from __future__ import annotations
 
 MIN_TILES = 64
-"""Tiles of one call below which transforming the kernel costs more than it spares."""
+"""Tiles per call below which transforming the kernel costs more than it saves."""
 
 STRIP_ELEMENTS = 1 << 20
-"""Elements of the transformed input that are in work at once: they should stay in the cache."""
+"""Elements of the transformed input that are worked on at once: they should stay in the cache."""
 
 STRIP_POSITIONS = 192
-"""Rows of the matrix products below which these would be slow, cache or not."""
+"""Rows below which the matrix products would be slow, cache or not."""
 
 WHOLE_KERNEL_ELEMENTS = 1 << 24
-"""Elements of a transformed kernel that are kept: more take fresh memory on every call and leave the cache."""
+"""Elements of the largest transformed kernel that is kept whole: more would take fresh memory on every call."""
 
 OUTPUTS_AT_ONCE = 64
-"""Channels of the output in a part of the kernel."""
+"""Output channels in a part of the kernel."""
 
 
 def rows_per_strip(num_rows: int, row_positions: int, in_width: int, kernel_elements: int) -> int:
@@ -37,7 +37,7 @@ def rows_per_strip(num_rows: int, row_positions: int, in_width: int, kernel_elem
 
 
 def outputs_at_once(out_width: int, kernel_elements: int, *, one_strip: bool) -> int:
-    """Channels of the output whose part of the kernel is transformed at once."""
+    """Output channels whose part of the kernel is transformed at once."""
     in_parts = one_strip and kernel_elements > WHOLE_KERNEL_ELEMENTS
     return min(out_width, OUTPUTS_AT_ONCE) if in_parts else out_width
 

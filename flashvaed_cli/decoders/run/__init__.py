@@ -1,1 +1,1 @@
-"""Decoding clips: chunks with a causal state, tiles, limits of memory, faults named by layer."""
+"""Decode clips: chunks with a causal state, tiles, memory limits, overflows traced to their layer."""

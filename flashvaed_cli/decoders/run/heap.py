@@ -1,7 +1,7 @@
-"""Freed tensors go back to the system at once, so that a process takes what lives and not what lay around.
+"""Return freed tensors to the system at once, so that a process holds no more than its live tensors.
 
-The C library's heap grows at its end: a frame that is to be remembered, laid between two temporaries, keeps the
-holes around it from being joined or returned, and a decoder's heap became up to twice what lives in it.
+The C library's heap grows at its end: a remembered frame between two temporaries keeps the holes around it from being
+merged or returned, and a decoder's heap grew to twice the size of its live tensors.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ _MAPPED_FROM_BYTES = 1 << 20
 
 
 def return_freed_memory() -> bool:
-    """Have tensors of a megabyte and more mapped one by one, for the rest of the process: about a tenth slower.
+    """Map tensors of 1 MiB and more one by one, for the rest of the process; decoding takes about 10 % longer.
 
     Returns:
-        Whether it could be done: only glibc has the switch. CUDA has its own allocator, and needs none.
+        Whether it worked: only glibc has the switch. CUDA has an allocator of its own and does not need it.
     Reference:
         mallopt(3), M_MMAP_THRESHOLD.
     """

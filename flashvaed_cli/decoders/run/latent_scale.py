@@ -1,4 +1,4 @@
-"""From normalized latents to raw ones: packed patches side by side, means and deviations in the shape of latents."""
+"""What turns normalized latents into raw ones: unpacked patches, means and deviations that broadcast over latents."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flashvaed_cli.decoders.spec.latent_patches import PATCH, are_per_place
 
 
 def unpatched(latents: Float[Tensor, "B P T Hp Wp"]) -> Float[Tensor, "B C T Hz Wz"]:
-    """Patches of 2x2 latents, as the channels (C, row, column), side by side again."""
+    """Unpack patches of 2x2 latents, stored as channels (C, row, column)."""
     batch, width, num_latents, height, columns = latents.shape
     parts = latents.reshape(batch, width // PATCH**2, PATCH, PATCH, num_latents, height, columns)
     placed = parts.permute(0, 1, 4, 5, 2, 6, 3)  # [B, C, T, Hp, row, Wp, column]
@@ -23,7 +23,7 @@ def unpatched(latents: Float[Tensor, "B P T Hp Wp"]) -> Float[Tensor, "B C T Hz 
 def figures_over(
     figures: Sequence[float], like: Float[Tensor, "B C T Hz Wz"]
 ) -> Float[Tensor, "C 1 1 1"] | Float[Tensor, "C 1 Hz Wz"]:
-    """Means or deviations in the shape that latents are scaled with, float32 and on their device."""
+    """Means or deviations in a shape that broadcasts over the latents; float32, on their device."""
     latent_width, height, columns = like.shape[1], like.shape[-2], like.shape[-1]
     row = torch.tensor(figures, device=like.device)
     if not are_per_place(len(figures), latent_width):

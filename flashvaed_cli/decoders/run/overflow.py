@@ -1,4 +1,4 @@
-"""Which layer first gives NaN or infinite values, and what to do about it."""
+"""Find the first layer whose output is NaN or infinite, and say what to do about it."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from flashvaed_cli.decoders.modules.coder import Decoder
 
 
 def explain_overflow(decoder: Decoder, latents: Float[Tensor, "B C T Hz Wz"]) -> str:
-    """A message for frames that are not finite, with the first layer at fault.
+    """The error message for frames that are not finite; names the first layer at fault.
 
-    The latents are decoded once more, by themselves: where frames before them are at fault, no layer is named.
+    The latents are decoded once more, by themselves; if earlier latents are at fault, no layer is named.
 
     Args:
         decoder: in the dtype that overflowed.
-        latents: those whose frames are not finite, in that dtype.
+        latents: those of the frames that are not finite, in the same dtype.
     """
     dtype = str(next(decoder.parameters()).dtype).removeprefix("torch.")
     if not bool(torch.isfinite(latents).all()):
         return f"the latents hold NaN or infinite values in {dtype}. Check where they come from."
     where = first_overflow(decoder, latents) or "a layer"
     narrow = dtype in ("float16", "bfloat16")
-    advice = "decode with --dtype " + ("bfloat16 or float32" if dtype == "float16" else "float32")
+    advice = "Decode with --dtype " + ("bfloat16 or float32" if dtype == "float16" else "float32")
     if not narrow:
-        advice = "the weights are damaged or do not belong together: get or make the decoder again"
-    return f"the frames hold NaN or infinite values: {where} overflows {dtype}. Instead, {advice}."
+        advice = "The weights are damaged or do not belong together: get or make the decoder again"
+    return f"the frames hold NaN or infinite values: {where} overflows {dtype}. {advice}."
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Decoding set up once, then used for any number of clips: dtype, layout, chunks, tiles, compilation.
+"""Decoding, set up once and used for any number of clips: dtype, layout, chunks, tiles, compilation.
 
 A step is a function of latents and state: the runtime holds weights and settings, a run holds its state, so
 runs may be interleaved. Frames come out while later ones are still to be decoded.
@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Literal, cast
 
 import torch
@@ -26,41 +25,41 @@ from torch import Tensor
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.modules.memory_format import channels_last, use_channels_last
 from flashvaed_cli.decoders.predict.cost import Grid
-from flashvaed_cli.decoders.predict.lookahead import LatentWindow, latent_windows
+from flashvaed_cli.decoders.predict.lookahead import LatentWindow
 from flashvaed_cli.decoders.predict.memory import ITEM_BYTES, DType
 from flashvaed_cli.decoders.predict.planning import DecodePlan, choose_plan
 from flashvaed_cli.decoders.predict.tiling import TileLayout, TileWindow, tile_layout
+from flashvaed_cli.decoders.run.buffers import buffer_of, frames_of_parts
 from flashvaed_cli.decoders.run.heap import return_freed_memory
 from flashvaed_cli.decoders.run.overflow import explain_overflow
-from flashvaed_cli.decoders.run.streaming import State, WindowBuffer, check_latents, windows_of_parts
-from flashvaed_cli.decoders.run.temporal_tiles import Blender, TileBuffer, frames_of_parts
-from flashvaed_cli.decoders.spec.coders import DecoderSpec
+from flashvaed_cli.decoders.run.streaming import State, check_latents, decode_in_steps
+from flashvaed_cli.decoders.run.temporal_tiles import Blender
 from flashvaed_cli.decoders.variants.half_range import cast_decoder
 from flashvaed_cli.errors import DecodeError, NonFiniteError, SpecError
 from flashvaed_cli.limits import MAX_LATENT
 
 BlockRun = Callable[[Tensor, State | None, State | None], Tensor]
-"""Some blocks of a decoder: their input, past and future to their output."""
-_ENDLESS = 1 << 20  # latent frames of a clip of unknown length: more than any chunk, so that its state is counted
+"""Runs some blocks of a decoder: input, past and future to output."""
+_ENDLESS = 1 << 20  # latent frames assumed of a clip of unknown length: more than any chunk, so that its state counts
 
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """How to decode; but for `whole_clip` and `clip_length` every choice gives the same frames, up to rounding.
+    """How to decode. All settings but `whole_clip` and `clip_length` give the same frames, up to rounding.
 
     Attributes:
         chunk: latent frames per step; None: all at once, or what `max_memory_bytes` allows.
         tile: side of a tile in latents; None: whole frames, or what `max_memory_bytes` asks for.
-        dtype: weights, activations and frames; None: as the decoder is. Norms keep float32 statistics.
+        dtype: of weights, activations and frames; None: the decoder's own. Norms keep float32 statistics.
         memory_format: layout of weights and activations.
         compile: run `torch.compile`d steps. Every shape of step compiles once, at its first use (minutes for
             a full-size decoder): at most two per clip size, four with tiles.
-        max_memory_bytes: limit of the predicted peak, weights included. Settles what `chunk` and `tile` leave open.
+        max_memory_bytes: limit of the predicted peak, weights included. Chooses `chunk` and `tile` where they are None.
             On the CPU freed tensors then go back to the system at once (`decoders.run.heap`, process-wide).
         compile_backend: `inductor` generates code; others are for debugging.
-        whole_clip: of a decoder that sees whole clips, and whose spec cuts longer ones into tiles in time: take clips
-            of any length at once, which gives other frames than the original's.
-        clip_length: of such a decoder, latents that are a clip of their own, in place of its spec's.
+        whole_clip: for a decoder that sees whole clips: decode clips of any length at once instead of in tiles in
+            time, which gives other frames than the original's.
+        clip_length: for such a decoder: latents per tile, in place of its spec's.
     """
 
     chunk: int | None = None
@@ -84,7 +83,7 @@ class DecodeRuntime:
             shares_weights: run the decoder itself, laid out and cast in place, instead of a copy.
         Raises:
             DecodeError: `compile` is set and this machine has no compiler for it.
-            SpecError: a clip length for a decoder that has none, or one that does not fit.
+            SpecError: a clip length that does not fit, or for a decoder that has none.
         """
         parameter = next(decoder.parameters())
         self.spec, self.settings = decoder.spec, settings
@@ -124,7 +123,7 @@ class DecodeRuntime:
         )
 
     def open(self, height: int, width: int, *, batch: int = 1) -> DecodeStream:
-        """Begin a clip whose latents come in parts, and whose length nobody knows yet.
+        """Start a clip whose latents come in parts and whose length is not known yet.
 
         Args:
             height, width: of the latents.
@@ -136,32 +135,23 @@ class DecodeRuntime:
     def iter_decode(self, latents: Float[Tensor, "B C T Hz Wz"]) -> Iterator[Float[Tensor, "B 3 F H W"]]:
         """Yield the frames of raw latents step by step, in the runtime's dtype, clamped to [-1, 1].
 
-        What does not fill a chunk comes first, so that all later steps have one shape. The latents may lie on
-        another device than the decoder, where the frames will be.
+        The latents may lie on another device than the decoder; the frames are on the decoder's.
 
         Raises:
             DecodeError, SpecError: as `plan` does, before the first frame.
         """
         plan = self.plan(latents)
-        layout = self._layout(plan, latents.shape[3], latents.shape[4])
-        if not self.spec.is_causal:
-            blender = Blender()
-            for window in latent_windows(self.spec, latents.shape[2], plan.chunk):
-                yield self._window(latents[:, :, window.start : window.stop], window, layout, blender)
-            return
-        run = _Run(self, layout)
-        starts = chunk_starts(latents.shape[2], plan.chunk)
-        for start, stop in pairwise([*starts, latents.shape[2]]):
-            part = latents[:, :, start:stop]
-            yield run.step(part, first=start == 0, last=stop == latents.shape[2])
+        run = _Run(self, self._layout(plan, latents.shape[3], latents.shape[4]))
+        for frames in decode_in_steps(self.spec, latents, plan.chunk, run.step):
+            yield frames.clamp_(-1.0, 1.0)
 
     def iter_parts(
         self, parts: Iterable[Float[Tensor, "_B _C _t _Hz _Wz"]]
     ) -> Iterator[Float[Tensor, "_B 3 _f _H _W"]]:
         """Yield the frames of each part of a clip whose latents come in parts, clamped to [-1, 1].
 
-        A decoder that sees frames ahead reads as many further parts first, and takes all of a part in one step. One
-        that sees whole clips reads whole tiles first.
+        A decoder that sees frames ahead first reads the parts that it needs, and decodes each part in one step; one
+        that sees whole clips first reads whole tiles.
 
         Raises:
             DecodeError, SpecError: as `plan` does.
@@ -173,26 +163,17 @@ class DecodeRuntime:
                 stream = stream or self.open(*part.shape[3:], batch=part.shape[0])
                 yield stream.step(part)
             return
-        if self.spec.sees_whole_clip:
-            yield from self._regrouped(parts)
-            return
-        for latents, window in windows_of_parts(self.spec, parts):
-            yield self._window(latents, window, self._layout_of(latents), Blender())
-
-    def _regrouped(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
-        """The frames of tiles as those of parts; parts are read as tiles need them."""
         sizes: deque[int] = deque()
-        buffer, blender = TileBuffer(self.spec), Blender()
+        buffer, blender = buffer_of(self.spec), Blender()
 
-        def decoded() -> Iterator[Tensor]:
+        def windows() -> Iterator[tuple[Tensor, LatentWindow]]:
             for part in parts:
                 sizes.append(part.shape[2])
-                for latents, window in buffer.push(part):
-                    yield self._window(latents, window, self._layout_of(latents), blender)
-            for latents, window in buffer.finish():
-                yield self._window(latents, window, self._layout_of(latents), blender)
+                yield from buffer.push(part)
+            yield from buffer.finish()
 
-        return frames_of_parts(self.spec, sizes, decoded())
+        decoded = (self._window(*pair, self._layout_of(pair[0]), blender) for pair in windows())
+        yield from frames_of_parts(self.spec, sizes, decoded)
 
     def _layout_of(self, latents: Tensor) -> TileLayout | None:
         batch, _, num_latents, height, width = latents.shape
@@ -200,7 +181,7 @@ class DecodeRuntime:
 
     def _window(self, latents: Tensor, window: LatentWindow, layout: TileLayout | None, blender: Blender) -> Tensor:
         """The kept frames of a window of latents, decoded as a video of its own."""
-        frames = _Run(self, layout).step(latents, first=True, last=True, clamp=False)
+        frames = _Run(self, layout).step(latents, first=True, last=True)
         return blender.frames(frames, window).clamp_(-1.0, 1.0)
 
     def require_usable(self, latents: Tensor) -> None:
@@ -225,7 +206,7 @@ class DecodeRuntime:
         raise NonFiniteError(explain_overflow(self._decoder, latents.to(device=self.device, dtype=self.dtype)))
 
     def decode(self, latents: Float[Tensor, "B C T Hz Wz"]) -> Float[Tensor, "B 3 F H W"]:
-        """All frames of raw latents; `iter_decode` put together without a second copy of the video."""
+        """All frames of raw latents: `iter_decode`, joined without a second copy of the video."""
         check_latents(self.spec, latents)
         num_frames = self.spec.num_frames(latents.shape[2])
         video: Tensor | None = None
@@ -246,7 +227,7 @@ class DecodeRuntime:
         return tile_layout(self.spec, height, width, tile=plan.tile, split=plan.split)
 
     def section(self, start: str | None, stop: str | None) -> _Section:
-        """The blocks from the address `start` up to but not at `stop`; built at first use."""
+        """The blocks from the address `start` up to, but without, `stop`; built at first use."""
         if (start, stop) not in self._sections:
             self._sections[start, stop] = _Section(partial(self._decoder.run, start=start, stop=stop), self.settings)
         return self._sections[start, stop]
@@ -255,20 +236,20 @@ class DecodeRuntime:
 class DecodeStream:
     """One clip that is decoded as its latents come; see `DecodeRuntime.open`.
 
-    A causal decoder gives the frames of a step at once. One that sees frames ahead or whole clips gives those that no
-    later latent can change, perhaps none, and the rest with `flush`.
+    A causal decoder returns the frames of a step at once. One that sees frames ahead or whole clips returns those that
+    no later latent can change, perhaps none, and the rest with `flush`.
     """
 
     def __init__(self, runtime: DecodeRuntime, plan: DecodePlan, size: tuple[int, int, int]) -> None:
         self._runtime, self.plan, self._size = runtime, plan, size
         self._layout = runtime._layout(plan, *size[1:])
         self._run = _Run(runtime, self._layout)
-        self._buffer = _buffer_of(runtime.spec)
+        self._buffer = None if runtime.spec.is_causal else buffer_of(runtime.spec)
         self._blender = Blender()
         self._begun = self._ended = False
 
     def step(self, latents: Float[Tensor, "B C T Hz Wz"]) -> Float[Tensor, "B 3 F H W"]:
-        """The frames that the next latents settle, clamped, in the runtime's dtype; F may be 0.
+        """Decode the next latents: the frames that are settled now, clamped, in the runtime's dtype; F may be 0.
 
         Raises:
             SpecError: the latents are not of the batch, channels and size that the stream was opened for, or it was
@@ -285,14 +266,14 @@ class DecodeStream:
         frames = []
         for part in latents.split(self.plan.chunk, dim=2):
             if self._buffer is None:
-                frames.append(self._run.step(part, first=not self._begun, last=False))
+                frames.append(self._run.step(part, first=not self._begun, last=False).clamp_(-1.0, 1.0))
             else:
                 frames += self._decoded(self._buffer.push(part))
             self._begun = True
         return self._together(frames)
 
     def flush(self) -> Float[Tensor, "B 3 F H W"]:
-        """The frames that are left when the clip has ended; none of a causal decoder. The stream ends with it."""
+        """End the clip and the stream: the remaining frames, none for a causal decoder."""
         self._ended = True
         return self._together([] if self._buffer is None else self._decoded(self._buffer.finish()))
 
@@ -307,21 +288,8 @@ class DecodeStream:
         return torch.empty(batch, 3, 0, *size, device=self._runtime.device, dtype=self._runtime.dtype)
 
 
-def _buffer_of(spec: DecoderSpec) -> WindowBuffer | TileBuffer | None:
-    """What collects the latents that the frames of a step depend on; None for a causal decoder."""
-    if spec.is_causal:
-        return None
-    return TileBuffer(spec) if spec.sees_whole_clip else WindowBuffer(spec)
-
-
-def chunk_starts(num_latents: int, chunk: int) -> range | list[int]:
-    """First latent frame of every step: the rest first, then steps of `chunk`."""
-    rest = (num_latents - 1) % chunk + 1
-    return [0, *range(rest, num_latents, chunk)]
-
-
 class _Run:
-    """One clip on its way: the states of the decoder's sections, a tile's each for itself."""
+    """The state of one clip in progress: of the decoder's sections, and of each tile."""
 
     def __init__(self, runtime: DecodeRuntime, layout: TileLayout | None) -> None:
         self._runtime = runtime
@@ -336,15 +304,15 @@ class _Run:
             self._tile_states: list[State] = [{} for _ in range(self._layout.num_tiles)]
 
     @torch.no_grad()
-    def step(self, latents: Tensor, *, first: bool, last: bool, clamp: bool = True) -> Tensor:
-        """The next frames; without `clamp` as they are, to be blended."""
+    def step(self, latents: Tensor, *, first: bool, last: bool) -> Tensor:
+        """The next frames, not clamped; see `Step`."""
         self._runtime.require_usable(latents)
-        # A compiled step always gives its state, unless there is one step only: no third graph for the last.
+        # A compiled step returns its state unless it is the only one: no third graph for the last.
         keep = not last or (self._compiles and not first)
         x = self._before(latents.to(device=self._device, dtype=self._dtype), self._before_state, first=first, keep=keep)
         frames = x if self._layout is None else self._in_tiles(x, first=first, keep=keep)
         self._runtime.require_finite(frames, latents)  # before infinite ones are clamped
-        return frames.clamp_(-1.0, 1.0) if clamp else frames
+        return frames
 
     def _in_tiles(self, x: Tensor, *, first: bool, keep: bool) -> Tensor:
         layout = cast(TileLayout, self._layout)
@@ -368,7 +336,7 @@ def _kept(window: TileWindow, enlargement: int) -> tuple[slice, slice]:
 
 
 class _Section:
-    """A run of blocks, eager or compiled, whose state is handed over in place."""
+    """A run of blocks, eager or compiled; updates its state in place."""
 
     def __init__(self, run: BlockRun, settings: DecodeSettings) -> None:
         self._run = run
@@ -376,7 +344,7 @@ class _Section:
         self._compiled: dict[tuple, Callable[..., tuple[Tensor, State | None]]] = {}
 
     def __call__(self, x: Tensor, state: State, *, first: bool, keep: bool) -> Tensor:
-        """Run a step. `state` is read unless `first`, and then holds what the next step needs, if `keep`."""
+        """Run a step. `state` is read unless `first`; if `keep`, it then holds what the next step needs."""
         is_last = self._settings.memory_format == "channels-last"
         x = channels_last(x) if is_last else x.contiguous()
         past = None if first else state
@@ -395,7 +363,7 @@ class _Section:
 
 
 def _with_strides_of(x: Tensor, form: torch.memory_format) -> Tensor:
-    """In a format to the last stride, also of sides of one: a graph is for one set of strides."""
+    """`x` with exactly the strides of a format, on sides of length 1 too: a graph is for one set of strides."""
     settled = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=form)
     return x if x.stride() == settled.stride() else settled.copy_(x)
 
@@ -407,7 +375,7 @@ def _compile_step(run: BlockRun, backend: str, *, keep: bool) -> Callable[..., t
         future: State | None = {} if keep else None
         return run(x, past, future), future
 
-    # dynamo counts the graphs of a code object and gives up at a limit: every shape gets its own.
+    # dynamo limits the number of graphs per code object, so every shape gets a code object of its own.
     own = types.FunctionType(step.__code__.replace(), step.__globals__, "step", None, step.__closure__)
     return torch.compile(own, backend=backend, dynamic=False, fullgraph=True)
 
@@ -428,7 +396,7 @@ def _dtype_name(dtype: torch.dtype) -> DType:
 
 
 def has_kernels(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the device has convolutions for an element type; without, torch takes more memory and time for it."""
+    """Whether the device has native convolutions for a dtype; without them torch takes more memory and time."""
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return True
     if not torch.backends.mkldnn.is_available():

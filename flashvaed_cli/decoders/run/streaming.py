@@ -1,27 +1,30 @@
 """Decode and encode videos of any length chunk by chunk, with the same result for every chunk size.
 
-The state between chunks is an explicit value: a dictionary from layer address to the last frames which
-that layer has seen. Its size depends on the frame size only, never on the length of the video.
+The state between chunks is an explicit value: a dictionary from layer address to the last frames that the layer has
+seen. Its size depends on the frame size only, not on the length of the video.
 
-This is the plain contract. `runtime.py` builds on it for speed and little memory: tiles, dtype, compilation.
+This is the plain contract, and the schedule of its steps. `runtime.py` takes the same steps with tiles, another dtype
+or compiled.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
-from flashvaed_cli.decoders.predict.lookahead import LatentWindow, latent_windows, time_halo, window_of
+from flashvaed_cli.decoders.predict.lookahead import latent_windows
 from flashvaed_cli.decoders.run.temporal_tiles import Blender, encode_in_tiles
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec
 from flashvaed_cli.errors import SpecError
 
 State = dict[str, Tensor]
+Step = Callable[..., Tensor]
+"""`step(latents, first=..., last=...)` decodes a window's latents `[B, C, n, Hz, Wz]` to frames `[B, 3, f, H, W]`, not
+clamped. `first`: there is no state to read; `last`: none is needed afterwards."""
 
 
 def check_latents(spec: DecoderSpec, latents: Tensor) -> None:
@@ -41,8 +44,7 @@ def decode_step(
     """Decode one chunk of raw latents; returns its frames (not clamped) and the state for the next chunk.
 
     Raises:
-        SpecError: the decoder sees frames ahead or whole clips, so that a chunk alone has no frames: use
-            `DecodeRuntime`.
+        SpecError: the decoder sees frames ahead or whole clips, so it has no state to pass on: use `DecodeRuntime`.
     """
     if not decoder.spec.is_causal:
         raise SpecError(
@@ -54,97 +56,53 @@ def decode_step(
 
 
 def why_not_causal(spec: CoderSpec) -> str:
-    """What keeps a coder from taking a clip chunk by chunk, as the end of a sentence about it."""
+    """Why a coder cannot take a clip chunk by chunk, as the predicate of a sentence about it."""
     if spec.sees_whole_clip:
         return "sees whole clips (by norms or attention over all their frames)"
     return "sees frames ahead (its kernels are centred in time)"
 
 
-class WindowBuffer:
-    """For a decoder that sees frames ahead: latents come in parts, windows to decode go out as soon as they can.
-
-    Holds what the next windows need, never the whole video.
-    """
-
-    def __init__(self, spec: DecoderSpec) -> None:
-        self._spec = spec
-        self._ahead = time_halo(spec)[1]
-        self._held: Tensor | None = None
-        self._offset = self._read = 0  # the first latent that is held, and the first that is not read yet
-        self._waiting: deque[tuple[int, int]] = deque()
-
-    def push(self, part: Float[Tensor, "B C t Hz Wz"]) -> Iterator[tuple[Float[Tensor, "B C n Hz Wz"], LatentWindow]]:
-        """Read a part; the windows of the parts that can be decoded now, and which of their frames are the part's."""
-        self._held = part if self._held is None else torch.cat([self._held, part], dim=2)
-        self._waiting.append((self._read, self._read + part.shape[2]))
-        self._read += part.shape[2]
-        while self._waiting and self._waiting[0][1] + self._ahead <= self._read:
-            yield self._next()
-
-    def finish(self) -> Iterator[tuple[Float[Tensor, "B C n Hz Wz"], LatentWindow]]:
-        """The windows of the parts that are left: the video has ended."""
-        while self._waiting:
-            yield self._next()
-
-    def _next(self) -> tuple[Tensor, LatentWindow]:
-        assert self._held is not None
-        window = window_of(self._spec, *self._waiting.popleft(), num_latents=self._read)
-        self._held, self._offset = self._held[:, :, window.start - self._offset :], window.start
-        return self._held[:, :, : window.stop - self._offset], window
-
-
-def windows_of_parts(
-    spec: DecoderSpec, parts: Iterable[Float[Tensor, "_B _C _t _Hz _Wz"]]
-) -> Iterator[tuple[Float[Tensor, "_B _C _n _Hz _Wz"], LatentWindow]]:
-    """For a decoder that sees frames ahead: what to decode for every part of a video, as soon as enough is read.
-
-    Yields the latents of the window, and the window: which frames of it are the part's.
-    """
-    buffer = WindowBuffer(spec)
-    for part in parts:
-        yield from buffer.push(part)
-    yield from buffer.finish()
-
-
-def iter_decode(
-    decoder: Decoder, latents: Float[Tensor, "B C T Hz Wz"], *, chunk: int | None = None
+def decode_in_steps(
+    spec: DecoderSpec, latents: Float[Tensor, "B C T Hz Wz"], chunk: int, step: Step
 ) -> Iterator[Float[Tensor, "B 3 F H W"]]:
-    """Yield the frames of raw latents, `chunk` latent frames at a time, clamped to [-1, 1].
-
-    A decoder that sees frames ahead computes those around a chunk twice, one that sees whole clips takes its own tiles
-    in place of chunks: see `lookahead`.
+    """Yield the frames of raw latents, not clamped, as `step` decodes the windows of `latent_windows` in order.
 
     Args:
-        chunk: latent frames per step; None decodes all at once (fastest on short clips, most memory).
+        chunk: latent frames per step, ≥ 1; ignored for a decoder that sees whole clips.
+    """
+    blender = Blender()
+    for window in latent_windows(spec, latents.shape[2], chunk):
+        first = window.start == 0 or not spec.is_causal
+        last = window.stop == latents.shape[2] or not spec.is_causal
+        frames = step(latents[:, :, window.start : window.stop], first=first, last=last)
+        yield blender.frames(frames, window)
+
+
+def decode(
+    decoder: Decoder, latents: Float[Tensor, "B C T Hz Wz"], *, chunk: int | None = None
+) -> Float[Tensor, "B 3 F H W"]:
+    """Decode raw latents to frames in [-1, 1], with the decoder as it is: its dtype, layout and gradients.
+
+    Args:
+        chunk: latent frames per step; None: all at once (fastest on short clips, most memory). A decoder that sees
+            frames ahead computes those around a chunk twice, one that sees whole clips takes tiles of its own length.
     Raises:
         SpecError: the latents do not have the decoder's channels, or `chunk` is below 1.
     """
     check_latents(decoder.spec, latents)
     if chunk is not None and chunk < 1:
         raise SpecError(f"a chunk holds at least 1 latent frame, not {chunk}")
-    num_latents = latents.shape[2]
-    chunk = num_latents if chunk is None else chunk
-    if not decoder.spec.is_causal:
-        blender = Blender()
-        for window in latent_windows(decoder.spec, num_latents, chunk):
-            frames = decoder(latents[:, :, window.start : window.stop])
-            yield blender.frames(frames, window).clamp(-1.0, 1.0)
-        return
     past: State | None = None
-    for start in range(0, num_latents, chunk):
-        part = latents[:, :, start : start + chunk]
-        if start + chunk >= num_latents:
-            frames = decoder(part, past, None)
-        else:
-            frames, past = decode_step(decoder, part, past)
-        yield frames.clamp(-1.0, 1.0)
 
+    def step(latents: Tensor, *, first: bool, last: bool) -> Tensor:
+        nonlocal past
+        if last:
+            return decoder(latents, past)
+        frames, past = decode_step(decoder, latents, past)
+        return frames
 
-def decode(
-    decoder: Decoder, latents: Float[Tensor, "B C T Hz Wz"], *, chunk: int | None = None
-) -> Float[Tensor, "B 3 F H W"]:
-    """Decode raw latents to frames in [-1, 1]: `iter_decode`, concatenated."""
-    return torch.cat(list(iter_decode(decoder, latents, chunk=chunk)), dim=2)
+    steps = decode_in_steps(decoder.spec, latents, chunk or latents.shape[2], step)
+    return torch.cat([frames.clamp(-1.0, 1.0) for frames in steps], dim=2)
 
 
 def frame_chunks(
@@ -163,8 +121,8 @@ def encode_step(
     """Encode one chunk (as `frame_chunks` cuts them) to raw latents, the posterior's mean; returns the next state.
 
     Raises:
-        SpecError: the chunk is not cut on a latent border, its sides are no multiple of the spatial factor, or it is
-            not the first and the encoder sees frames ahead or whole clips: that one takes a video at once.
+        SpecError: the chunk is not cut on a latent border, its sides are no multiples of the spatial factor, or it is
+            not the first and the encoder sees frames ahead or whole clips: such an encoder takes a video at once.
     """
     if past is not None and not encoder.spec.is_causal:
         raise SpecError(
@@ -188,8 +146,12 @@ def encode_step(
 def encode(
     encoder: Encoder, pixels: Float[Tensor, "B 3 F H W"], *, chunk: int | None = None
 ) -> Float[Tensor, "B C T Hz Wz"]:
-    """Encode frames in [-1, 1] to raw latents, `chunk` latent frames at a time (None: all at once, as do encoders that
-    see frames ahead; those that see whole clips take their own tiles)."""
+    """Encode frames in [-1, 1] to raw latents.
+
+    Args:
+        chunk: latent frames at a time; None: all at once. Encoders that see frames ahead always take all at once, those
+            that see whole clips take tiles of their own length.
+    """
     kt = encoder.spec.temporal_factor
     chunks = (
         [pixels]

@@ -1,4 +1,4 @@
-"""Where something is in a coder: a block is `up2.0` (stage and index), a layer `up2.0.conv1`. Imports no torch."""
+"""Addresses inside a coder: a block is `up2.0` (stage and index), a layer `up2.0.conv1`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def stage_of(address: str) -> str:
 
 
 def block_of(address: str) -> str:
-    """The block of a layer; a block's own address stays."""
+    """The block of a layer, or the block itself."""
     return ".".join(address.split(".")[:2])
 
 

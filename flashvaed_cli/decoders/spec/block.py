@@ -1,9 +1,9 @@
-"""What every kind of block tells of itself; the kinds are in `blocks.py` and `naf_blocks.py`. Imports no torch."""
+"""What every kind of block states about itself; `blocks.py` lists the kinds. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import ClassVar, TypeVar, get_args
 
 from flashvaed_cli.decoders.spec.layers import ConvSpec, Factor, FrozenSpec, NormSpec, OmittingSpec
 from flashvaed_cli.decoders.spec.operators import Grid
@@ -12,7 +12,7 @@ BlockT = TypeVar("BlockT", bound="Block")
 
 
 class Reader(FrozenSpec):
-    """A layer that reads what enters its block: its name, and that of the norm before it."""
+    """A layer that reads a tensor: its name, and that of the norm before it."""
 
     layer: str
     norm: str | None = None
@@ -22,11 +22,11 @@ class InnerTensor(FrozenSpec):
     """A tensor inside a block whose channels can be pruned without any other block noticing.
 
     Attributes:
-        group: name of its channel group, less the block's address.
-        width: channels.
-        producer: the layer that gives it.
+        group: name of its channel group, without the block's address.
+        width: number of channels.
+        producer: the layer whose output it is.
         reader: the layer that reads it.
-        gated: the producer has two outputs per channel: all values, then all gates.
+        gated: the producer has two outputs per channel: first all values, then all gates.
     """
 
     group: str
@@ -37,7 +37,21 @@ class InnerTensor(FrozenSpec):
 
 
 class Block(OmittingSpec):
-    """What every kind of block tells. As it stands here: of a block with a single convolution, `conv`."""
+    """What every kind of block states about itself. The values here are those of a block with one convolution, `conv`.
+
+    Attributes:
+        has_path_names: its parts have paths as names, in its module and in every layout (`branches.0.expand`).
+        has_still_form: it can become a block for single images, by its layers alone; see `variants/still.py`.
+    """
+
+    has_path_names: ClassVar[bool] = False
+    has_still_form: ClassVar[bool] = False
+
+    @classmethod
+    def convolution_fields(cls) -> tuple[str, ...]:
+        """The fields that hold a convolution or None, in forward order."""
+        fields = cls.model_fields.items()
+        return tuple(name for name, field in fields if ConvSpec in (field.annotation, *get_args(field.annotation)))
 
     @property
     def layers(self) -> dict[str, ConvSpec]:
@@ -65,7 +79,7 @@ class Block(OmittingSpec):
 
     @property
     def group_fault(self) -> str | None:
-        """The GroupNorm whose groups do not divide its channels; None if all do. Blueprints may have such."""
+        """Which GroupNorm has groups that do not divide its channels; None if none has. Blueprints may have some."""
         for name, (norm, width) in self.norms.items():
             if norm.groups is not None and width % norm.groups:
                 return f"{name} cannot part {width} channels into {norm.groups} equal groups"
@@ -73,7 +87,7 @@ class Block(OmittingSpec):
 
     @property
     def inner_tensors(self) -> dict[str, InnerTensor]:
-        """The tensors inside the block that can be pruned, by the name of the module that gives them."""
+        """The tensors inside the block that can be pruned, by the name of the module whose output they are."""
         return {}
 
     @property
@@ -83,17 +97,17 @@ class Block(OmittingSpec):
 
     @property
     def paths(self) -> tuple[tuple[str, ...], ...]:
-        """The layers from the block's input to its output, one run for each way."""
+        """The layers on each path from the block's input to its output."""
         return (tuple(self.layers),)
 
     @property
     def in_width(self) -> int:
-        """Width of the tensor that enters."""
+        """Width of the block's input."""
         return next(iter(self.layers.values())).in_width
 
     @property
     def out_width(self) -> int:
-        """Width of the tensor that leaves."""
+        """Width of the block's output."""
         return list(self.layers.values())[-1].out_width
 
     @property
@@ -103,7 +117,7 @@ class Block(OmittingSpec):
 
     @property
     def growth(self) -> Factor:
-        """Frames (all but the first of the video), rows and columns that a block of a decoder makes of each."""
+        """Frames (all but the first of the video), rows and columns that a block of a decoder makes of one."""
         return (1, 1, 1)
 
     @property
@@ -113,7 +127,7 @@ class Block(OmittingSpec):
 
     @property
     def enlarges_first(self) -> bool:
-        """Whether the enlarged input is written out before a layer reads it."""
+        """Whether the input is enlarged before a layer reads it."""
         return False
 
     @property
@@ -123,12 +137,12 @@ class Block(OmittingSpec):
 
     @property
     def writers(self) -> tuple[str, ...]:
-        """Names of the layers whose sum leaves the block; an identity adds none."""
+        """Names of the layers whose sum is the output; an identity shortcut is not a layer."""
         return (list(self.layers)[-1],)
 
     @property
     def readers(self) -> tuple[Reader, ...]:
-        """The layers that read the tensor that enters."""
+        """The layers that read the input."""
         return (Reader(layer=next(iter(self.layers))),)
 
     @property
@@ -138,30 +152,30 @@ class Block(OmittingSpec):
 
     @property
     def keeps_channels(self) -> bool:
-        """Whether the channels that leave are those that enter: such a block cannot have other kept ones."""
+        """Whether input and output have the same channels, so that their kept channels are the same too."""
         return self.carries_input and self.growth == (1, 1, 1)
 
     @property
     def sees_whole_frames(self) -> bool:
-        """Whether every position reads its whole frame, so that the block cannot run in tiles; GroupNorm does."""
+        """Whether every position depends on its whole frame, as with GroupNorm: the block cannot run in tiles."""
         return any(norm.groups is not None for norm, _ in self.norms.values())
 
     @property
     def sees_whole_clip(self) -> bool:
-        """Whether what a position gives depends on how long the clip is, so that the block cannot run in chunks."""
+        """Whether the output depends on all frames of the clip, so that the block cannot run in chunks."""
         return any(norm.over == "clip" for norm, _ in self.norms.values())
 
     @property
     def ends_stream(self) -> bool:
-        """Whether a stage that it ends hands its channels to the next stage."""
+        """Whether, at the end of a stage, its output belongs to the next stage's channels."""
         return False
 
     def grid_after(self, grid: Grid) -> Grid:
-        """The grid that leaves where `grid` enters; the first frame of a video is neither doubled nor halved."""
+        """The output's grid for an input of `grid`; the first frame of a video is neither doubled nor halved."""
         (t, h, w), growth, shrinkage = grid, self.growth, self.shrinkage
         frames = 1 + growth[0] * (t - 1) // shrinkage[0]
         return (frames, growth[1] * h // shrinkage[1], growth[2] * w // shrinkage[2])
 
     def layer_grid(self, name: str, grid: Grid) -> Grid:
-        """The positions at which a layer is evaluated where `grid` enters the block."""
+        """The positions at which a layer is evaluated for an input of `grid`."""
         return self.grid_after(grid)

@@ -1,8 +1,8 @@
-"""The blocks of an encoder or decoder as data, and what each tells of itself.
+"""The kinds of block as data, and what each states about itself.
 
-Cost, memory, roofline, tiles, lookahead and channel groups loop over these properties; a new kind of block states them
-once, here. What must differ by kind stands in tables (`KINDS` lists the kinds; a test checks that every table has all):
-the module, and how it is narrowed, how its weights are transferred and fitted, how its tensors are called elsewhere.
+Cost, memory, roofline, tiles, lookahead, channel groups and names in checkpoints loop over these properties; a new kind
+of block states them once. What must differ by kind is in tables (`KINDS` lists the kinds; a test checks that every
+table has all of them): the module, and how a block is narrowed and its weights are transferred and fitted.
 
 Imports no torch. Reference: Wan 2.1 VAE, LTX-Video; TAESD and TAEHV (chains).
 """
@@ -18,12 +18,18 @@ from flashvaed_cli.decoders.spec.block import Block, Grid, InnerTensor, Reader
 from flashvaed_cli.decoders.spec.layers import (
     Activation,
     ConvSpec,
-    Factor,
     LatentEntrySpec,
     NormSpec,
     Width,
 )
 from flashvaed_cli.decoders.spec.naf_blocks import CellHeadSpec, CellStemSpec, IstaSpec, NafSpec
+from flashvaed_cli.decoders.spec.resamplers import (
+    DownsampleSpec,
+    ShuffleUpsampleSpec,
+    StridedDownsampleSpec,
+    UnshuffleDownsampleSpec,
+    UpsampleSpec,
+)
 from flashvaed_cli.limits import MAX_FACTOR
 
 
@@ -32,10 +38,12 @@ class ConvBlockSpec(Block):
 
     Attributes:
         activation: after it.
-        entry: what is done with raw latents before it.
+        entry: what happens to raw latents before it.
     """
 
     omitted_defaults: ClassVar[tuple[str, ...]] = ("activation", "entry")
+
+    has_still_form: ClassVar[bool] = True
 
     kind: Literal["conv"] = "conv"
     conv: ConvSpec
@@ -50,7 +58,7 @@ class ConvBlockSpec(Block):
 
     @property
     def ends_stream(self) -> bool:
-        """The entry's channels are those of the stage after it."""
+        """Its output has the channels of the next stage."""
         return True
 
 
@@ -59,12 +67,14 @@ class ResBlockSpec(Block):
 
     Attributes:
         norm: both norms of the main path.
-        norm2: the second of them, where pruning has left it other groups than the first.
-        shortcut_norm: a layer norm over the channels, with gain and shift, stands before the shortcut.
-        noise: after both convolutions there are learned scales for noise, which is left out; they are kept and written.
+        norm2: the second of them, if pruning has left it other groups than the first.
+        shortcut_norm: a layer norm over the channels, with gain and shift, comes before the shortcut.
+        noise: both convolutions have learned scales for noise, which are kept and written; no noise is added.
     """
 
     omitted_defaults: ClassVar[tuple[str, ...]] = ("norm2",)
+
+    has_still_form: ClassVar[bool] = True
 
     kind: Literal["resblock"] = "resblock"
     conv1: ConvSpec
@@ -84,12 +94,12 @@ class ResBlockSpec(Block):
                 f"an identity shortcut cannot join {self.conv1.in_width} channels to {self.conv2.out_width}"
             )
         if self.shortcut_norm and self.shortcut is None:
-            raise ValueError("a norm before the shortcut needs a shortcut that is no identity")
+            raise ValueError("a norm before the shortcut needs a shortcut that is not an identity")
         return self
 
     @property
     def inner_tensors(self) -> dict[str, InnerTensor]:
-        """What stands between both convolutions."""
+        """The tensor between both convolutions."""
         reader = Reader(layer="conv2", norm="norm2")
         return {"conv1": InnerTensor(group="inner", width=self.conv1.out_width, producer="conv1", reader=reader)}
 
@@ -110,7 +120,7 @@ class ResBlockSpec(Block):
 
     @property
     def norm_parameters(self) -> int:
-        """Of both norms of the main path, and of the shortcut's."""
+        """Those of both norms of the main path, and of the shortcut's norm."""
         return super().norm_parameters + 2 * self.conv1.in_width * self.shortcut_norm
 
     @property
@@ -128,7 +138,7 @@ class ResBlockSpec(Block):
 
     @property
     def carries_input(self) -> bool:
-        """By an identity shortcut."""
+        """If the shortcut is an identity."""
         return self.shortcut is None
 
 
@@ -137,6 +147,8 @@ class ChainSpec(Block):
 
     `activation` comes after the sum.
     """
+
+    has_still_form: ClassVar[bool] = True
 
     kind: Literal["chain"] = "chain"
     conv1: ConvSpec
@@ -184,7 +196,7 @@ class ChainSpec(Block):
 
     @property
     def inner_tensors(self) -> dict[str, InnerTensor]:
-        """What every convolution of the main path but the last gives."""
+        """The outputs of all convolutions of the main path but the last."""
         found = {}
         for index, (name, following) in enumerate(pairwise(self.path), start=1):
             group = "inner" if index == 1 else f"inner{index}"
@@ -199,7 +211,7 @@ class ChainSpec(Block):
 
     @property
     def carries_input(self) -> bool:
-        """By an identity shortcut."""
+        """If the shortcut is an identity."""
         return self.shortcut is None
 
 
@@ -207,12 +219,14 @@ class AttentionSpec(Block):
     """Single-head self-attention, residual.
 
     Attributes:
-        inner_width: that of q, k and v.
-        context: what a position attends to: all positions of its own frame, or those of its own and all earlier frames
+        inner_width: of q, k and v.
+        context: the positions that one attends to: all of its own frame, or all of its own and of all earlier frames
             of the clip.
     """
 
     omitted_defaults: ClassVar[tuple[str, ...]] = ("norm", "context")
+
+    has_still_form: ClassVar[bool] = True
 
     kind: Literal["attention"] = "attention"
     width: Width
@@ -222,7 +236,7 @@ class AttentionSpec(Block):
 
     @property
     def norms(self) -> dict[str, tuple[NormSpec, int]]:
-        """The one before q, k and v."""
+        """The norm before q, k and v."""
         return {"norm": (self.norm, self.width)}
 
     @property
@@ -242,12 +256,12 @@ class AttentionSpec(Block):
 
     @property
     def readers(self) -> tuple[Reader, ...]:
-        """Query, key and value in one."""
+        """Query, key and value as one layer."""
         return (Reader(layer="qkv", norm="norm"),)
 
     @property
     def carries_input(self) -> bool:
-        """It is residual."""
+        """Always: it is residual."""
         return True
 
     @property
@@ -257,218 +271,16 @@ class AttentionSpec(Block):
 
     @property
     def sees_whole_clip(self) -> bool:
-        """Where it mixes frames: it keeps no keys and values of chunks that went before."""
+        """If it mixes frames: it keeps no keys and values of earlier chunks."""
         return self.context == "clip" or super().sees_whole_clip
 
 
-class UpsampleSpec(Block):
-    """Optional doubling in time, then nearest x2 in space and `spatial`.
-
-    `temporal` gives 2 x width channels, which become two frames each: 1 + 2 (T - 1) frames. With `grows_first` the
-    first frame of a video is doubled too: 2 T frames, of which the head drops those that stand before the first.
-    `repeats_frames`: in place of `temporal`, every frame but the first of a video comes twice: 1 + 2 (T - 1) frames.
-    """
-
-    omitted_defaults: ClassVar[tuple[str, ...]] = ("grows_first", "repeats_frames")
-
-    kind: Literal["upsample"] = "upsample"
-    temporal: ConvSpec | None = None
-    spatial: ConvSpec
-    grows_first: bool = False
-    repeats_frames: bool = False
-
-    @model_validator(mode="after")
-    def _grows(self) -> UpsampleSpec:
-        if self.repeats_frames and self.temporal is not None:
-            raise ValueError("an upsampler doubles frames by a temporal layer or by repeating them, not by both")
-        if self.grows_first and self.temporal is None:
-            raise ValueError("an upsampler without a temporal layer doubles no frame, the first neither")
-        return self
-
-    @property
-    def in_width(self) -> int:
-        """`temporal` keeps the width."""
-        return self.spatial.in_width
-
-    @property
-    def widest_output(self) -> int:
-        """`temporal` runs before the frames grow."""
-        return self.spatial.out_width
-
-    @property
-    def growth(self) -> Factor:
-        """Twice the size; twice the frames with `temporal` or `repeats_frames`."""
-        return (1 if self.temporal is None and not self.repeats_frames else 2, 2, 2)
-
-    @property
-    def enlarges_first(self) -> bool:
-        """Unless `spatial` reads small frames as if they were large."""
-        return not self.spatial.enlarges
-
-    @property
-    def readers(self) -> tuple[Reader, ...]:
-        """`temporal` gives the channels that it takes, so `spatial` reads them too."""
-        return tuple(Reader(layer=name) for name in self.layers)
-
-    @property
-    def ends_stream(self) -> bool:
-        """Its output begins a stage of another size."""
-        return True
-
-    def grid_after(self, grid: Grid) -> Grid:
-        """The first frame of a video is doubled only with `grows_first`."""
-        frames, height, width = super().grid_after(grid)
-        return (2 * grid[0] if self.grows_first else frames, height, width)
-
-    def layer_grid(self, name: str, grid: Grid) -> Grid:
-        """`temporal` runs on small frames, and the first frame of a video passes it unless it is doubled too."""
-        if name != "temporal":
-            return self.grid_after(grid)
-        return grid if self.grows_first else (grid[0] - 1, *grid[1:])
-
-
-class DownsampleSpec(Block):
-    """`spatial` with stride 2 (padded right and below), then optional `temporal` with stride 2 (first frame passes)."""
-
-    kind: Literal["downsample"] = "downsample"
-    spatial: ConvSpec
-    temporal: ConvSpec | None = None
-
-    @property
-    def out_width(self) -> int:
-        """`temporal` keeps the width."""
-        return self.spatial.out_width
-
-    @property
-    def shrinkage(self) -> Factor:
-        """Half the size; half the frames with `temporal`."""
-        return (1 if self.temporal is None else 2, 2, 2)
-
-    @property
-    def ends_stream(self) -> bool:
-        """Its output begins a stage of another size."""
-        return True
-
-    def layer_grid(self, name: str, grid: Grid) -> Grid:
-        """`spatial` runs on all frames, `temporal` on small ones."""
-        after = self.grid_after(grid)
-        return (after[0] - 1, *after[1:]) if name == "temporal" else (grid[0], *after[1:])
-
-
-class ShuffleUpsampleSpec(Block):
-    """`conv`, whose channels then move into time and space: 1 + ft (T - 1) frames, fh and fw times the size.
-
-    Channel c of the output is channels c * ft * fh * fw and following of `conv`, in the order of `factor`; the first
-    ft - 1 frames of a video are dropped. With `residual` the input, moved in the same way and its channels
-    repeated as often as needed, is added.
-    """
-
-    kind: Literal["shuffle_upsample"] = "shuffle_upsample"
-    conv: ConvSpec
-    factor: Factor = (2, 2, 2)
-    residual: bool = False
-
-    @model_validator(mode="after")
-    def _widths_divide(self) -> ShuffleUpsampleSpec:
-        cell = _cell(self.factor)
-        if self.conv.out_width % cell:
-            raise ValueError(f"{self.conv.out_width} channels do not make cells of {cell}")
-        if self.residual and (self.conv.in_width % cell or self.conv.out_width % self.conv.in_width):
-            raise ValueError(f"a residual cannot join {self.conv.in_width} channels to {self.conv.out_width // cell}")
-        return self
-
-    @property
-    def cell(self) -> int:
-        """Positions that one becomes: channels of `conv` per channel of the output."""
-        return _cell(self.factor)
-
-    @property
-    def out_width(self) -> int:
-        """Channels of a cell have become positions."""
-        return self.conv.out_width // self.cell
-
-    @property
-    def widest_output(self) -> int:
-        """`conv` runs before the frames grow."""
-        return self.out_width
-
-    @property
-    def growth(self) -> Factor:
-        """That of a cell."""
-        return self.factor
-
-    @property
-    def carries_input(self) -> bool:
-        """Copies of it, with a residual."""
-        return self.residual
-
-    @property
-    def ends_stream(self) -> bool:
-        """Its output begins a stage of another size."""
-        return True
-
-    def layer_grid(self, name: str, grid: Grid) -> Grid:
-        """`conv` runs before the frames grow."""
-        return grid
-
-
-class StridedDownsampleSpec(Block):
-    """`conv` with the stride `factor`, from the first frame on: 1 + (T - 1) / ft frames. Padded as `conv` says."""
-
-    kind: Literal["strided_downsample"] = "strided_downsample"
-    conv: ConvSpec
-    factor: Factor = (2, 2, 2)
-
-    @property
-    def shrinkage(self) -> Factor:
-        """The stride."""
-        return self.factor
-
-
-class UnshuffleDownsampleSpec(Block):
-    """`conv`, then cells of `factor` positions move into the channels; plus the input's cells, averaged to as many.
-
-    The first frame of a video stands there ft times, which gives 1 + (T - 1) / ft frames.
-    """
-
-    kind: Literal["unshuffle_downsample"] = "unshuffle_downsample"
-    conv: ConvSpec
-    factor: Factor
-
-    @model_validator(mode="after")
-    def _widths_divide(self) -> UnshuffleDownsampleSpec:
-        if self.conv.in_width % self.conv.out_width:
-            raise ValueError(f"cells of {self.conv.in_width} channels cannot be averaged to {self.conv.out_width}")
-        return self
-
-    @property
-    def cell(self) -> int:
-        """Positions that become one: channels of the output per channel of `conv`."""
-        return _cell(self.factor)
-
-    @property
-    def out_width(self) -> int:
-        """Positions of a cell have become channels."""
-        return self.conv.out_width * self.cell
-
-    @property
-    def shrinkage(self) -> Factor:
-        """That of a cell."""
-        return self.factor
-
-    def layer_grid(self, name: str, grid: Grid) -> Grid:
-        """`conv` runs before the frames shrink."""
-        return grid
-
-
-def _cell(factor: Factor) -> int:
-    return factor[0] * factor[1] * factor[2]
-
-
 class HeadSpec(Block):
-    """norm (if not None), activation, conv; the first `lead_frames` frames of a video are dropped before them."""
+    """norm (if not None), activation, conv; the first `lead_frames` frames of a video are dropped first."""
 
     omitted_defaults: ClassVar[tuple[str, ...]] = ("activation", "lead_frames")
+
+    has_still_form: ClassVar[bool] = True
 
     kind: Literal["head"] = "head"
     conv: ConvSpec
@@ -477,12 +289,12 @@ class HeadSpec(Block):
     lead_frames: Annotated[int, Field(ge=0, lt=MAX_FACTOR)] = 0
 
     def grid_after(self, grid: Grid) -> Grid:
-        """Fewer frames by those that are dropped."""
+        """Without the dropped frames."""
         return (grid[0] - self.lead_frames, *grid[1:])
 
     @property
     def norms(self) -> dict[str, tuple[NormSpec, int]]:
-        """Its one, if it has one."""
+        """Its norm, if it has one."""
         return {} if self.norm is None else {"norm": (self.norm, self.conv.in_width)}
 
     @property

@@ -1,8 +1,8 @@
 """The architecture of an encoder or decoder as data: stages of blocks, and the whole.
 
-A spec lists every layer with its operator and widths. Pruned and converted decoders are the same
-code built from another spec, so a spec is all that an artifact needs beside its weights.
-Imports no torch: recipes, tables and the command line read specs without paying for it.
+A spec lists every layer with its operator and widths. Pruned and converted decoders are built by the same code from
+another spec, so a spec is all that an artifact needs beside its weights. Imports no torch: recipes, tables and the
+command line read specs without paying for it.
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ from typing import ClassVar, Literal
 from pydantic import Field, FiniteFloat, model_validator
 
 from flashvaed_cli.decoders.spec.blocks import BlockSpec, HeadSpec, UpsampleSpec
+from flashvaed_cli.decoders.spec.convolutions import point_conv
 from flashvaed_cli.decoders.spec.layers import ConvSpec, FrozenSpec, OmittingSpec, Width
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.limits import MAX_FACTOR, MAX_STAGE_BLOCKS, MAX_STAGES, MAX_TILE_LATENTS
 
 
 class BypassSpec(FrozenSpec):
-    """What enters a stage, brought to the grid that leaves it and added there, past all blocks of the stage.
+    """The input of a stage, brought to its output's grid and added to the output, past all blocks of the stage.
 
     One position of the coarser grid is a *cell* of `temporal_factor` x `spatial_factor` x `spatial_factor` positions
     of the finer one; wide channel c * cell_size + s is channel c at position s of the cell.
 
     Kinds:
         duplicate (up): wide channel w of the output is channel w // n of the input, n = out_width * cell_size /
-            in_width. Or `conv` gives the wide channels: what is left of the copies when either end was pruned.
+            in_width. Or `conv` computes the wide channels: the copies, once either end has been pruned.
         average (down): output channel c is the mean of the n wide channels from c * n on, n = in_width * cell_size /
             out_width.
     The first frame of a video is the last of its cell.
@@ -55,17 +56,17 @@ class BypassSpec(FrozenSpec):
         return self.temporal_factor * self.spatial_factor**2
 
     def narrowed(self, in_width: int, out_width: int) -> BypassSpec:
-        """The same between other widths, with a layer for the copies."""
+        """The same bypass between other widths, with a layer in place of copies."""
         conv = _bypass_conv(in_width, out_width, self.cell_size)
         return self.model_copy(update={"in_width": in_width, "out_width": out_width, "conv": conv})
 
 
 def _bypass_conv(in_width: int, out_width: int, cell_size: int) -> ConvSpec:
-    return ConvSpec(operator="pointwise", in_width=in_width, out_width=out_width * cell_size, kernel=(1, 1, 1))
+    return point_conv(in_width, out_width * cell_size)
 
 
 class StageSpec(FrozenSpec):
-    """A named run of blocks at one resolution, with the resampler that leaves it; `bypass` leads past all of them."""
+    """A named run of blocks at one resolution, up to the resampler that ends it; `bypass` leads past all of them."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
     blocks: tuple[BlockSpec, ...] = Field(min_length=1, max_length=MAX_STAGE_BLOCKS)
@@ -85,10 +86,10 @@ class StageSpec(FrozenSpec):
 
 
 class TemporalTiles(FrozenSpec):
-    """How a coder that sees whole clips takes longer ones: in tiles of `length` latents that begin `stride` apart.
+    """How a coder that sees whole clips takes long ones: in tiles of `length` latents that begin `stride` apart.
 
     Each tile is a clip of its own. Where tiles overlap, the first frame of the later one is dropped, and the frames of
-    the further latents that both have are blended linearly, from the earlier tile to the later one.
+    the other shared latents are blended linearly, from the earlier tile to the later one.
     """
 
     length: int = Field(gt=0, le=MAX_TILE_LATENTS)
@@ -106,7 +107,7 @@ class TemporalTiles(FrozenSpec):
         return self.length - self.stride
 
     def resized(self, length: int) -> TemporalTiles:
-        """Tiles of another length with the same overlap. Raises SpecError where that leaves nothing beside it."""
+        """Tiles of another length with the same overlap. Raises SpecError if nothing is left beside it."""
         if length < 1:
             raise SpecError(f"a clip holds at least 1 latent, not {length}")
         if length <= self.overlap:
@@ -119,9 +120,8 @@ class CoderSpec(OmittingSpec):
 
     `temporal_factor` and `spatial_factor` are pixels per latent: frames = 1 + temporal_factor * (T - 1).
     The blocks see `patch` x `patch` pixels of a frame as channels of one position; `spatial_factor` counts pixels.
-    `still`: no layer works in time, and the decoder is for single images (T = 1), whatever the `temporal_factor` of the
-    latents' family.
-    `temporal_tiles`: of a coder that sees whole clips, how longer ones are cut; None: every clip is taken at once.
+    `still`: no layer works in time, and the decoder is for single images (T = 1), whatever the `temporal_factor`.
+    `temporal_tiles`: for a coder that sees whole clips, how long ones are cut; None: every clip is taken at once.
     """
 
     omitted_defaults: ClassVar[tuple[str, ...]] = ("temporal_tiles",)
@@ -188,11 +188,11 @@ class CoderSpec(OmittingSpec):
         return self
 
     def num_latents(self, num_frames: int) -> int:
-        """Latent frames that hold so many frames of a video; always one for single images."""
+        """Latent frames for so many frames of a video; always one for single images."""
         return 1 if self.still else 1 + -(-(num_frames - 1) // self.temporal_factor)
 
     def num_frames(self, num_latents: int) -> int:
-        """Frames that so many latent frames give."""
+        """Frames for so many latent frames."""
         return 1 + self.temporal_factor * (num_latents - 1)
 
     def require_length(self, num_latents: int) -> None:
@@ -212,7 +212,7 @@ class CoderSpec(OmittingSpec):
     def layers(self) -> Iterator[tuple[str, ConvSpec]]:
         """Every convolution with its address `stage.index.name`, in forward order.
 
-        That of a bypass is `stage.index.bypass`, with the stage's last block, whose output it is added to.
+        That of a bypass is `stage.index.bypass`, where `stage.index` is the stage's last block.
         """
         ending = {address: stage.bypass.conv for address, stage in self.bypassed().items() if stage.bypass}
         for address, block in self.blocks():
@@ -227,12 +227,12 @@ class CoderSpec(OmittingSpec):
 
     @property
     def is_causal(self) -> bool:
-        """Whether no layer sees frames ahead or a whole clip, so that chunks follow each other by a state alone."""
+        """Whether no layer sees frames ahead or a whole clip, so that one chunk need only pass a state to the next."""
         return not self.sees_whole_clip and all(layer.num_ahead == 0 for _, layer in self.layers())
 
     @property
     def sees_whole_clip(self) -> bool:
-        """Whether frames depend on how long the clip is: by norms over clips, or attention over their frames."""
+        """Whether frames depend on the whole clip: through norms over clips, or attention over their frames."""
         return any(block.sees_whole_clip for _, block in self.blocks())
 
     def stage(self, name: str) -> StageSpec:
@@ -257,8 +257,8 @@ class CoderSpec(OmittingSpec):
 class DecoderSpec(CoderSpec):
     """A decoder: latents `[B, C, T, Hz, Wz]`, raw scale, to pixels `[B, 3, F, H, W]` in [-1, 1].
 
-    `decode_timestep`: of a decoder that was conditioned on the timestep (the share of noise in the latents), the one
-    that its norms now stand for; None: there was no such condition.
+    `decode_timestep`: for a decoder that was conditioned on a timestep (the share of noise in the latents), the one
+    that is built into its norms; None: it was not conditioned.
     """
 
     role: Literal["decoder"] = "decoder"
@@ -291,8 +291,8 @@ class DecoderSpec(CoderSpec):
 class EncoderSpec(CoderSpec):
     """An encoder: pixels to latent mean and log-variance, concatenated on the channel axis.
 
-    `shared_variance`: one channel of log-variance for all latent channels, instead of one for each.
-    `opaque`: the first layer reads the opacity of pixels as a fourth colour: 1 for all.
+    `shared_variance`: one channel of log-variance for all latent channels instead of one for each.
+    `opaque`: the first layer reads opacity as a fourth colour, which is 1 for every pixel.
     """
 
     role: Literal["encoder"] = "encoder"

@@ -1,8 +1,8 @@
 """Channel groups: which tensors of a decoder carry the same channels.
 
-A *tensor* is named by the address of the module that puts it out: a block (`up2.0`, the residual stream
-behind it) or a layer (`up2.0.conv1`, the inside of a residual block). A group is chosen jointly: one kept
-set for all its tensors. Derived from the spec alone, so every family has them.
+A *tensor* is named by the address of the module whose output it is: a block (`up2.0`, the residual stream after it) or
+a layer (`up2.0.conv1`, the inside of a residual block). Channels are chosen once per group, for all its tensors. Groups
+are derived from the spec alone, so every family has them.
 
 Reference: arXiv 2602.19161, section 3.1; the residual stream of a stage is one group.
 """
@@ -16,12 +16,12 @@ from itertools import pairwise
 
 from flashvaed_cli.decoders.spec.addresses import stage_of
 from flashvaed_cli.decoders.spec.block import InnerTensor
-from flashvaed_cli.decoders.spec.blocks import BlockSpec, ChainSpec, ResBlockSpec, ShuffleUpsampleSpec
+from flashvaed_cli.decoders.spec.blocks import BlockSpec, ShuffleUpsampleSpec
 from flashvaed_cli.decoders.spec.coders import CoderSpec, StageSpec
 from flashvaed_cli.decoders.spec.layers import ConvSpec
 
 Kept = dict[str, tuple[int, ...]]
-"""Tensor address to the channels that are left, as indices of the reference's channels; absent: all."""
+"""Tensor address to its kept channels, as indices of the reference's channels; absent: all."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class ChannelGroup:
     """Tensors of one stage that share their channels. `name` is `up2.stream`, `up2.entry`, `up2.0.inner` or,
     of the second layer of a chain, `up2.0.inner2`.
 
-    `run`: channels that stay or go together, as they follow each other: those whose statistics a GroupNorm that reads
-    them takes as one. A norm over the groups that are left whole gives what it gave.
+    `run`: number of consecutive channels that stay or go together, because a GroupNorm that reads them takes their
+    statistics together. With whole groups kept, the norm's output on these does not change.
     """
 
     name: str
@@ -41,7 +41,7 @@ class ChannelGroup:
 
 
 def channel_groups(spec: CoderSpec) -> list[ChannelGroup]:
-    """All groups in forward order. The latent, its 1x1 and the pixels belong to none."""
+    """All groups in forward order. The latent, the 1x1 layer on it and the pixels belong to none."""
     found: dict[str, ChannelGroup] = {}
 
     def add(name: str, stage: str, width: int, tensor: str) -> None:
@@ -62,7 +62,7 @@ def channel_groups(spec: CoderSpec) -> list[ChannelGroup]:
 
 
 def _run_of(spec: CoderSpec, group: ChannelGroup) -> int:
-    """The smallest number of channels that is whole to every GroupNorm that reads the tensors of a group."""
+    """The smallest number of channels that holds whole groups of every GroupNorm that reads a group's tensors."""
     blocks, run = dict(spec.blocks()), 1
     for consumer in consumers(spec, group):
         if consumer.norm is not None:
@@ -78,15 +78,11 @@ def _stream_owner(stage: str, block: BlockSpec, next_address: str, following: Bl
     if following.kind == "conv" or block.holds_channels or following.holds_channels:
         return None  # the latent's own channels, or those that a layer norm reads in branches
     next_stage = stage_of(next_address)
-    if (
-        isinstance(block, ResBlockSpec | ChainSpec)
-        and isinstance(following, ShuffleUpsampleSpec)
-        and next_stage == stage
-    ):
-        return f"{stage}.entry"  # other channels than those behind the resampler
+    if isinstance(following, ShuffleUpsampleSpec) and next_stage == stage:
+        return f"{stage}.entry"  # other channels than those after the resampler
     if not block.ends_stream or next_stage == stage:
         return f"{stage}.stream"
-    changes_width = isinstance(following, ResBlockSpec | ChainSpec) and following.shortcut is not None
+    changes_width = "shortcut" in following.layers
     return f"{next_stage}.entry" if changes_width else f"{next_stage}.stream"
 
 
@@ -94,9 +90,8 @@ def _stream_owner(stage: str, block: BlockSpec, next_address: str, following: Bl
 class Consumer:
     """Something that reads a tensor of a group.
 
-    `layer` is its address, `norm` that of the norm (with SiLU, or before attention or a shortcut without) in front of
-    it; None:
-    it reads the tensor as it is. Without a layer it is an identity shortcut or a bypass of copies, which carries
+    `layer` is its address, `norm` that of the norm before it (with SiLU, but before attention or a shortcut without);
+    None: it reads the tensor as it is. Without a layer it is an identity shortcut or a bypass of copies, which carries
     all channels on into another group.
     """
 
@@ -105,10 +100,9 @@ class Consumer:
 
 
 def producers(spec: CoderSpec, group: ChannelGroup) -> list[str]:
-    """Addresses of the layers whose outputs, added up where there are several, are the tensors of a group.
+    """Addresses of the layers whose outputs (or the sums of these) are the tensors of a group.
 
-    The layer of a bypass, or before a shuffle, gives as many outputs per channel as a cell has positions, one after
-    another.
+    The layer of a bypass, or before a shuffle, has as many consecutive outputs per channel as a cell has positions.
     """
     blocks, bypassed = dict(spec.blocks()), spec.bypassed()
     found: list[str] = []
@@ -125,14 +119,14 @@ def producers(spec: CoderSpec, group: ChannelGroup) -> list[str]:
 
 
 def _inner_tensor(blocks: Mapping[str, BlockSpec], tensor: str) -> tuple[str, InnerTensor]:
-    """The address of the block that a tensor is inside of, and what is known of it there."""
+    """The block that a tensor is inside of, by address, and the tensor."""
     stage, index, name = tensor.split(".", 2)
     address = f"{stage}.{index}"
     return address, blocks[address].inner_tensors[name]
 
 
 def is_gated(spec: CoderSpec, tensor: str) -> bool:
-    """Whether the layer that gives a tensor has all values, then all gates, instead of a channel's outputs in turn."""
+    """Whether a tensor's producer has first all values, then all gates, rather than each channel's outputs together."""
     blocks = dict(spec.blocks())
     return tensor not in blocks and _inner_tensor(blocks, tensor)[1].gated
 
@@ -142,10 +136,10 @@ def _bypass_conv(stage: StageSpec) -> ConvSpec | None:
 
 
 def consumers(spec: CoderSpec, group: ChannelGroup) -> list[Consumer]:
-    """All that reads the tensors of a group, in forward order.
+    """All consumers of the tensors of a group, in forward order.
 
-    Where an identity carries a tensor on within its group, the consumers of the next tensor stand for it. A
-    temporal upsampler gives the channels that it takes, so what comes behind it (`spatial`) reads them too.
+    An identity that carries a tensor on within its group is not one; the next tensor's consumers are listed instead. A
+    temporal upsampler keeps the channels of its input, so the layer after it (`spatial`) reads them too.
     """
     blocks = list(spec.blocks())
     if group.tensors[0] not in dict(blocks):
@@ -166,7 +160,7 @@ def consumers(spec: CoderSpec, group: ChannelGroup) -> list[Consumer]:
 
 
 def _readers(address: str, block: BlockSpec, *, leaves_group: bool) -> Iterator[Consumer]:
-    """What reads the tensor that enters a block."""
+    """The consumers of a block's input."""
     for one in block.readers:
         yield Consumer(f"{address}.{one.layer}", one.norm and f"{address}.{one.norm}")
     if block.carries_input and leaves_group:
@@ -174,7 +168,7 @@ def _readers(address: str, block: BlockSpec, *, leaves_group: bool) -> Iterator[
 
 
 def input_tensors(spec: CoderSpec) -> dict[str, str | None]:
-    """Block address to the address of the block whose output it reads; None for what the first one reads."""
+    """Block address to the address of the block whose output it reads; None for the first block."""
     before: str | None = None
     inputs: dict[str, str | None] = {}
     for address, _ in spec.blocks():
@@ -189,7 +183,7 @@ def tensor_widths(spec: CoderSpec) -> dict[str, int]:
 
 
 def compose_kept(first: Kept, second: Kept) -> Kept:
-    """Kept channels after two steps: `second` indexes what `first` left. Both relative to their own input."""
+    """Kept channels after two steps: `second` holds indices of the channels that `first` kept."""
     composed = dict(first)
     for tensor, kept in second.items():
         before = first.get(tensor)

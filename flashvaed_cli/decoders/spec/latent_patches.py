@@ -1,7 +1,7 @@
 """Latent statistics per channel, or per channel and place in patches of 2x2.
 
 FLUX.2's diffusion models take patches of 2x2 latents as 4 C channels and normalise each of these, so a latent's mean
-and deviation depend on whether its row and column are even. Decoders take the C channels themselves.
+and deviation depend on whether its row and column are even. Decoders take the C channels.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ PATCH = 2
 
 
 def are_per_place(num_figures: int, latent_width: int) -> bool:
-    """Whether that many figures are one for each channel of 2x2 patches, rather than one for each channel."""
+    """Whether so many figures are one for each channel of 2x2 patches, not one for each latent channel."""
     return num_figures == latent_width * PATCH**2
 
 
@@ -33,6 +33,6 @@ def per_channel(
 
 
 def per_place(figures: Sequence[float], num_figures: int) -> tuple[float, ...]:
-    """One figure for each channel of patches, from those or from one for each latent channel."""
+    """One figure for each channel of patches, repeated if there is one for each latent channel."""
     times = num_figures // len(figures)
     return tuple(figure for figure in figures for _ in range(times))

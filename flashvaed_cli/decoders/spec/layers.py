@@ -21,14 +21,14 @@ _Taps = Annotated[int, Field(gt=0, le=MAX_TAPS)]
 Kernel = tuple[_Taps, _Taps, _Taps]
 _Cells = Annotated[int, Field(gt=0, le=MAX_FACTOR)]
 Factor = tuple[_Cells, _Cells, _Cells]
-"""Frames, rows and columns that one position becomes, or that become one."""
+"""Frames, rows and columns made of one position, or made into one."""
 SpacePadding = Literal["zeros", "reflect", "replicate"]
-"""What a kernel reads beyond a frame: zeros, the frame mirrored at its outermost pixels, or those pixels again."""
+"""What a kernel reads beyond a frame's border: zeros, the frame mirrored at its outermost pixels, or those repeated."""
 TimePadding = Literal["zeros", "first", "edges", "zeros_around"]
-"""What a kernel reads beyond a video: zeros before it, or its first frame again; centred: both edge frames again, or
-zeros before and after it."""
+"""What a kernel reads beyond a video's ends: zeros before it, or its first frame repeated; centred: both edge frames
+repeated, or zeros before and after it."""
 CENTRED: frozenset[TimePadding] = frozenset({"edges", "zeros_around"})
-"""The paddings of kernels that see as many frames ahead as behind; the others are causal."""
+"""The paddings of kernels that see as many frames ahead as back; the others are causal."""
 Activation = Literal["none", "relu", "silu"]
 
 
@@ -39,16 +39,16 @@ class FrozenSpec(BaseModel):
 
 
 class OmittingSpec(FrozenSpec):
-    """A part that leaves some fields out of headers where they have their default.
+    """A part that leaves fields with their default out of headers.
 
-    Artifacts without what these fields say stay readable for versions that do not know them.
+    Artifacts that do not use these fields stay readable for versions that do not know them.
     """
 
     omitted_defaults: ClassVar[tuple[str, ...]] = ()
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        """The fields, less those of `omitted_defaults` that say nothing new."""
+        """The fields, without those of `omitted_defaults` that have their default."""
         absent = {
             name for name in self.omitted_defaults if getattr(self, name) == type(self).model_fields[name].default
         }
@@ -60,7 +60,7 @@ class LatentEntrySpec(FrozenSpec):
 
     Attributes:
         mean, std: per channel, so that normalized = (raw - mean) / std; both empty: the latents stay raw.
-        limit: what the latents are held within, by limit * tanh(latents / limit); None: no clamp.
+        limit: bound of the latents' magnitude, by limit * tanh(latents / limit); None: no clamp.
     """
 
     mean: tuple[FiniteFloat, ...] = ()
@@ -75,15 +75,16 @@ class LatentEntrySpec(FrozenSpec):
 
 
 class NormSpec(OmittingSpec):
-    """Each position divided by its root mean square over the channels, then what is learned; or GroupNorm.
+    """RMS norm of each position over the channels, or GroupNorm; then a learned gain and shift.
 
     Attributes:
-        eps: added to the mean square (to the variance, with `groups`); None: the norm of the vector is held above
+        eps: added to the mean square (with `groups`, to the variance); None: the vector's norm is clamped to at least
             1e-12 instead.
         gain: a factor per channel, `gamma`.
         shift: a summand per channel, `beta`.
-        groups: runs of equally many channels that are normalised by their own mean and variance, each over a whole
-            frame, or over all frames of a clip; None: no GroupNorm.
+        groups: number of equal runs of channels, each normalised by its own mean and variance.
+            None: no GroupNorm.
+        over: what a group's statistics are taken over: each frame, or all frames of a clip.
     """
 
     omitted_defaults: ClassVar[tuple[str, ...]] = ("groups", "over")
@@ -103,7 +104,7 @@ class NormSpec(OmittingSpec):
         return self
 
     def narrowed(self, width: int, kept: int) -> NormSpec:
-        """The norm over `kept` of `width` channels: with a gain, and of GroupNorm the groups that are left whole.
+        """The norm over `kept` of `width` channels: with a gain; a GroupNorm keeps the groups that are whole.
 
         Raises:
             ValueError: `kept` is no whole number of groups.
@@ -153,12 +154,12 @@ class ConvSpec(OmittingSpec):
 
     @property
     def num_past(self) -> int:
-        """Frames before a position that the layer reads for it."""
+        """Frames before a position that the layer reads."""
         return self.kernel[0] - 1 - self.num_ahead
 
     @property
     def num_ahead(self) -> int:
-        """Frames behind a position that the layer reads for it: none where it is causal."""
+        """Frames after a position that the layer reads; 0 if it is causal."""
         return self.kernel[0] // 2 if self.time_padding in CENTRED else 0
 
     @property

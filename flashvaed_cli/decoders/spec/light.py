@@ -1,17 +1,17 @@
-"""Light decoders for the latents of another network: three shapes, each fitted to the grid of a given original.
+"""Light decoders for the latents of another network: four shapes, each fitted to the grid of a given original.
 
-They have few norms and no attention, and are trained from the original's frames alone. Where the original doubles the
-frames, so do they: 1 + f (T - 1) frames come out. Time is seen by causal layers only, so chunks follow each other by a
-state. Imports no torch.
+They have few norms and no attention, and are trained on the original's frames alone. They double the frames where the
+original does: 1 + f (T - 1) frames come out. Only causal layers work in time, so chunks are connected by a state.
+Imports no torch.
 
 Shapes:
     tae: chains of three convolutions and nearest upsampling, one width throughout, latents clamped at the entry. For
         video, the first layer of every chain reads the previous frame too.
     temporal-tae: chains on frames; time is seen by causal residual layers of (3, 1, 1) after the first upsampling.
-        Departs from the published one, which is not causal, has GroupNorm over all frames of a clip, attention in each
-        frame and bilinear upsampling.
+        Departure: the published one is not causal and has GroupNorm over all frames of a clip, attention in each frame
+        and bilinear upsampling.
     lean: LeanVAE's gated layers on the grid of the latents, without its iterations, and cells of pixels by a Haar
-        transform; for originals on that grid, 4 x 8 x 8, alone.
+        transform; only for originals on its grid, 4 x 8 x 8.
     efficientvit: chains of two convolutions, pixel shuffles with copies past them, one RMS norm before the last layer.
         The published decoder of this name has no attention either.
 
@@ -34,6 +34,7 @@ from flashvaed_cli.decoders.spec.blocks import (
     UpsampleSpec,
 )
 from flashvaed_cli.decoders.spec.coders import BypassSpec, DecoderSpec, StageSpec
+from flashvaed_cli.decoders.spec.convolutions import frame_conv, point_conv, time_conv
 from flashvaed_cli.decoders.spec.layers import ConvSpec, LatentEntrySpec, NormSpec
 from flashvaed_cli.decoders.spec.naf_blocks import CELL, CellHeadSpec, IstaSpec, cell_head_spec, naf_spec
 from flashvaed_cli.errors import SpecError
@@ -43,13 +44,13 @@ from flashvaed_cli.recipe.fields import StudentShape
 LightShape = StudentShape
 
 LATENT_LIMIT = 3.0
-"""Normalized latents are clamped softly within this, as TAESD does."""
+"""Normalized latents are clamped softly to this magnitude, as in TAESD."""
 _COLOURS = 3
 _ROUND_TO = 8
 _TAE_DEPTHS, _TEMPORAL_DEPTHS = (3, 3, 3, 1), (3, 2, 2, 1)
 _EFFICIENT_DEPTHS = (10, 5)
 _SHARES: dict[LightShape, float] = {"efficientvit": 1 / 3, "lean": 4 / 3}
-_LEAN_BRANCHES = 4  # a quarter of the channels is for low bands, the rest for high ones
+_LEAN_BRANCHES = 4  # a quarter of the channels is for low bands, the rest for high bands
 _LEAN_FUSION, _LEAN_SEPARATE = 4, 2
 _WIDEST_LAYER = 8  # times the width: the shuffle of an efficientvit that doubles frames, rows and columns
 _HEAD_NORM = NormSpec(eps=1e-5, gain=True, shift=True)
@@ -57,7 +58,7 @@ _HEAD_NORM = NormSpec(eps=1e-5, gain=True, shift=True)
 
 @dataclass(frozen=True)
 class _Ground:
-    """What a light decoder takes over from the original: its grid, and the scale of its latents."""
+    """What a light decoder has in common with the original: its grid, and the scale of its latents."""
 
     original: DecoderSpec
     doubles_frames: tuple[bool, ...]
@@ -73,7 +74,7 @@ class _Ground:
         return self.original.temporal_factor > 1 and not self.original.still
 
     def decoder(self, stages: Sequence[StageSpec], *, patch: int) -> DecoderSpec:
-        """The whole, with the original's family and factors."""
+        """A decoder of these stages with the original's family and factors."""
         original = self.original
         return DecoderSpec(
             family=original.family,
@@ -99,8 +100,8 @@ def light_spec(
         width: channels; None: see `default_width`.
         mean, std: of the raw latents, per channel; empty: the decoder reads them raw.
     Raises:
-        SpecError: the original grows otherwise than by doublings of the size, the width does not suit the shape, or it
-            is beyond `MAX_WIDTH` in some layer.
+        SpecError: the original grows by other factors than powers of two, the width does not suit the shape, or some
+            layer would be wider than `MAX_WIDTH`.
     """
     ground = _Ground(original, _doublings(original), mean, std)
     width = default_width(shape, original) if width is None else width
@@ -119,7 +120,7 @@ def default_width(shape: LightShape, original: DecoderSpec) -> int:
 
 
 def light_shape(spec: DecoderSpec) -> LightShape | None:
-    """Which light decoder this is, by its blocks; None for any other decoder."""
+    """Which light decoder this is, judged by its blocks; None if it is none."""
     blocks = [block for _, block in spec.blocks()]
     if isinstance(blocks[-1], CellHeadSpec) and not any(isinstance(block, IstaSpec) for block in blocks):
         return "lean"
@@ -131,7 +132,7 @@ def light_shape(spec: DecoderSpec) -> LightShape | None:
 
 
 def has_same_blocks(first: DecoderSpec, second: DecoderSpec) -> bool:
-    """Whether two decoders have blocks of the same kinds at the same addresses; else one is of another shape."""
+    """Whether two decoders have blocks of the same kinds at the same addresses."""
     return [(address, block.kind) for address, block in first.blocks()] == [
         (address, block.kind) for address, block in second.blocks()
     ]
@@ -140,7 +141,7 @@ def has_same_blocks(first: DecoderSpec, second: DecoderSpec) -> bool:
 def _doublings(original: DecoderSpec) -> tuple[bool, ...]:
     """For every doubling of the size in the original, whether it doubles the frames too.
 
-    Frames that the original doubles by themselves are doubled with the next size that has no doubling of frames.
+    If the original doubles frames alone, they are doubled with the next size that does not double frames already.
     """
     found: list[bool] = []
     pending = 0
@@ -149,23 +150,15 @@ def _doublings(original: DecoderSpec) -> tuple[bool, ...]:
         if height != width or any(side.bit_count() != 1 for side in block.growth):
             raise SpecError(
                 f"no light decoder for {original.family}: {address} makes {block.growth} frames, rows and columns of "
-                "one, and light decoders double what they enlarge"
+                "one, and light decoders only double"
             )
         pending += frames.bit_length() - 1
         for _ in range(height.bit_length() - 1):
             found.append(pending > 0)
             pending -= pending > 0
     if pending:
-        raise SpecError(f"no light decoder for {original.family}: it doubles the frames behind the last size")
+        raise SpecError(f"no light decoder for {original.family}: it doubles the frames after the last size")
     return tuple(found)
-
-
-def _frame(in_width: int, out_width: int) -> ConvSpec:
-    return ConvSpec(operator="frame2d", in_width=in_width, out_width=out_width, kernel=(1, 3, 3))
-
-
-def _point(in_width: int, out_width: int) -> ConvSpec:
-    return ConvSpec(operator="pointwise", in_width=in_width, out_width=out_width, kernel=(1, 1, 1))
 
 
 def _with_previous_frame(width: int) -> ConvSpec:
@@ -173,11 +166,11 @@ def _with_previous_frame(width: int) -> ConvSpec:
 
 
 def _chain(width: int, *, num_layers: int, sees_past: bool, activates: bool) -> ChainSpec:
-    first = _with_previous_frame(width) if sees_past else _frame(width, width)
+    first = _with_previous_frame(width) if sees_past else frame_conv(width, width)
     return ChainSpec(
         conv1=first,
-        conv2=_frame(width, width),
-        conv3=_frame(width, width) if num_layers == 3 else None,
+        conv2=frame_conv(width, width),
+        conv3=frame_conv(width, width) if num_layers == 3 else None,
         activation="relu" if activates else "none",
     )
 
@@ -189,8 +182,8 @@ def _tae(ground: _Ground, width: int) -> DecoderSpec:
 def _temporal_tae(ground: _Ground, width: int) -> DecoderSpec:
     if not ground.has_time:
         raise SpecError("temporal-tae sees several frames, and this decoder is of single images: take tae")
-    on_frame = ResBlockSpec(conv1=_frame(width, width), conv2=_frame(width, width))
-    taps = ConvSpec(operator="causal3d", in_width=width, out_width=width, kernel=(3, 1, 1))
+    on_frame = ResBlockSpec(conv1=frame_conv(width, width), conv2=frame_conv(width, width))
+    taps = time_conv(width, width)
     over_time = ResBlockSpec(conv1=taps, conv2=taps)
     middle = StageSpec(name="mid", blocks=(on_frame, over_time) * 2)
     return _tae_like(ground, width, _TEMPORAL_DEPTHS, sees_past=False, bottleneck=middle)
@@ -201,18 +194,18 @@ def _tae_like(
 ) -> DecoderSpec:
     """The entry, chains before each upsampling and after the last, the head; `bottleneck` follows the first."""
     entry = LatentEntrySpec(mean=ground.mean, std=ground.std, limit=LATENT_LIMIT)
-    conv_in = ConvBlockSpec(conv=_frame(ground.latent_width, width), activation="relu", entry=entry)
+    conv_in = ConvBlockSpec(conv=frame_conv(ground.latent_width, width), activation="relu", entry=entry)
     stages = [StageSpec(name="conv_in", blocks=(conv_in,))]
     chain = _chain(width, num_layers=3, sees_past=sees_past, activates=True)
     for index, doubles in enumerate(ground.doubles_frames):
-        temporal = _point(width, 2 * width) if doubles and ground.has_time else None
-        upsample = UpsampleSpec(temporal=temporal, spatial=_frame(width, width))
+        temporal = point_conv(width, 2 * width) if doubles and ground.has_time else None
+        upsample = UpsampleSpec(temporal=temporal, spatial=frame_conv(width, width))
         blocks: list[BlockSpec] = [chain] * depths[min(index, len(depths) - 2)]
         stages.append(StageSpec(name=f"up{index}", blocks=(*blocks, upsample)))
         if index == 0 and bottleneck is not None:
             stages.append(bottleneck)
     stages.append(StageSpec(name=f"up{len(ground.doubles_frames)}", blocks=(chain,) * depths[-1]))
-    head = HeadSpec(conv=_frame(width, _COLOURS * ground.original.patch**2), norm=None, activation="none")
+    head = HeadSpec(conv=frame_conv(width, _COLOURS * ground.original.patch**2), norm=None, activation="none")
     return ground.decoder([*stages, StageSpec(name="head", blocks=(head,))], patch=ground.original.patch)
 
 
@@ -229,14 +222,14 @@ def _efficientvit(ground: _Ground, width: int) -> DecoderSpec:
         doublings, patch = doublings[:-1], 2 * patch
     entry = BypassSpec(kind="duplicate", in_width=latent_width, out_width=2 * width)
     stages = [
-        StageSpec(name="post_quant", blocks=(ConvBlockSpec(conv=_point(latent_width, latent_width)),)),
-        StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=_frame(latent_width, 2 * width)),), bypass=entry),
+        StageSpec(name="post_quant", blocks=(ConvBlockSpec(conv=point_conv(latent_width, latent_width)),)),
+        StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=frame_conv(latent_width, 2 * width)),), bypass=entry),
     ]
     chain = _chain(width, num_layers=2, sees_past=ground.has_time, activates=False)
     before = 2 * width
     for index, doubles in enumerate(doublings):
         frames = 2 if doubles and ground.has_time else 1
-        shuffle = ShuffleUpsampleSpec(conv=_frame(before, 4 * frames * width), factor=(frames, 2, 2))
+        shuffle = ShuffleUpsampleSpec(conv=frame_conv(before, 4 * frames * width), factor=(frames, 2, 2))
         copies = BypassSpec(
             kind="duplicate", in_width=before, out_width=width, temporal_factor=frames, spatial_factor=2
         )
@@ -244,12 +237,12 @@ def _efficientvit(ground: _Ground, width: int) -> DecoderSpec:
         stages.append(StageSpec(name=f"shuffle{index + 1}", blocks=(shuffle,), bypass=copies))
         stages.append(StageSpec(name=f"up{index + 1}", blocks=(chain,) * depth))
         before = width
-    head = HeadSpec(conv=_frame(before, _COLOURS * patch**2), norm=_HEAD_NORM, activation="relu")
+    head = HeadSpec(conv=frame_conv(before, _COLOURS * patch**2), norm=_HEAD_NORM, activation="relu")
     return ground.decoder([*stages, StageSpec(name="head", blocks=(head,))], patch=patch)
 
 
 def _lean(ground: _Ground, width: int) -> DecoderSpec:
-    """A 1x1 that normalizes the latents, the entry, gated layers on all channels, then on low and high ones, cells."""
+    """A 1x1 that normalizes the latents, the entry, gated layers on all channels, then on low and high ones; head."""
     original, latent_width = ground.original, ground.latent_width
     grid = (original.temporal_factor, original.spatial_factor, original.spatial_factor)
     if grid != CELL or original.still:
@@ -261,8 +254,8 @@ def _lean(ground: _Ground, width: int) -> DecoderSpec:
         raise SpecError(f"lean has a branch of a quarter of its channels: its width is a multiple of 4, not {width}")
     low = width // _LEAN_BRANCHES
     stages = (
-        StageSpec(name="post_quant", blocks=(ConvBlockSpec(conv=_point(latent_width, latent_width)),)),
-        StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=_point(latent_width, width)),)),
+        StageSpec(name="post_quant", blocks=(ConvBlockSpec(conv=point_conv(latent_width, latent_width)),)),
+        StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=point_conv(latent_width, width)),)),
         StageSpec(name="fusion", blocks=(naf_spec(width),) * _LEAN_FUSION),
         StageSpec(name="branches", blocks=(naf_spec(low, width - low),) * _LEAN_SEPARATE),
         StageSpec(name="head", blocks=(cell_head_spec(low, width - low),)),
@@ -271,7 +264,7 @@ def _lean(ground: _Ground, width: int) -> DecoderSpec:
 
 
 def _latent_step(latent_width: int) -> int:
-    """What the width of an efficientvit is a multiple of, so that twice the width is one of the latent channels."""
+    """What the width of an efficientvit is a multiple of, so that twice the width is one of the latent width."""
     return latent_width // 2 if latent_width % 2 == 0 else latent_width
 
 

@@ -1,6 +1,6 @@
 """The blocks of LeanVAE as data: gated layers over branches of the channels, the ISTA bottleneck, cells of pixels.
 
-Their layers are named by paths (`branches.0.expand`), as their modules are. Every layer has a bias, which is zero where
+Their layers have paths as names (`branches.0.expand`), as their modules do. Every layer has a bias, which is zero if
 the released weights have none. Imports no torch.
 
 Reference: LeanVAE, arXiv 2503.14325.
@@ -9,25 +9,26 @@ Reference: LeanVAE, arXiv 2503.14325.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from flashvaed_cli.decoders.spec.block import Block, Grid, InnerTensor, Reader
+from flashvaed_cli.decoders.spec.convolutions import point_conv
 from flashvaed_cli.decoders.spec.layers import ConvSpec, Factor, FrozenSpec
 from flashvaed_cli.limits import MAX_STAGE_BLOCKS
 
 CELL: Factor = (4, 8, 8)
-"""Frames, rows and columns of pixels that one latent stands for; of the first frame (1, 8, 8)."""
+"""Frames, rows and columns of pixels per latent; of the first frame (1, 8, 8)."""
 PATCH: Factor = (2, 4, 4)
-"""Of the bands of a Haar transform of such a cell; of the first frame's (1, 4, 4)."""
+"""The same in each band of a cell's Haar transform; of the first frame (1, 4, 4)."""
 COLOURS = 3
 PARTS = ("low", "high")
 _NUM_BANDS = {"video": {"low": 1, "high": 7}, "image": {"low": 1, "high": 3}}
 
 
 def band_width(medium: str, part: str) -> int:
-    """Values of a patch: of all low or all high bands of a cell of a video, or of the first frame (`image`)."""
+    """Values per cell in all low or all high bands, of a video or of its first frame (`image`)."""
     frames = PATCH[0] if medium == "video" else 1
     return COLOURS * _NUM_BANDS[medium][part] * frames * PATCH[1] * PATCH[2]
 
@@ -48,12 +49,14 @@ class BranchSpec(FrozenSpec):
 
     @property
     def width(self) -> int:
-        """Channels that it reads and gives."""
+        """Width of its input and of its output."""
         return self.expand.in_width
 
 
 class NafSpec(Block):
     """`depthwise`, then on each branch of the channels a gated feed-forward layer; with `residual` each is added."""
+
+    has_path_names: ClassVar[bool] = True
 
     kind: Literal["naf"] = "naf"
     depthwise: ConvSpec
@@ -97,7 +100,7 @@ class NafSpec(Block):
 
     @property
     def inner_tensors(self) -> dict[str, InnerTensor]:
-        """What the gates let through."""
+        """The values after their gates."""
         found = {}
         for index, branch in enumerate(self.branches):
             group = "inner" if len(self.branches) == 1 else f"inner{index}"
@@ -118,7 +121,7 @@ class NafSpec(Block):
 
     @property
     def out_width(self) -> int:
-        """That of all branches."""
+        """That of all branches together."""
         return self.depthwise.out_width
 
     @property
@@ -128,12 +131,12 @@ class NafSpec(Block):
 
     @property
     def carries_input(self) -> bool:
-        """It is residual."""
+        """If it is residual."""
         return self.residual
 
     @property
     def holds_channels(self) -> bool:
-        """Norms over all of a branch, and a depthwise layer."""
+        """Because of norms over whole branches, and a depthwise layer."""
         return True
 
 
@@ -141,11 +144,13 @@ _Run = tuple[NafSpec, ...]
 
 
 class IstaSpec(Block):
-    """The latents' inversion by K steps of a learned iterative shrinkage, from z `[d]` to p `[width]`.
+    """Inverts the map to the latents by K steps of learned iterative shrinkage: z `[d]` to p `[width]`.
 
     p = `start` z; then K times r = p - step * measureᵀ(measure p - z) and p = r + synthesis(shrink(analysis r)).
-    `analysis` and `synthesis` are a run of naf blocks for each step; step and threshold are a number for each.
+    `analysis` and `synthesis` hold a run of naf blocks for each step; each step has a step size and a threshold.
     """
+
+    has_path_names: ClassVar[bool] = True
 
     kind: Literal["ista"] = "ista"
     start: ConvSpec
@@ -158,7 +163,7 @@ class IstaSpec(Block):
         if len(self.analysis) != len(self.synthesis):
             raise ValueError(f"{len(self.analysis)} steps of analysis, {len(self.synthesis)} of synthesis")
         if (self.start.in_width, self.start.out_width) != (self.measure.out_width, self.measure.in_width):
-            raise ValueError("measure and start have each other's widths swapped")
+            raise ValueError("the widths of start must be those of measure, swapped")
         if any(unit.in_width != self.out_width for unit in self.units.values()):
             raise ValueError(f"a step works on {self.out_width} channels")
         return self
@@ -197,7 +202,7 @@ class IstaSpec(Block):
         )
 
     def num_uses(self, name: str) -> int:
-        """`measure` is used both ways in every step."""
+        """`measure` is applied twice in every step, once transposed."""
         return 2 * len(self.analysis) if name == "measure" else 1
 
     @property
@@ -210,7 +215,7 @@ class IstaSpec(Block):
 
     @property
     def norm_parameters(self) -> int:
-        """Those of its naf blocks; and a step and a threshold for every step."""
+        """Those of its naf blocks, and the step size and threshold of every step."""
         return 2 * len(self.analysis) + sum(unit.norm_parameters for unit in self.units.values())
 
     @property
@@ -230,7 +235,7 @@ class IstaSpec(Block):
 
     @property
     def paths(self) -> tuple[tuple[str, ...], ...]:
-        """All depthwise layers follow each other."""
+        """All depthwise layers, one after another."""
         return (tuple(name for name in self.layers if name.endswith("depthwise")),)
 
     @property
@@ -240,17 +245,19 @@ class IstaSpec(Block):
 
     @property
     def writers(self) -> tuple[str, ...]:
-        """The last layer, and what the steps carry on."""
+        """The last layer, and the first, whose output the steps carry on."""
         return (list(self.layers)[-1], "start")
 
     @property
     def holds_channels(self) -> bool:
-        """Every step carries all of them on."""
+        """Because every step carries all of them on."""
         return True
 
 
 class _CellSpec(Block):
     """What stem and head share: a pointwise layer for low and high bands, of the first frame and of later cells."""
+
+    has_path_names: ClassVar[bool] = True
 
     video_low: ConvSpec
     video_high: ConvSpec
@@ -264,7 +271,7 @@ class _CellSpec(Block):
 
     @property
     def holds_channels(self) -> bool:
-        """Low and high ones are read apart."""
+        """Because low and high ones are read by different layers."""
         return True
 
 
@@ -299,7 +306,7 @@ class CellStemSpec(_CellSpec):
         return tuple(Reader(layer=name) for name in self.layers)
 
     def layer_grid(self, name: str, grid: Grid) -> Grid:
-        """The first frame has layers of its own."""
+        """The first frame has its own layers."""
         frames, height, width = self.grid_after(grid)
         return (1 if name.startswith("image") else frames - 1, height, width)
 
@@ -321,7 +328,7 @@ class CellHeadSpec(_CellSpec):
 
     @property
     def widest_output(self) -> int:
-        """Counted at the size of the pixels."""
+        """At the size of the pixels."""
         return COLOURS
 
     @property
@@ -335,12 +342,12 @@ class CellHeadSpec(_CellSpec):
         return tuple(Reader(layer=name) for name in self.layers)
 
     def layer_grid(self, name: str, grid: Grid) -> Grid:
-        """The first frame has layers of its own."""
+        """The first frame has its own layers."""
         return (1 if name.startswith("image") else grid[0] - 1, *grid[1:])
 
 
 def inner_width(width: int) -> int:
-    """Values of the gated layer of a branch: two thirds of four times its width, rounded down."""
+    """Inner width of a branch of `width` channels: two thirds of four times that, rounded down."""
     return int(4 * (2 / 3) * width)
 
 
@@ -349,32 +356,27 @@ def naf_spec(*widths: int, residual: bool = True) -> NafSpec:
     width = sum(widths)
     depthwise = ConvSpec(operator="depthwise3d", in_width=width, out_width=width, kernel=(3, 3, 3))
     branches = tuple(
-        BranchSpec(expand=point_spec(one, 2 * inner_width(one)), contract=point_spec(inner_width(one), one))
+        BranchSpec(expand=point_conv(one, 2 * inner_width(one)), contract=point_conv(inner_width(one), one))
         for one in widths
     )
     return NafSpec(depthwise=depthwise, branches=branches, residual=residual)
 
 
-def point_spec(in_width: int, out_width: int) -> ConvSpec:
-    """A pointwise layer."""
-    return ConvSpec(operator="pointwise", in_width=in_width, out_width=out_width, kernel=(1, 1, 1))
-
-
 def cell_head_spec(low: int, high: int) -> CellHeadSpec:
-    """The head behind low and high branches of the given widths."""
+    """The head after low and high branches of the given widths."""
     return CellHeadSpec(
-        video_low=point_spec(low, band_width("video", "low")),
-        video_high=point_spec(high, band_width("video", "high")),
-        image_low=point_spec(low, band_width("image", "low")),
-        image_high=point_spec(high, band_width("image", "high")),
+        video_low=point_conv(low, band_width("video", "low")),
+        video_high=point_conv(high, band_width("video", "high")),
+        image_low=point_conv(low, band_width("image", "low")),
+        image_high=point_conv(high, band_width("image", "high")),
     )
 
 
 def cell_stem_spec(low: int, high: int) -> CellStemSpec:
     """The stem before low and high branches of the given widths."""
     return CellStemSpec(
-        video_low=point_spec(band_width("video", "low"), low),
-        video_high=point_spec(band_width("video", "high"), high),
-        image_low=point_spec(band_width("image", "low"), low),
-        image_high=point_spec(band_width("image", "high"), high),
+        video_low=point_conv(band_width("video", "low"), low),
+        video_high=point_conv(band_width("video", "high"), high),
+        image_low=point_conv(band_width("image", "low"), low),
+        image_high=point_conv(band_width("image", "high"), high),
     )

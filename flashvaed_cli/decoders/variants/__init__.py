@@ -1,1 +1,1 @@
-"""A decoder made into another: exact operators, single images, widened bypasses, scaled half precision, noise."""
+"""Decoders rewritten: exact operators, single images, low-rank layers as dense ones, scaling for float16."""

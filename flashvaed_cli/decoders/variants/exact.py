@@ -1,7 +1,7 @@
 """The same network with its fastest exact operators, and back.
 
-Which twin a layer gets was measured on a CPU (one core with AVX-512, torch 2.15, channels-last, 5 or 9 frames
-of 16 to 256 pixels; milliseconds of the plain operator / the twin, float32 and bfloat16):
+The choice of twins was measured on a CPU (one core with AVX-512, torch 2.15, channels-last, 5 or 9 frames of 16 to 256
+pixels; milliseconds of the plain operator / the twin, float32 and bfloat16):
 
     layer                          twin          float32      bfloat16
     causal3d 3x3x3, 384 to 384     winograd3d    359 / 165    tapwise3d: 43 / 36
@@ -14,9 +14,9 @@ of 16 to 256 pixels; milliseconds of the plain operator / the twin, float32 and 
     upsampler's frame2d, 192 to 96 subpixel2d    109 / 54      55 / 30
     upsampler's frame2d, 24 to 12  subpixel2d     11 / 5.5    6.2 / 3.1
 
-And for LTX (3x3x3, 2 to 17 frames of 8 to 64 pixels, one core of an AMD EPYC with AVX-512, processor time of the
-plain operator over that of the twin; edge frames repeated, zeros / mirrored around the frames; with the first frame
-repeated or a past 1.2 to 2.4):
+For LTX (3x3x3, 2 to 17 frames of 8 to 64 pixels, one core of an AMD EPYC with AVX-512; processor time of the plain
+operator over that of the twin; edge frames repeated, zeros / mirrored around the frames; 1.2 to 2.4 with the first
+frame repeated or a past):
 
     layer                          twin          float32      bfloat16
     1024 to 1024, 2 of 8x8         one product   1.7 / 1.8    2.1 / 2.2
@@ -26,10 +26,10 @@ repeated or a past 1.2 to 2.4):
     128 to 128, 17 of 64x64        winograd3d    1.8 / 1.9    1.0
     128 to 48, 17 of 64x64         winograd3d    1.3 / 1.4    1.0
 
-winograd3d falls back to tapwise3d for half precision and for few tiles; that one takes, of frames with their margins
-in time, one product of patches (few positions, wide kernel) or the plain form (other wide kernels, half precision).
-No twin of dwsep3d, pointwise and a residual block's frame2d was faster than these are. For CUDA nothing was measured:
-only the upsamplers change there, which spares products and memory on any device.
+winograd3d falls back to tapwise3d for half precision and for few tiles; for frames with their margins in time,
+tapwise3d uses one product of patches (few positions, wide kernel) or the plain form (other wide kernels, half
+precision). No twin of dwsep3d, pointwise or a residual block's frame2d was faster than the plain operator. Nothing was
+measured on CUDA: only the upsamplers change there, which saves products and memory on any device.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ from flashvaed_cli.decoders.spec.layers import ConvSpec
 from flashvaed_cli.decoders.spec.operators import Operator
 
 WINOGRAD_WIDTH = 24
-"""From this many channels on either side the products outweigh the transforms (16: 5.3 ms against 4.8)."""
+"""Channels on either side from which the products outweigh the transforms (16: 5.3 ms against 4.8)."""
 
 STACKED_WIDTH = 4
-"""Up to this many outputs `stacked3d` reads less than it writes more."""
+"""Outputs up to which `stacked3d` saves more reading than it adds writing."""
 
 OperatorChoice = Callable[[BlockSpec, str, ConvSpec], Operator]
 """Block, name of the layer in it, plain layer: the operator it gets."""
 
 
 def exact_spec(spec: DecoderSpec, *, device_type: str = "cpu") -> DecoderSpec:
-    """The spec with each layer's fastest exact operator on a kind of device; any spec may be given, twins too."""
+    """The spec with each layer's fastest exact operator on a kind of device; the given spec may have twins already."""
     choose = _fastest_on_cpu if device_type == "cpu" else _fastest_elsewhere
     return _with_operators(spec, choose)
 
@@ -96,13 +96,13 @@ def with_spec(decoder: Decoder, spec: DecoderSpec) -> Decoder:
             module.register_parameter(key, parameter)
         for key, buffer in original._buffers.items():
             module.register_buffer(key, buffer)
-        if "eps" in vars(module):  # which a norm of a decoder scaled for float16 has of its own
+        if "eps" in vars(module):  # of a norm whose decoder was scaled for float16
             vars(module)["eps"] = vars(original)["eps"]
     return changed.train(decoder.training)
 
 
 def exact_changes(before: DecoderSpec, after: DecoderSpec) -> list[tuple[str, Operator, Operator]]:
-    """Layers that both have with other operators, in forward order: address, operator before, operator after."""
+    """Layers of both specs whose operators differ, in forward order: address, operator before, operator after."""
     operators: dict[str, Operator] = {address: layer.operator for address, layer in after.layers()}
     return [
         (address, layer.operator, operators[address])

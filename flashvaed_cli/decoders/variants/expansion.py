@@ -1,4 +1,4 @@
-"""Low-rank layers as the dense kernels that they stand for: for layouts that know no factors."""
+"""Low-rank layers as the dense kernels that they factorise, for layouts without factors."""
 
 from __future__ import annotations
 

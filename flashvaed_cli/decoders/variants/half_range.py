@@ -1,8 +1,8 @@
-"""Decoders whose activations leave the range of float16, scaled so that they stay within it, with the same frames.
+"""Scale decoders whose activations leave the range of float16 so that they stay within it, with the same frames.
 
-A norm takes out what its input is multiplied with. So the residual stream, which only norms and linear layers read,
-can be halved as often as need be, and so can what runs between the two convolutions of a residual block: powers of two
-change no digit of any number. Only the eps of a norm has to follow.
+A norm cancels a factor of its input. So the residual stream, which only norms and linear layers read, can be halved as
+often as needed, and so can the tensor between the two convolutions of a residual block: powers of two change no digit
+of any number. Only the eps of a norm has to follow.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from flashvaed_cli.decoders.modules.shuffle_blocks import ShuffleUpsample
 from flashvaed_cli.decoders.spec.addresses import stage_of
 
 LARGEST = 2.0**11
-"""What may occur in a probe before anything is scaled: a 32nd of what float16 holds."""
+"""Largest magnitude in the probe that needs no scaling: a 32nd of float16's range."""
 _WANTED = 2.0**8
+_Scalable = ConvBlock | ResBlock | Chain | Attention | Upsample | ShuffleUpsample | Head
 _PROBE_GRID = (2, 6, 6)
 _PROBE_SPREAD = 2.0  # of raw latents, about that of the families' statistics
 _SEED = 0
 
 
 def cast_decoder(decoder: Decoder, dtype: torch.dtype) -> Decoder:
-    """The decoder in another dtype, changed in place; for float16, scaled where its activations would leave the range.
+    """Cast a decoder in place; for float16, scale it first if its activations would leave the range.
 
-    Decoders that are in half precision already are not scaled: their weights have lost what scaling would keep.
+    Decoders that are in half precision already are not scaled: their weights have lost the digits already.
     """
     if dtype == torch.float16 and next(decoder.parameters()).dtype in (torch.float32, torch.float64):
         fit_half_range(decoder)
@@ -41,15 +42,15 @@ def cast_decoder(decoder: Decoder, dtype: torch.dtype) -> Decoder:
 
 @torch.no_grad()
 def fit_half_range(decoder: Decoder) -> dict[str, int]:
-    """Scale a decoder in place, if random latents need it; returns the exponents of two by place, empty if nothing.
+    """Scale a decoder in place if random latents show the need; returns the exponents of two by place.
 
-    `stream` is the residual stream of all stages, an address such as `up2.0.conv1` what runs inside that block.
-    Decoders that add noise are left as they are.
+    The place `stream` is the residual stream of all stages, an address such as `up2.0.conv1` the inside of that block.
+    Decoders with scales for noise, or with blocks that cannot be scaled, are left as they are.
     """
     if any(getattr(block, "noise1", None) is not None for block in _blocks(decoder)):
         return {}
-    if any(block.holds_channels for _, block in decoder.spec.blocks()):
-        return {}  # gates and thresholds do not scale with what enters them
+    if not all(isinstance(block, _Scalable) for block in _blocks(decoder)):
+        return {}  # gates and thresholds, for one, do not scale with what enters them
     peaks = _peaks(decoder)
     exponents = {place: round(math.log2(_WANTED / peak)) for place, peak in peaks.items() if LARGEST < peak < math.inf}
     for place, exponent in exponents.items():
@@ -69,7 +70,7 @@ def _blocks(decoder: Decoder) -> Iterator[nn.Module]:
 
 
 def _peaks(decoder: Decoder) -> dict[str, float]:
-    """The largest magnitude that random latents give in the stream, and behind the first layer of every block."""
+    """The largest magnitudes for random latents: in the stream, and after the first layer of every residual block."""
     peaks: dict[str, float] = defaultdict(float)
     hooks = []
 
@@ -101,9 +102,9 @@ def _peaks(decoder: Decoder) -> dict[str, float]:
 
 
 def _scale_stream(decoder: Decoder, scale: float) -> None:
-    """Multiply the stream from where it begins, the last convolution before the first other block, to the head.
+    """Scale the stream from its start, the last convolution before the first other block, to the head.
 
-    Where a bypass leads past that convolution, the stream begins before its stage.
+    If a bypass leads past that convolution, the stream starts before its stage.
     """
     addresses, blocks = (list(part) for part in zip(*decoder.blocks(), strict=True))
     begin = next(i for i, block in enumerate(blocks) if not isinstance(block, ConvBlock)) - 1
@@ -134,14 +135,14 @@ def _scale_block(block: nn.Module, scale: float, *, is_first: bool) -> None:
         for conv in (block.temporal, block.spatial):
             if conv is not None:
                 _multiply(conv, scale, bias_only=True)
-    elif isinstance(block, Chain):  # ReLU passes a positive factor on
+    elif isinstance(block, Chain):  # ReLU keeps a positive factor
         for conv in (*block.convolutions(), *([] if block.shortcut is None else [block.shortcut])):
             _multiply(conv, scale, bias_only=True)
     elif isinstance(block, ShuffleUpsample):
         _multiply(block.conv, scale, bias_only=True)
     elif isinstance(block, Head) and block.norm is not None:
         _follow(block.norm, scale)
-    elif isinstance(block, Head):  # what the stream was multiplied with is taken out here
+    elif isinstance(block, Head):  # the factor of the stream is cancelled here
         block.conv.weight.div_(scale)
 
 
@@ -152,6 +153,6 @@ def _multiply(conv: Conv, scale: float, *, bias_only: bool = False) -> None:
 
 
 def _follow(norm: Norm | ChannelLayerNorm, scale: float) -> None:
-    """Make a norm of a scaled input give what it gave."""
+    """Adapt a norm to its scaled input, so that its output stays the same."""
     if norm.eps is not None:
         norm.eps *= scale**2

@@ -1,7 +1,7 @@
 """A video decoder as one for single images: the same pixels for T = 1, by layers on frames alone.
 
-Around the only frame of a video a kernel reads zeros (or that frame again), and temporal upsamplers let it pass. So of
-each kernel only the temporal tap on that frame counts (or the sum of all taps), and time is gone from the network.
+Before and after the only frame of a video a kernel reads zeros (or that frame again), and temporal upsamplers skip it.
+So only one temporal tap of each kernel counts (or the sum of all taps), and no layer works in time any more.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from flashvaed_cli.decoders.spec.coders import BypassSpec, DecoderSpec, StageSpe
 from flashvaed_cli.decoders.spec.layers import ConvSpec, NormSpec
 from flashvaed_cli.errors import SpecError
 
-_KINDS = ("conv", "resblock", "chain", "attention", "upsample", "head")
-
 
 @torch.no_grad()
 def still_decoder(decoder: Decoder) -> Decoder:
@@ -30,7 +28,7 @@ def still_decoder(decoder: Decoder) -> Decoder:
     Args:
         decoder: with plain operators.
     Raises:
-        SpecError: it is one already, or has a block whose first frame is not known.
+        SpecError: it is one already, or has a block without a form for single images.
     """
     spec = decoder.spec
     if spec.still:
@@ -40,7 +38,7 @@ def still_decoder(decoder: Decoder) -> Decoder:
             f"no profile of single images for {spec.family}: it decodes every frame by itself already, an image as a "
             "clip of one. Leave --profile image out"
         )
-    if unknown := [f"{address} ({block.kind})" for address, block in spec.blocks() if block.kind not in _KINDS]:
+    if unknown := [f"{address} ({block.kind})" for address, block in spec.blocks() if not block.has_still_form]:
         raise SpecError(f"no profile of single images for {spec.family}: {', '.join(unknown[:4])} works in time too")
     if any(isinstance(block, UpsampleSpec) and block.grows_first for _, block in spec.blocks()):
         raise SpecError(
@@ -68,7 +66,7 @@ def still_decoder(decoder: Decoder) -> Decoder:
 
 
 def _at_first_frame(layer: ConvSpec, key: str, kernel: Tensor) -> Tensor:
-    """The kernel that the first frame of a video sees: over five axes, one temporal tap."""
+    """The kernel that the first frame of a video sees: of five axes, with one temporal tap."""
     has_time = kernel.ndim == 5 and not (layer.operator == "dwsep3d" and key == "weight")
     if not has_time or kernel.shape[2] == 1:
         return kernel
@@ -81,7 +79,7 @@ def still_spec(spec: DecoderSpec, bypasses: Mapping[str, BypassSpec] | None = No
     """The spec without time.
 
     Args:
-        bypasses: by stage; where there is none, a bypass becomes plain copies.
+        bypasses: by stage; a bypass that is not among them becomes plain copies.
     """
     stages = []
     for stage in spec.stages:
@@ -121,7 +119,7 @@ def _plain_copies(bypass: BypassSpec) -> BypassSpec:
 
 
 def _still_bypass(bypass: Bypass) -> BypassSpec:
-    """Plain copies where the first frame's are, else a layer."""
+    """Plain copies if the first frame's are, else a layer."""
     spec = bypass.spec
     copies = _plain_copies(spec)
     if bypass.conv is None and torch.equal(Bypass(copies, "").matrix()[0], _first_frame_matrix(bypass)[0]):
@@ -130,7 +128,7 @@ def _still_bypass(bypass: Bypass) -> BypassSpec:
 
 
 def _first_frame_matrix(bypass: Bypass) -> tuple[Float[Tensor, "Cw C"], Float[Tensor, " Cw"]]:
-    """Of the wide channels, those of the frame that a video begins with: the last of its cell."""
+    """The wide channels of a video's first frame, which is the last of its cell."""
     spec = bypass.spec
     cells = (spec.out_width, spec.temporal_factor, spec.spatial_factor**2)
     weight, bias = bypass.matrix()

@@ -8,32 +8,15 @@ for it: stages, ratio and operators are those that it gives Wan 2.1, whose resol
 
 from __future__ import annotations
 
-import math
-from itertools import pairwise
+from dataclasses import replace
 
-from flashvaed_cli.decoders.spec.blocks import (
-    AttentionSpec,
-    BlockSpec,
-    ConvBlockSpec,
-    HeadSpec,
-    ResBlockSpec,
-    StridedDownsampleSpec,
-    UpsampleSpec,
-)
-from flashvaed_cli.decoders.spec.coders import DecoderSpec, EncoderSpec, StageSpec, TemporalTiles
-from flashvaed_cli.decoders.spec.layers import ConvSpec, Factor, NormSpec
-from flashvaed_cli.families.family import ComfyUIReader, ConfigKeys, Family, OtherPrograms
-from flashvaed_cli.families.stable_diffusion.config import (
-    EACH_GROUPS,
-    MULTIPLIERS,
-    NUM_GROUPS,
-    QUANT_KEYS,
-    configured,
-    described,
-    post_quant_stage,
-    quant_stage,
-)
-from flashvaed_cli.families.wan21.spec import point_conv
+from flashvaed_cli.decoders.spec.blocks import StridedDownsampleSpec, UpsampleSpec
+from flashvaed_cli.decoders.spec.coders import DecoderSpec, EncoderSpec, TemporalTiles
+from flashvaed_cli.decoders.spec.layers import ConvSpec, Factor
+from flashvaed_cli.families.family import ComfyUIReader, ConfigKeys, OtherPrograms
+from flashvaed_cli.families.ladder import Ladder
+from flashvaed_cli.families.stable_diffusion.config import EACH_GROUPS, MULTIPLIERS, QUANT_KEYS
+from flashvaed_cli.families.stable_diffusion.spec import group_norm, kl_family
 
 NAME = "hunyuanvideo"
 TEMPORAL_FACTOR, SPATIAL_FACTOR = 4, 8
@@ -59,41 +42,18 @@ def _conv(in_width: int, out_width: int) -> ConvSpec:
     )
 
 
-def _norm(base_width: int) -> NormSpec:
-    """The release's 32 groups; toys have as many as their base width can be parted into."""
-    return NormSpec(eps=1e-6, shift=True, groups=math.gcd(NUM_GROUPS, base_width), over="clip")
-
-
-def _resblock(in_width: int, out_width: int, norm: NormSpec) -> ResBlockSpec:
-    return ResBlockSpec(
-        conv1=_conv(in_width, out_width),
-        conv2=_conv(out_width, out_width),
-        shortcut=None if in_width == out_width else point_conv(in_width, out_width),
-        norm=norm,
-    )
-
-
-def _mid_stage(width: int, norm: NormSpec) -> StageSpec:
-    block = _resblock(width, width, norm)
-    attention = AttentionSpec(width=width, inner_width=width, norm=norm, context="clip")
-    return StageSpec(name="mid", blocks=(block, attention, block))
+def _ladder(base_width: int) -> Ladder:
+    return Ladder(_conv, group_norm(base_width).model_copy(update={"over": "clip"}), context="clip")
 
 
 def hunyuan_decoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> DecoderSpec:
     """The original decoder at a base width (128: the release)."""
-    norm = _norm(base_width)
-    widths = [base_width * m for m in (MULTIPLIERS[-1], *reversed(MULTIPLIERS))]
-    stages = [
-        post_quant_stage(latent_width),
-        StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=_conv(latent_width, widths[0])),)),
-        _mid_stage(widths[0], norm),
-    ]
-    for i, (in_width, width) in enumerate(pairwise(widths)):
-        blocks: list[BlockSpec] = [_resblock(w, width, norm) for w in (in_width, width, width)]
-        if i < len(_RESAMPLED):
-            blocks.append(UpsampleSpec(spatial=_conv(width, width), repeats_frames=_RESAMPLED[i][0] == 2))
-        stages.append(StageSpec(name=f"up{i}", blocks=tuple(blocks)))
-    stages.append(StageSpec(name="head", blocks=(HeadSpec(conv=_conv(widths[-1], 3), norm=norm),)))
+    widths = [base_width * m for m in reversed(MULTIPLIERS)]
+
+    def upsampler(index: int, width: int) -> UpsampleSpec:
+        return UpsampleSpec(spatial=_conv(width, width), repeats_frames=_RESAMPLED[index][0] == 2)
+
+    stages = _ladder(base_width).decoder_stages(latent_width, widths, upsampler)
     return DecoderSpec(
         family=NAME,
         stages=tuple(stages),
@@ -105,19 +65,12 @@ def hunyuan_decoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> D
 
 def hunyuan_encoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> EncoderSpec:
     """The original encoder at a base width (128: the release)."""
-    norm = _norm(base_width)
-    widths = [base_width * m for m in (1, *MULTIPLIERS)]
-    stages = [StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=_conv(3, widths[0])),))]
-    for i, (in_width, width) in enumerate(pairwise(widths)):
-        blocks: list[BlockSpec] = [_resblock(in_width, width, norm), _resblock(width, width, norm)]
-        if i < len(_RESAMPLED):
-            blocks.append(StridedDownsampleSpec(conv=_conv(width, width), factor=_RESAMPLED[i]))
-        stages.append(StageSpec(name=f"down{i}", blocks=tuple(blocks)))
-    stages += [
-        _mid_stage(widths[-1], norm),
-        StageSpec(name="head", blocks=(HeadSpec(conv=_conv(widths[-1], 2 * latent_width), norm=norm),)),
-        quant_stage(latent_width),
-    ]
+    widths = [base_width * m for m in MULTIPLIERS]
+
+    def downsampler(index: int, width: int) -> StridedDownsampleSpec:
+        return StridedDownsampleSpec(conv=_conv(width, width), factor=_RESAMPLED[index])
+
+    stages = _ladder(base_width).encoder_stages(latent_width, widths, downsampler)
     return EncoderSpec(
         family=NAME,
         stages=tuple(stages),
@@ -148,24 +101,11 @@ _CONFIG_KEYS = ConfigKeys(
     has_factors=True,
 )
 
-HUNYUAN_VIDEO = Family(
-    name=NAME,
+HUNYUAN_VIDEO = replace(
+    kl_family(NAME, LATENT_WIDTH, SCALING_FACTOR, has_quant=True),
     decoder_spec=hunyuan_decoder_spec,
     encoder_spec=hunyuan_encoder_spec,
-    latent_width=LATENT_WIDTH,
-    latent_mean=(0.0,) * LATENT_WIDTH,
-    latent_std=(1 / SCALING_FACTOR,) * LATENT_WIDTH,
-    released_base_width=128,
-    shallow_stages=("up2", "up3"),
-    paper_keep_ratio=0.125,
-    paper_operators={"mid": "dwsep3d", "up0": "dwsep3d", "up1": "dwsep3d", "up2": "frame2d", "up3": "frame2d"},
     config_keys=_CONFIG_KEYS,
-    configured=configured,  # type: ignore[arg-type]
-    described=described,
-    native_obstacle=(
-        "its stock class has one block_out_channels and one norm_num_groups for encoder and decoder, so none of the "
-        "decoder's own"
-    ),
     frames_per_second=24,
     elsewhere=OtherPrograms(
         repository="hunyuanvideo-community/HunyuanVideo", licence="other", comfyui=ComfyUIReader(), taehv=("taehv",)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from flashvaed_cli.decoders.spec.blocks import ConvBlockSpec
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec, StageSpec
+from flashvaed_cli.decoders.spec.convolutions import point_conv
 from flashvaed_cli.decoders.spec.naf_blocks import (
     PATCH,
     IstaSpec,
@@ -22,7 +23,6 @@ from flashvaed_cli.decoders.spec.naf_blocks import (
     cell_head_spec,
     cell_stem_spec,
     naf_spec,
-    point_spec,
 )
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.families.family import ConfigKeys, Contradiction, Family, OtherPrograms
@@ -54,8 +54,8 @@ def leanvae_decoder_spec(
     width = low + high
     steps = ((naf_spec(width, residual=False),) * depths.ista_layer_num,) * depths.ista_iter_num
     bottleneck = IstaSpec(
-        start=point_spec(latent_width, width),
-        measure=point_spec(width, latent_width),
+        start=point_conv(latent_width, width),
+        measure=point_conv(width, latent_width),
         analysis=steps,
         synthesis=steps,
     )
@@ -80,7 +80,7 @@ def leanvae_encoder_spec(
         StageSpec(name="stem", blocks=(stem,)),
         StageSpec(name="branches", blocks=(naf_spec(low, high),) * depths.sep_num_layer),
         StageSpec(name="fusion", blocks=(naf_spec(low + high),) * depths.fusion_num_layer),
-        StageSpec(name="quant", blocks=(ConvBlockSpec(conv=point_spec(low + high, 2 * latent_width)),)),
+        StageSpec(name="quant", blocks=(ConvBlockSpec(conv=point_conv(low + high, 2 * latent_width)),)),
     )
     return EncoderSpec(family=NAME, stages=stages, temporal_factor=TEMPORAL_FACTOR, spatial_factor=SPATIAL_FACTOR)
 

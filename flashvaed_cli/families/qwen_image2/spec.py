@@ -11,12 +11,13 @@ are those that it gives Wan 2.1.
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
 
-from flashvaed_cli.decoders.spec.blocks import BlockSpec, ConvBlockSpec, DownsampleSpec, HeadSpec, UpsampleSpec
-from flashvaed_cli.decoders.spec.coders import BypassSpec, DecoderSpec, EncoderSpec, StageSpec
+from flashvaed_cli.decoders.spec.blocks import DownsampleSpec, UpsampleSpec
+from flashvaed_cli.decoders.spec.coders import DecoderSpec, EncoderSpec
+from flashvaed_cli.decoders.spec.convolutions import frame_conv
 from flashvaed_cli.families.family import Family
-from flashvaed_cli.families.wan21.spec import CONFIG_KEYS, frame_conv, mid_stage, point_conv, wan_resblock
+from flashvaed_cli.families.ladder import Ladder
+from flashvaed_cli.families.wan21.spec import CONFIG_KEYS
 
 NAME = "qwen-image-2"
 LATENT_WIDTH = 64
@@ -26,6 +27,7 @@ TEMPORAL_FACTOR, SPATIAL_FACTOR = 8, 16
 # Of the transitions between resolutions, those that would double the frames of a video; their bypasses copy other
 # channels for that, even to a single image.
 DOUBLED = (False, True, True, True)
+_LADDER = Ladder(frame_conv)
 
 # Per-channel statistics of the released Qwen-Image 2 latents (its diffusers configuration).
 LATENT_MEAN = (
@@ -52,26 +54,12 @@ LATENT_STD = (
 
 def qwen2_decoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> DecoderSpec:
     """The original decoder at a base width (144: the released Qwen-Image 2)."""
-    widths = [base_width * m for m in (MULTIPLIERS[-1], *reversed(MULTIPLIERS))]
-    stages = [
-        StageSpec(name="post_quant", blocks=(ConvBlockSpec(conv=point_conv(latent_width, latent_width)),)),
-        StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=frame_conv(latent_width, widths[0])),)),
-        mid_stage(widths[0], frame_conv),
-    ]
-    for i, (in_width, width) in enumerate(pairwise(widths)):
-        blocks: list[BlockSpec] = [wan_resblock(w, width, frame_conv) for w in (in_width, width, width)]
-        bypass = None
-        if i < len(DOUBLED):
-            blocks.append(UpsampleSpec(spatial=frame_conv(width, width)))
-            bypass = BypassSpec(
-                kind="duplicate",
-                in_width=in_width,
-                out_width=width,
-                temporal_factor=2 if DOUBLED[::-1][i] else 1,
-                spatial_factor=2,
-            )
-        stages.append(StageSpec(name=f"up{i}", blocks=tuple(blocks), bypass=bypass))
-    stages.append(StageSpec(name="head", blocks=(HeadSpec(conv=frame_conv(widths[-1], 3)),)))
+    widths = [base_width * m for m in reversed(MULTIPLIERS)]
+
+    def upsampler(_index: int, width: int) -> UpsampleSpec:
+        return UpsampleSpec(spatial=frame_conv(width, width))
+
+    stages = _LADDER.decoder_stages(latent_width, widths, upsampler, doubles=DOUBLED[::-1])
     return DecoderSpec(
         family=NAME,
         stages=tuple(stages),
@@ -83,27 +71,12 @@ def qwen2_decoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> Dec
 
 def qwen2_encoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> EncoderSpec:
     """The original encoder at a base width (96: the released Qwen-Image 2)."""
-    widths = [base_width * m for m in (1, *MULTIPLIERS)]
-    moments = 2 * latent_width
-    stages = [StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=frame_conv(COLOURS, widths[0])),))]
-    for i, (in_width, width) in enumerate(pairwise(widths)):
-        blocks: list[BlockSpec] = [wan_resblock(in_width, width, frame_conv), wan_resblock(width, width, frame_conv)]
-        shrinks = i < len(DOUBLED)
-        if shrinks:
-            blocks.append(DownsampleSpec(spatial=frame_conv(width, width)))
-        bypass = BypassSpec(
-            kind="average",
-            in_width=in_width,
-            out_width=width,
-            temporal_factor=2 if shrinks and DOUBLED[i] else 1,
-            spatial_factor=2 if shrinks else 1,
-        )
-        stages.append(StageSpec(name=f"down{i}", blocks=tuple(blocks), bypass=bypass))
-    stages += [
-        mid_stage(widths[-1], frame_conv),
-        StageSpec(name="head", blocks=(HeadSpec(conv=frame_conv(widths[-1], moments)),)),
-        StageSpec(name="quant", blocks=(ConvBlockSpec(conv=point_conv(moments, moments)),)),
-    ]
+    widths = [base_width * m for m in MULTIPLIERS]
+
+    def downsampler(_index: int, width: int) -> DownsampleSpec:
+        return DownsampleSpec(spatial=frame_conv(width, width))
+
+    stages = _LADDER.encoder_stages(latent_width, widths, downsampler, in_width=COLOURS, halves=DOUBLED)
     return EncoderSpec(
         family=NAME,
         stages=tuple(stages),

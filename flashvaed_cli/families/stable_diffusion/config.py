@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
-from flashvaed_cli.decoders.spec.blocks import BlockSpec, ConvBlockSpec, ResBlockSpec
-from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec, StageSpec
+from flashvaed_cli.decoders.spec.blocks import BlockSpec, ResBlockSpec
+from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.families.family import ConfigKeys, Contradiction
-from flashvaed_cli.families.wan21.spec import point_conv
+from flashvaed_cli.families.ladder import post_quant_stage, quant_stage
 
 SpecT = TypeVar("SpecT", bound=CoderSpec)
 
@@ -27,16 +27,6 @@ EACH_GROUPS = "decoder_norm_groups"
 QUANT_KEYS = {"decoder": "use_post_quant_conv", "encoder": "use_quant_conv"}
 _QUANT_STAGES = {"decoder": "post_quant", "encoder": "quant"}
 _CLASS_SCALING = 0.18215  # what the class takes where a configuration has none, as the oldest do not
-
-
-def post_quant_stage(latent_width: int) -> StageSpec:
-    """The 1x1 layer on the latents that a decoder may begin with."""
-    return StageSpec(name="post_quant", blocks=(ConvBlockSpec(conv=point_conv(latent_width, latent_width)),))
-
-
-def quant_stage(latent_width: int) -> StageSpec:
-    """The 1x1 layer on mean and log-variance that an encoder may end with."""
-    return StageSpec(name="quant", blocks=(ConvBlockSpec(conv=point_conv(2 * latent_width, 2 * latent_width)),))
 
 
 def configured(spec: SpecT, config: Mapping[str, Any]) -> SpecT:

@@ -15,20 +15,13 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 
-from flashvaed_cli.decoders.spec.blocks import (
-    AttentionSpec,
-    BlockSpec,
-    ConvBlockSpec,
-    DownsampleSpec,
-    HeadSpec,
-    ResBlockSpec,
-    UpsampleSpec,
-)
-from flashvaed_cli.decoders.spec.coders import DecoderSpec, EncoderSpec, StageSpec
+from flashvaed_cli.decoders.spec.blocks import DownsampleSpec, UpsampleSpec
+from flashvaed_cli.decoders.spec.coders import DecoderSpec, EncoderSpec
+from flashvaed_cli.decoders.spec.convolutions import frame_conv
 from flashvaed_cli.decoders.spec.layers import NormSpec
 from flashvaed_cli.families.family import ComfyUIReader, Family, OtherPrograms
+from flashvaed_cli.families.ladder import Ladder
 from flashvaed_cli.families.stable_diffusion.config import (
     CONFIG_KEYS,
     MULTIPLIERS,
@@ -36,10 +29,8 @@ from flashvaed_cli.families.stable_diffusion.config import (
     configured,
     contradictions,
     described,
-    post_quant_stage,
-    quant_stage,
 )
-from flashvaed_cli.families.wan21.spec import frame_conv, point_conv
+from flashvaed_cli.families.wan21.spec import WAN21
 
 SPATIAL_FACTOR = 8
 BASE_WIDTH = 128
@@ -50,56 +41,33 @@ def group_norm(base_width: int) -> NormSpec:
     return NormSpec(eps=1e-6, shift=True, groups=math.gcd(NUM_GROUPS, base_width))
 
 
-def frame_resblock(in_width: int, out_width: int, norm: NormSpec) -> ResBlockSpec:
-    return ResBlockSpec(
-        conv1=frame_conv(in_width, out_width),
-        conv2=frame_conv(out_width, out_width),
-        shortcut=None if in_width == out_width else point_conv(in_width, out_width),
-        norm=norm,
-    )
+def frame_upsampler(_index: int, width: int) -> UpsampleSpec:
+    """Doubles the size, frame by frame."""
+    return UpsampleSpec(spatial=frame_conv(width, width))
 
 
-def _mid_stage(width: int, norm: NormSpec) -> StageSpec:
-    block = frame_resblock(width, width, norm)
-    return StageSpec(name="mid", blocks=(block, AttentionSpec(width=width, inner_width=width, norm=norm), block))
+def _frame_downsampler(_index: int, width: int) -> DownsampleSpec:
+    return DownsampleSpec(spatial=frame_conv(width, width))
 
 
 def kl_decoder_spec(family: str, has_quant: bool, base_width: int, latent_width: int) -> DecoderSpec:
     """The original decoder of a variant at a base width (128: the releases)."""
-    norm = group_norm(base_width)
-    widths = [base_width * m for m in (MULTIPLIERS[-1], *reversed(MULTIPLIERS))]
-    stages = [post_quant_stage(latent_width)] if has_quant else []
-    stages.append(StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=frame_conv(latent_width, widths[0])),)))
-    stages.append(_mid_stage(widths[0], norm))
-    for i, (in_width, width) in enumerate(pairwise(widths)):
-        blocks: list[BlockSpec] = [frame_resblock(w, width, norm) for w in (in_width, width, width)]
-        if i < len(MULTIPLIERS) - 1:
-            blocks.append(UpsampleSpec(spatial=frame_conv(width, width)))
-        stages.append(StageSpec(name=f"up{i}", blocks=tuple(blocks)))
-    stages.append(StageSpec(name="head", blocks=(HeadSpec(conv=frame_conv(widths[-1], 3), norm=norm),)))
+    ladder, widths = Ladder(frame_conv, group_norm(base_width)), [base_width * m for m in reversed(MULTIPLIERS)]
+    stages = ladder.decoder_stages(latent_width, widths, frame_upsampler, has_quant=has_quant)
     return DecoderSpec(family=family, stages=tuple(stages), temporal_factor=1, spatial_factor=SPATIAL_FACTOR)
 
 
 def kl_encoder_spec(family: str, has_quant: bool, base_width: int, latent_width: int) -> EncoderSpec:
     """The original encoder of a variant at a base width (128: the releases)."""
-    norm, moments = group_norm(base_width), 2 * latent_width
-    widths = [base_width * m for m in (1, *MULTIPLIERS)]
-    stages = [StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=frame_conv(3, widths[0])),))]
-    for i, (in_width, width) in enumerate(pairwise(widths)):
-        blocks: list[BlockSpec] = [frame_resblock(in_width, width, norm), frame_resblock(width, width, norm)]
-        if i < len(MULTIPLIERS) - 1:
-            blocks.append(DownsampleSpec(spatial=frame_conv(width, width)))
-        stages.append(StageSpec(name=f"down{i}", blocks=tuple(blocks)))
-    stages.append(_mid_stage(widths[-1], norm))
-    stages.append(StageSpec(name="head", blocks=(HeadSpec(conv=frame_conv(widths[-1], moments), norm=norm),)))
-    stages += [quant_stage(latent_width)] if has_quant else []
+    ladder, widths = Ladder(frame_conv, group_norm(base_width)), [base_width * m for m in MULTIPLIERS]
+    stages = ladder.encoder_stages(latent_width, widths, _frame_downsampler, has_quant=has_quant)
     return EncoderSpec(family=family, stages=tuple(stages), temporal_factor=1, spatial_factor=SPATIAL_FACTOR)
 
 
 def kl_family(
     name: str, latent_width: int, scaling_factor: float, shift_factor: float = 0.0, *, has_quant: bool
 ) -> Family:
-    """A variant whose latents are scaled by one factor: of `AutoencoderKL`, or of a class made of the same network."""
+    """A variant whose latents are scaled by one factor: of `AutoencoderKL`, or of a class with a similar network."""
     return Family(
         name=name,
         decoder_spec=partial(kl_decoder_spec, name, has_quant),
@@ -108,9 +76,9 @@ def kl_family(
         latent_mean=(shift_factor,) * latent_width,
         latent_std=(1 / scaling_factor,) * latent_width,
         released_base_width=BASE_WIDTH,
-        shallow_stages=("up2", "up3"),
-        paper_keep_ratio=0.125,
-        paper_operators={"mid": "dwsep3d", "up0": "dwsep3d", "up1": "dwsep3d", "up2": "frame2d", "up3": "frame2d"},
+        shallow_stages=WAN21.shallow_stages,
+        paper_keep_ratio=WAN21.paper_keep_ratio,
+        paper_operators=WAN21.paper_operators,
         config_keys=replace(CONFIG_KEYS, contradictions=partial(contradictions, name, latent_width)),
         configured=configured,  # type: ignore[arg-type]
         described=described,

@@ -14,29 +14,16 @@ pointwise, as 2D layers do not look at other frames.
 
 from __future__ import annotations
 
-from functools import partial
-from itertools import pairwise
+from dataclasses import replace
 
-from flashvaed_cli.decoders.spec.blocks import (
-    AttentionSpec,
-    BlockSpec,
-    ConvBlockSpec,
-    HeadSpec,
-    ResBlockSpec,
-    UpsampleSpec,
-)
+from flashvaed_cli.decoders.spec.blocks import ConvBlockSpec, ResBlockSpec
 from flashvaed_cli.decoders.spec.coders import DecoderSpec, StageSpec, TemporalTiles
-from flashvaed_cli.decoders.spec.layers import ConvSpec, NormSpec
-from flashvaed_cli.families.family import ComfyUIReader, Family, OtherPrograms
-from flashvaed_cli.families.stable_diffusion.config import CONFIG_KEYS, MULTIPLIERS, configured, described
-from flashvaed_cli.families.stable_diffusion.spec import (
-    BASE_WIDTH,
-    SPATIAL_FACTOR,
-    frame_resblock,
-    group_norm,
-    kl_encoder_spec,
-)
-from flashvaed_cli.families.wan21.spec import frame_conv
+from flashvaed_cli.decoders.spec.convolutions import frame_conv
+from flashvaed_cli.decoders.spec.layers import ConvSpec
+from flashvaed_cli.families.family import ComfyUIReader, OtherPrograms
+from flashvaed_cli.families.ladder import Ladder
+from flashvaed_cli.families.stable_diffusion.config import CONFIG_KEYS, MULTIPLIERS
+from flashvaed_cli.families.stable_diffusion.spec import SPATIAL_FACTOR, frame_upsampler, group_norm, kl_family
 
 NAME = "stable-video-diffusion"
 LATENT_WIDTH = 4
@@ -53,32 +40,16 @@ def _time_conv(in_width: int, out_width: int) -> ConvSpec:
     )
 
 
-def _time_resblock(width: int, norm: NormSpec) -> ResBlockSpec:
-    over_clip = norm.model_copy(update={"eps": TEMPORAL_EPS, "over": "clip"})
-    return ResBlockSpec(conv1=_time_conv(width, width), conv2=_time_conv(width, width), norm=over_clip)
-
-
-def _resblocks(in_width: int, width: int, norm: NormSpec) -> tuple[ResBlockSpec, ResBlockSpec]:
-    """On frames, then in time."""
-    return frame_resblock(in_width, width, norm), _time_resblock(width, norm)
-
-
 def svd_decoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> DecoderSpec:
     """The original decoder at a base width (128: the release)."""
     norm = group_norm(base_width)
-    widths = [base_width * m for m in (MULTIPLIERS[-1], *reversed(MULTIPLIERS))]
-    middle = _resblocks(widths[0], widths[0], norm)
-    attention = AttentionSpec(width=widths[0], inner_width=widths[0], norm=norm)
-    stages = [
-        StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=frame_conv(latent_width, widths[0])),)),
-        StageSpec(name="mid", blocks=(*middle, attention, *middle)),
-    ]
-    for i, (in_width, width) in enumerate(pairwise(widths)):
-        blocks: list[BlockSpec] = [block for w in (in_width, width, width) for block in _resblocks(w, width, norm)]
-        if i < len(MULTIPLIERS) - 1:
-            blocks.append(UpsampleSpec(spatial=frame_conv(width, width)))
-        stages.append(StageSpec(name=f"up{i}", blocks=tuple(blocks)))
-    stages.append(StageSpec(name="head", blocks=(HeadSpec(conv=frame_conv(widths[-1], 3), norm=norm),)))
+    over_clip = norm.model_copy(update={"eps": TEMPORAL_EPS, "over": "clip"})
+
+    def in_time(width: int) -> ResBlockSpec:
+        return ResBlockSpec(conv1=_time_conv(width, width), conv2=_time_conv(width, width), norm=over_clip)
+
+    ladder, widths = Ladder(frame_conv, norm, follower=in_time), [base_width * m for m in reversed(MULTIPLIERS)]
+    stages = ladder.decoder_stages(latent_width, widths, frame_upsampler, has_quant=False)
     stages.append(StageSpec(name="time_out", blocks=(ConvBlockSpec(conv=_time_conv(3, 3)),)))
     return DecoderSpec(
         family=NAME,
@@ -89,20 +60,10 @@ def svd_decoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> Decod
     )
 
 
-STABLE_VIDEO_DIFFUSION = Family(
-    name=NAME,
+STABLE_VIDEO_DIFFUSION = replace(
+    kl_family(NAME, LATENT_WIDTH, SCALING_FACTOR, has_quant=True),
     decoder_spec=svd_decoder_spec,
-    encoder_spec=partial(kl_encoder_spec, NAME, True),
-    latent_width=LATENT_WIDTH,
-    latent_mean=(0.0,) * LATENT_WIDTH,
-    latent_std=(1 / SCALING_FACTOR,) * LATENT_WIDTH,
-    released_base_width=BASE_WIDTH,
-    shallow_stages=("up2", "up3"),
-    paper_keep_ratio=0.125,
-    paper_operators={"mid": "dwsep3d", "up0": "dwsep3d", "up1": "dwsep3d", "up2": "frame2d", "up3": "frame2d"},
     config_keys=CONFIG_KEYS,
-    configured=configured,  # type: ignore[arg-type]
-    described=described,
     native_obstacle=(
         "its stock class has one block_out_channels for encoder and decoder, and 32 groups in every norm, so none of "
         "the decoder's own"

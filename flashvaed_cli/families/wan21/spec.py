@@ -8,26 +8,20 @@ Reference: Wan 2.1 VAE; arXiv 2602.19161, table of the operator layout.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import pairwise
-
-from flashvaed_cli.decoders.spec.blocks import (
-    AttentionSpec,
-    BlockSpec,
-    ConvBlockSpec,
-    DownsampleSpec,
-    HeadSpec,
-    ResBlockSpec,
-    UpsampleSpec,
-)
-from flashvaed_cli.decoders.spec.coders import DecoderSpec, EncoderSpec, StageSpec
-from flashvaed_cli.decoders.spec.layers import ConvSpec
+from flashvaed_cli.decoders.spec.blocks import DownsampleSpec, UpsampleSpec
+from flashvaed_cli.decoders.spec.coders import DecoderSpec, EncoderSpec
+from flashvaed_cli.decoders.spec.convolutions import causal_conv, frame_conv, time_conv
 from flashvaed_cli.families.family import ComfyUIReader, ConfigKeys, Family, OtherPrograms
+from flashvaed_cli.families.ladder import Ladder
 
 NAME = "wan2.1"
 LATENT_WIDTH = 16
 MULTIPLIERS = (1, 2, 4, 4)
 TEMPORAL_FACTOR, SPATIAL_FACTOR = 4, 8
+HALVES = (False, True, True)
+"""Which of the encoder's resamplers, from the pixels on, halve the frames too."""
+DOUBLES = HALVES[::-1]
+LADDER = Ladder(causal_conv)
 
 # Per-channel statistics of the released Wan 2.1 latents (diffusers `AutoencoderKLWan` configuration).
 LATENT_MEAN = (
@@ -40,89 +34,29 @@ LATENT_STD = (
 )  # fmt: skip
 
 
-def causal_conv(in_width: int, out_width: int) -> ConvSpec:
-    """A dense causal 3x3x3 layer."""
-    return ConvSpec(operator="causal3d", in_width=in_width, out_width=out_width, kernel=(3, 3, 3))
-
-
-def frame_conv(in_width: int, out_width: int) -> ConvSpec:
-    """A 3x3 layer on frames."""
-    return ConvSpec(operator="frame2d", in_width=in_width, out_width=out_width, kernel=(1, 3, 3))
-
-
-def time_conv(in_width: int, out_width: int) -> ConvSpec:
-    """A causal layer over three frames."""
-    return ConvSpec(operator="causal3d", in_width=in_width, out_width=out_width, kernel=(3, 1, 1))
-
-
-def point_conv(in_width: int, out_width: int) -> ConvSpec:
-    """A 1x1x1 layer."""
-    return ConvSpec(operator="pointwise", in_width=in_width, out_width=out_width, kernel=(1, 1, 1))
-
-
-def wan_resblock(in_width: int, out_width: int, conv: Callable[[int, int], ConvSpec] = causal_conv) -> ResBlockSpec:
-    """Two dense layers, built by `conv`; a 1x1 shortcut where the width changes."""
-    return ResBlockSpec(
-        conv1=conv(in_width, out_width),
-        conv2=conv(out_width, out_width),
-        shortcut=None if in_width == out_width else point_conv(in_width, out_width),
-    )
-
-
-def mid_stage(width: int, conv: Callable[[int, int], ConvSpec] = causal_conv) -> StageSpec:
-    """Two residual blocks around attention."""
-    attention = AttentionSpec(width=width, inner_width=width)
-    block = wan_resblock(width, width, conv)
-    return StageSpec(name="mid", blocks=(block, attention, block))
-
-
-def first_decoder_stages(latent_width: int, width: int) -> list[StageSpec]:
-    """What a decoder begins with: a 1x1 layer on the latents, the entry, attention."""
-    return [
-        StageSpec(name="post_quant", blocks=(ConvBlockSpec(conv=point_conv(latent_width, latent_width)),)),
-        StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=causal_conv(latent_width, width)),)),
-        mid_stage(width),
-    ]
-
-
-def last_encoder_stages(width: int, latent_width: int) -> list[StageSpec]:
-    """What an encoder ends with: attention, then mean and log-variance of every latent channel."""
-    moments = 2 * latent_width
-    return [
-        mid_stage(width),
-        StageSpec(name="head", blocks=(HeadSpec(conv=causal_conv(width, moments)),)),
-        StageSpec(name="quant", blocks=(ConvBlockSpec(conv=point_conv(moments, moments)),)),
-    ]
-
-
 def wan_decoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> DecoderSpec:
     """The original decoder at a base width (96: the released Wan 2.1)."""
-    widths = [base_width * m for m in (MULTIPLIERS[-1], *reversed(MULTIPLIERS))]
-    stages = first_decoder_stages(latent_width, widths[0])
-    for i, (previous, width) in enumerate(pairwise(widths)):
-        in_width = previous if i == 0 else previous // 2
-        blocks: list[BlockSpec] = [wan_resblock(w, width) for w in (in_width, width, width)]
-        if i < 3:
-            temporal = time_conv(width, 2 * width) if i < 2 else None
-            blocks.append(UpsampleSpec(temporal=temporal, spatial=frame_conv(width, width // 2)))
-        stages.append(StageSpec(name=f"up{i}", blocks=tuple(blocks)))
-    stages.append(StageSpec(name="head", blocks=(HeadSpec(conv=causal_conv(widths[-1], 3)),)))
+    widths = [base_width * m for m in reversed(MULTIPLIERS)]
+
+    def upsampler(index: int, width: int) -> UpsampleSpec:
+        temporal = time_conv(width, 2 * width) if DOUBLES[index] else None
+        return UpsampleSpec(temporal=temporal, spatial=frame_conv(width, width // 2))
+
+    stages = LADDER.decoder_stages(latent_width, widths, upsampler)
     return DecoderSpec(
         family=NAME, stages=tuple(stages), temporal_factor=TEMPORAL_FACTOR, spatial_factor=SPATIAL_FACTOR
     )
 
 
+def wan_downsampler(index: int, width: int) -> DownsampleSpec:
+    """Halves the size, and from the second on the frames."""
+    temporal = time_conv(width, width) if HALVES[index] else None
+    return DownsampleSpec(spatial=frame_conv(width, width), temporal=temporal)
+
+
 def wan_encoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> EncoderSpec:
     """The original encoder at a base width (96: the released Wan 2.1)."""
-    widths = [base_width * m for m in (1, *MULTIPLIERS)]
-    stages = [StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=causal_conv(3, widths[0])),))]
-    for i, (in_width, width) in enumerate(pairwise(widths)):
-        blocks: list[BlockSpec] = [wan_resblock(in_width, width), wan_resblock(width, width)]
-        if i < 3:
-            temporal = time_conv(width, width) if i > 0 else None
-            blocks.append(DownsampleSpec(spatial=frame_conv(width, width), temporal=temporal))
-        stages.append(StageSpec(name=f"down{i}", blocks=tuple(blocks)))
-    stages += last_encoder_stages(widths[-1], latent_width)
+    stages = LADDER.encoder_stages(latent_width, [base_width * m for m in MULTIPLIERS], wan_downsampler)
     return EncoderSpec(
         family=NAME, stages=tuple(stages), temporal_factor=TEMPORAL_FACTOR, spatial_factor=SPATIAL_FACTOR
     )
@@ -133,7 +67,7 @@ CONFIG_KEYS = ConfigKeys(
         "dim_mult": (MULTIPLIERS,),
         "num_res_blocks": (2,),
         "attn_scales": ((),),
-        "temperal_downsample": ((False, True, True),),
+        "temperal_downsample": (HALVES,),
         "is_residual": (False,),
         "in_channels": (3,),
         "input_channels": (3,),

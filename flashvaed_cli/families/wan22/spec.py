@@ -9,21 +9,19 @@ Reference: Wan 2.2 VAE. The paper has no layout for it: stages, ratio and operat
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
 
-from flashvaed_cli.decoders.spec.blocks import BlockSpec, ConvBlockSpec, DownsampleSpec, HeadSpec, UpsampleSpec
-from flashvaed_cli.decoders.spec.coders import BypassSpec, DecoderSpec, EncoderSpec, StageSpec
+from flashvaed_cli.decoders.spec.blocks import UpsampleSpec
+from flashvaed_cli.decoders.spec.coders import DecoderSpec, EncoderSpec
+from flashvaed_cli.decoders.spec.convolutions import frame_conv, time_conv
 from flashvaed_cli.families.family import ComfyUIReader, Family
 from flashvaed_cli.families.wan21.spec import (
     CONFIG_KEYS,
+    DOUBLES,
+    HALVES,
+    LADDER,
     MULTIPLIERS,
     WAN21,
-    causal_conv,
-    first_decoder_stages,
-    frame_conv,
-    last_encoder_stages,
-    time_conv,
-    wan_resblock,
+    wan_downsampler,
 )
 
 NAME = "wan2.2"
@@ -52,24 +50,13 @@ LATENT_STD = (
 
 def wan22_decoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> DecoderSpec:
     """The original decoder at a base width (256: the released Wan 2.2)."""
-    widths = [base_width * m for m in (MULTIPLIERS[-1], *reversed(MULTIPLIERS))]
-    stages = first_decoder_stages(latent_width, widths[0])
-    for i, (in_width, width) in enumerate(pairwise(widths)):
-        blocks: list[BlockSpec] = [wan_resblock(w, width) for w in (in_width, width, width)]
-        bypass = None
-        if i < 3:
-            doubles = i < 2
-            temporal = time_conv(width, 2 * width) if doubles else None
-            blocks.append(UpsampleSpec(temporal=temporal, spatial=frame_conv(width, width)))
-            bypass = BypassSpec(
-                kind="duplicate",
-                in_width=in_width,
-                out_width=width,
-                temporal_factor=2 if doubles else 1,
-                spatial_factor=2,
-            )
-        stages.append(StageSpec(name=f"up{i}", blocks=tuple(blocks), bypass=bypass))
-    stages.append(StageSpec(name="head", blocks=(HeadSpec(conv=causal_conv(widths[-1], 3 * PATCH**2)),)))
+    widths = [base_width * m for m in reversed(MULTIPLIERS)]
+
+    def upsampler(index: int, width: int) -> UpsampleSpec:
+        temporal = time_conv(width, 2 * width) if DOUBLES[index] else None
+        return UpsampleSpec(temporal=temporal, spatial=frame_conv(width, width))
+
+    stages = LADDER.decoder_stages(latent_width, widths, upsampler, out_width=3 * PATCH**2, doubles=DOUBLES)
     return DecoderSpec(
         family=NAME,
         stages=tuple(stages),
@@ -81,23 +68,8 @@ def wan22_decoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> Dec
 
 def wan22_encoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> EncoderSpec:
     """The original encoder at a base width (160: the released Wan 2.2)."""
-    widths = [base_width * m for m in (1, *MULTIPLIERS)]
-    stages = [StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=causal_conv(3 * PATCH**2, widths[0])),))]
-    for i, (in_width, width) in enumerate(pairwise(widths)):
-        blocks: list[BlockSpec] = [wan_resblock(in_width, width), wan_resblock(width, width)]
-        halves_frames, halves_size = i in (1, 2), i < 3
-        if halves_size:
-            temporal = time_conv(width, width) if halves_frames else None
-            blocks.append(DownsampleSpec(spatial=frame_conv(width, width), temporal=temporal))
-        bypass = BypassSpec(
-            kind="average",
-            in_width=in_width,
-            out_width=width,
-            temporal_factor=2 if halves_frames else 1,
-            spatial_factor=2 if halves_size else 1,
-        )
-        stages.append(StageSpec(name=f"down{i}", blocks=tuple(blocks), bypass=bypass))
-    stages += last_encoder_stages(widths[-1], latent_width)
+    widths = [base_width * m for m in MULTIPLIERS]
+    stages = LADDER.encoder_stages(latent_width, widths, wan_downsampler, in_width=3 * PATCH**2, halves=HALVES)
     return EncoderSpec(
         family=NAME,
         stages=tuple(stages),

@@ -9,7 +9,8 @@ from typing import TypedDict
 
 import torch
 
-from flashvaed_cli.artifact.checkpoint import Checkpoint, load_checkpoint, load_original
+from flashvaed_cli.artifact.checkpoint import Checkpoint, load_checkpoint
+from flashvaed_cli.artifact.original import load_original
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.variants.exact import plain_decoder
 from flashvaed_cli.decoders.variants.still import still_decoder

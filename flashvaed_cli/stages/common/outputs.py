@@ -7,6 +7,7 @@ export, which `filled_at_the_end` then fills.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -120,8 +121,12 @@ def moved(paths: tuple[Path, ...], folder: Path) -> tuple[Path, ...]:
 
 def _fill(folder: Path, draft: Path, marker: str, reads: Sequence[str | Path | None], *, force: bool) -> None:
     if not folder.exists():
-        draft.rename(folder)
-        return
+        try:
+            draft.rename(folder)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # else another run has just made it
+                raise
     files = sorted((path for path in draft.rglob("*") if path.is_file()), key=lambda path: path == draft / marker)
     names = [file.relative_to(draft) for file in files]
     refuse_to_replace((folder / name for name in names), reads)

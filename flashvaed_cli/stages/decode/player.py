@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint
+from flashvaed_cli.decoders.predict.lookahead import chunk_spans
 from flashvaed_cli.decoders.predict.planning import DecodePlan
-from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings, chunk_starts
+from flashvaed_cli.decoders.run.less_memory import Steps, described, in_steps, release_memory, smaller_steps
+from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.decoders.variants.exact import exact_decoder, plain_decoder
 from flashvaed_cli.recipe.decode import DecodeRecipe
 from flashvaed_cli.recipe.fields import LatentScale
@@ -59,10 +60,25 @@ class Player:
         limits = streaming_limits(self.spec, grid, self._asked, self._recipe.dtype, self._device)
         runtime = self._prepared(limits)
         self.plan = runtime.plan(latents)
-        starts = [*chunk_starts(num_latents, self.plan.chunk), num_latents]
-        parts = (to_raw(latents[:, :, start:stop].float(), scale, self._checkpoint) for start, stop in pairwise(starts))
+        spans = chunk_spans(num_latents, self.plan.chunk)
+        parts = (to_raw(latents[:, :, start:stop].float(), scale, self._checkpoint) for start, stop in spans)
         for frames in runtime.iter_parts(parts):
             yield frames[0]
+
+    def smaller_steps(self, latents: Float[Tensor, "1 C T Hz Wz"]) -> Steps | None:
+        """The next smaller steps, for latents that the last ones had no memory for; None: there are none."""
+        if self._runtime is None:
+            return None  # it ran out before the first step
+        return smaller_steps([self.spec], self.plan.chunk, self.plan.tile, max(latents.shape[3:]))
+
+    def step_down(self, latents: Float[Tensor, "1 C T Hz Wz"]) -> str:
+        """Take these smaller steps from now on; returns them in words."""
+        steps = self.smaller_steps(latents)
+        assert self._runtime is not None and steps is not None
+        self._asked = Limits(*steps)
+        self._runtime = (self._asked, in_steps(self._runtime[1], steps))
+        release_memory(self._device)
+        return described(steps)
 
     def _prepared(self, limits: Limits) -> DecodeRuntime:
         """The runtime of the limits; that of the last clip where they are the same."""

@@ -9,9 +9,12 @@ from fractions import Fraction
 from io import BufferedIOBase
 from pathlib import Path
 
+from jaxtyping import Float
+from torch import Tensor
+
 from flashvaed_cli.artifact.checkpoint import Checkpoint
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
-from flashvaed_cli.errors import DecodeError, FlashVaedError, MediaError
+from flashvaed_cli.errors import DecodeError, FlashVaedError, MediaError, is_out_of_memory
 from flashvaed_cli.families.registry import get_family
 from flashvaed_cli.media.latent_files import is_latent_file, load_latents
 from flashvaed_cli.media.sources import find_clips
@@ -41,6 +44,14 @@ class _Tally:
         """Note a clip that cannot be decoded, and go on with the others."""
         progress.warn(f"{name} is left out: {error}")
         self.failed.append({"latents": name, "reason": str(error)})
+
+
+@dataclass
+class _Written:
+    """What a target has of its clip: frames, their height and width."""
+
+    num_frames: int = 0
+    size: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -144,24 +155,16 @@ def _clips(
 def _decode(
     target: DecodeTarget, player: Player, output: _Output, tally: _Tally, progress: Progress, *, is_only: bool
 ) -> None:
-    clip = target.clip
-    start, done, size = time.perf_counter(), 0, (0, 0)
+    clip, written, start = target.clip, _Written(), time.perf_counter()
     try:
         latents = load_latents(clip.path, latent_width=player.latent_width)[clip.index : clip.index + 1]
-        settings = {
-            "fps": output.fps,
-            "crf": output.crf,
-            "stdout": output.stdout,
-            "reads": output.reads,
-            "force": output.force,
-        }
-        with progress.task(f"decode {clip.shown}", clip.num_frames) as task, target.open(**settings) as sink:
-            for frames in player.frames(latents, clip.scale):
-                sink.write(frames)
-                done, size = done + frames.shape[1], (frames.shape[2], frames.shape[3])
-                task.advance(frames.shape[1], **{"frames/s": done / (time.perf_counter() - start)})
+        while not _is_written(written, latents, target, player, output, progress):
+            smaller = player.step_down(latents)
+            tally.notes.append(f"out of memory: {clip.shown} was decoded with {smaller}")
+            progress.warn(f"out of memory: decoding {clip.shown} again with {smaller}")
     except BrokenPipeError:
-        tally.notes.append(f"the reader of standard output left after {sink.num_frames} of {clip.num_frames} frames")
+        shown = f"{written.num_frames} of {clip.num_frames} frames"
+        tally.notes.append(f"the reader of standard output left after {shown}")
     except FlashVaedError as error:
         if is_only:
             raise
@@ -169,11 +172,50 @@ def _decode(
         return
     if target.path is not None:
         tally.paths.append(target.path)
-    tally.decoded.append(_record(target, sink.num_frames, size, output, player, time.perf_counter() - start))
+    tally.decoded.append(_record(target, written, output, player, time.perf_counter() - start))
+
+
+def _is_written(
+    written: _Written,
+    latents: Float[Tensor, "1 C T Hz Wz"],
+    target: DecodeTarget,
+    player: Player,
+    output: _Output,
+    progress: Progress,
+) -> bool:
+    """Decode a clip into its target; False if memory ran out and smaller steps are left to try.
+
+    A file is begun again with the smaller steps. What standard output has had stays, and what follows is appended.
+    """
+    clip, start = target.clip, time.perf_counter()
+    before = written.num_frames if target.path is None else 0
+    settings = {
+        "fps": output.fps,
+        "crf": output.crf,
+        "stdout": output.stdout,
+        "reads": output.reads,
+        "force": output.force,
+    }
+    try:
+        with progress.task(f"decode {clip.shown}", clip.num_frames) as task, target.open(**settings) as sink:
+            num_seen = 0
+            try:
+                for frames in player.frames(latents, clip.scale):
+                    written.size = (frames.shape[2], frames.shape[3])
+                    num_seen, new = num_seen + frames.shape[1], frames[:, max(before - num_seen, 0) :]
+                    sink.write(new)
+                    task.advance(frames.shape[1], **{"frames/s": num_seen / (time.perf_counter() - start)})
+            finally:
+                written.num_frames = before + sink.num_frames
+    except Exception as error:
+        if not is_out_of_memory(error) or player.smaller_steps(latents) is None:
+            raise
+        return False
+    return True
 
 
 def _record(
-    target: DecodeTarget, num_frames: int, size: tuple[int, int], output: _Output, player: Player, seconds: float
+    target: DecodeTarget, written: _Written, output: _Output, player: Player, seconds: float
 ) -> dict[str, Cell]:
     return {
         "latents": str(target.clip.path),
@@ -181,14 +223,14 @@ def _record(
         "latent_scale": target.clip.scale,
         "output": "-" if target.path is None else str(target.path),
         "format": target.format,
-        "num_frames": num_frames,
-        "height": size[0],
-        "width": size[1],
+        "num_frames": written.num_frames,
+        "height": written.size[0],
+        "width": written.size[1],
         "fps": float(output.fps),
         "chunk": player.plan.chunk,
         "tile": player.plan.tile,
         "seconds": seconds,
-        "frames_per_second": num_frames / seconds,
+        "frames_per_second": written.num_frames / seconds,
     }
 
 

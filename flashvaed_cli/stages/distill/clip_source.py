@@ -109,7 +109,7 @@ class ClipSource:
         Raises:
             MediaError: no file, or no clip, can be used.
         """
-        with FileWorkers(self.workers(settings.num_clips)) as workers:
+        with FileWorkers(self.workers(settings.num_clips), progress.warn) as workers:
             plan = self._plan(progress, workers, settings)
             skipped = {str(path): reason for path, reason in plan.skipped.items()}
             cuts = [cut for cut in plan.cuts if cut.number not in done]

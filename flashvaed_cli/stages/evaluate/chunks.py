@@ -22,7 +22,7 @@ from flashvaed_cli.recipe.evaluate import EvalRecipe
 from flashvaed_cli.stages.common.clips import raw_latents
 from flashvaed_cli.stages.common.loading import Inputs
 
-_DEFAULT_CHUNK = 4
+DEFAULT_CHUNK = 4
 
 Frames = Float[Tensor, "3 T H W"]
 
@@ -42,7 +42,7 @@ def open_clip(
     """The chunks of a video or latent file, its number of frames, and frames per second."""
     original = inputs.original
     spec = original.require_decoder().spec
-    chunk = recipe.chunk or _DEFAULT_CHUNK
+    chunk = recipe.chunk or DEFAULT_CHUNK
     if is_latent_file(path):
         latents = raw_latents(path, recipe.latent_scale, original)
         if len(latents) > 1:

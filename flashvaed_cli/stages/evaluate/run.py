@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -64,8 +65,10 @@ from flashvaed_cli.stages.common.outputs import (
 from flashvaed_cli.stages.common.result import StageOutcome
 from flashvaed_cli.stages.common.run import Run
 from flashvaed_cli.stages.common.up_to_date import finished_folder, provenance
+from flashvaed_cli.stages.evaluate.chunks import DEFAULT_CHUNK
 from flashvaed_cli.stages.evaluate.compare import ORIGINAL, VIDEO, ClipToJudge, Comparison, compare_clip
 from flashvaed_cli.stages.evaluate.judge import FeatureJudge, Metrics
+from flashvaed_cli.stages.evaluate.less_memory import SteppingDown
 from flashvaed_cli.stages.evaluate.page import page_extras
 from flashvaed_cli.stages.evaluate.seen import warn_of_seen
 from flashvaed_cli.stages.evaluate.timing import ORIGINAL_TUNED, runtime_of, timed
@@ -149,7 +152,7 @@ def _run(
         recipe = recipe.model_copy(update={"num_frames": 1})
         notes.append("Only the first frame of every clip is judged, because one of the decoders takes single images.")
     require_decoders(requirements, [*decoders, *((ORIGINAL_TUNED,) if len(decoders) > 1 else ())])
-    runtimes = {name: runtime_of(name, decoder, recipe) for name, decoder in decoders.items()}
+    contest = SteppingDown({name: runtime_of(name, one, recipe) for name, one in decoders.items()}, recipe, progress)
     found = find_data(recipe.data, default=(JUDGED_CLIP,))
     files, broken = usable_files(found, recipe.num_clips, latent_width=inputs.original.latent_width)
     clips = _named(files)
@@ -159,7 +162,9 @@ def _run(
     with _shared_draft(ranks, output, reads, force=force) as draft:
         for clip in clips[ranks.rank :: ranks.count]:
             try:
-                tally.add(compare_clip(clip, runtimes, inputs, recipe, metrics, features, draft, progress))
+                parts = {"inputs": inputs, "metrics": metrics, "features": features, "output": draft}
+                compare = partial(compare_clip, clip, **parts, progress=progress)
+                tally.add(contest.run(compare, chunk=DEFAULT_CHUNK, features=features))
             except MediaError as error:  # damaged, as only decoding shows
                 tally.broken[clip.path] = str(error)
                 for suffix in (".png", ".mp4"):
@@ -184,7 +189,9 @@ def _run(
             notes.append(short)
         if len(judged) > MAX_PICTURED:
             notes.append(f"pictures and videos are kept of the {MAX_PICTURED} worst of {len(judged)} clips")
-        figures = timed(figures, runtimes, decoders[ORIGINAL], tally.latents, recipe, device, progress)
+        time = partial(timed, figures, original=decoders[ORIGINAL], latents=tally.latents, device=device)
+        figures = contest.run(partial(time, progress=progress), chunk=tally.latents.shape[2])
+        notes += contest.notes
         pictures = tuple(path for comparison in tally.pictured for path in comparison.files)
         report = EvaluationReport(
             decoders=tuple(figures),

@@ -15,10 +15,10 @@ from flashvaed_cli.artifact.checkpoint import (
     Checkpoint,
     derived_header,
     load_checkpoint,
-    load_original,
     save_checkpoint,
 )
 from flashvaed_cli.artifact.foreign.writing import to_program
+from flashvaed_cli.artifact.original import load_original
 from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
 from flashvaed_cli.decoders.variants.expansion import expanded_decoder
 from flashvaed_cli.errors import ArtifactError, ExportError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,12 +34,11 @@ def tuned_choice(
     Returns:
         The choice and a note on where it comes from.
     """
-    path = cache_file()
     grid = (latents.shape[2], latents.shape[3], latents.shape[4])
     key = cache_key(decoder.spec, grid, latents.dtype, latents.device, **vars(limits), compiler=with_compile)
-    choice = remembered_choice(path, key)
-    if choice is not None:
-        return choice, f"{name}: {choice} (remembered in {path})"
+    with contextlib.suppress(FileNotFoundError):
+        if (choice := remembered_choice(path := cache_file(), key)) is not None:
+            return choice, f"{name}: {choice} (remembered in {path})"
 
     def prepare(candidate: Choice) -> Call:
         layout = candidate.memory_format == "channels-last"
@@ -59,7 +59,7 @@ def tuned_choice(
         )
     except MemoryError:
         return Choice(chunk=limits.chunk), f"{name}: no way of running it that was tried fits into memory"
-    return tuning.choice, f"{name}: {_told(tuning)}. {_kept(path, key, tuning.choice)}"
+    return tuning.choice, f"{name}: {_told(tuning)}. {_kept(key, tuning.choice)}"
 
 
 def _told(tuning: Tuning) -> str:
@@ -68,9 +68,10 @@ def _told(tuning: Tuning) -> str:
     return f"{tuning.choice} is the fastest of {len(tuning.tried)} ways tried ({fastest:.3g} to {slowest:.3g} s)"
 
 
-def _kept(path: Path, key: str, choice: Choice) -> str:
+def _kept(key: str, choice: Choice) -> str:
+    path: Path | None = None
     try:
-        remember_choice(path, key, choice)
+        remember_choice(path := cache_file(), key, choice)
     except OSError as error:
-        return f"It could not be remembered in {path}: {error.strerror}"
+        return f"It could not be remembered{'' if path is None else f' in {path}'}: {error.strerror}"
     return f"Remembered in {path}"

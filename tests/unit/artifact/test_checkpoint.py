@@ -12,9 +12,9 @@ from flashvaed_cli.artifact.checkpoint import (
     Checkpoint,
     derived_header,
     load_checkpoint,
-    load_original,
     save_checkpoint,
 )
+from flashvaed_cli.artifact.original import load_original
 from flashvaed_cli.artifact.store import read_artifact, write_artifact
 from flashvaed_cli.decoders.modules.coder import Encoder
 from flashvaed_cli.errors import ArtifactError

@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flashvaed_cli.artifact.checkpoint import load_checkpoint, load_original, save_checkpoint
+from flashvaed_cli.artifact.checkpoint import load_checkpoint, save_checkpoint
 from flashvaed_cli.artifact.foreign.layouts import to_foreign
 from flashvaed_cli.artifact.header import Lineage, dump_header, parse_header
 from flashvaed_cli.artifact.header_checks import check_factors
+from flashvaed_cli.artifact.original import load_original
 from flashvaed_cli.artifact.store import sha256_of
 from flashvaed_cli.decoders.variants.still import still_spec
 from flashvaed_cli.errors import ArtifactError

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from itertools import pairwise
 
 import pytest
 import torch
@@ -16,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flashvaed_cli.decoders.modules.operators import Conv
+from flashvaed_cli.decoders.predict.lookahead import chunk_spans
 from flashvaed_cli.decoders.run import runtime as runtime_module
-from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings, chunk_starts
+from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.decoders.run.streaming import decode
 from flashvaed_cli.decoders.variants.exact import exact_spec
 from flashvaed_cli.errors import DecodeError, SpecError
@@ -85,9 +85,10 @@ def test_float32_tiles_agree_with_whole_frames_to_five_digits(name: str, chunk: 
 
 @given(num_latents=st.integers(1, 50), chunk=st.integers(1, 60))
 def test_only_the_first_step_is_shorter(num_latents: int, chunk: int) -> None:
-    stops = [*chunk_starts(num_latents, chunk), num_latents]
-    steps = [stop - start for start, stop in pairwise(stops)]
-    assert stops[0] == 0 and 1 <= steps[0] <= chunk
+    spans = list(chunk_spans(num_latents, chunk))
+    assert [start for start, _ in spans] == [0, *(stop for _, stop in spans[:-1])] and spans[-1][1] == num_latents
+    steps = [stop - start for start, stop in spans]
+    assert 1 <= steps[0] <= chunk
     assert all(step == chunk for step in steps[1:])
 
 

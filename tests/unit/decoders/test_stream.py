@@ -8,9 +8,10 @@ from torch import Tensor
 
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.predict.lookahead import time_halo
+from flashvaed_cli.decoders.run.buffers import WindowBuffer
 from flashvaed_cli.decoders.run.overflow import first_overflow
 from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
-from flashvaed_cli.decoders.run.streaming import WindowBuffer, decode
+from flashvaed_cli.decoders.run.streaming import decode
 from flashvaed_cli.errors import NonFiniteError, SpecError
 from tests.ltx_toy import flash_ltx_spec, ltx_decoder
 from tests.toy import toy_decoder, toy_latents
@@ -73,8 +74,15 @@ def test_what_is_held_does_not_grow_with_the_video(centred: Decoder) -> None:
     for _ in range(4 * (before + ahead)):
         for latents, _window in buffer.push(torch.zeros(1, 1, 2, 1, 1)):
             longest = max(longest, latents.shape[2])
-    assert buffer._held is not None
-    assert longest <= before + 2 + ahead and buffer._held.shape[2] <= before + 4 + ahead
+    assert longest <= before + 2 + ahead and buffer.held.num_held <= before + 4 + ahead
+
+
+def test_a_caller_may_write_into_its_tensor_again(centred: Decoder) -> None:
+    latents = torch.randn(1, centred.spec.latent_width, 3, 2, 2, dtype=torch.float64)
+    stream, part = DecodeRuntime(centred, DecodeSettings()).open(2, 2), torch.empty_like(latents[:, :, :1])
+    for index in range(3):
+        stream.step(part.copy_(latents[:, :, index : index + 1]))
+    torch.testing.assert_close(stream.flush(), decode(centred, latents), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("chunk", [None, 1])
@@ -83,7 +91,7 @@ def test_frames_that_are_not_finite_name_the_layer(chunk: int | None) -> None:
     with torch.no_grad():
         decoder.at("up1.1.conv2").weight.fill_(3e38)  # type: ignore[union-attr]
     runtime = DecodeRuntime(decoder, DecodeSettings(chunk=chunk))
-    with pytest.raises(NonFiniteError, match=r"up1\.1\.conv2 overflows float32\. Instead, the weights are damaged"):
+    with pytest.raises(NonFiniteError, match=r"up1\.1\.conv2 overflows float32\. The weights are damaged"):
         runtime.decode(toy_latents(2))
 
 
@@ -93,7 +101,7 @@ def test_half_precision_is_told_what_to_take_instead() -> None:
     with torch.no_grad():
         decoder.at("up0.0.conv2").weight.mul_(2e5)  # type: ignore[union-attr]
     runtime = DecodeRuntime(decoder.half(), DecodeSettings())
-    with pytest.raises(NonFiniteError, match=r"overflows float16\. Instead, decode with --dtype bfloat16 or float32"):
+    with pytest.raises(NonFiniteError, match=r"overflows float16\. Decode with --dtype bfloat16 or float32"):
         runtime.decode(toy_latents(2))
 
 

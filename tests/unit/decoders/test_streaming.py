@@ -20,7 +20,6 @@ from flashvaed_cli.decoders.run.streaming import (
     encode,
     encode_step,
     frame_chunks,
-    iter_decode,
 )
 from flashvaed_cli.errors import SpecError
 from tests.toy import DECODER_SPECS, toy_decoder, toy_encoder, toy_latents
@@ -140,7 +139,7 @@ def test_wrong_input_is_refused() -> None:
     with pytest.raises(SpecError, match=r"takes latents \[B, 4, T, H, W\], got \[1, 16, 2, 1, 1\]"):
         decode(DECODERS["original"], torch.zeros(1, 16, 2, 1, 1))
     with pytest.raises(SpecError, match="at least 1 latent frame, not 0"):
-        list(iter_decode(DECODERS["original"], toy_latents(), chunk=0))
+        decode(DECODERS["original"], toy_latents(), chunk=0)
 
 
 @pytest.mark.parametrize("shape", [(4, 8, 8), (5, 12, 8), (5, 8, 9)])

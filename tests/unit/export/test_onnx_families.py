@@ -10,11 +10,11 @@ from small_decoders import small_decoder
 from flashvaed_cli.decoders.run.streaming import decode
 from flashvaed_cli.decoders.spec.blocks import HeadSpec
 from flashvaed_cli.decoders.spec.coders import DecoderSpec, StageSpec
+from flashvaed_cli.decoders.spec.convolutions import causal_conv
 from flashvaed_cli.decoders.variants.still import still_decoder
 from flashvaed_cli.export.onnx_check import OnnxDecoder
 from flashvaed_cli.export.onnx_graph import export_onnx
 from flashvaed_cli.export.parity import seeded_latents
-from flashvaed_cli.families.wan21.spec import causal_conv
 from flashvaed_cli.families.wan22.spec import wan22_decoder_spec
 from tests.toy import toy_decoder, wan22_spec
 

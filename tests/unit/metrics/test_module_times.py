@@ -39,6 +39,19 @@ def test_times_are_inclusive_and_summed_over_chunks(clock: list[float]) -> None:
     assert times == {"1": 2000.0, "0": 1500.0, "0.1": 1000.0}
 
 
+@pytest.mark.parametrize(("budget_s", "num_calls", "ms"), [(0.5, 1, 1000.0), (5.0, 3, 2500.0), (100.0, 4, 3000.0)])
+def test_a_slow_model_gets_fewer_rounds(clock: list[float], budget_s: float, num_calls: int, ms: float) -> None:
+    model, calls = nn.Sequential(Waiting(clock, 0.0)), []
+
+    def each_call_takes_a_second_longer() -> None:
+        calls.append(len(calls) + 1.0)
+        model[0].seconds = calls[-1]
+        model(torch.zeros(1))
+
+    times = profile_modules(model, each_call_takes_a_second_longer, ["0"], num_rounds=3, budget_s=budget_s)
+    assert (len(calls), times["0"]) == (num_calls, ms)
+
+
 def test_unknown_and_idle_modules_are_named(clock: list[float]) -> None:
     model = nn.Sequential(Waiting(clock, 1.0), nn.Identity())
     with pytest.raises(SpecError, match=r"named up9, up8"):

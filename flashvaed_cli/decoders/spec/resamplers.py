@@ -1,0 +1,219 @@
+"""The blocks that change the grid, as data: upsamplers and downsamplers, by kernels or by moving cells.
+
+Imports no torch. Reference: Wan 2.1 VAE, LTX-Video.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import model_validator
+
+from flashvaed_cli.decoders.spec.block import Block, Grid, Reader
+from flashvaed_cli.decoders.spec.layers import ConvSpec, Factor
+
+
+class UpsampleSpec(Block):
+    """Optional doubling in time, then nearest x2 in space and `spatial`.
+
+    `temporal` gives 2 x width channels, which become two frames each: 1 + 2 (T - 1) frames. With `grows_first` the
+    first frame of a video is doubled too: 2 T frames, of which the head drops the surplus ones at the beginning.
+    `repeats_frames`: instead of `temporal`, every frame but the first of a video is repeated: 1 + 2 (T - 1) frames.
+    """
+
+    omitted_defaults: ClassVar[tuple[str, ...]] = ("grows_first", "repeats_frames")
+
+    has_still_form: ClassVar[bool] = True
+
+    kind: Literal["upsample"] = "upsample"
+    temporal: ConvSpec | None = None
+    spatial: ConvSpec
+    grows_first: bool = False
+    repeats_frames: bool = False
+
+    @model_validator(mode="after")
+    def _grows(self) -> UpsampleSpec:
+        if self.repeats_frames and self.temporal is not None:
+            raise ValueError("an upsampler doubles frames by a temporal layer or by repeating them, not by both")
+        if self.grows_first and self.temporal is None:
+            raise ValueError("an upsampler without a temporal layer doubles no frame, so not the first either")
+        return self
+
+    @property
+    def in_width(self) -> int:
+        """`temporal` keeps the width."""
+        return self.spatial.in_width
+
+    @property
+    def widest_output(self) -> int:
+        """`temporal` runs before the frames grow."""
+        return self.spatial.out_width
+
+    @property
+    def growth(self) -> Factor:
+        """Twice the size; twice the frames with `temporal` or `repeats_frames`."""
+        return (1 if self.temporal is None and not self.repeats_frames else 2, 2, 2)
+
+    @property
+    def enlarges_first(self) -> bool:
+        """Unless `spatial` enlarges frames itself."""
+        return not self.spatial.enlarges
+
+    @property
+    def readers(self) -> tuple[Reader, ...]:
+        """`temporal` keeps the channels of its input, so `spatial` reads them too."""
+        return tuple(Reader(layer=name) for name in self.layers)
+
+    @property
+    def ends_stream(self) -> bool:
+        """Its output belongs to the next stage, of another size."""
+        return True
+
+    def grid_after(self, grid: Grid) -> Grid:
+        """The first frame of a video is doubled only with `grows_first`."""
+        frames, height, width = super().grid_after(grid)
+        return (2 * grid[0] if self.grows_first else frames, height, width)
+
+    def layer_grid(self, name: str, grid: Grid) -> Grid:
+        """`temporal` runs on small frames; the first frame of a video skips it unless it is doubled too."""
+        if name != "temporal":
+            return self.grid_after(grid)
+        return grid if self.grows_first else (grid[0] - 1, *grid[1:])
+
+
+class DownsampleSpec(Block):
+    """`spatial` with stride 2, padded right and below; then optional `temporal` with stride 2 (first frame passes)."""
+
+    kind: Literal["downsample"] = "downsample"
+    spatial: ConvSpec
+    temporal: ConvSpec | None = None
+
+    @property
+    def out_width(self) -> int:
+        """`temporal` keeps the width."""
+        return self.spatial.out_width
+
+    @property
+    def shrinkage(self) -> Factor:
+        """Half the size; half the frames with `temporal`."""
+        return (1 if self.temporal is None else 2, 2, 2)
+
+    @property
+    def ends_stream(self) -> bool:
+        """Its output belongs to the next stage, of another size."""
+        return True
+
+    def layer_grid(self, name: str, grid: Grid) -> Grid:
+        """`spatial` runs on all frames, `temporal` on small ones."""
+        after = self.grid_after(grid)
+        return (after[0] - 1, *after[1:]) if name == "temporal" else (grid[0], *after[1:])
+
+
+class ShuffleUpsampleSpec(Block):
+    """`conv`, whose channels then move into time and space: 1 + ft (T - 1) frames, fh and fw times the size.
+
+    Channel c of the output comes from the channels of `conv` from c * ft * fh * fw on, in the order of `factor`; the
+    first ft - 1 frames of a video are dropped. With `residual` the input is added, moved in the same way and its
+    channels repeated as often as needed.
+    """
+
+    kind: Literal["shuffle_upsample"] = "shuffle_upsample"
+    conv: ConvSpec
+    factor: Factor = (2, 2, 2)
+    residual: bool = False
+
+    @model_validator(mode="after")
+    def _widths_divide(self) -> ShuffleUpsampleSpec:
+        cell = _cell(self.factor)
+        if self.conv.out_width % cell:
+            raise ValueError(f"{self.conv.out_width} channels do not make cells of {cell}")
+        if self.residual and (self.conv.in_width % cell or self.conv.out_width % self.conv.in_width):
+            raise ValueError(f"a residual cannot join {self.conv.in_width} channels to {self.conv.out_width // cell}")
+        return self
+
+    @property
+    def cell(self) -> int:
+        """Positions made of one: channels of `conv` per channel of the output."""
+        return _cell(self.factor)
+
+    @property
+    def out_width(self) -> int:
+        """The channels of a cell have become positions."""
+        return self.conv.out_width // self.cell
+
+    @property
+    def widest_output(self) -> int:
+        """`conv` runs before the frames grow."""
+        return self.out_width
+
+    @property
+    def growth(self) -> Factor:
+        """That of a cell."""
+        return self.factor
+
+    @property
+    def carries_input(self) -> bool:
+        """If it has a residual, which adds copies of it."""
+        return self.residual
+
+    @property
+    def ends_stream(self) -> bool:
+        """Its output belongs to the next stage, of another size."""
+        return True
+
+    def layer_grid(self, name: str, grid: Grid) -> Grid:
+        """`conv` runs before the frames grow."""
+        return grid
+
+
+class StridedDownsampleSpec(Block):
+    """`conv` with the stride `factor`, from the first frame on: 1 + (T - 1) / ft frames."""
+
+    kind: Literal["strided_downsample"] = "strided_downsample"
+    conv: ConvSpec
+    factor: Factor = (2, 2, 2)
+
+    @property
+    def shrinkage(self) -> Factor:
+        """The stride."""
+        return self.factor
+
+
+class UnshuffleDownsampleSpec(Block):
+    """`conv`, then cells of `factor` positions move into the channels; plus the input's cells, averaged to as many.
+
+    The first frame of a video is taken ft times, which gives 1 + (T - 1) / ft frames.
+    """
+
+    kind: Literal["unshuffle_downsample"] = "unshuffle_downsample"
+    conv: ConvSpec
+    factor: Factor
+
+    @model_validator(mode="after")
+    def _widths_divide(self) -> UnshuffleDownsampleSpec:
+        if self.conv.in_width % self.conv.out_width:
+            raise ValueError(f"cells of {self.conv.in_width} channels cannot be averaged to {self.conv.out_width}")
+        return self
+
+    @property
+    def cell(self) -> int:
+        """Positions made into one: channels of the output per channel of `conv`."""
+        return _cell(self.factor)
+
+    @property
+    def out_width(self) -> int:
+        """The positions of a cell have become channels."""
+        return self.conv.out_width * self.cell
+
+    @property
+    def shrinkage(self) -> Factor:
+        """That of a cell."""
+        return self.factor
+
+    def layer_grid(self, name: str, grid: Grid) -> Grid:
+        """`conv` runs before the frames shrink."""
+        return grid
+
+
+def _cell(factor: Factor) -> int:
+    return factor[0] * factor[1] * factor[2]
