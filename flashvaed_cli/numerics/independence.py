@@ -1,4 +1,4 @@
-"""How channels depend on one another: what a kept set explains, and the least-squares map back to all channels."""
+"""How channels depend on one another: the variance that a kept set explains, and the map back to all channels."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from flashvaed_cli.errors import CalibrationError
 NEGLIGIBLE_SHARE = 1e-10
 """A variance below this share of a reference is rounding.
 
-A channel is dead or constant when its variance is that small beside the largest of all, and explained when its
-residual is that small beside its own variance: the gain ||S[:,j]||² / S[j,j] would divide noise by noise.
+A channel is dead or constant if its variance is that small compared with the largest of all, and explained if its
+residual is that small compared with its own variance: the gain ||S[:,j]||² / S[j,j] would divide noise by noise.
 """
 
 

@@ -1,6 +1,6 @@
 """Which channels to keep: greedy R² and the rules it is compared with, one function each.
 
-A rule orders the channels of one group by importance, from what is known about them (`ChannelEvidence`). For every
+A rule orders the channels of one group by importance, from the evidence about them (`ChannelEvidence`). For every
 rule, larger counts give supersets, ties (up to rounding) go to the lowest index, and channels that
 do not vary over the calibration clips (dead or constant ones) come after all that do, by index; for `greedy-energy`
 only dead ones come last.
@@ -24,7 +24,7 @@ _TIE_SHARE = 1e-12
 
 @dataclass(frozen=True)
 class ChannelEvidence:
-    """What is known about the channels of one group; a rule that lacks what it needs says so.
+    """The evidence about the channels of one group; a rule raises if it lacks what it needs.
 
     Attributes:
         covariance: centred, over all calibration positions.
@@ -89,7 +89,7 @@ def select_greedy_energy(evidence: ChannelEvidence, num_kept: int, *, seed: int 
     del seed
     _require_num_kept(evidence, num_kept)
     second_moment = _require(
-        evidence.second_moment, "greedy-energy", "the means of the channels beside their covariance"
+        evidence.second_moment, "greedy-energy", "the means of the channels besides their covariance"
     )
     energy, variance = ResidualCovariance(second_moment), ResidualCovariance(evidence.covariance)
     order = _pick_greedily(energy, num_kept, energy.gains, run=evidence.run).kept
@@ -141,7 +141,7 @@ def select_chip(evidence: ChannelEvidence, num_kept: int, *, seed: int = 0) -> S
     """
     del seed
     _require_num_kept(evidence, num_kept)
-    second_moment = _require(evidence.second_moment, "chip", "the means of the channels beside their covariance")
+    second_moment = _require(evidence.second_moment, "chip", "the means of the channels besides their covariance")
     # The root of an eigenvalue that is rounding is 1e-8 of the largest, which must not break ties.
     return _pick_ranked(evidence, nuclear_norm_drops(second_moment), num_kept, tie_share=1e-7)
 

@@ -165,7 +165,7 @@ def _stage_records(
 
 
 def plot_files(output: Path) -> tuple[Path, Path, Path]:
-    """Where the plots of an analysis go: R2 curves, spectra, latency."""
+    """Paths of the plots of an analysis: R2 curves, spectra, latency."""
     return (
         output.with_suffix(".r2.png"),
         output.with_suffix(".spectra.png"),

@@ -38,7 +38,7 @@ class TimedClip:
     dtype: str
 
     def grid(self, spec: DecoderSpec) -> Grid:
-        """Its latents' frames, height and width."""
+        """The frames, height and width of its latents."""
         side = -(-self.side // spec.spatial_factor)
         return (spec.num_latents(self.num_frames), side, side)
 

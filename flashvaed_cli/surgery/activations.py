@@ -37,7 +37,7 @@ class ActivationStore:
         self._until_the_end.__exit__(kind, error, trace)
 
     def save(self, clip: int, name: str, tensors: Mapping[str, Stored]) -> None:
-        """Keep tensors of a clip under a name; what was there before is replaced."""
+        """Keep tensors of a clip under a name, replacing earlier ones."""
         path = self._path(clip, name)
         fresh = path.with_suffix(".new")  # the tensors of the old file may still be mapped
         apart = {key: tensor.contiguous() for key, tensor in tensors.items()}
@@ -49,11 +49,11 @@ class ActivationStore:
         return load_file(self._path(clip, name), device=self._device)
 
     def save_input(self, clip: int, decoder: str, x: Float[Tensor, "_B _C _T _H _W"]) -> None:
-        """Keep what `decoder` feeds its next block."""
+        """Keep the input of `decoder`'s next block."""
         self.save(clip, decoder, {"x": x.permute(0, 2, 3, 4, 1)})  # [B, T, H, W, C]
 
     def load_input(self, clip: int, decoder: str) -> Float[Tensor, "_B _C _T _H _W"]:
-        """What `decoder` feeds its next block, channels-last: rows are then gathered without a copy of the clip."""
+        """The input of `decoder`'s next block, channels-last, so that rows are gathered without copying the clip."""
         return self.load(clip, decoder)["x"].permute(0, 4, 1, 2, 3)
 
     def _path(self, clip: int, name: str) -> Path:

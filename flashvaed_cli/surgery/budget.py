@@ -56,7 +56,7 @@ class GroupCurve:
         return 0.0 if width == self.width else max(1.0 - self.r2[width - 1], 0.0)
 
     def added_error(self, width: int, narrower: int) -> float:
-        """What going from one width to a narrower one adds, over all tensors of the group."""
+        """Error added by going from one width to a narrower one, over all tensors of the group."""
         return self.weight * (self.error(narrower) - self.error(width))
 
 

@@ -1,4 +1,4 @@
-"""What is known about the channels of a group: statistics of its tensors, weights of the layers around it.
+"""The evidence for choosing channels of a group: statistics of its tensors, weights of the layers around it.
 
 Reference: arXiv 2602.19161, section 3.1. Departure: the tensors of a group are weighted equally by scaling
 each covariance to trace one, and one set is chosen for all of them.

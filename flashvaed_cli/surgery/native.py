@@ -35,7 +35,7 @@ def native_base_width(spec: DecoderSpec) -> int:
     base_width = fits_uniform_layout(spec, original_like(spec)).base_width
     if base_width is None:
         raise SpecError(
-            "--layout native: this decoder is no longer its original at some base width, so no stock class can build "
+            "--layout native: this decoder is not its original at another base width, so no stock class can build "
             "it or anything pruned from it. Give the original, or leave --layout out"
         )
     return base_width

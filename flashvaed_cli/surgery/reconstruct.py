@@ -39,7 +39,7 @@ Clip = Float[Tensor, "_B _C _T _H _W"]
 
 _BLOCK = Entering("reference", "student")
 _STAGE = Entering("reference_entering", "student_entering")
-"""Names in the store: of what enters the next block, and of what entered the stage whose bypass is still open."""
+"""Names in the store: of the inputs of the next block, and of those of the stage whose bypass is still to come."""
 
 
 def first_changed_block(before: Coder, after: Coder) -> str | None:

@@ -20,7 +20,7 @@ BLOCK = "block"
 
 
 BYPASS_GAP = "bypass_gap"
-"""The name of what the new bypass misses on the kept channels, and the stage's last layer must add."""
+"""The name of the output that the new bypass misses on the kept channels, and that the stage's last layer must add."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class RecordedRows:
     positions: dict[str, Int64[Tensor, " _N"]]
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """As one dictionary, to be stored."""
+        """All rows in one dictionary, to be stored."""
         named = {"inputs": self.inputs, "outputs": self.outputs, "positions": self.positions}
         return {f"{kind}.{name}": rows.clone() for kind, group in named.items() for name, rows in group.items()}
 

@@ -273,7 +273,7 @@ def _with_operator(layer: ConvSpec, operator: Operator, address: str) -> ConvSpe
         raise SpecError(f"{address} is {layer.operator}: it converts to {possible}, not to {operator}")
     if operator != "frame2d":
         return layer.model_copy(update={"operator": operator})
-    if layer.kernel[1:] == (1, 1):  # what is left of a kernel in time alone
+    if layer.kernel[1:] == (1, 1):  # what remains of a kernel in time alone
         operator = "pointwise"
     changed = {"operator": operator, "kernel": (1, *layer.kernel[1:]), "time_padding": "zeros"}
     return ConvSpec(**{**dict(layer), **changed})

@@ -16,7 +16,7 @@ _EQUATIONS_PER_UNKNOWN = 128
 
 
 def dense_rows_per_clip(num_features: int, num_clips: int) -> int:
-    """How many positions of a clip to use for a dense layer, whose rows are summed up.
+    """Number of positions of a clip to use for a dense layer, whose rows are summed up.
 
     As many as 5e9 multiply-adds for the gram allow, but over all clips at least 8 and at most 128 per unknown.
     """
@@ -26,7 +26,7 @@ def dense_rows_per_clip(num_features: int, num_clips: int) -> int:
 
 
 def separable_rows_per_clip(num_channels: int, num_taps: int, num_outputs: int, num_clips: int) -> int:
-    """How many positions of a clip to use for a depthwise-separable layer, whose rows are held in memory.
+    """Number of positions of a clip to use for a depthwise-separable layer, whose rows are held in memory.
 
     128 equations per unknown in all, but at most 2^27 held values (512 MiB), and at least 8 rows per channel.
     """

@@ -1,4 +1,4 @@
-"""Which channels of each group stay: a rule from `numerics.selection`, applied to the groups that have a ratio.
+"""Choose the kept channels of every group that has a ratio, by a rule from `numerics.selection`.
 
 Channels that do not vary over the calibration clips are kept last and named in the report; only `greedy-energy` keeps
 constant ones that are large, since they steady the norms. Where a GroupNorm reads the channels, its groups stay or go
@@ -22,7 +22,7 @@ from flashvaed_cli.surgery.evidence import channel_evidence
 
 @dataclass(frozen=True)
 class GroupSelection:
-    """What was chosen for one group.
+    """The choice for one group.
 
     `r2` is that of the kept set on the group's pooled covariance; `dead` channels have neither variance nor mean,
     `constant` ones only a mean.

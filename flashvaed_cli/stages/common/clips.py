@@ -181,7 +181,7 @@ def plan_calibration(
                 seed=recipe.seed,
             )
             broken |= broken_videos
-        except MediaError as error:  # none of them; the latent files alone may do
+        except MediaError as error:  # no video is usable; the latent files may suffice
             if not latent_files:
                 raise
             broken |= {path: str(error) for path in videos[:1]}

@@ -1,4 +1,4 @@
-"""Which decoders an evaluation compares, and what they are called."""
+"""The decoders that an evaluation compares, and their names."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def choose_input(given: str | None, recipe_type: type[CommandRecipe], progress: 
 
 
 def _newer_than(chosen: str, defaults: Sequence[str]) -> str | None:
-    """The first of the places that were passed over whose file is newer than the chosen one."""
+    """The first of the later defaults whose file is newer than the chosen one; None if none is."""
     if ":" in chosen:
         return None
     made = Path(chosen).stat().st_mtime

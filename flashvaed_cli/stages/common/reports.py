@@ -31,7 +31,7 @@ def find_reports(decoder: Path, sha256: str) -> dict[str, dict[str, str]]:
 
 
 def _figures(document: Mapping[str, Any]) -> dict[str, str]:
-    judged = next(one for one in document["decoders"][1:] if one["to_original"])  # then come those to compare with
+    judged = next(one for one in document["decoders"][1:] if one["to_original"])  # the decoders compared with it follow
     figures: dict[str, str] = {}
     kept, speedup = judged["retention_percent"], judged["speedup"]
     for key, name in (("psnr_db", "PSNR kept"), ("ssim", "SSIM kept"), ("sharpness_ratio", "sharpness kept")):

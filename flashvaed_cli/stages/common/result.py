@@ -34,7 +34,7 @@ class StageOutcome:
         return Group(*(to_rich(table) for table in self.tables), *(Text(printable(note)) for note in self.notes))
 
     def detailed(self) -> RenderableType:
-        """What `--verbose` adds."""
+        """The tables that `--verbose` adds."""
         return Group(*(to_rich(table) for table in self.details))
 
     def as_dict(self) -> Mapping[str, object]:

@@ -83,8 +83,8 @@ class Run(Generic[RecipeT]):
         """The run of a command that writes one artifact.
 
         Args:
-            reads: files that it reads beside its input and the original.
-            beside: what it writes beside its output; see `claim_file`.
+            reads: files that it reads besides its input and the original.
+            beside: what it writes besides its output; see `claim_file`.
             data: finds the recipe's clips.
         Raises:
             FlashVaedError: no place to write to; or a file of another program, the input itself, or a finished result
@@ -119,7 +119,7 @@ class Run(Generic[RecipeT]):
 
     @property
     def device(self) -> torch.device:
-        """Where to compute.
+        """The device to compute on.
 
         Raises:
             FlashVaedError: this machine does not have what the recipe names.

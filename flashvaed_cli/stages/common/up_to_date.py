@@ -45,9 +45,9 @@ def finished_artifact(
     try:
         header = read_header(output)
     except ArtifactError:
-        return None  # damaged: it is made again
+        return None  # damaged: make it again
     if not header.command_line or not header.recipe or header.run is None:
-        return None  # an original, or of an old version
+        return None  # an original, or written by an old version
     command = _command_of(header.command_line)
     recorded = {**header.recipe, "input": header.parents[0].location if header.parents else None}
     _require_same(output, (command, recorded), recipe, location, header.command_line)
@@ -77,7 +77,7 @@ def provenance(recipe: CommandRecipe, inputs: Mapping[str, str], data: Sequence[
 def finished_folder(
     marker: Path, recipe: CommandRecipe, location: str, data: Callable[[], Iterable[Path]], *, force: bool
 ) -> StageOutcome | None:
-    """`finished_artifact` for a folder, whose `marker` holds its `provenance` as `made_with`, and the figures."""
+    """`finished_artifact` for a folder; its `marker` holds the figures, and the `provenance` under `made_with`."""
     if force or not marker.is_file() or not is_own_file(marker):
         return None
     document = json.loads(marker.read_bytes())
@@ -145,7 +145,7 @@ def _data_unchanged(recorded: Sequence[DataFile], started: str, find: Callable[[
         began = datetime.fromisoformat(started).timestamp() + 1  # recorded in whole seconds
         files = list(find())
     except (ValueError, OverflowError, OSError, FlashVaedError):
-        return False  # not a time; or the command says which file is missing
+        return False  # not a time; or a file is missing, which the command reports
     for path in files:
         if path.stat().st_mtime > began:
             return False

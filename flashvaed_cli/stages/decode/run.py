@@ -56,7 +56,7 @@ class _Written:
 
 @dataclass(frozen=True)
 class _Output:
-    """How videos are written."""
+    """Settings for writing videos."""
 
     fps: Fraction
     crf: int

@@ -175,7 +175,7 @@ def training_data(
         try:
             num_encoded = _complete_cache(folder, source, progress)
         except Exception:
-            wait()  # or the other processes would wait for this one for ever
+            wait()  # or the other processes would wait for this one forever
             raise
     wait()
     stored = read_key(folder)
@@ -196,7 +196,7 @@ def _complete_cache(folder: Path, source: ClipSource, progress: Progress) -> int
     with sole_writer(folder), CacheWriter(folder, stored, progress.warn) as writer:
         there = frozenset(writer.numbers)
         if there:
-            progress.log(f"going on with the cache {folder}: {len(there)} clips are there")
+            progress.log(f"completing the cache {folder}, which holds {len(there)} clips")
         skipped = source.encode(progress, writer.add, stored.cut, there)
         return len(writer.finish(skipped).sizes) - len(there)
 

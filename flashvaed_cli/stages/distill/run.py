@@ -72,7 +72,7 @@ _NUM_COMPARED = 2
 def run_distill(recipe: DistillRecipe, *, progress: Progress, force: bool, command_line: str) -> StageOutcome:
     """Train the phases of the recipe that fit the decoder; write the decoder, its loss curves and its log.
 
-    A checkpoint per phase beside the output lets an interrupted run go on; they go away when the output is written.
+    A checkpoint per phase beside the output lets an interrupted run go on; they are deleted once the output is written.
     Started by `accelerate launch` or torchrun, all processes train together; only the main one writes and logs.
 
     Raises:
@@ -209,7 +209,7 @@ def _prepare(run: Run[DistillRecipe], ranks: Ranks, device: torch.device) -> _Jo
 
 
 def _train_phases(job: _Job, files: TrainingFiles, progress: Progress) -> tuple[list[PhaseResult], Kept]:
-    """One phase after the other, each with a checkpoint of its own: a finished one is not trained again.
+    """Train one phase after the other, each with its own checkpoint; a finished phase is not trained again.
 
     Returns the result of each, and the channels that phase 2 prepared the decoder to keep.
     """
@@ -398,7 +398,7 @@ def _settings(recipe: DistillRecipe, phase: PhaseRecipe) -> TrainSettings:
 _NO_PART_OF_THE_RUN = {
     "input",
     "output",
-    "data",  # its content is named by the data's own key
+    "data",  # the data's own key identifies its content
     "validation_data",
     "validate_every_steps",
     "num_workers",
@@ -418,7 +418,7 @@ def _run_key(job: _Job, index: int) -> str:
     """A key of recipe, decoder and data, wherever they are stored: equal for runs that would give the same weights."""
     settings = job.recipe.model_dump(mode="json", exclude=_NO_PART_OF_THE_RUN)
     for later in ("weights", "student", "student_width", "student_start", "adversarial_start"):
-        if not settings[later]:  # trainings that version 0.3 began have no such setting, and go on
+        if not settings[later]:  # so that runs of version 0.3, which had no such setting, can go on
             del settings[later]
     for later in ("wavelet", "adversarial"):
         if not settings["loss_weights"][later]:

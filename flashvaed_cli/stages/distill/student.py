@@ -32,7 +32,7 @@ def with_new_student(recipe: DistillRecipe, inputs: Inputs, progress: Progress) 
     if recipe.student is None:
         return inputs
     if recipe.keep_ratio is not None or recipe.stage_keep_ratios or recipe.group_keep_ratios:
-        progress.warn("--ratio: ignored with --student, whose width --student-width sets")
+        progress.warn("--ratio: ignored with --student; --student-width sets its width")
     teacher, parent = inputs.reference(), inputs.checkpoint
     if not parent.latent_mean:
         progress.warn(

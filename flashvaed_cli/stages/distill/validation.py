@@ -22,7 +22,7 @@ from flashvaed_cli.stages.common.loading import Inputs
 
 MAX_CLIPS = 8
 MAX_SIDE = 512
-"""Of whole frames, where the recipe does not shrink videos itself: the original decodes them all."""
+"""Longest side of validation videos in pixels, unless the recipe sets one: the original decodes whole frames."""
 
 
 @dataclass(frozen=True)

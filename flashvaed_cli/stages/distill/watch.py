@@ -134,7 +134,7 @@ class TrainingWatch:
         def after_step(step: int, entry: HistoryEntry | None) -> None:
             if entry is not None:
                 self._attempt("log", lambda: self._log.append(index, phase, entry))
-                if (board := self._board) is not None and entry["step"] == step:  # it keeps what is past
+                if (board := self._board) is not None and entry["step"] == step:  # TensorBoard keeps the past entries
                     self._attempt("TensorBoard", lambda: board.append(done_before, phase, entry))
             if (strips := self._strips) is not None:
                 self._attempt("sample strips", lambda: strips.draw_if_due(phase, step))

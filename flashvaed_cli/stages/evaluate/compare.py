@@ -125,7 +125,7 @@ def compare_clip(
     if features is not None:
         features.end_clip()
     files = [] if mp4 is None else [mp4]
-    if len(strips) > 1:  # an original alone on latents has nothing beside it
+    if len(strips) > 1:  # an original alone, on latents, is compared with nothing
         labelled = [(label, torch.cat(parts, dim=1)) for label, parts in strips.items()]
         files.insert(0, save_strip(output / f"{clip.stem}.png", labelled, frame_numbers=sorted(shown)))
     latents = torch.cat(first, dim=2)[:, :, :SPEED_LATENT_FRAMES]

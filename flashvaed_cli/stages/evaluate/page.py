@@ -29,7 +29,7 @@ _VIDEO_SIDE_PX = 384
 _VIDEO_SECONDS = 6
 _VIDEO_CRF = 24
 _TRAINING_FIGURES = ("loss", "psnr_db", "validation_psnr_db", "learning_rate")
-"""Of the log; its other figures stay there."""
+"""The figures of the training log that the page shows."""
 
 
 class ClipVideos:
@@ -118,7 +118,7 @@ def _r2(analysis: AnalysisRecord) -> dict[str, tuple[float, ...]] | None:
 
 
 def _training(location: Path) -> tuple[dict[str, list[tuple[float, float]]], tuple[tuple[float, str], ...]]:
-    """The curves of the log beside a decoder, steps counted over all phases, and where each phase begins."""
+    """The curves of the log beside a decoder, with steps counted over all phases, and the first step of each phase."""
     log = TrainingFiles(location).log
     curves: dict[str, list[tuple[float, float]]] = {}
     phases: list[tuple[float, str]] = []

@@ -143,7 +143,7 @@ def _run(
         return done
     inputs = run.load(device)
     if recipe.max_side is not None:
-        whole_side("max_side", recipe.max_side, latent_grid(inputs.original))  # refuses what holds no latent
+        whole_side("max_side", recipe.max_side, latent_grid(inputs.original))  # refuses sides that hold no latent
     asked, notes = recipe, list[str]()
     metrics = _metrics(recipe, device, notes)
     features = None if metrics.features is None else FeatureJudge(metrics.features)
@@ -165,7 +165,7 @@ def _run(
                 parts = {"inputs": inputs, "metrics": metrics, "features": features, "output": draft}
                 compare = partial(compare_clip, clip, **parts, progress=progress)
                 tally.add(contest.run(compare, chunk=DEFAULT_CHUNK, features=features))
-            except MediaError as error:  # damaged where only decoding shows it
+            except MediaError as error:  # damaged, as only decoding shows
                 tally.broken[clip.path] = str(error)
                 for suffix in (".png", ".mp4"):
                     (draft / f"{clip.stem}{suffix}").unlink(missing_ok=True)
@@ -305,7 +305,7 @@ def _notes_on_colours(paths: Iterable[Path]) -> list[str]:
 
 
 def _notes_on_seen(checkpoint: Checkpoint, recipe: EvalRecipe, files: Sequence[Path], progress: Progress) -> list[str]:
-    """Which decoders are judged on what they were fitted to; warned of at once too."""
+    """Notes on decoders that are judged on clips they were fitted to; also warned of at once."""
     headers: list[tuple[str, ArtifactHeader | None]] = [(checkpoint.location, checkpoint.header)]
     headers += [(place, read_header(place)) for place in recipe.compare if has_own_header(Path(place))]
     notes = [warn_of_seen(Path(place).name, header, place, files) for place, header in headers]
@@ -317,7 +317,7 @@ def _notes_on_seen(checkpoint: Checkpoint, recipe: EvalRecipe, files: Sequence[P
 def _settings(
     recipe: EvalRecipe, inputs: Inputs, latents: Tensor, ranks: Ranks, command_line: str
 ) -> dict[str, str | int | float]:
-    """How it was measured, as the report shows it. `latents`: those of the timing."""
+    """The conditions of the measurement, for the report. `latents`: those used for timing."""
     device = inputs.device.type
     settings: dict[str, str | int | float] = {
         "command": command_line,

@@ -74,6 +74,6 @@ def export_flash_folder(
 def _beside_the_decoder(
     encoder: Encoder | None, layout: Layout, statistics: tuple[tuple[float, ...], tuple[float, ...]]
 ) -> dict[str, Tensor]:
-    """The tensors of the family's class beside its decoder: the encoder, and statistics that are buffers."""
+    """The tensors of the family's class besides its decoder: the encoder, and statistics that are buffers."""
     coders = [] if encoder is None else [(encoder.state_dict(), encoder.spec)]
     return to_program(coders, layout, statistics)

@@ -18,7 +18,7 @@ from flashvaed_cli.stages.info.show import show_one, show_side_by_side
 
 @dataclass(frozen=True)
 class InfoOutcome:
-    """What was found; nothing is written.
+    """The facts of all files; nothing is written.
 
     `failed`: the files that could not be described, each with the reason.
     """

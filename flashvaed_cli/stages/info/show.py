@@ -17,9 +17,9 @@ from flashvaed_cli.stages.info.facts import CoderFacts, FileFacts
 _MAX_COMMAND_CHARS = 400
 _NUM_SHOWN_FILES = 4
 _STATES = {
-    "unchanged": "there, unchanged",
-    "changed": "there, but another file now",
-    "absent": "not there any more",
+    "unchanged": "unchanged",
+    "changed": "replaced by another file",
+    "absent": "no longer there",
 }
 
 

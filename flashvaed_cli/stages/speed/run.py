@@ -50,7 +50,7 @@ def run_speed(recipe: EvalRecipe, *, progress: Progress, force: bool, command_li
     original, derived = inputs.original.require_decoder(), derived_decoders(inputs, recipe, taken=RESERVED_NAMES)
     lengths = _lengths(recipe, {inputs.original.location: original, **derived})
     if recipe.compile:
-        DecodeRuntime(original, DecodeSettings(compile=True))  # says at once where no compiler is at hand
+        DecodeRuntime(original, DecodeSettings(compile=True))  # raises at once if there is no compiler
     tables, notes = [], []
     misfits: list[DecodeError] = []
     if idle := recipe.given(*_UNUSED):

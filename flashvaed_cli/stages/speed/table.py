@@ -81,7 +81,7 @@ class TimedSize:
         return TimedSize(spec.num_frames(t), spec.spatial_factor * h, spec.spatial_factor * w)
 
     def __str__(self) -> str:
-        """As shown."""
+        """For titles and messages."""
         return f"{counted(self.num_frames, 'frame')} of {self.width}×{self.height}"
 
 

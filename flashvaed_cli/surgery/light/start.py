@@ -87,7 +87,7 @@ def _dim(head: nn.Module) -> None:
 
 
 _STARTS: dict[str, Callable[[Any], None]] = {"upsample": _double_by_copies, "head": _dim, "cell_head": _dim}
-"""What is done to the random weights of a kind of block."""
+"""Changes to the random weights of some kinds of blocks."""
 
 
 def _draw(layer: Conv, gain: float, generator: torch.Generator) -> None:
@@ -149,7 +149,7 @@ def _layer_of_head(head: Head, entering: Clip, frames: Clip, patch: int) -> Iter
 
 
 def _layers_of_cells(head: CellHead, entering: Clip, frames: Clip, _patch: int) -> Iterator[tuple[Conv, Clip, Clip]]:
-    """Those of the first frame, then those of the others; each gives some bands of the cells."""
+    """The layers for the first frame, then those for the others; each gives some bands of the cells."""
     for medium, factor, at in (("image", (1, *CELL[1:]), slice(0, 1)), ("video", CELL, slice(1, None))):
         given = frames[:, :, at]
         if not given.shape[2]:
@@ -167,4 +167,4 @@ _LAST_LAYERS: dict[str, Callable[[Any, Clip, Clip, int], Iterator[tuple[Conv, Cl
     "head": _layer_of_head,
     "cell_head": _layers_of_cells,
 }
-"""Of each kind of head: every layer that gives frames, what it reads, and what it should give."""
+"""For each kind of head, its layers that give frames, each with its inputs and its targets."""

@@ -49,7 +49,7 @@ class Pair(Generic[PartT_co]):
     inner: Mapping[str, Channels] = field(default_factory=dict)
 
     def inputs(self, clip: int) -> tuple[Clip, Clip]:
-        """What enters the part in a clip: in the original, and in the new decoder."""
+        """The inputs of the part in a clip, in the original and in the new decoder."""
         return self.store.load_input(clip, self.entering.reference), self.store.load_input(clip, self.entering.student)
 
     def rows(self, clip: int) -> RecordedRows:

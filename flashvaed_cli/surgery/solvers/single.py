@@ -105,7 +105,7 @@ def solve_head(pair: Pair[Head]) -> list[LayerError]:
 
 
 def solve_conv(pair: Pair[ConvBlock]) -> list[LayerError]:
-    """Its one layer."""
+    """The single layer of the block."""
     new = pair.student
     fit = fit_of(pair, "conv", pair.before, pair.after)
 

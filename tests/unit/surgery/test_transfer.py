@@ -131,6 +131,13 @@ def test_separable_kernels_are_found() -> None:
     torch.testing.assert_close(student(latents), reference(latents), rtol=0, atol=1e-4)  # SVD, float32 rounding
 
 
+def test_a_dense_kernel_takes_over_a_separable_one() -> None:
+    reference = toy_decoder(converted_spec(original_spec(), {"up3": "dwsep3d"}))
+    student = transfer_weights(reference, original_spec(), {})
+    latents = toy_latents()
+    torch.testing.assert_close(student(latents), reference(latents), rtol=0, atol=1e-5)  # float32 rounding
+
+
 def test_weights_do_not_come_from_nowhere() -> None:
     with pytest.raises(SpecError, match=r"up3\.0\.conv1: causal3d weights cannot come from frame2d ones"):
         transfer_weights(toy_decoder(converted_spec(original_spec(), {"up3": "frame2d"})), original_spec(), {})
