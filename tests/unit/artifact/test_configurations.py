@@ -210,7 +210,7 @@ def test_ltx_own_configurations_are_known(tmp_path: Path, version: str) -> None:
         ("upsample_residual", [True], "supported: true, false or 3 of them"),
         ("block_out_channels", [4, 8, 16, 32, 32], "supported for ltx-video-0.9.5: widths as 1 : 2 : 4 : 8 : 16"),
         ("decoder_block_out_channels", [16, 32, 64], "so 4 -> 64 channels in decoder conv_in"),
-        ("decode_timestep", "soon", "is 'soon', which is no number"),
+        ("decode_timestep", "soon", "is 'soon', which is not a number"),
     ],
 )
 def test_another_network_than_ltxs_is_refused(tmp_path: Path, key: str, value: object, message: str) -> None:

@@ -51,7 +51,7 @@ def test_encoders_that_two_versions_share_are_ambiguous() -> None:
     """0.9.0 and 0.9.1 have one encoder: without a decoder nothing tells which it is."""
     spec = get_family(VERSIONS[0]).encoder_spec(4, 4)
     tensors = to_foreign(Encoder(spec).state_dict(), spec, LAYOUTS["ltx-0.9.0-diffusers"])  # type: ignore[arg-type]
-    with pytest.raises(ArtifactError, match=r"fit ltx-0\.9\.0-diffusers, ltx-0\.9\.1-diffusers alike"):
+    with pytest.raises(ArtifactError, match=r"fit ltx-0\.9\.0-diffusers, ltx-0\.9\.1-diffusers equally well"):
         recognise(shapes_of(tensors))
     assert recognise(shapes_of(tensors), family=VERSIONS[1]).name == "ltx-0.9.1-diffusers"
 

@@ -55,7 +55,7 @@ def test_names_of_networks_that_differ_are_an_error(monkeypatch: pytest.MonkeyPa
     shapes = {slot.foreign: slot.shape for slot in slots(DECODER_SPEC, LAYOUTS["diffusers"])}
     other = replace(FAMILIES["qwen-image"], latent_std=(1.0,) * 16)
     monkeypatch.setitem(FAMILIES, "qwen-image", other)
-    with pytest.raises(ArtifactError, match=r"fit diffusers, qwen-diffusers alike.*wan2\.1 or --family qwen-image"):
+    with pytest.raises(ArtifactError, match=r"fit diffusers, qwen-diffusers equally well.*wan2\.1 or --family qwen-image"):
         recognise(shapes)
     assert recognise(shapes, family="qwen-image").name == "qwen-diffusers"
     assert twins(LAYOUTS["diffusers"]) == ()
