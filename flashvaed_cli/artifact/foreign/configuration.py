@@ -96,7 +96,7 @@ def _has_both(given: Mapping[str, Any], source: str, location: str) -> bool:
     """Whether `latents_mean` and `latents_std` are given. Raises ArtifactError if only one of them is."""
     there = [key for key in (_MEAN, _STD) if given.get(key) is not None]
     if len(there) == 1:
-        raise ArtifactError(f"{location}: {source} gives {there[0]} without the other of latents_mean and latents_std.")
+        raise ArtifactError(f"{location}: {source} has only {there[0]} of latents_mean and latents_std.")
     return bool(there)
 
 
