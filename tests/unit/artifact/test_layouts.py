@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from artifact_specs import (
@@ -21,7 +23,9 @@ from flashvaed_cli.decoders.modules.coder import Coder, Decoder, Encoder
 from flashvaed_cli.decoders.spec.blocks import UpsampleSpec
 from flashvaed_cli.decoders.spec.coders import CoderSpec
 from flashvaed_cli.decoders.spec.layers import ConvSpec
+from flashvaed_cli.decoders.spec.light import light_spec
 from flashvaed_cli.errors import ArtifactError
+from flashvaed_cli.families import registry
 from flashvaed_cli.families.layout import Layout
 from flashvaed_cli.families.registry import LAYOUTS, get_family
 from flashvaed_cli.families.separable import fold_separable
@@ -252,3 +256,21 @@ def test_a_separable_resampler_is_read() -> None:
     )
     shapes = {slot.foreign: slot.shape for slot in slots(spec, WAN_ORIGINAL)}
     assert spec_from_shapes(shapes, WAN_ORIGINAL, "decoder") == spec
+
+
+def test_a_kind_of_block_needs_nothing_here_but_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chains are in no layout; with names for their layers they are written and read like any other block."""
+    original = get_family("wan2.1")
+    spec = light_spec("tae", original.decoder_spec(8, 16)).model_copy(update={"family": "chains"})
+    monkeypatch.setitem(
+        registry.FAMILIES, "chains", replace(original, name="chains", decoder_spec=lambda _base_width, _latents: spec)
+    )
+    chain = {name: f"{name}.inner" for name in ("conv1", "conv2", "conv3", "shortcut")}
+    places = {address: f"decoder.{address}" for address, _ in spec.blocks()}
+    layout = replace(
+        WAN_DIFFUSERS, family="chains", places={"decoder": places}, layers={**WAN_DIFFUSERS.layers, "chain": chain}
+    )
+    own = coder(spec)
+    foreign = to_foreign(own.state_dict(), spec, layout)
+    assert "decoder.up0.0.conv3.inner.weight" in foreign
+    assert spec_from_shapes(shapes_of(foreign), layout, "decoder") == spec
