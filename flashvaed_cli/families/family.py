@@ -1,4 +1,4 @@
-"""What distinguishes one family of VAEs from another: the record that each folder of this room fills in."""
+"""The record that describes a family of VAEs; each folder of this room fills one in."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _no_separable_padding(_config: Mapping[str, Any]) -> TimePadding | None:
 
 
 class Contradiction(NamedTuple):
-    """A key of a configuration, what it says, and what the tensors say."""
+    """A key of a configuration, its value there, and what the tensors show instead."""
 
     key: str
     said: object
@@ -41,24 +41,25 @@ class Contradiction(NamedTuple):
 
 @dataclass(frozen=True)
 class ConfigKeys:
-    """What the configuration of a family's checkpoints may say.
+    """The keys and values that a configuration of the family's checkpoints may have.
 
     Attributes:
-        fixed: the values that the network of this family has, by key; any other is refused.
-        read: keys that `configured` or `contradictions` look at.
-        idle: keys that change nothing that this program does, or nothing that shapes do not tell.
-        latent_key: what the number of latent channels is called.
-        widths: per role, the keys that tell the base width, the first that is given counts: its value, or, with
-            multiples, a list of those multiples of it.
-        contradictions: what a configuration says and the tensors of a coder deny.
-        assumed: a warning of what is taken of a coder where neither shapes nor the configuration say it.
-        separable_padding: how depthwise-separable layers pad in time, where a configuration says that it is not as the
-            dense ones do; raises SpecError at a value that is not supported.
+        fixed: by key, the values that the family's network has; any other is refused.
+        read: keys that `configured` or `contradictions` read.
+        idle: keys that change nothing in this program, or nothing that shapes do not show.
+        latent_key: the key for the number of latent channels.
+        widths: per role, the keys for the base width, of which the first present counts. Its value is the base width
+            or, with multiples, a list of those multiples of it.
+        contradictions: values of a configuration that a coder's tensors contradict.
+        assumed: a warning about what is assumed of a coder because neither shapes nor configuration show it; None: no
+            warning.
+        separable_padding: how depthwise-separable layers pad in time if a configuration says that they differ from
+            dense ones; None: as dense ones. Raises SpecError for a value that is not supported.
         entry_is_latent: the encoder's first width is the number of latent channels, whatever the base width.
-        in_metadata: the family's own files carry a configuration in their metadata.
-        has_factors: `scaling_factor` and `shift_factor` of a configuration are the statistics of all channels, in
-            place of the release's.
-        in_arguments: the arguments of the trainer stand beside the weights, and are one.
+        in_metadata: the family's own files have a configuration in their metadata.
+        has_factors: `scaling_factor` and `shift_factor` of a configuration are the statistics of all channels and
+            replace the release's.
+        in_arguments: the trainer's arguments, stored with the weights, are the configuration.
     """
 
     fixed: Mapping[str, tuple[Any, ...]]
@@ -76,7 +77,7 @@ class ConfigKeys:
 
     @property
     def known(self) -> frozenset[str]:
-        """All keys that play a role here, or none that matters."""
+        """All keys that are known, with or without effect."""
         widths = {key for keys in self.widths.values() for key, _ in keys}
         return frozenset(self.fixed) | self.read | self.idle | widths | {self.latent_key}
 
@@ -86,9 +87,9 @@ class ComfyUIReader:
     """How ComfyUI's own loader reads the files of a family.
 
     Attributes:
-        any_width: the base width is read from the file; else it is that of the release.
-        config: the configuration that its loader needs in the metadata; None: none.
-        has_node: our node can stand for its class; not where latents have no axis of time there.
+        any_width: the base width is read from the file; else it must be the release's.
+        config: the configuration that the loader needs in the metadata; None: none.
+        has_node: our node can replace its class; not possible if latents have no time axis there.
     """
 
     any_width: bool = False
@@ -98,16 +99,17 @@ class ComfyUIReader:
 
 @dataclass(frozen=True)
 class OtherPrograms:
-    """What other programs know of a family.
+    """How other programs support a family.
 
     Attributes:
         repository: of the released model on the Hub; None: there is none yet.
         licence: the licence field there.
-        diffusers_arguments: what diffusers' class takes beside the widths, to run it beside ours; None: not compared.
+        diffusers_arguments: arguments of diffusers' class other than widths, for comparing it with ours; None: not
+            compared.
         reads_single_file: `from_single_file` of the class knows the original's names.
-        tells_by_released_encoder: and tells the version by the width of the encoder, so the release's alone will do.
+        tells_by_released_encoder: it detects the version by the encoder's width, so only the release's encoder works.
         comfyui: None: ComfyUI has no class for the family.
-        taehv: what the files of TAEHV for its latents are called, without their suffix.
+        taehv: names of TAEHV's files for its latents, without suffix.
     """
 
     repository: str | None = None
@@ -121,15 +123,18 @@ class OtherPrograms:
 
 @dataclass(frozen=True)
 class Family:
-    """One family: how its original is specified, the paper's layout for it, and what other programs know of it.
+    """One family: the specs of its original, the paper's layout for it, and its support in other programs.
 
-    `decoder_spec` and `encoder_spec` take the base width and the latent width. `shallow_stages` are those
-    that the paper prunes, `paper_keep_ratio` the fraction of channels that it keeps there, and
-    `paper_operators` the operator of each stage's residual blocks after conversion. `configured` puts what a
-    checkpoint's configuration says, and its shapes do not, into a spec; `described` gives it back. `config_keys` are
-    what a configuration may say. `native_obstacle` says why no stock class builds a narrower decoder that this
-    program makes; None where one does. `latents_are_raw`: of any number of channels, whose mean is 0 and deviation 1.
-    `frames_per_second` is the rate that the family's models are trained at.
+    Attributes:
+        decoder_spec, encoder_spec: from the base width and the latent width.
+        shallow_stages: the stages that the paper prunes.
+        paper_keep_ratio: the fraction of channels that it keeps there.
+        paper_operators: the operator of each stage's residual blocks after conversion.
+        configured: puts into a spec what a checkpoint's configuration says and its shapes do not show.
+        described: the configuration for which `configured` gives a spec back.
+        native_obstacle: why no stock class builds this program's narrower decoders; None: one does.
+        latents_are_raw: latents of any number of channels have mean 0 and deviation 1.
+        frames_per_second: the rate that the family's models are trained at.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""How a program names the tensors of a family, as data: the place of every block, the name of every layer inside it."""
+"""A program's names for a family's tensors, as data: the place of every block, and of every layer inside it."""
 
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ class Layout:
     """One way of naming the tensors of a family.
 
     Attributes:
-        places: per role, block address to the foreign name of the block (two blocks may share one); that of a
-            stage's bypass is `STAGE.bypass`.
+        places: per role, block address to the foreign name of the block (two blocks may share one); a stage's bypass
+            has the address `STAGE.bypass`.
         layers: per kind of block, our layer name to the foreign name inside the block ("": the block itself).
         config_class: `_class_name` of the configuration that comes with such weights; None if none does.
-        gain: what a norm's gain is called; its shift is its `bias`.
-        by_blocks: no name is common to all variants; the layout is told by where its blocks lie.
-        is_shifted: of a layout told by its blocks: the norms have shifts, or the tensors that these are made of.
-        prepare: makes tensors as found, with the configuration, into those that this layout names.
-        implied: what the names of a file say beyond its configuration, as keys of one.
-        finish: the way back, for files that other programs are to read.
-        statistics: what the latents' mean and deviation are called, where they stand among the weights.
+        gain: the name of a norm's gain; its shift is `bias`.
+        by_blocks: no name is common to all variants; the layout is recognised by the places of its blocks.
+        is_shifted: for a layout recognised by its blocks: the norms have shifts, or tensors that become shifts.
+        prepare: turns the tensors found, with the configuration, into those that this layout names.
+        implied: what a file's names say beyond its configuration, as keys of a configuration.
+        finish: the reverse of `prepare`, for files that other programs read.
+        statistics: names of the latents' mean and deviation among the weights; None: they are not there.
         variance_eps: the second of `statistics` is a variance, and the deviation the root of it plus this; None: it is
             the deviation itself.
-        other_statistics: further names that they have in some files, means and deviations.
+        other_statistics: further pairs of names for them in some files.
         prefix: of all names in the program's own files.
-        denied: what shapes and configuration say against it, of a layout whose names are another's too; None: nothing.
-        statistics_config: latent mean and deviation as keys of its class's configuration, where these are others than
+        denied: for a layout that shares its names with another: what in shapes and configuration rules it out; None:
+            nothing.
+        statistics_config: latent mean and deviation as keys of its class's configuration, if these differ from
             `latents_mean` and `latents_std`.
-        model: what messages call a model of these names, of whatever version; "" if no name tells it.
-        model_names: names that tell it.
-        condition: names of what a norm's gain and shift are conditioned on.
-        landmarks: by role, names that every variant has, where they are not those of norms and resamplers.
-        arguments: what the constructor of `config_class` takes, of the keys that the family knows.
-        settings: values of those that the class has under a key of another class too.
+        model: what messages call a model with these names, whatever its version; "" if no name identifies it.
+        model_names: names that identify it.
+        condition: names of the tensors that a norm's gain and shift are conditioned on.
+        landmarks: by role, names that every variant has, if not those of norms and resamplers.
+        arguments: the constructor arguments of `config_class`, of the keys that the family knows.
+        settings: values of keys that the class shares with another class.
     """
 
     name: str
@@ -68,6 +69,6 @@ class Layout:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def layer_place(self, role: Role, address: str, kind: str, layer: str) -> str:
-        """The foreign name of a layer, less `.weight`."""
+        """The foreign name of a layer, without `.weight`."""
         place, name = self.places[role][address], self.layers[kind][layer]
         return f"{place}.{name}" if name else place

@@ -25,7 +25,7 @@ from flashvaed_cli.families import (
 from flashvaed_cli.families.family import Family
 from flashvaed_cli.families.layout import Layout
 
-_ANY_WIDTH = 8  # blocks are the same at every width
+_ANY_WIDTH = 8  # the kinds of blocks are the same at every width
 
 SpecT = TypeVar("SpecT", DecoderSpec, EncoderSpec)
 
@@ -47,7 +47,7 @@ family."""
 FAMILIES: dict[str, Family] = {family.name: family for folder in _FOLDERS for family in folder.FAMILIES}
 LAYOUTS: dict[str, Layout] = {layout.name: layout for folder in _FOLDERS for layout in folder.LAYOUTS}
 GROUPS: dict[str, tuple[str, ...]] = ltx.GROUPS
-"""Words for all versions of a family, where the tensors of a checkpoint tell which of them it is."""
+"""Names for all versions of a family together, where a checkpoint's tensors show which version it is."""
 
 
 def get_family(name: str) -> Family:
@@ -57,8 +57,8 @@ def get_family(name: str) -> Family:
     except KeyError:
         groups = " or ".join(GROUPS)
         raise SpecError(
-            f"unknown family '{name}'; this version knows {', '.join(FAMILIES)}, and of a checkpoint {groups} (its "
-            "tensors tell the version)"
+            f"unknown family '{name}'; this version knows {', '.join(FAMILIES)}, and for a checkpoint {groups} (its "
+            "tensors show the version)"
         ) from None
 
 
@@ -96,30 +96,30 @@ def _without_name(family: Family) -> tuple[object, ...]:
 
 
 def original_like(spec: DecoderSpec) -> Callable[[int, int], DecoderSpec]:
-    """The builder of a family's original, base width and latent width to spec, with what a configuration says of
-    `spec`: causality and the like."""
+    """The builder of a family's original, base width and latent width to spec, with what a configuration would say of
+    `spec`, such as its causality."""
     return _builder(spec, get_family(spec.family).decoder_spec, DecoderSpec)
 
 
 def has_family_blocks(spec: DecoderSpec) -> bool:
-    """Whether a decoder has the blocks of its family's original, at whatever widths; light decoders do not."""
+    """Whether a decoder has the blocks of its family's original, at any widths; light decoders have not."""
     try:
         original = original_like(spec)(_ANY_WIDTH, get_family(spec.family).latent_width)
-    except SpecError:  # what it says of itself no original of the family does
+    except SpecError:  # its description fits no original of the family
         return False
     return has_same_blocks(spec, original)
 
 
 def shallow_stages(spec: DecoderSpec) -> tuple[str, ...]:
-    """The stages that `--ratio` speaks of: the family's shallow ones, as far as the decoder has them; of one that has
-    none, all that can be pruned."""
+    """The stages that `--ratio` prunes: the family's shallow ones that the decoder has; if it has none, all that can be
+    pruned."""
     names = {stage.name for stage in spec.stages}
     found = tuple(name for name in get_family(spec.family).shallow_stages if name in names)
     return found or tuple(dict.fromkeys(group.stage for group in channel_groups(spec)))
 
 
 def encoder_like(spec: CoderSpec) -> Callable[[int, int], EncoderSpec]:
-    """`original_like` for the family's encoder; `spec`, of either role, says what a configuration would."""
+    """`original_like` for the family's encoder; `spec` may be of either role."""
     return _builder(spec, get_family(spec.family).encoder_spec, EncoderSpec)
 
 

@@ -1,4 +1,4 @@
-"""Depthwise-separable layers as the released Flash-VAED students name them, and as our operators take them."""
+"""Depthwise-separable layers under the names of the released Flash-VAED students, and as our operators have them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 
 def fold_separable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rewrite the parts of a depthwise-separable layer that our operators do not have; exact but for rounding.
+    """Rewrite the parts of depthwise-separable layers that our operators lack; exact up to rounding.
 
-    A depthwise bias d moves into the pointwise bias, b + P d: the zero padding comes before the depthwise
-    convolution, so d reaches every position. A depthwise kernel without extent scales the columns of P, which
-    makes a plain pointwise layer. Tensors that do not fit each other are left for the strict check to name.
+    A depthwise bias d moves into the pointwise bias, b + P d: the zero padding comes before the depthwise convolution,
+    so d reaches every position. A 1x1x1 depthwise kernel scales the columns of P, which makes a plain pointwise layer.
+    Tensors that do not fit each other are left for the strict check to report.
     """
     folded = dict(tensors)
     for name in [name for name in tensors if name.endswith(".depthwise_conv.weight")]:
@@ -36,13 +36,13 @@ def fold_separable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def unfold_separable(tensors: Mapping[str, Tensor], *, conv1: str, shortcut: str) -> dict[str, Tensor]:
-    """What the released students' classes have that `fold_separable` takes away, so that they load a file strictly.
+    """Undo `fold_separable`, so that the released students' classes load a file strictly.
 
-    Every depthwise layer gets a bias, of zeros. The shortcut of a depthwise-separable block becomes such a layer too,
+    Every depthwise layer gets a bias of zeros. The shortcut of a depthwise-separable block becomes such a layer too,
     with a depthwise kernel of ones. The frames stay the same.
 
     Args:
-        conv1, shortcut: what a residual block calls its first layer and its shortcut.
+        conv1, shortcut: names of a residual block's first layer and its shortcut.
     """
     unfolded = dict(tensors)
     end = f".{conv1}.depthwise_conv.weight"

@@ -1,4 +1,4 @@
-"""Does a coder fit code that was written for the original? Only if it is the original at another base width."""
+"""Whether a coder fits code written for the original: only if it is the original at another base width."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def fits_uniform_layout(spec: DecoderSpec, original: Callable[[int, int], Decode
         return UniformFit(None, f"the last block is a {head.kind}, not a head")
     try:
         uniform = original(base_width, spec.latent_width)
-    except ValueError:  # widths that do not divide as its blocks need
+    except ValueError:  # its blocks cannot divide such widths
         return UniformFit(None, f"no original ends with {base_width} channels")
-    except SpecError:  # what a configuration would say of this one fits no original
+    except SpecError:  # its description fits no original
         return UniformFit(None, "it is made of other blocks than the original")
     deviation = _first_deviation(spec, uniform)
     if deviation is None:

@@ -1,1 +1,1 @@
-"""Checkpoints of other programs: recognise, read and write them, whatever widths and operators they have."""
+"""Checkpoints of other programs: recognise, read and write them, at any widths and with any operators."""

@@ -1,4 +1,4 @@
-"""Modules filled with the weights of a file, and the modules that a state dict of another layout holds."""
+"""Modules from state dicts: ours, filled with a file's weights, and those that another layout holds."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def coders_from_foreign(
     """The decoder, the encoder or both that a state dict of another layout holds.
 
     Args:
-        config: that of the checkpoint, for what the tensors do not tell.
+        config: of the checkpoint, for what the tensors do not show.
     Raises:
-        ArtifactError: names all tensors that are missing, superfluous or of another shape.
+        ArtifactError: tensors are missing, superfluous or of another shape; names them.
     """
     config = {**(config or {}), **({} if layout.implied is None else layout.implied(tensors))}
     raw, tensors = tensors, _prepared(tensors, layout, config, location)
@@ -41,7 +41,7 @@ def coders_from_foreign(
     specs = {role: spec_from_shapes(shapes, layout, role, location, config) for role in roles}
     places = {role: slots(spec, layout) for role, spec in specs.items()}
     expected = {slot.foreign: slot.shape for slots_of_role in places.values() for slot in slots_of_role}
-    # Half a VAE keeps the other half's 1x1 layer beside the latent: released students do.
+    # Half a VAE may keep the other half's 1x1 layer on the latents, as released students do.
     spare = {
         f"{layout.places[role][address]}.{end}"
         for role, address in _LATENT_LAYERS
@@ -59,7 +59,7 @@ def coders_from_foreign(
 def _prepared(
     tensors: Mapping[str, Tensor], layout: Layout, config: Mapping[str, Any], location: str
 ) -> dict[str, Tensor]:
-    """The tensors that a layout names, made from those found."""
+    """The tensors found, converted to those that the layout names."""
     try:
         return fold_separable(tensors if layout.prepare is None else layout.prepare(tensors, config))
     except (ValueError, IndexError, RuntimeError) as error:
@@ -77,19 +77,19 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
 
 
 def named_tensors(coder: Coder) -> Iterable[tuple[str, Tensor]]:
-    """What a file holds of a module."""
+    """The tensors of a module that files hold, with their names."""
     return coder.state_dict().items()
 
 
 class CoderPair(TypedDict):
-    """What a checkpoint holds of a VAE."""
+    """The parts of a VAE in a checkpoint."""
 
     decoder: Decoder | None
     encoder: Encoder | None
 
 
 def as_roles(coders: Mapping[Role, Coder]) -> CoderPair:
-    """The coders by what they are."""
+    """The coders as the two parts of a VAE."""
     decoder, encoder = coders.get("decoder"), coders.get("encoder")
     assert decoder is None or isinstance(decoder, Decoder)
     assert encoder is None or isinstance(encoder, Encoder)
@@ -97,13 +97,13 @@ def as_roles(coders: Mapping[Role, Coder]) -> CoderPair:
 
 
 def empty_coder(spec: CoderSpec) -> Coder:
-    """The module of a spec without weights (on the meta device), to be filled."""
+    """The module of a spec without weights (on the meta device), for `fill_coder`."""
     with torch.device("meta"):
         return Encoder(spec) if isinstance(spec, EncoderSpec) else Decoder(cast(DecoderSpec, spec))
 
 
 def fill_coder(coder: Coder, tensors: Mapping[str, Tensor], location: str) -> None:
-    """Give a module its weights, as float32 copies on the CPU; axes of length 1 may differ. Eval, no gradients.
+    """Give a module its weights: float32 copies on the CPU, eval mode, no gradients. Axes of length 1 may differ.
 
     Raises:
         ArtifactError: quantised weights.
@@ -115,7 +115,7 @@ def fill_coder(coder: Coder, tensors: Mapping[str, Tensor], location: str) -> No
             raise ArtifactError(
                 f"{location}: {name} is {tensor.dtype}; quantised weights cannot be read. Give a float checkpoint."
             )
-        # Always a copy: the file behind a mapped tensor may change.
+        # Always a copy: the file of a mapped tensor may change.
         state[name] = tensor.to(torch.float32, copy=True).reshape(empty.shape).contiguous()
     coder.load_state_dict(state, strict=True, assign=True)
     coder.eval().requires_grad_(False)

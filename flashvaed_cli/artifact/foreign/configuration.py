@@ -1,4 +1,4 @@
-"""What the configuration of a checkpoint says about its weights: of diffusers beside them, or in their metadata."""
+"""A checkpoint's configuration, of diffusers beside the weights or in their metadata: read it and check it."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def latent_statistics(
 ) -> Statistics:
     """Mean and standard deviation per latent channel.
 
-    From the diffusers configuration, else from tensors of the file, else from `latents_mean` and `latents_std` in the
-    metadata of the safetensors file (JSON lists), else those of the family's release. A `scaling_factor` of the
-    configuration divides the deviations; where the family has factors in place of lists, they are all there is.
+    Taken from the diffusers configuration, else from tensors of the file, else from `latents_mean` and `latents_std` in
+    the metadata of the safetensors file (JSON lists), else from the family's release. A `scaling_factor` of the
+    configuration divides the deviations; for families with factors instead of lists it stands for the deviations.
 
     Returns:
-        both empty where nothing tells them: latents can then be used in raw scale only.
+        both empty if unknown: latents can then be used in raw scale only.
     Raises:
-        ArtifactError: not one positive figure per latent channel, or one of the two without the other.
+        ArtifactError: not one figure per latent channel, a deviation that is not positive, or only one of the two.
     """
     latent_width = _latent_width(specs)
     source, mean, std = f"the {family.name} release", family.latent_mean, family.latent_std
@@ -79,7 +79,7 @@ def latent_statistics(
 
 
 def _numbers(row: object, key: str, source: str, location: str) -> list[float]:
-    """Finite numbers. Raises ArtifactError that names the key if they are anything else."""
+    """A list of finite numbers. Raises ArtifactError, with the key, if it is anything else."""
     if isinstance(row, list | tuple):
         try:
             numbers = [float(value) for value in row if isinstance(value, int | float) and not isinstance(value, bool)]
@@ -96,12 +96,12 @@ def _has_both(given: Mapping[str, Any], source: str, location: str) -> bool:
     """Whether `latents_mean` and `latents_std` are given. Raises ArtifactError if only one of them is."""
     there = [key for key in (_MEAN, _STD) if given.get(key) is not None]
     if len(there) == 1:
-        raise ArtifactError(f"{location}: {source} gives {there[0]} without the other of latents_mean and latents_std.")
+        raise ArtifactError(f"{location}: {source} has only {there[0]} of latents_mean and latents_std.")
     return bool(there)
 
 
 def _tensor_statistics(tensors: Mapping[str, Tensor], location: str) -> tuple[list[float], list[float]] | None:
-    """Mean and deviation where a family keeps them among the weights."""
+    """Mean and deviation among the weights; None if there are none."""
     pairs = [one.statistics for one in LAYOUTS.values() if one.statistics is not None]
     pairs += [pair for one in LAYOUTS.values() for pair in one.other_statistics]
     means, deviations = zip(*dict.fromkeys(pairs), strict=True)
@@ -117,18 +117,18 @@ def _tensor_statistics(tensors: Mapping[str, Tensor], location: str) -> tuple[li
 
 
 def configuration(weights: ForeignWeights, family: Family, location: str) -> dict[str, Any]:
-    """What is said of the weights beside them: the diffusers configuration, or the JSON that LTX's own files carry in
-    their metadata (key `config`, there under `vae`); of both the first wins, but for `decode_timestep`.
+    """The configuration that comes with the weights: that of diffusers, or the JSON in the metadata of LTX's own files
+    (key `config`, there under `vae`). The former takes precedence, except for `decode_timestep`.
 
     Raises:
-        ArtifactError: a `decode_timestep` that is no number.
+        ArtifactError: a `decode_timestep` that is not a number.
     """
     config: dict[str, Any] = {}
     if family.config_keys.in_metadata and "config" in weights.metadata:
         try:
             found = parse_json(weights.metadata["config"])
         except ValueError:
-            found = None  # a note of another program
+            found = None  # not ours to read
         if isinstance(found, dict):
             config = dict(found.get("vae", found)) if isinstance(found.get("vae", found), dict) else {}
     if family.config_keys.in_arguments:
@@ -141,7 +141,7 @@ def configuration(weights: ForeignWeights, family: Family, location: str) -> dic
             if not math.isfinite(config["decode_timestep"]):
                 raise ValueError
         except (ValueError, TypeError, OverflowError):
-            raise ArtifactError(f"{location}: decode_timestep is {timestep!r:.40}, which is no number.") from None
+            raise ArtifactError(f"{location}: decode_timestep is {timestep!r:.40}, which is not a number.") from None
     return config
 
 
@@ -153,16 +153,16 @@ def _parsed(text: str, key: str, location: str) -> list[float]:
     try:
         return [float(value) for value in parse_json(text)]
     except (ValueError, TypeError):
-        raise ArtifactError(f"{location}: {key} in its metadata is no list of numbers: {text:.80}") from None
+        raise ArtifactError(f"{location}: {key} in its metadata is not a list of numbers: {text:.80}") from None
 
 
 def check_keys(config: Mapping[str, Any], specs: Mapping[Role, CoderSpec], location: str) -> tuple[str, ...]:
-    """Check that a configuration is of the network that the weights are read as.
+    """Check that a configuration is for the network that the weights are read as.
 
     Returns:
         keys that this version does not know.
     Raises:
-        ArtifactError: a value that the family does not have, or that the tensors deny; names all of them.
+        ArtifactError: values that the family does not have, or that the tensors contradict; names all of them.
     """
     spec = next(iter(specs.values()))
     family = get_family(spec.family)
@@ -177,10 +177,10 @@ def check_keys(config: Mapping[str, Any], specs: Mapping[Role, CoderSpec], locat
     for spec in specs.values():
         for key, said, found in keys.contradictions(spec, config):
             faults.append(f"{key} is {_shown(said)}; the weights have {_shown(found)}")
-    faults = list(dict.fromkeys(faults))  # encoder and decoder may say the same
+    faults = list(dict.fromkeys(faults))  # encoder and decoder may have the same
     if faults:
         raise ArtifactError(
-            f"{location}: its configuration does not fit {family.name}, which its tensors are named like: "
+            f"{location}: its configuration does not fit {family.name}, the family of its tensors' names: "
             f"{'; '.join(faults)}."
         )
     known = keys.known | {"latents_mean", "latents_std", "scaling_factor"}
@@ -188,8 +188,8 @@ def check_keys(config: Mapping[str, Any], specs: Mapping[Role, CoderSpec], locat
 
 
 def _agrees(key: str, said: object, supported: object) -> bool:
-    """Whether two values are the same: lists as tuples, one flag for all of a list of flags; decoders' lists are read
-    from the end, so that what comes before it does not matter."""
+    """Whether two values agree: lists may be tuples, one flag stands for a list of flags, and decoders' lists are
+    compared from the end, so they may have more entries before."""
     if not isinstance(supported, tuple):
         return said == supported and isinstance(said, bool) == isinstance(supported, bool)
     if isinstance(said, bool):
@@ -237,7 +237,7 @@ def _widths(spec: CoderSpec) -> dict[str, tuple[int, int]]:
 
 
 def _with_entry(widths: Mapping[str, tuple[int, int]], entry_width: int) -> dict[str, tuple[int, int]]:
-    """The widths with another one behind the first block, up to the block that changes it."""
+    """The widths with another one after the first block, up to the block that changes it."""
     changed = dict(widths)
     first, *others = widths
     kept = widths[first][1]
@@ -251,7 +251,7 @@ def _with_entry(widths: Mapping[str, tuple[int, int]], entry_width: int) -> dict
 
 
 def _base_width(config: Mapping[str, Any], family: Family, role: Role, location: str) -> tuple[str, int] | None:
-    """The key that tells the base width of a role, and what it tells; None if the configuration has none."""
+    """The key for the base width of a role, and the base width; None if the configuration has none."""
     for key, multiples in family.config_keys.widths.get(role, ()):
         said = config.get(key)
         if said is None:

@@ -1,7 +1,7 @@
-"""Folders of `AutoencoderFlash`: a decoder of any architecture as a diffusers model, its spec in the configuration.
+"""Folders of `AutoencoderFlash`: any decoder as a diffusers model, with its spec in the configuration.
 
-`decoder.*` are our tensors; `base.*` is what the family's own diffusers class holds beside its decoder: the encoder,
-where there is one, and buffers.
+`decoder.*` are our tensors; `base.*` are those of the family's diffusers class outside its decoder: the encoder, if
+there is one, and buffers.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from flashvaed_cli.api.diffusers_vae import {FLASH_CLASS}
 
 __all__ = ["{FLASH_CLASS}"]
 '''
-"""What `trust_remote_code` runs: the class where flashvaed is installed."""
+"""The code that `trust_remote_code` runs: it imports the class from the installed flashvaed."""
 
 
 def flash_config(
     header: ArtifactHeader, *, base_class: str, base_config: Mapping[str, Any], has_encoder: bool
 ) -> dict[str, Any]:
-    """What `AutoencoderFlash` is built from.
+    """The configuration that `AutoencoderFlash` is built from.
 
     Args:
         header: of the decoder, with its spec and latent statistics.
         base_class: diffusers' class of the family.
-        base_config: what that class is built from, with the encoder's widths; pipelines read it.
+        base_config: configuration of that class, with the encoder's widths; pipelines read it.
         has_encoder: whether the weights hold an encoder.
     """
     no_history = {"recipe": {}, "command_line": "", "seed": None, "measured": {}, "run": None}
@@ -55,7 +55,7 @@ def flash_config(
 
 
 def flash_header(config: Mapping[str, Any], location: str) -> ArtifactHeader:
-    """The header of the decoder in a configuration. Raises ArtifactError if it is damaged."""
+    """The decoder's header in a configuration. Raises ArtifactError if it is damaged."""
     header = parse_header(json.dumps(config.get("flash")), location)
     if header.decoder is None:
         raise ArtifactError(f"{location}: its configuration has no decoder. Export it again.")
@@ -65,7 +65,7 @@ def flash_header(config: Mapping[str, Any], location: str) -> ArtifactHeader:
 def flash_coders(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], header: ArtifactHeader, location: str
 ) -> tuple[Decoder, Encoder | None]:
-    """The decoder and, where there is one, the encoder of such a folder.
+    """The decoder and, if there is one, the encoder of such a folder.
 
     Raises:
         ArtifactError: tensors that do not fit the configuration.
@@ -91,4 +91,4 @@ def flash_layout(family: str) -> Layout:
     for layout in LAYOUTS.values():
         if layout.family == family and layout.config_class is not None:
             return layout
-    raise ArtifactError(f"diffusers has no class for {family}, so none that an encoder could be of.")
+    raise ArtifactError(f"diffusers has no class for {family}, so none for its encoder.")

@@ -1,7 +1,7 @@
-"""What files of light decoders from other projects have in common.
+"""Reading light decoders' files from other projects.
 
-They do not say whose latents they read, so shapes and the user do. Nothing of such a file may be left over: a tensor
-that no layer takes would change the frames there and not here.
+They do not say whose latents they decode: shapes and the user do. No tensor of such a file may be left over: it would
+change the frames there and not here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SHOWN = 4
 
 
 class LightFile:
-    """The tensors of a light decoder, to be taken one by one; what is left at the end does not belong there."""
+    """The tensors of a light decoder, taken one by one; none may be left at the end."""
 
     def __init__(self, kind: str, tensors: Mapping[str, Tensor], location: str) -> None:
         self.kind, self.location, self._rest = kind, location, dict(tensors)
@@ -35,7 +35,7 @@ class LightFile:
         """A tensor as float32.
 
         Args:
-            shape: what it must be; None stands for any length but zero.
+            shape: the expected lengths; None: any length but zero.
         Raises:
             ArtifactError: not there, of another shape, or not of a float type.
         """
@@ -53,7 +53,7 @@ class LightFile:
         return tensor.float()
 
     def fault(self, what: str) -> ArtifactError:
-        """What is wrong with it."""
+        """The error for a file with a fault, `what`."""
         return ArtifactError(f"{self.location}: not a {self.kind} that this version reads: {what}.")
 
     def require_empty(self) -> None:
@@ -65,7 +65,7 @@ class LightFile:
 
     @contextmanager
     def building(self) -> Iterator[None]:
-        """What a spec finds wrong with the layers is the file's fault."""
+        """Report errors of a spec as faults of the file."""
         try:
             yield
         except ValidationError as error:
@@ -74,7 +74,7 @@ class LightFile:
             raise self.fault(str(error)) from error
 
     def checked(self, spec: DecoderSpec) -> DecoderSpec:
-        """The spec, whose layers enlarge as its latents need and give pixels. Raises ArtifactError if not."""
+        """The spec. Raises ArtifactError if tensors are left, or its layers do not enlarge latents to pixels."""
         self.require_empty()
         with self.building():
             check_factors(spec)
@@ -82,14 +82,14 @@ class LightFile:
 
 
 def family_of_latents(kind: str, shape: str, name: str | None, fits: Callable[[Family], bool], location: str) -> Family:
-    """The family that is named, or the only one that fits.
+    """The family that the user names, or the only one that fits.
 
     Args:
-        kind: what such a decoder is called, and `shape` what its tensors tell of the latents; for messages.
-        name: what the user says.
+        kind: the decoder's kind, and `shape` the latents' shape in words; for messages.
+        name: the user's choice; None: detected.
         fits: whether the latents of a family have that shape.
     Raises:
-        ArtifactError: the one that is named does not fit, or several or none do.
+        ArtifactError: the named family does not fit, or not exactly one fits.
     """
     fitting = [one for one in FAMILIES.values() if fits(one)]
     listed = ", ".join(one.name for one in fitting) or "none that this version knows"

@@ -1,6 +1,6 @@
-"""Translate between our modules and a foreign layout, for any width, operator mix and pruning.
+"""Translate between our modules and a foreign layout, at any widths and with any operators.
 
-Widths, operators and kernels are never configured; they are read from the shapes.
+Widths, operators and kernels are read from the shapes, never from a configuration.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Slot:
 
 
 def blueprint(layout: Layout, role: Role, config: Mapping[str, Any] | None = None) -> DecoderSpec | EncoderSpec:
-    """The family's original at some small width: stages and kinds of blocks, and what a configuration says of them."""
+    """The family's original at a small width, as a configuration describes it: stages and kinds of blocks."""
     family = get_family(layout.family)
     build = family.decoder_spec if role == "decoder" else family.encoder_spec
     return family.configured(build(8, family.latent_width), config or {})
@@ -82,7 +82,7 @@ def _block_slots(role: Role, address: str, block: BlockSpec, layout: Layout) -> 
 
 
 def _path_slots(ours: str, place: str, block: BlockSpec) -> Iterator[Slot]:
-    """Of a block that names its parts by paths: the same paths under its place."""
+    """For a block whose parts have paths as names: the same paths under its place."""
     for name, layer in block.layers.items():
         widths = (layer.out_width, 1 if layer.operator == "depthwise3d" else layer.in_width)
         kernel = layer.kernel if layer.operator == "depthwise3d" else ()

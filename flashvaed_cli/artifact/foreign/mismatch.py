@@ -1,4 +1,4 @@
-"""One error for everything that does not fit between the tensors expected and those found."""
+"""One error for all differences between the tensors expected and those found."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Shape = tuple[int, ...]
 
 @dataclass
 class Mismatch:
-    """What does not fit, by tensor name. `wrong` says what was expected and found."""
+    """Tensors that do not fit, by name; in `wrong` with the shapes expected and found."""
 
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
     def raise_if_any(self, location: str, layout: str) -> None:
-        """Raise one ArtifactError that names at most eight of each kind, with counts."""
+        """Raise one ArtifactError with the count of each kind and at most eight names."""
         parts = [
             _listed("missing", self.missing),
             _listed("unexpected", self.unexpected),
@@ -39,7 +39,7 @@ class Mismatch:
 
 
 def compare_shapes(expected: Mapping[str, Shape], found: Mapping[str, Shape], allowed: Iterable[str] = ()) -> Mismatch:
-    """Compare by name and by shape, axes of length 1 apart. `allowed` may be there in vain."""
+    """Compare by name and by shape, ignoring axes of length 1. `allowed`: names that may be superfluous."""
     allowed = set(allowed)
     return Mismatch(
         missing=[name for name in expected if name not in found],
@@ -53,12 +53,12 @@ def compare_shapes(expected: Mapping[str, Shape], found: Mapping[str, Shape], al
 
 
 def without_singletons(shape: Shape) -> Shape:
-    """The shape less its axes of length 1, which layouts add and leave out at will."""
+    """The shape without axes of length 1, which layouts add and leave out at will."""
     return tuple(length for length in shape if length != 1)
 
 
 def reasons(error: ValidationError) -> str:
-    """What a spec found wrong, without pydantic's words around it."""
+    """The faults that a spec found, without pydantic's own text."""
     return "; ".join(
         "a stage without a block" if fault["type"] == "too_short" else fault["msg"].removeprefix("Value error, ")
         for fault in error.errors()

@@ -1,4 +1,4 @@
-"""What a checkpoint of another kind looks like, by names and shapes: so that a mistake can be named."""
+"""Recognise checkpoints of other kinds by names and shapes, to report what was given by mistake."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Shapes = Mapping[str, Shape]
 
 
 def looks_like(shapes: Shapes) -> str | None:
-    """What a checkpoint of another kind looks like; None if nothing known."""
+    """What a checkpoint of another kind is, in words; None if it is not recognised."""
     for what, fits in _OTHERS:
         if fits(shapes):
             return what
@@ -19,7 +19,7 @@ def looks_like(shapes: Shapes) -> str | None:
 
 
 def _has(pattern: str, *, num_axes: int | None = None) -> Callable[[Shapes], bool]:
-    """Whether a name matches, of a tensor of so many axes."""
+    """Tests whether the name of a tensor with so many axes matches."""
     compiled = re.compile(pattern)
     return lambda shapes: any(
         compiled.search(name) and num_axes in (None, len(shape)) for name, shape in shapes.items()
@@ -27,7 +27,7 @@ def _has(pattern: str, *, num_axes: int | None = None) -> Callable[[Shapes], boo
 
 
 def _lacks(pattern: str) -> Callable[[Shapes], bool]:
-    """Whether no name matches."""
+    """Tests whether no name matches."""
     found = _has(pattern)
     return lambda shapes: not found(shapes)
 
@@ -49,7 +49,7 @@ _OTHERS: tuple[tuple[str, Callable[[Shapes], bool]], ...] = (
         ),
     ),
     (
-        "a HunyuanVideo VAE, but not under the names of Tencent's and diffusers' files",
+        "a HunyuanVideo VAE, but without the names of Tencent's or diffusers' files",
         _has(r"^decoder\.mid\.block_1\.conv1\.conv\.weight$", num_axes=5),
     ),
     (

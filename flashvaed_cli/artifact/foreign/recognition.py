@@ -1,4 +1,4 @@
-"""Tell from names and shapes which layout a checkpoint has."""
+"""Recognise the layout of a checkpoint by names and shapes."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class _Fit:
     """How well names fit a layout.
 
     Attributes:
-        share: of what every variant of the layout has.
-        number: how many names that are; where all names of two layouts are there, the larger number decides.
-        fault: what does not fit first; "" if all does.
+        share: fraction present of the names that every variant of the layout has.
+        number: how many these are; if all names of two layouts are present, the larger number decides.
+        fault: the first name that does not fit; "" if all fit.
     """
 
     share: float
@@ -59,23 +59,23 @@ def recognise(
     config_class: str | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Layout:
-    """The layout whose names these are. Whether all are there is not checked here.
+    """The layout that these names belong to. Whether all are present is not checked here.
 
-    Of families that are one network the first is taken: nothing that is computed depends on it.
+    Of families that are the same network the first is taken: they compute the same.
 
     Args:
-        family: the family that is named, by the user or by the file, or several in one word (`ltx`); None: told from
-            the names.
+        family: a family, or a word for several (`ltx`), given by the user or by the file; None: detected from the
+            names.
         config_class: `_class_name` of the configuration beside the weights; None if there is none.
-        config: all of it, for families whose tensors are alike.
+        config: the whole configuration, for families whose tensors are alike.
     Raises:
-        ArtifactError: another model or family, names of several alike, or none that this version knows; names the
-            candidates and why each failed.
+        ArtifactError: another model or family, several layouts fit equally, or none does; names the candidates and why
+            each failed.
     """
     _refuse_other_models(shapes, location, family, config_class)
     named = () if family is None else families_named(family)
     fits = {
-        # Of a family that is named, widths are checked where they are read.
+        # For a family that was given, widths are checked when they are read.
         name: _fit_of(shapes, layout, {} if layout.family in named else shapes, config or {})
         for name, layout in LAYOUTS.items()
     }
@@ -98,7 +98,7 @@ def recognise(
     sample = ", ".join(list(shapes)[:4])
     for model, names in {one.model: one.model_names for one in LAYOUTS.values() if one.model_names}.items():
         if any(names.search(name) for name in shapes):
-            why += f"\nIt has names of an {model} VAE, but not the blocks of a version that is known."
+            why += f"\nIt has names of an {model} VAE, but not the blocks of a known version."
     named = "" if family is None else f" of the family {family}"
     raise ArtifactError(
         f"{location}: not a checkpoint{named} that this version knows ({len(shapes)} tensors: {sample}, …). "
@@ -107,7 +107,7 @@ def recognise(
 
 
 def _refuse_other_models(shapes: Shapes, location: str, family: str | None, config_class: str | None) -> None:
-    """What the configuration says wins over what the names look like."""
+    """Refuse other models; a configuration's class takes precedence over the look of the names."""
     look = looks_like(shapes)
     known = {layout.config_class for layout in LAYOUTS.values() if layout.config_class}
     if config_class is not None and config_class not in known and (family is None or look is not None):
@@ -121,24 +121,24 @@ def _refuse_other_models(shapes: Shapes, location: str, family: str | None, conf
 
 
 def _tells_statistics(equals: list[Layout], config: Mapping[str, Any]) -> bool:
-    """Whether a configuration gives all that tells these families apart: those with factors differ in nothing else."""
+    """Whether a configuration has all that distinguishes these families: those with factors differ only in these."""
     have_factors = all(get_family(layout.family).config_keys.has_factors for layout in equals)
     return have_factors and any(config.get(key) is not None for key in ("scaling_factor", "latents_mean"))
 
 
 def _refuse_ambiguity(equals: list[Layout], location: str) -> None:
-    """Raise if layouts that fit alike are of networks that differ."""
+    """Raise ArtifactError if layouts that fit equally well are of different networks."""
     first = get_family(equals[0].family)
     if all(are_one_network(first, get_family(layout.family)) for layout in equals[1:]):
         return
     raise ArtifactError(
-        f"{location}: its names and shapes fit {', '.join(layout.name for layout in equals)} alike, and these compute "
-        f"different things. Say which it is with {_flags(_families(equals))}."
+        f"{location}: its names and shapes fit {', '.join(layout.name for layout in equals)} equally well, and these "
+        f"compute different things. Choose one with {_flags(_families(equals))}."
     )
 
 
 def _candidates(family: str | None, config_class: str | None) -> list[Layout]:
-    """The layouts of the family that is named, by the user or by the configuration; all if none is."""
+    """The layouts of the family that was given, by the user or by the configuration's class; else all."""
     families: Collection[str] = FAMILIES
     if family is not None:
         families = families_named(family)
@@ -148,8 +148,8 @@ def _candidates(family: str | None, config_class: str | None) -> list[Layout]:
 
 
 def twins(layout: Layout) -> tuple[str, ...]:
-    """Other families that are the network of this layout's, under the very names: only a user or a configuration can
-    tell, and what is computed is the same."""
+    """Other families with the same network under the same names: only a user or a configuration can distinguish them,
+    and they compute the same."""
     family = get_family(layout.family)
     return tuple(
         other.family
@@ -173,7 +173,7 @@ def _flags(families: list[str]) -> str:
 
 
 def _why(candidates: list[Layout], fits: Mapping[str, _Fit]) -> str:
-    """What each layout lacks, those that fit best first; one line for all that lack the same."""
+    """What each layout lacks, the best fits first; one line for all with the same fault."""
     lines: dict[str, list[str]] = {}
     for layout in sorted(candidates, key=lambda one: fits[one.name].rank, reverse=True):
         lines.setdefault(fits[layout.name].fault or "fits", []).append(layout.name)
@@ -185,7 +185,7 @@ def _what_is_read() -> str:
 
 
 def present_roles(shapes: Shapes, layout: Layout) -> tuple[Role, ...]:
-    """Which of decoder and encoder a checkpoint holds. The 1x1 layers around the latent alone do not count."""
+    """Which of decoder and encoder a checkpoint holds; a 1x1 layer on the latents is not enough."""
     if layout.by_blocks:
         return tuple(role for role in ROLES if any(name.startswith(f"{role}.") for name in shapes))
     return tuple(role for role in ROLES if any(name in shapes for name in _landmarks(layout.name, role)))
@@ -202,14 +202,14 @@ def _landmarks(layout_name: str, role: Role) -> tuple[str, ...]:
 
 
 def _fit_of(names: Shapes, layout: Layout, shapes: Shapes, config: Mapping[str, Any]) -> _Fit:
-    """By names, unless shapes or the configuration deny the layout."""
+    """By names, unless shapes or the configuration rule the layout out."""
     fit = _fit_of_names(names, layout)
     denial = None if layout.denied is None or fit.rank[0] == 0 else layout.denied(shapes, config)
     return fit if denial is None else _Fit(0.0, 0, fit.fault or denial)
 
 
 def _fit_of_names(shapes: Shapes, layout: Layout) -> _Fit:
-    """By landmarks: that of the role which fits better. By blocks: that of the worse of the roles that are there."""
+    """By landmarks: the better of both roles. By blocks: the worst of the roles that are present."""
     if layout.by_blocks:
         roles: list[Role] = [role for role in ROLES if any(name.startswith(f"{role}.") for name in shapes)]
         fits = [
@@ -227,10 +227,10 @@ def _fit_of_names(shapes: Shapes, layout: Layout) -> _Fit:
 
 
 def _fit_of_blocks(names: list[str], layout: Layout, role: Role) -> _Fit:
-    """The share of the blocks that are there, times that of the names that belong to one.
+    """The fraction of the blocks that are present, times that of the names that belong to one.
 
-    Layers inside the blocks may be of any operator. Norms that are conditioned on a timestep, or shifted in its stead,
-    are of other versions than those that are not: where that differs nothing fits.
+    Layers inside the blocks may have any operator. Versions differ in whether norms are conditioned on a timestep (or
+    have shifts instead): if that differs, nothing fits.
     """
     places = [f"{place}." for place in layout.places[role].values() if place != role]
     missing = [place for place in places if not any(name.startswith(place) for name in names)]

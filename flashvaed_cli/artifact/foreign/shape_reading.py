@@ -38,12 +38,12 @@ def spec_from_shapes(
 ) -> DecoderSpec | EncoderSpec:
     """Read operator, widths and kernel of every layer from the shapes.
 
-    A depthwise-separable layer without extent, (1, 1, 1), is read as the pointwise layer that it equals.
+    A depthwise-separable layer with kernel (1, 1, 1) is read as the pointwise layer that it equals.
 
     Args:
-        config: that of the checkpoint, for what shapes do not tell.
+        config: of the checkpoint, for what shapes do not show.
     Raises:
-        ArtifactError: layers are missing, their widths do not fit together, or the configuration is of another network.
+        ArtifactError: layers are missing, widths do not fit together, or the configuration is for another network.
     """
     reader = _ShapeReader(shapes)
     try:
@@ -89,8 +89,8 @@ def _shown(clashes: list[str]) -> str:
 
 
 def _is_still(shapes: Mapping[str, Shape], layout: Layout, plan: DecoderSpec) -> bool:
-    """Whether nothing of a decoder works in time: its temporal resamplers are absent and its entry has a 2D kernel (its
-    last layer, where the entry never works in time)."""
+    """Whether no layer of a decoder works in time: temporal resamplers are absent, and its entry (or its last layer, if
+    the entry never works in time) has a 2D kernel."""
     in_time = [address for address, layer in plan.layers() if layer.kernel[0] > 1]
     if not in_time:
         return False  # nor does the original
@@ -100,21 +100,21 @@ def _is_still(shapes: Mapping[str, Shape], layout: Layout, plan: DecoderSpec) ->
     for address in (*temporal, "conv_in.0.conv" if "conv_in.0.conv" in in_time else in_time[-1]):
         place, _, layer = address.rpartition(".")
         if place not in layout.places["decoder"] or layer not in layout.layers.get(kinds[place], {}):
-            return False  # named otherwise than a layer of a still decoder could be
+            return False  # no layer of a still decoder could have that name
         names.append(f"{layout.layer_place('decoder', place, kinds[place], layer)}.weight")
     *absent, entry = names
     return not any(name in shapes for name in absent) and len(shapes.get(entry, ())) == 4
 
 
 class _ShapeReader:
-    """Reads layers from shapes and collects all that is missing, so that one error can name it."""
+    """Reads layers from shapes and collects all missing ones for a single error."""
 
     def __init__(self, shapes: Mapping[str, Shape]) -> None:
         self.shapes = shapes
         self.mismatch = Mismatch()
 
     def weight(self, place: str) -> WeightShape | None:
-        """Widths out and in, and kernel, of a weight of 2 to 5 axes; None and a note if there is none."""
+        """Output width, input width and kernel of a weight of 2 to 5 axes; None, and noted, if there is none."""
         shape = self.shapes.get(f"{place}.weight")
         if shape is None:
             self.mismatch.missing.append(f"{place}.weight")
@@ -157,7 +157,7 @@ def _read_block(
     """The block at an address; None if a layer of it is missing (noted in the reader).
 
     Args:
-        in_separable: how depthwise-separable layers pad in time, where it is not as planned.
+        in_separable: how depthwise-separable layers pad in time, if not as planned.
     """
     if planned.has_path_names:
         return _read_paths(reader, layout.places[role][address], planned)
@@ -183,7 +183,7 @@ def _read_block(
 
 
 def _read_paths(reader: _ShapeReader, place: str, planned: BlockSpec) -> BlockSpec | None:
-    """A block that names its parts by paths: as planned, with the widths that the shapes show."""
+    """A block whose parts have paths as names: as planned, with the widths that the shapes show."""
     layers: dict[str, ConvSpec] = {}
     for name, layer in planned.layers.items():
         found = reader.weight(f"{place}.{name}")
@@ -205,10 +205,10 @@ def _with_planned_padding(found: ConvSpec, planned: ConvSpec | None, in_separabl
 def _read_extras(
     reader: _ShapeReader, layout: Layout, planned: BlockSpec, places: Mapping[str, str]
 ) -> dict[str, object]:
-    """What a block has beside its layers: as planned, and for norms and noise as the shapes show."""
+    """A block's fields other than layers: as planned, but norms and noise as the shapes show."""
     extras: dict[str, object] = {name: said for name, said in planned if name not in planned.convolution_fields()}
     norm = planned.norm if isinstance(planned, ResBlockSpec | HeadSpec) else None
-    # A GroupNorm is never without gain and shift: where they lack, the file is incomplete.
+    # A GroupNorm always has gain and shift: a file without them is incomplete.
     if norm is not None and norm.groups is None and norm.eps is not None:
         place = places[next(iter(planned.norms))]
         gain, shift = f"{place}.{layout.gain}" in reader.shapes, f"{place}.bias" in reader.shapes
@@ -222,7 +222,7 @@ def _read_extras(
 def _read_bypass(
     reader: _ShapeReader, layout: Layout, role: Role, planned: StageSpec, blocks: list[BlockSpec]
 ) -> BypassSpec | None:
-    """The bypass of a stage, with a layer if the file has one; None too where the stage's own blocks are not whole."""
+    """The bypass of a stage, with a layer if the file has one; None also if blocks of the stage are missing."""
     if planned.bypass is None or len(blocks) < len(planned.blocks):
         return None
     ends = blocks[0].in_width, blocks[-1].out_width
@@ -232,7 +232,7 @@ def _read_bypass(
 
 
 def _may_lack(layer: str, planned: BlockSpec, layers: Mapping[str, ConvSpec | None]) -> bool:
-    """Whether a block can do without a layer: a shortcut between equal widths, a resampler that keeps the frames."""
+    """Whether a layer may be absent: a shortcut between equal widths, a temporal layer where frames stay as many."""
     if layer == "shortcut":
         conv1, conv2 = layers["conv1"], layers["conv2"]
         return conv1 is not None and conv2 is not None and conv1.in_width == conv2.out_width

@@ -1,4 +1,4 @@
-"""Choose a VAE's weights out of what a file holds: training programs keep several sets, as of a running average."""
+"""Choose a VAE's weights in a file: training programs store several sets, such as a running average."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from flashvaed_cli.artifact.foreign.recognition import PREFIXES, common_prefix
 from flashvaed_cli.errors import ArtifactError
 
 EMA = "ema"
-"""What `--weights` calls averaged weights, whatever the file calls them."""
+"""The word of `--weights` for averaged weights, whatever their name in the file."""
 
-# Names of files that hold a whole model: those of its diffusion model, and the wrappers of its VAE.
+# Prefixes in files with a whole model: of its diffusion model, and of its VAE.
 _DIFFUSION_MODEL, _VAES = "model.diffusion_model.", ("vae.", "first_stage_model.")
 # Keys under which training programs keep the weights, likeliest first.
 _KEYS = ("state_dict", "model", "model_state_dict", "module", "vae", "weights", "params", "generator", "net")
@@ -28,7 +28,7 @@ _DEEPEST = 6
 
 @dataclass(frozen=True)
 class WeightSet:
-    """One set of weights in a file: what the file calls it ("" where it holds nothing else), and its tensors."""
+    """One set of weights in a file: its name there ("" if it is the only one), and its tensors."""
 
     name: str
     tensors: dict[str, Tensor]
@@ -40,13 +40,13 @@ class WeightSet:
 
 
 def choose_weights(content: object, location: str, wanted: str | None) -> tuple[dict[str, Tensor], str | None]:
-    """The tensors of one VAE, under names without the wrappers around them, and a note if there was a choice.
+    """The tensors of one VAE, under names without wrappers, and a note if there was a choice.
 
     Args:
-        content: what the file holds: a state dict, or dicts around one or several.
-        wanted: a set by the file's name for it, or `ema`; None takes the first that is no running average.
+        content: of the file: a state dict, or dicts around one or several.
+        wanted: the file's name for a set, or `ema`; None: the first that is not a running average.
     Raises:
-        ArtifactError: no state dict in it, or none that is called `wanted`.
+        ArtifactError: it holds no state dict, or none with the name `wanted`.
     """
     sets = _sets_in(content)
     if not sets:
@@ -57,7 +57,7 @@ def choose_weights(content: object, location: str, wanted: str | None) -> tuple[
             listed = ", ".join(f"{key!s:.60}" for key in list(content)[:8])
             keys = f" with the keys {listed}" if content else " without entries"
         raise ArtifactError(
-            f"{location}: holds a {type(content).__name__}{keys}, no state dict. "
+            f"{location}: holds a {type(content).__name__}{keys}, not a state dict. "
             "Save the VAE's state dict as safetensors."
         )
     chosen = _chosen(sets, location, wanted)
@@ -67,7 +67,7 @@ def choose_weights(content: object, location: str, wanted: str | None) -> tuple[
         averaged = next((one for one in sets if one.is_averaged), None)
         advice = ""
         if wanted is None and averaged is not None and averaged is not chosen:
-            advice = " (--weights ema takes the averaged ones, which are usually the better)"
+            advice = " (--weights ema takes the averaged ones, which are usually better)"
         note = f"read its weights '{chosen.name}'; it also holds {others}{advice}"
     return _whole_names(chosen.tensors), note
 
@@ -87,7 +87,7 @@ def _chosen(sets: list[WeightSet], location: str, wanted: str | None) -> WeightS
 
 
 def _sets_in(content: object) -> list[WeightSet]:
-    """Every set of tensors that are named like a coder's, in nested dicts, likeliest first."""
+    """Every set of tensors with names like a coder's, in nested dicts, likeliest first."""
     found: list[WeightSet] = []
     waiting: list[tuple[str, object, int]] = [("", content, 0)]
     seen: set[int] = set()
@@ -105,7 +105,7 @@ def _sets_in(content: object) -> list[WeightSet]:
 
 
 def _split_by_prefix(name: str, tensors: dict[str, Tensor]) -> list[WeightSet]:
-    """The sets in one flat state dict: those under no wrapper, and those under each known or averaged one."""
+    """The sets in one flat state dict: that without a wrapper, and that under each known or averaging wrapper."""
     prefixes: dict[str, None] = {}
     for key in tensors:
         if coder := _CODER.search(key):
@@ -128,12 +128,12 @@ def _split_by_prefix(name: str, tensors: dict[str, Tensor]) -> list[WeightSet]:
 
 
 def _is_foreign(key: str, prefix: str) -> bool:
-    """Whether a tensor stands beside the wrapped VAE, as a discriminator's does in a trainer's file."""
+    """Whether a tensor is outside the wrapped VAE, like a discriminator's in a trainer's file."""
     return prefix != "" and not key.startswith(prefix)
 
 
 def _plain_state(content: object) -> dict[str, Tensor]:
-    """Tensors that are not named like a coder's, behind the usual keys: to say what else they look like."""
+    """Tensors under the usual keys whose names are not like a coder's, to report what they look like."""
     for _ in range(_DEEPEST):
         if not isinstance(content, Mapping):
             return {}
@@ -145,7 +145,7 @@ def _plain_state(content: object) -> dict[str, Tensor]:
 
 
 def _whole_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors less the wrapper that all names share; of a file that holds a whole model, those of its VAE."""
+    """The tensors without the wrapper that all names share; of a file with a whole model, those of its VAE."""
     if any(name.startswith((_DIFFUSION_MODEL, "vae.per_channel_statistics.")) for name in tensors):
         wrapper = next((part for part in _VAES if any(name.startswith(part) for name in tensors)), "")
         tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(wrapper)}

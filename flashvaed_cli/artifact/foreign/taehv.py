@@ -1,8 +1,8 @@
-"""Files of TAEHV: light decoders for the latents of another family, which the file does not name.
+"""Files of TAEHV: light decoders for the latents of another family, which the files do not name.
 
 Three resolutions of three chains each, whose first layer reads the previous frame too. The last one, two or three of
-them double every frame, the first as well, and the frames before the first are dropped at the end. The decoder takes
-normalized latents and gives frames in [0, 1]; here it takes raw ones and gives [-1, 1], as all decoders do.
+them double every frame, including the first; the surplus frames at the beginning are dropped in the end. The decoder
+takes normalized latents and returns frames in [0, 1]; here it takes raw latents and returns [-1, 1], like all decoders.
 
 Reference: madebyollin/taehv (MIT): names and shapes of its files.
 """
@@ -22,6 +22,7 @@ from flashvaed_cli.artifact.foreign.mismatch import Shape
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.spec.blocks import BlockSpec, ChainSpec, ConvBlockSpec, HeadSpec, UpsampleSpec
 from flashvaed_cli.decoders.spec.coders import DecoderSpec, StageSpec
+from flashvaed_cli.decoders.spec.convolutions import frame_conv, point_conv
 from flashvaed_cli.decoders.spec.layers import ConvSpec, LatentEntrySpec
 from flashvaed_cli.decoders.spec.light import LATENT_LIMIT
 from flashvaed_cli.errors import ArtifactError
@@ -47,7 +48,7 @@ _UNKNOWN_LATENTS = {
 
 
 def is_taehv(shapes: Mapping[str, Shape]) -> bool:
-    """Whether these are the tensors of a TAEHV, of whichever size."""
+    """Whether these are the tensors of a TAEHV, of either size."""
     names = {f"decoder.{index}.conv.weight" for index in _GROWTHS}
     return names <= set(shapes) or (_SUPER in shapes and "decoder.0.weight" in shapes)
 
@@ -61,10 +62,10 @@ def taehv_decoder(
     """The decoder of a TAEHV, the family whose latents it reads, and the statistics of these.
 
     Args:
-        family_name: what the user says; None: the one whose published file is called so, or the only one that fits.
-        statistics_of: gives those of a family whose own are in its files only.
+        family_name: the user's choice; None: the family whose published file has this name, or the only one that fits.
+        statistics_of: finds the statistics of a family that has them in its files only.
     Raises:
-        ArtifactError: tensors are missing, the family is not clear or does not fit, or its latents have no statistics.
+        ArtifactError: tensors are missing, the family is unclear or does not fit, or its latents have no statistics.
     """
     if _SUPER in tensors:
         raise ArtifactError(
@@ -86,7 +87,7 @@ def taehv_decoder(
 
 
 def _family(name: str | None, latent_width: int, patch: int, location: str) -> Family:
-    """The family whose latents it reads. Files for several models have the same shapes: a published name decides."""
+    """The family whose latents it decodes. Files for several models have the same shapes: a published name decides."""
     published = Path(location).stem
     if published in _UNKNOWN_LATENTS:
         raise ArtifactError(
@@ -125,7 +126,9 @@ def _translated(
 
     entry = LatentEntrySpec(mean=statistics[0], std=statistics[1], limit=LATENT_LIMIT)
     widths = put("conv_in.0.conv", entry_weight, file.take(f"{_ENTRY}.bias", len(entry_weight)))
-    stages = [StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=_frame(*widths), activation="relu", entry=entry),))]
+    stages = [
+        StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=frame_conv(*widths), activation="relu", entry=entry),))
+    ]
     width = len(entry_weight)
     for stage in range(_NUM_STAGES):
         blocks: list[BlockSpec] = []
@@ -135,23 +138,23 @@ def _translated(
         spatial = file.take(f"decoder.{_CONVS[stage]}.weight", None, width, 3, 3)
         address, doubles = f"up{stage}.{len(blocks)}", stage >= _NUM_STAGES - num_doublings
         grown = width * (2 if doubles else 1)
-        if len(growth) not in (grown, 2 * width):  # files may hold a growth that the model does not use
+        if len(growth) not in (grown, 2 * width):  # files may hold channels that the model does not use
             raise ValueError(f"decoder.{_GROWTHS[stage]} makes {len(growth)} channels of {width}, not {grown}")
         growth = growth[-grown:]
         if doubles:
             put(f"{address}.temporal", growth[:, :, 0, 0])
-            temporal = ConvSpec(operator="pointwise", in_width=width, out_width=2 * width, kernel=(1, 1, 1))
-        else:  # a 1x1 that grows nothing, with no bias before a kernel: one kernel
+            temporal = point_conv(width, 2 * width)
+        else:  # a 1x1 without growth or bias before a kernel: one kernel
             spatial, temporal = torch.einsum("omhw,mc->ochw", spatial, growth[:, :, 0, 0]), None
         _, width = put(f"{address}.spatial", spatial)
-        conv = _frame(spatial.shape[1], width)
+        conv = frame_conv(spatial.shape[1], width)
         blocks.append(UpsampleSpec(temporal=temporal, spatial=conv, grows_first=doubles))
         stages.append(StageSpec(name=f"up{stage}", blocks=tuple(blocks)))
     head_bias = file.take(f"{_HEAD}.bias", len(head_weight))
     if len(head_weight) != 3 * patch**2:
         raise ValueError(f"{_HEAD} gives {len(head_weight)} channels, not three colours of square patches")
     order = [c * patch**2 + i * patch + j for c in range(3) for j in range(patch) for i in range(patch)]
-    conv = _frame(*put("head.0.conv", 2 * head_weight[order], 2 * head_bias[order] - 1))  # [0, 1] to [-1, 1]
+    conv = frame_conv(*put("head.0.conv", 2 * head_weight[order], 2 * head_bias[order] - 1))  # [0, 1] to [-1, 1]
     head = HeadSpec(conv=conv, norm=None, activation="relu", lead_frames=original.temporal_factor - 1)
     spec = DecoderSpec(
         family=family.name,
@@ -164,15 +167,11 @@ def _translated(
 
 
 def _chain(file: LightFile, address: str, place: str, width: int, put: _Put) -> ChainSpec:
-    """The first layer reads the frame and the one before it, side by side: taps in time, the earlier one first."""
+    """The first layer reads a frame and the previous one as channels: here taps in time, the earlier one first."""
     current, previous = file.take(f"{place}.0.weight", width, 2 * width, 3, 3).chunk(2, dim=1)
     put(f"{address}.conv1", torch.stack([previous, current], dim=2), file.take(f"{place}.0.bias", width))
     conv1 = ConvSpec(operator="causal3d", in_width=width, out_width=width, kernel=(2, 3, 3))
     for number, slot in ((2, 2), (3, 4)):
         weight, bias = file.take(f"{place}.{slot}.weight", width, width, 3, 3), file.take(f"{place}.{slot}.bias", width)
         put(f"{address}.conv{number}", weight, bias)
-    return ChainSpec(conv1=conv1, conv2=_frame(width, width), conv3=_frame(width, width))
-
-
-def _frame(in_width: int, out_width: int) -> ConvSpec:
-    return ConvSpec(operator="frame2d", in_width=in_width, out_width=out_width, kernel=(1, 3, 3))
+    return ChainSpec(conv1=conv1, conv2=frame_conv(width, width), conv3=frame_conv(width, width))

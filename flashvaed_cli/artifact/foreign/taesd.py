@@ -1,8 +1,8 @@
-"""Files of TAESD: light decoders for the latents of an image model, which the file does not name.
+"""Files of TAESD: light decoders for the latents of an image model, which the files do not name.
 
-One list of layers, numbered: a convolution, chains, then in turn a doubling of the size, a convolution without bias and
-chains, and a last convolution. The decoder takes scaled latents and gives pixels in [0, 1]; here it takes raw ones and
-gives [-1, 1], as all decoders do.
+A numbered list of layers: a convolution, chains, then repeatedly a doubling of the size, a convolution without bias and
+chains, and a last convolution. The decoder takes scaled latents and returns pixels in [0, 1]; here it takes raw latents
+and returns [-1, 1], like all decoders.
 
 Reference: madebyollin/taesd (MIT) and diffusers' `AutoencoderTiny`: names and shapes of their files.
 """
@@ -38,7 +38,7 @@ _FIXED: dict[str, object] = {
     "scaling_factor": 1.0,
     "shift_factor": 0.0,
 }
-"""What the class can be told, and no release is: other decoders, or latents in another scale."""
+"""Options of the class that no release changes: other values mean another decoder, or another scale of latents."""
 
 
 def is_taesd(shapes: Mapping[str, Shape], config_class: str | None) -> bool:
@@ -53,14 +53,14 @@ def is_taesd(shapes: Mapping[str, Shape], config_class: str | None) -> bool:
 def taesd_decoder(
     tensors: Mapping[str, Tensor], family_name: str | None, location: str, config: Mapping[str, Any]
 ) -> tuple[Decoder, Family]:
-    """The decoder of a TAESD, and the family whose latents it reads.
+    """The decoder of a TAESD, and the family whose latents it decodes.
 
     Args:
-        family_name: what the user says; None: told from the number of latent channels, if one family alone fits.
-        config: of diffusers' class; empty beside a decoder's own file.
+        family_name: the user's choice; None: detected from the number of latent channels, if only one family fits.
+        config: of diffusers' class; empty for a decoder's own file.
     Raises:
-        ArtifactError: tensors are missing, too many or of other shapes, the configuration is of another decoder, or the
-            family is not clear or does not fit.
+        ArtifactError: tensors are missing, superfluous or of other shapes, the configuration is for another decoder, or
+            the family is unclear or does not fit.
     """
     prefix = _LISTED if any(name.startswith(_LISTED) for name in tensors) else ""
     decoder_only = {name: tensor for name, tensor in tensors.items() if not name.startswith("encoder.")}
@@ -88,7 +88,7 @@ def _numbers(names: Iterable[str], prefix: str) -> list[int]:
 
 
 def _check_configuration(config: Mapping[str, Any], latent_width: int, file: LightFile) -> None:
-    """Raise ArtifactError if it is of another decoder; names every key."""
+    """Raise ArtifactError if the configuration is for another decoder; names every key."""
     expected = {**_FIXED, "latent_channels": latent_width}
     faults = [
         f"{key} is {config[key]!r:.40} in its configuration, not {value!r}"

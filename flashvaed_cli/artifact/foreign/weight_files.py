@@ -13,7 +13,7 @@ from flashvaed_cli.untrusted.files import parse_json, read_bounded
 STEM = "diffusion_pytorch_model"
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
-# Variants in order: full precision first, then the one that keeps the range.
+# Variants in order of preference: full precision, then the half precision with the range of float32.
 _VARIANTS = ("", "fp32", "bf16", "fp16")
 _FORMATS = (".safetensors", ".bin")
 
@@ -25,7 +25,7 @@ def weight_files(folder: Path, wanted: str | None = None) -> tuple[list[Path], s
     `STEM[.VARIANT].safetensors.index.json`); `.bin` likewise. Safetensors come first, then full precision.
 
     Args:
-        wanted: a variant that is taken if it is there.
+        wanted: a variant to take if it is there.
     Raises:
         ArtifactError: no weights, several without a known name, shards missing or outside the folder.
     """
@@ -43,7 +43,7 @@ def weight_files(folder: Path, wanted: str | None = None) -> tuple[list[Path], s
 
 
 def _candidates(folder: Path) -> list[tuple[str, Path]]:
-    """Variants with the file, or the index of shards, that each is in; the preferred first."""
+    """Each variant with its file or index of shards, in order of preference."""
     ranked: list[tuple[tuple[int, int, str, bool], str, Path]] = []
     for path in folder.iterdir():
         name = path.name
@@ -65,7 +65,7 @@ def _candidates(folder: Path) -> list[tuple[str, Path]]:
 def _shards(folder: Path, index: Path) -> list[Path]:
     weight_map = read_config(index).get("weight_map")
     if not isinstance(weight_map, Mapping) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ArtifactError(f"{index}: weight_map is no mapping of tensors to file names. Download it again.")
+        raise ArtifactError(f"{index}: weight_map is not a mapping of tensors to file names. Download it again.")
     names = sorted(set(weight_map.values()))
     for name in names:
         if PurePosixPath(name).name != name or PureWindowsPath(name).name != name or name in ("", ".", ".."):
@@ -85,7 +85,7 @@ def read_config(path: Path) -> dict[str, object]:
     """A JSON object from a file.
 
     Raises:
-        ArtifactError: unreadable, too large, nested too deep, or no object.
+        ArtifactError: unreadable, too large, nested too deep, or not an object.
     """
     try:
         config = parse_json(read_bounded(path, MAX_CONFIG_BYTES))

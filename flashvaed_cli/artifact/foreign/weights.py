@@ -22,11 +22,15 @@ CONFIG_NAME = "config.json"
 
 @dataclass(frozen=True)
 class ForeignWeights:
-    """Weights as found, less the wrapper that all names share.
+    """Weights as found, without the wrapper that all names share.
 
-    `config` is that of a diffusers folder, `metadata` that of the safetensors file, `files` all that was read.
-    `arguments`: what the file's trainer was called with, where it says so. `whole_folder`: the folder was given, so its
-    config must fit the weights. `note`: which of several sets was read.
+    Attributes:
+        files: all that were read.
+        config: of a diffusers folder.
+        metadata: of the safetensors file.
+        arguments: those of the file's trainer, if the file has them.
+        whole_folder: the folder was given, so its config must fit the weights.
+        note: which of several sets was read.
     """
 
     tensors: dict[str, Tensor]
@@ -42,9 +46,9 @@ def read_foreign(path: Path, wanted: str | None = None) -> ForeignWeights:
     """Read a checkpoint file or a diffusers folder.
 
     Args:
-        wanted: which weights, where there are several sets or variants (`ema`, or the file's own word).
+        wanted: which of several sets or variants (`ema`, or the file's own name).
     Raises:
-        ArtifactError: missing, truncated, of no known format, a pickle that wants to run code, or no such weights.
+        ArtifactError: missing, truncated, of an unknown format, a pickle with code to run, or without such weights.
     """
     if path.is_dir():
         return _read_folder(path, wanted)
@@ -58,7 +62,7 @@ def read_foreign(path: Path, wanted: str | None = None) -> ForeignWeights:
 
 
 def checkpoint_files(path: Path, wanted: str | None = None) -> tuple[Path, ...]:
-    """The files that a checkpoint consists of, and that its SHA-256 is of; of a folder the index of shards is read.
+    """The files of a checkpoint, which its SHA-256 covers; in a folder, the index of shards is read for them.
 
     Raises:
         ArtifactError: a folder without a model.
@@ -75,7 +79,7 @@ def _config_of(folder: Path) -> Path:
         folder = folder / "vae"  # a whole diffusers pipeline
     if not (folder / CONFIG_NAME).is_file():
         raise ArtifactError(
-            f"{folder}: a folder without {CONFIG_NAME}, so no diffusers model. Give the checkpoint file itself."
+            f"{folder}: a folder without {CONFIG_NAME}, so not a diffusers model. Give the checkpoint file itself."
         )
     return folder / CONFIG_NAME
 
@@ -89,16 +93,16 @@ def _read_folder(folder: Path, wanted: str | None) -> ForeignWeights:
     for file in files:
         found, metadata = _read_content(file)
         if not isinstance(found, Mapping):
-            raise ArtifactError(f"{file}: holds a {type(found).__name__}, no state dict. Download it again.")
+            raise ArtifactError(f"{file}: holds a {type(found).__name__}, not a state dict. Download it again.")
         content |= {str(key): value for key, value in found.items()}
-    metadata = metadata if len(files) == 1 else {}  # those of a shard say nothing of the whole
+    metadata = metadata if len(files) == 1 else {}  # a shard's metadata are not those of the whole
     tensors, note = choose_weights(content, str(folder), None if wanted == variant else wanted)
     read = (config_path, *files)
     return ForeignWeights(tensors, read, read_config(config_path), metadata, whole_folder=True, note=note)
 
 
 def _read_content(path: Path) -> tuple[object, dict[str, str]]:
-    """What one file holds, and its metadata; its first bytes, not its name, tell the format."""
+    """The content and metadata of one file; the format is read from its first bytes, not from its name."""
     try:
         with open_regular(path) as file:
             head = file.read(64)

@@ -1,4 +1,4 @@
-"""Our modules as the tensors of other programs' files: the names of a layout, and what those files hold beside."""
+"""Our modules as the tensors of other programs' files: under the names of a layout, with latent statistics."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def to_program(
     layout: Layout,
     statistics: tuple[tuple[float, ...], tuple[float, ...]],
 ) -> dict[str, Tensor]:
-    """A whole file in a layout: what `load_checkpoint` reads, and the program whose layout it is.
+    """The tensors of a whole file in a layout, which `load_checkpoint` and the layout's program can read.
 
     Args:
         coders: state dicts with their specs.
-        statistics: mean and deviation per latent channel, for layouts that keep them among the weights; both empty
-            where nothing tells them.
+        statistics: mean and deviation per latent channel, for layouts that keep them among the weights; both empty if
+            unknown.
     """
     tensors: dict[str, Tensor] = {}
     coders = list(coders)

@@ -139,8 +139,8 @@ class Pointwise(Conv):
 class LowRankConv3d(Conv):
     """A causal kernel of one tap in space, as a product of rank r: `reduce` `[r, C, kt, 1, 1]`, `weight` `[O, r]`.
 
-    The temporal taps come first: r (kt C + O) products per position, fewer than r (C + kt O) for O > C, and the form
-    that least squares of rank r gives.
+    The temporal taps come first: r (kt C + O) products per position, fewer than r (C + kt O) for O > C; it is also the
+    result of least squares of rank r.
     """
 
     channel_axes = {**Conv.channel_axes, "weight": (0, None), "reduce": (None, 1)}

@@ -408,7 +408,7 @@ def has_kernels(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def require_compiler(device: torch.device) -> None:
-    """Say what is missing before `inductor` fails in its own words.
+    """Check for what `inductor` needs, so that the error names what is missing.
 
     Raises:
         DecodeError: no C++ compiler (CPU), or no Triton or C compiler (CUDA).

@@ -139,9 +139,11 @@ class CoderSpec(OmittingSpec):
     def _temporal_tiles_fit(self) -> CoderSpec:
         tiles = self.temporal_tiles
         if tiles is not None and not self.sees_whole_clip:
-            raise ValueError("only a coder that sees whole clips has tiles in time; others give the same frames in any")
+            raise ValueError(
+                "only a coder that sees whole clips has tiles in time; others give the same frames without"
+            )
         if tiles is not None and self.temporal_factor > 1 and not tiles.overlap:
-            raise ValueError("tiles in time overlap where the first latent of a clip stands for a single frame")
+            raise ValueError("tiles in time must overlap if the first latent of a clip stands for a single frame")
         return self
 
     @model_validator(mode="after")

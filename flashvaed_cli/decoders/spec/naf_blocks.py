@@ -44,7 +44,7 @@ class BranchSpec(FrozenSpec):
         if self.expand.out_width != 2 * self.contract.in_width:
             raise ValueError(f"{self.expand.out_width} values and gates do not make {self.contract.in_width} channels")
         if self.expand.in_width != self.contract.out_width:
-            raise ValueError(f"a branch of {self.expand.in_width} channels gives {self.contract.out_width}")
+            raise ValueError(f"a branch reads {self.expand.in_width} channels and outputs {self.contract.out_width}")
         return self
 
     @property

@@ -50,7 +50,7 @@ def fit_half_range(decoder: Decoder) -> dict[str, int]:
     if any(getattr(block, "noise1", None) is not None for block in _blocks(decoder)):
         return {}
     if not all(isinstance(block, _Scalable) for block in _blocks(decoder)):
-        return {}  # gates and thresholds, for one, do not scale with what enters them
+        return {}  # gates and thresholds, for example, do not scale with their input
     peaks = _peaks(decoder)
     exponents = {place: round(math.log2(_WANTED / peak)) for place, peak in peaks.items() if LARGEST < peak < math.inf}
     for place, exponent in exponents.items():

@@ -1,8 +1,8 @@
-"""Where the blocks of FLUX.2's VAE live in foreign checkpoints.
+"""Names of the blocks of FLUX.2's VAE in foreign checkpoints.
 
-`flux.2-original`: the `ae` of Black Forest Labs, named as Stable Diffusion's single files but for the 1x1 layers around
-the latent, which are inside the coders. `flux.2-diffusers`: `AutoencoderKLFlux2`. Both hold a batch norm's running mean
-and variance, the statistics of the latents.
+`flux.2-original`: the `ae` of Black Forest Labs, with the names of Stable Diffusion's single files, except that the 1x1
+layers around the latent are inside the coders. `flux.2-diffusers`: `AutoencoderKLFlux2`. Both hold a batch norm's
+running mean and variance, the statistics of the latents.
 
 Reference: the key names of those files (facts only).
 """
@@ -27,7 +27,7 @@ _OWN_ARGUMENTS = ("decoder_block_out_channels", "batch_norm_eps", "patch_size")
 
 
 def _flat_names(names: Iterable[str]) -> dict[str, str]:
-    """Names as the other variants' single files have them, to those given."""
+    """The names that other variants' single files have, to the names given."""
     flat: dict[str, str] = {}
     for name in names:
         nested = next((start for start in _NESTED if name.startswith(f"{start}.")), None)

@@ -1,8 +1,8 @@
-"""FLUX.2's VAE: the network of Stable Diffusion's, with 32 latent channels and a decoder width of its own.
+"""FLUX.2's VAE: the network of Stable Diffusion's, with 32 latent channels and a separate width for the decoder.
 
-Raw latents are what the decoder takes: 32 channels at 1/8 of the picture's sides. Diffusion models take patches of 2x2
-of them, 128 channels at 1/16, each normalised by a batch norm whose running statistics are in the checkpoint; so there
-is a mean and a deviation for each of these 128.
+The decoder takes raw latents: 32 channels at 1/8 of the picture's sides. Diffusion models take patches of 2x2 of them,
+128 channels at 1/16, each normalised by a batch norm whose running statistics are in the checkpoint; so each of these
+128 has a mean and a deviation.
 
 Reference: diffusers `AutoencoderKLFlux2` and its pipelines (facts only).
 """
@@ -24,7 +24,7 @@ _ENCODER_KEY, _DECODER_KEY = "block_out_channels", "decoder_block_out_channels"
 _KL = kl_family(NAME, LATENT_WIDTH, 1.0, has_quant=True)
 FLUX_2 = replace(
     _KL,
-    latent_mean=(),  # the files carry their own
+    latent_mean=(),  # the files have their own
     latent_std=(),
     native_obstacle=None,
     config_keys=replace(

@@ -1,6 +1,6 @@
-"""Where the blocks of HunyuanVideo's VAE live in foreign checkpoints: as in diffusers' image VAE, layers in `.conv`.
+"""Names of the blocks of HunyuanVideo's VAE in foreign checkpoints: as in diffusers' image VAE, layers in `.conv`.
 
-`hunyuanvideo-original`: Tencent's `pytorch_model.pt`, whose tensors diffusers takes over under their names;
+`hunyuanvideo-original`: Tencent's `pytorch_model.pt`, whose tensors have the same names in diffusers;
 `hunyuanvideo-diffusers`: `AutoencoderKLHunyuanVideo`.
 
 Reference: the key names of those files (facts only).
@@ -33,7 +33,7 @@ def _places() -> dict[Role, dict[str, str]]:
 
 
 def _finish(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Three linear layers and a linear projection."""
+    """Attention as three linear layers and a linear projection."""
     return split_attention(DIFFUSERS_ATTENTION[0], tensors, is_linear=True)
 
 

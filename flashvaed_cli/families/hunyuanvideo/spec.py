@@ -1,9 +1,9 @@
-"""HunyuanVideo's VAE: causal 3D layers that repeat the borders of frames, GroupNorm and attention over whole clips.
+"""HunyuanVideo's VAE: causal 3D layers that repeat frame borders, GroupNorm and attention over whole clips.
 
-4 x 8 x 8 pixels per latent of 16 channels. A diffusion model takes raw * 0.476986, so the deviation is its inverse.
+4 x 8 x 8 pixels per latent of 16 channels. A diffusion model takes raw * 0.476986, so the deviation is 1 / 0.476986.
 
-Reference: HunyuanVideo, arXiv 2412.03603; diffusers `AutoencoderKLHunyuanVideo`. The paper of Flash-VAED has no layout
-for it: stages, ratio and operators are those that it gives Wan 2.1, whose resolutions are the same.
+Reference: HunyuanVideo, arXiv 2412.03603; diffusers `AutoencoderKLHunyuanVideo`. The Flash-VAED paper has no layout for
+it: stages, ratio and operators are the paper's for Wan 2.1, which has the same resolutions.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ TEMPORAL_FACTOR, SPATIAL_FACTOR = 4, 8
 LATENT_WIDTH = 16
 SCALING_FACTOR = 0.476986
 TILES = TemporalTiles(length=5, stride=3)
-"""Longer clips in tiles of 17 frames that begin 12 apart, blended over 4: the class's default. Tencent's own code has
-tiles of 65 frames, 48 apart."""
+"""Long clips are decoded in tiles of 17 frames that begin 12 apart, blended over 4: the default of diffusers' class.
+Tencent's own code has tiles of 65 frames, 48 apart."""
 _RESAMPLED: tuple[Factor, ...] = ((1, 2, 2), (2, 2, 2), (2, 2, 2))
-"""What three of four resolutions end with, in the encoder from the pixels on, in the decoder from the latents:
-the largest frames of the encoder, and the smallest of the decoder, keep their number."""
+"""The factors of the three resamplers, in the encoder from the pixels on, in the decoder from the latents on: the first
+of either changes only the size."""
 
 
 def _conv(in_width: int, out_width: int) -> ConvSpec:
-    """A dense causal 3x3x3 layer; before a clip comes its first frame again, around frames their border."""
+    """A dense causal 3x3x3 layer that repeats a clip's first frame and the borders of frames."""
     return ConvSpec(
         operator="causal3d",
         in_width=in_width,
@@ -91,7 +91,7 @@ _CONFIG_KEYS = ConfigKeys(
         "mid_block_add_attention": (True,),
         "spatial_compression_ratio": (SPATIAL_FACTOR,),
         "temporal_compression_ratio": (TEMPORAL_FACTOR,),
-        "time_compression_ratio": (TEMPORAL_FACTOR,),  # as Tencent calls it
+        "time_compression_ratio": (TEMPORAL_FACTOR,),  # Tencent's name
     },
     read=frozenset({"norm_num_groups", EACH_GROUPS, *QUANT_KEYS.values()}),
     idle=frozenset({"sample_size", "sample_tsize"}),

@@ -1,8 +1,8 @@
-"""How the released LeanVAE names its tensors, and how they become those of our blocks and back.
+"""The released LeanVAE's names, and its tensors as those of our blocks and back.
 
-There a stage holds its depthwise layers apart from its gated ones, and low and high channels apart from each other;
-encoder and decoder share `phi`, and most linear layers have no bias. Ours that are not zero stand under the names that
-they would have. Pixels lie in [-0.5, 0.5] there: the factor goes into the layers beside the pixels.
+There a stage keeps its depthwise layers apart from its gated ones, and low channels apart from high ones; encoder and
+decoder share `phi`, and most linear layers have no bias. Our biases that are not zero get the names that they would
+have there. Pixels lie in [-0.5, 0.5] there: the factor goes into the layers next to the pixels.
 
 Reference: the key names of those files (facts only).
 """
@@ -40,7 +40,7 @@ _DEPTHS = {
 
 
 def depths(names: Iterable[str]) -> dict[str, int]:
-    """What the names of a file tell of its depths, under the names of the release's arguments."""
+    """The depths that a file's names show, under the names of the release's arguments."""
     names = list(names)
     found: dict[str, int] = {}
     for key, pattern in _DEPTHS.items():
@@ -51,13 +51,13 @@ def depths(names: Iterable[str]) -> dict[str, int]:
 
 
 class _Unit:
-    """A naf block: where ours is, and where there the layers of its branches are."""
+    """A naf block: our name for it, and the places of its branches' layers there."""
 
     def __init__(self, ours: str, runs: tuple[str, ...], index: int) -> None:
         self.ours, self.runs, self.index = ours, runs, index
 
     def depthwise(self, end: str) -> list[str]:
-        """The names there of what is one tensor here."""
+        """The names there of the parts of our one tensor."""
         return [f"{run}.dconv_layer.{self.index}.ds_conv.{end}" for run in self.runs]
 
     def gated(self) -> Iterator[tuple[str, str, bool]]:
@@ -82,7 +82,7 @@ def _units(counts: Mapping[str, int]) -> Iterator[_Unit]:
 
 
 def _pixel_layers() -> Iterator[tuple[str, str, float]]:
-    """Names here and there of what is beside the pixels, and what a tensor is multiplied with on the way to ours."""
+    """Names here and there of the layers next to the pixels, and the factor of a tensor on the way to ours."""
     for place in (f"{medium}_{part}" for medium in ("video", "image") for part in PARTS):
         yield f"encoder.{place}.weight", f"encoder.{place}_proj.1.weight", PIXEL_RANGE
         yield f"encoder.{place}.bias", f"encoder.{place}_proj.1.bias", 1.0
@@ -91,7 +91,7 @@ def _pixel_layers() -> Iterator[tuple[str, str, float]]:
 
 
 def to_ours(tensors: Mapping[str, Tensor], _config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a released file under our paths; what is not known stays as it is."""
+    """The tensors of a released file under our paths; unknown ones are kept as they are."""
     rest, found = dict(tensors), dict[str, Tensor]()
     for unit in _units(depths(tensors)):
         for end in ("weight", "bias"):
@@ -121,7 +121,7 @@ def _read_bottleneck(rest: dict[str, Tensor], found: dict[str, Tensor]) -> None:
         while (name := f"{_BOTTLENECK}.{theirs}.{len(numbers)}") in rest:
             number = rest.pop(name)
             if number.numel() != 1:
-                raise ValueError(f"{name} has the shape {list(number.shape)}, not that of one number")
+                raise ValueError(f"{name} has the shape {list(number.shape)}, expected a single number")
             numbers.append(number.reshape(1))
         if numbers:
             found[f"decoder.bottleneck.{ours}"] = torch.cat(numbers)
@@ -134,7 +134,7 @@ def _read_bottleneck(rest: dict[str, Tensor], found: dict[str, Tensor]) -> None:
 
 
 def to_theirs(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Undo `to_ours`. Biases that no released file has are left out where they are zero."""
+    """Undo `to_ours`. Biases that no released file has are left out if they are zero."""
     rest, found = dict(tensors), dict[str, Tensor]()
     for unit in _units(_own_depths(tensors)):
         for end in ("weight", "bias"):

@@ -1,11 +1,11 @@
 """LeanVAE: a light VAE on the grid of Wan, 4 x 8 x 8 pixels per latent, with latents of its own.
 
-Pixels become Haar bands, low and high ones in branches of their own (base width, and three times that), joined, and
-squeezed to the latents by a linear map that the decoder inverts step by step. Released with 4 and with 16 channels, at
-base width 128. Latents are raw: mean 0 and deviation 1 stand for no scale. (The diffusion models trained on them
-multiply them by 0.7744, with 4 channels, or 1, with 16: that is theirs, and no part of the VAE.)
+Pixels become Haar bands. Low and high bands have branches of their own (base width, and three times that), which are
+joined and mapped to the latents by a linear map that the decoder inverts step by step. Released with 4 and with 16
+channels, at base width 128. Latents are raw: mean 0 and deviation 1 mean no scale. (The diffusion models trained on
+them multiply them by 0.7744 with 4 channels and by 1 with 16; that is not part of the VAE.)
 
-Reference: LeanVAE, arXiv 2503.14325. The paper of Flash-VAED has no layout for it: all stages are pruned inside.
+Reference: LeanVAE, arXiv 2503.14325. The Flash-VAED paper has no layout for it: all stages are pruned, inside blocks.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ LATENT_WIDTH = 4
 RELEASED_BASE_WIDTH = 128
 TEMPORAL_FACTOR, SPATIAL_FACTOR = 4, 8
 HIGH_SHARE = 3
-"""Width of the high branch in base widths; the low one has one."""
+"""Width of the high branch in base widths; that of the low branch is 1."""
 
 
 class Depths(NamedTuple):
-    """Layers of each stage, under the names of the release's arguments."""
+    """Numbers of layers, under the names of the release's arguments."""
 
     sep_num_layer: int = 2
     fusion_num_layer: int = 4
@@ -86,7 +86,7 @@ def leanvae_encoder_spec(
 
 
 def described(spec: CoderSpec) -> dict[str, Any]:
-    """The depths of a spec, under the names of the release's arguments; none of a decoder of other blocks."""
+    """The depths of a spec, under the names of the release's arguments; none for a decoder with other blocks."""
     if {"fusion", "branches"} - {stage.name for stage in spec.stages}:
         return {}
     found: dict[str, Any] = {
@@ -100,22 +100,22 @@ def described(spec: CoderSpec) -> dict[str, Any]:
 
 
 def configured(spec: DecoderSpec | EncoderSpec, config: Mapping[str, Any]) -> DecoderSpec | EncoderSpec:
-    """The spec with the depths that a configuration, or the names of the tensors, say.
+    """The spec with the depths given by a configuration or by the names of the tensors.
 
     Raises:
-        SpecError: a depth that is no number of layers.
+        SpecError: a depth that is not a number of layers.
     """
     said = {name: config[name] for name in Depths._fields if config.get(name) is not None}
     for name, depth in said.items():
         if not isinstance(depth, int) or isinstance(depth, bool) or not 0 < depth <= MAX_STAGE_BLOCKS:
-            raise SpecError(f"{name} is {depth!r:.40}, which is no number of layers")
+            raise SpecError(f"{name} is {depth!r:.40}, which is not a number of layers")
     build = leanvae_decoder_spec if isinstance(spec, DecoderSpec) else leanvae_encoder_spec
     base_width = spec.stage("fusion").blocks[0].in_width // (1 + HIGH_SHARE)
     return build(base_width, spec.latent_width, Depths(**said))
 
 
 def contradictions(spec: CoderSpec, config: Mapping[str, Any]) -> Iterable[Contradiction]:
-    """Widths and depths that a configuration says otherwise than the tensors."""
+    """Widths and depths of a configuration that the tensors contradict."""
     branches, fusion = spec.stage("branches").blocks[0], spec.stage("fusion").blocks[0]
     assert isinstance(branches, NafSpec)
     found = {**described(spec), "embedding_dim": fusion.in_width}

@@ -1,4 +1,4 @@
-"""The configuration that ComfyUI wants in the metadata of an LTX-Video file: it lists the blocks of the release.
+"""The configuration that ComfyUI needs in the metadata of an LTX-Video file: it lists the release's blocks.
 
 Reference: the configurations in the released LTX-Video files (facts only).
 """
@@ -16,7 +16,7 @@ def _blocks(*entries: tuple[str, Any]) -> list[list[Any]]:
 
 
 def _decoder_blocks(*layers: int, noise: int) -> list[list[Any]]:
-    """Runs of residual blocks, the first `noise` of them with noise, with a doubling between them."""
+    """Runs of residual blocks, the first `noise` of them with noise, with a resampler between each two."""
     runs = [["res_x", {"num_layers": n, "inject_noise": i < noise}] for i, n in enumerate(layers)]
     doubling = ["compress_all", {"residual": True, "multiplier": 2}]
     return [entry for run in runs[:-1] for entry in (run, doubling)] + [runs[-1]]
@@ -49,7 +49,7 @@ _BLOCKS: dict[str, dict[str, list[list[Any]]]] = {
 
 
 def comfyui_config(decoder: DecoderSpec) -> dict[str, Any]:
-    """Of a decoder of 0.9.0, 0.9.1 or 0.9.5."""
+    """The configuration for a decoder of 0.9.0, 0.9.1 or 0.9.5."""
     said = described(decoder)
     config = {
         "_class_name": "CausalVideoAutoencoder",

@@ -1,4 +1,4 @@
-"""What configurations say of LTX VAEs and shapes do not: how frames are padded, residuals, the timestep.
+"""What configurations of LTX VAEs say and shapes do not show: how frames are padded, residuals, the timestep.
 
 Knows the names of diffusers (`AutoencoderKLLTXVideo`, `AutoencoderKLLTX2Video`) and those of LTX's own files. Decoders
 are listed from the frames back to the latents there, so their lists are read from the end.
@@ -31,21 +31,21 @@ SpecT = TypeVar("SpecT", bound=CoderSpec)
 _SPACE_PADDINGS: tuple[SpacePadding, ...] = ("zeros", "reflect")
 
 SEPARABLE_CAUSAL = "separable_causal"
-"""The key that says so of a student; the released Flash-VAED student of LTX pads its depthwise layers causally."""
+"""Whether a student's depthwise layers pad causally, as those of the released Flash-VAED student of LTX do."""
 
 _FOLDS = {(1, 2, 2): "spatial", (2, 1, 1): "temporal", (2, 2, 2): "spatiotemporal"}
 _OWN_FACTORS = {(1, 2, 2): "compress_space", (2, 1, 1): "compress_time", (2, 2, 2): "compress_all"}
-# diffusers fills this in where a configuration leaves it out; LTX's own code takes every decoder as centred.
+# diffusers assumes this if a configuration does not say; LTX's own code takes every decoder as centred.
 _CAUSAL_UNLESS_SAID = "AutoencoderKLLTX2Video"
 
 
 def with_time_padding(spec: SpecT, padding: TimePadding) -> SpecT:
-    """The spec with every kernel that spans frames padded in another way: the same weights, other frames."""
+    """The spec with other padding for every kernel that spans frames: the same weights, other frames."""
     return _with_layers(spec, {"time_padding": padding}, lambda layer: layer.kernel[0] > 1)
 
 
 def separable_padding(config: Mapping[str, Any]) -> TimePadding | None:
-    """How depthwise-separable layers pad in time, where a configuration says that it is not as the dense ones do.
+    """How depthwise-separable layers pad in time, if a configuration says so; None: as dense ones do.
 
     Raises:
         SpecError: a value that is not supported.
@@ -56,7 +56,7 @@ def separable_padding(config: Mapping[str, Any]) -> TimePadding | None:
 
 
 def with_space_padding(spec: SpecT, padding: SpacePadding) -> SpecT:
-    """The spec with every kernel that spans pixels padded in another way."""
+    """The spec with other padding for every kernel that spans pixels."""
     return _with_layers(spec, {"space_padding": padding}, lambda layer: layer.kernel[1:] != (1, 1))
 
 
@@ -71,7 +71,7 @@ def _with_layers(spec: SpecT, update: dict[str, Any], applies: Callable[[ConvSpe
 
 
 def configured(spec: SpecT, config: Mapping[str, Any]) -> SpecT:
-    """The original's spec with what a checkpoint's configuration says and its shapes do not.
+    """The original's spec with what a checkpoint's configuration says and its shapes do not show.
 
     Raises:
         SpecError: a value that is not supported, or blocks other than this version's; names the key.
@@ -97,7 +97,7 @@ def configured(spec: SpecT, config: Mapping[str, Any]) -> SpecT:
 
 
 def described(spec: CoderSpec) -> dict[str, Any]:
-    """What `configured` needs to give back what shapes do not tell of a coder."""
+    """The configuration for which `configured` restores what shapes do not show."""
     mirrors = any(layer.space_padding == "reflect" for _, layer in spec.layers())
     in_space = "reflect" if mirrors else "zeros"
     if not isinstance(spec, DecoderSpec):
@@ -116,7 +116,7 @@ def described(spec: CoderSpec) -> dict[str, Any]:
 
 
 def contradictions(spec: CoderSpec, config: Mapping[str, Any]) -> Iterator[Contradiction]:
-    """What a configuration says of the noise that the decoder adds, where the tensors say otherwise."""
+    """Where a configuration contradicts the tensors about noise that the decoder adds."""
     if not isinstance(spec, DecoderSpec):
         return
     noise = [any(isinstance(b, ResBlockSpec) and b.noise for b in stage.blocks) for stage in spec.stages[1:-1]]
@@ -132,14 +132,14 @@ def contradictions(spec: CoderSpec, config: Mapping[str, Any]) -> Iterator[Contr
 
 
 def assumed(spec: CoderSpec, config: Mapping[str, Any]) -> str | None:
-    """What is taken of a decoder where no configuration says how it pads: a class has defaults, bare weights none."""
+    """The assumption about padding if no configuration says: a class has defaults, bare weights have none."""
     causal = config.get("decoder_causal", config.get("causal_decoder"))
     if not isinstance(spec, DecoderSpec) or causal is not None or "_class_name" in config:
         return None
     mirrors = any(layer.space_padding == "reflect" for _, layer in spec.layers())
     taken = "centred in time (decoder_causal false)" + (" and mirrored at the borders" if mirrors else "")
     return (
-        f"nothing in it says how its decoder pads frames, and shapes cannot: taken as {taken}, as the released ones "
+        f"nothing in it says how its decoder pads frames: it is assumed to be {taken}, as released ones "
         'are. If yours is causal, put it into a folder with a config.json of {"decoder_causal": true} and give the '
         "folder"
     )
@@ -148,7 +148,7 @@ def assumed(spec: CoderSpec, config: Mapping[str, Any]) -> str | None:
 def config_keys(
     decoder: DecoderSpec, encoder: CoderSpec, widths: Mapping[str, tuple[int, ...]], *, entry_is_latent: bool = False
 ) -> ConfigKeys:
-    """What configurations of a version may say.
+    """The keys and values that configurations of a version may have.
 
     Args:
         decoder, encoder: the originals.
@@ -195,7 +195,7 @@ def config_keys(
 
 
 def _upsample_types(ups: Sequence[StageSpec]) -> tuple[str, ...]:
-    """In forward order, which of all lists of the decoder this one is in."""
+    """In forward order, unlike the decoder's other lists."""
     blocks = (next((b for b in stage.blocks if isinstance(b, ShuffleUpsampleSpec)), None) for stage in ups)
     return tuple("spatiotemporal" if block is None else _FOLDS[block.factor] for block in blocks)
 
@@ -208,7 +208,7 @@ _OWN_FIXED: dict[str, tuple[Any, ...]] = {
     "use_quant_conv": (False,),
     "normalize_latent_channels": (False,),
 }
-# Shapes tell the widths; the noise is what pipelines mix into latents before they decode.
+# Shapes show the widths; pipelines mix this noise into latents before they decode.
 _IDLE = frozenset(
     {"downsample_type", "dropout", "double_z", "encoder_base_channels", "decoder_base_channels", "decode_noise_scale"}
 )
@@ -243,7 +243,7 @@ def _flag(config: Mapping[str, Any], *keys: str) -> bool | None:
 
 
 def _space_padding(config: Mapping[str, Any], *keys: str) -> SpacePadding | None:
-    """The first that is given; all that are given must be known."""
+    """The first value given; all values given must be supported."""
     said = {key: value for key in keys if (value := config.get(key)) is not None}
     for key, value in said.items():
         if value not in _SPACE_PADDINGS:
@@ -299,7 +299,7 @@ def _with_residuals(spec: DecoderSpec, residual: Mapping[str, bool]) -> DecoderS
 
 
 def _own_entries(config: Mapping[str, Any], role: str) -> list[tuple[str, Any]] | None:
-    """The blocks that LTX's own configuration lists: name, and number of layers or parameters."""
+    """The blocks in LTX's own configuration: name, and number of layers or parameters; None: there is no list."""
     key = f"{role}_blocks" if f"{role}_blocks" in config else "blocks"
     entries = config.get(key)
     if entries is None:
@@ -310,7 +310,7 @@ def _own_entries(config: Mapping[str, Any], role: str) -> list[tuple[str, Any]] 
 
 
 def _own_blocks(spec: CoderSpec, config: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The entries of a role in the order in which they run; none where the configuration lists none.
+    """The entries of a role in the order in which they run; empty if the configuration lists none.
 
     Raises:
         SpecError: they are not this version's blocks.

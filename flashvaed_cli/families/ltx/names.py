@@ -1,6 +1,6 @@
-"""Where the blocks of LTX-Video live in foreign checkpoints, as data, and what must be made of their tensors first.
+"""Names of LTX's blocks in foreign checkpoints, as data, and the conversion of their tensors.
 
-`ltx-VERSION-original`: LTX's single files (`vae.` before every name, beside the diffusion model's) and the released
+`ltx-VERSION-original`: LTX's single files (`vae.` before every name, with the diffusion model) and the released
 `Flash_VAED_LTX.pth`. `ltx-VERSION-diffusers`: `AutoencoderKLLTXVideo`, LTX-2: `AutoencoderKLLTX2Video`.
 
 Reference: the key names of those files (facts only).
@@ -87,7 +87,7 @@ def _ends(role: str) -> dict[str, str]:
 
 
 def _original_places(spec: CoderSpec) -> dict[str, str]:
-    """One flat list: a run of blocks that keep the width is an entry, and so is every block that does not."""
+    """One flat list: each run of blocks that keep the width is one entry, and so is each other block."""
     side = "up" if spec.role == "decoder" else "down"
     places, entry = _ends(spec.role), 0
     for stage in spec.stages[1:-1]:
@@ -108,7 +108,7 @@ def _original_places(spec: CoderSpec) -> dict[str, str]:
 
 
 def _diffusers_places(spec: CoderSpec) -> dict[str, str]:
-    """Blocks of a stage by what they do; the block that changes the width leads a stage going up, and ends one down."""
+    """Blocks of a stage by role; the block that changes the width begins an up stage and ends a down stage."""
     side, changer, sampler = (
         ("up", "conv_in", "upsamplers") if spec.role == "decoder" else ("down", "conv_out", "downsamplers")
     )
@@ -129,7 +129,7 @@ def _diffusers_places(spec: CoderSpec) -> dict[str, str]:
 
 
 def prepare(tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, style: str) -> dict[str, Tensor]:
-    """The tensors of blocks alone, under the names of the layout: no statistics, no embedding of the timestep."""
+    """Only the blocks' tensors, under the layout's names: no statistics, no embedding of the timestep."""
     blocks = {name: tensor for name, tensor in tensors.items() if not _is_statistic(name)}
     timestep = config.get("decode_timestep")
     return fold_timestep(_with_inner_names(blocks, style), DECODE_TIMESTEP if timestep is None else float(timestep))
@@ -140,12 +140,12 @@ def _is_statistic(name: str) -> bool:
 
 
 _INNER = re.compile(r"\.(conv1|conv2|conv_in|conv_out|conv)\.(?=(depthwise_conv|pointwise_conv|weight|bias))")
-# The authors' LTX student; elsewhere the same parts end in `_conv`.
+# In the authors' LTX student; elsewhere these parts end in `_conv`.
 _RELEASED_PARTS = re.compile(r"\.(depthwise|pointwise)\.(?=weight$|bias$)")
 
 
 def _with_inner_names(tensors: Mapping[str, Tensor], style: str) -> dict[str, Tensor]:
-    """Students that put another layer in the place of LTX's causal one lack its inner `conv`: it is put in.
+    """Insert the inner `conv` of LTX's causal layer, which students with another layer in its place lack.
 
     Reference: the names in the released students' code; no such LTX file was at hand.
     """
@@ -163,14 +163,14 @@ def _with_inner_names(tensors: Mapping[str, Tensor], style: str) -> dict[str, Te
 
 
 def implied(names: Iterable[str]) -> dict[str, Any]:
-    """What the released student's names say: its depthwise layers pad causally, its dense ones are centred."""
+    """The released student is known by its names: its depthwise layers pad causally, its dense ones are centred."""
     return {SEPARABLE_CAUSAL: True} if any(_RELEASED_PARTS.search(name) for name in names) else {}
 
 
 def _class_of(family: Family) -> dict[str, Any]:
     if family not in LTX_2_CLASS:
         return {"config_class": "AutoencoderKLLTXVideo", "arguments": ARGUMENTS}
-    blocks = family.config_keys.fixed["down_block_types"][-1]  # that class has blocks of its own name
+    blocks = family.config_keys.fixed["down_block_types"][-1]  # that class has its own names for blocks
     return {
         "config_class": "AutoencoderKLLTX2Video",
         "arguments": LTX2_ARGUMENTS,

@@ -1,13 +1,13 @@
 """LTX-Video 0.9.0, 0.9.1, 0.9.5 (also 0.9.6 to 0.9.8), LTX-2 and LTX-2.3: the originals' specs, the paper's layout.
 
-Patches of 4x4 pixels, no attention, norms without gain. A resampler leads each stage of the decoder: a convolution
-whose channels become frames, rows and columns. Before a kernel the first frame of the video stands again; released
-decoders are centred in time and repeat the last frame too.
+Patches of 4x4 pixels, no attention, norms without gain. Each stage of the decoder begins with a resampler: a
+convolution whose channels become frames, rows and columns. Kernels repeat the first frame of a video; released decoders
+are centred in time and repeat the last frame too.
 
-From 0.9.1 on the decoder is conditioned on a timestep, the share of noise in the latents. At one timestep that is a
-gain and a shift per channel of every norm, and so it stands in the spec: `decode_timestep` says for which one.
-The noise that 0.9.1 injects is left out: the frames are the same every time, which measuring, surgery and
-distillation need. Its scales are read, kept and written.
+From 0.9.1 on the decoder is conditioned on a timestep, the share of noise in the latents. For a given timestep that is
+a gain and a shift per channel of every norm, which the spec has for the timestep `decode_timestep`. The noise that
+0.9.1 injects is left out, so that frames are the same every time, as measuring, surgery and distillation need. Its
+scales are read, kept and written.
 
 Reference: LTX-Video, arXiv 2501.00103; arXiv 2602.19161, table of the operator layout.
 """
@@ -39,7 +39,7 @@ LATENT_WIDTH = 128
 PATCH = 4
 TEMPORAL_FACTOR, SPATIAL_FACTOR = 8, 32
 DECODE_TIMESTEP = 0.05
-"""What published settings decode at; `decode_timestep` of a checkpoint's configuration or metadata wins."""
+"""The timestep of published settings; a checkpoint's own `decode_timestep` (configuration, metadata) has precedence."""
 
 PLAIN_NORM = NormSpec(eps=1e-8, gain=False)
 CONDITIONED_NORM = NormSpec(eps=1e-8, gain=True, shift=True)
@@ -47,9 +47,9 @@ CONDITIONED_NORM = NormSpec(eps=1e-8, gain=True, shift=True)
 
 @dataclass(frozen=True)
 class _UpStage:
-    """Blocks behind the resampler, width in base widths; `noise`: the release has scales for it.
+    """Blocks after the resampler, width in base widths; `noise`: the release has scales for noise.
 
-    `enlarges` is what the resampler makes of a position: frames, rows, columns; None: there is no resampler.
+    `enlarges`: frames, rows and columns that the resampler makes of a position; None: there is no resampler.
     """
 
     num_blocks: int
@@ -60,7 +60,7 @@ class _UpStage:
 
 @dataclass(frozen=True)
 class _DownStage:
-    """Blocks before the resampler, width in base widths; `fold`: cells move into channels, else a strided kernel."""
+    """Blocks before the resampler, width in base widths; `fold`: cells move into channels; None: a strided kernel."""
 
     num_blocks: int
     multiplier: int
@@ -72,8 +72,8 @@ class _DownStage:
 class _Version:
     """What differs between the releases.
 
-    `divides`: an upsampler halves the width; else a block before it does. `residual`: its input is added to what it
-    gives. `encoder_mid_multiplier`: width of the encoder's last blocks in base widths.
+    `divides`: an upsampler halves the width; else a block before it does. `residual`: its input is added to its output.
+    `encoder_mid_multiplier`: width of the encoder's last blocks in base widths.
     """
 
     name: str
@@ -205,8 +205,8 @@ def _encoder_spec(version: _Version, base_width: int, latent_width: int) -> Enco
     """The original encoder at a base width (128: the releases)."""
     width = base_width * version.down[0].multiplier
     stages = [StageSpec(name="conv_in", blocks=(ConvBlockSpec(conv=_conv(3 * PATCH**2, width, "first")),))]
-    behind = (*(stage.multiplier for stage in version.down[1:]), version.encoder_mid_multiplier)
-    for index, (stage, multiplier) in enumerate(zip(version.down, behind, strict=True)):
+    following = (*(stage.multiplier for stage in version.down[1:]), version.encoder_mid_multiplier)
+    for index, (stage, multiplier) in enumerate(zip(version.down, following, strict=True)):
         next_width = multiplier * base_width
         blocks: list[BlockSpec] = [_resblock(width, width, "first") for _ in range(stage.num_blocks)]
         if stage.fold is not None:
@@ -232,7 +232,7 @@ def _encoder_spec(version: _Version, base_width: int, latent_width: int) -> Enco
 def _listed_widths(version: _Version) -> dict[str, tuple[int, ...]]:
     """The multiples of the base width that diffusers' configurations list."""
     up = [stage.multiplier for stage in version.up]
-    if version.divides:  # what enters an upsampler is listed
+    if version.divides:  # the width before an upsampler is listed
         up = [version.mid_multiplier, *up[:-1]]
     down = tuple(stage.multiplier for stage in version.down)
     if version.down[-1].fold is not None:
@@ -246,7 +246,7 @@ def _family(version: _Version, operators: Mapping[str, Operator], shallow_stages
         decoder_spec=partial(_decoder_spec, version),
         encoder_spec=partial(_encoder_spec, version),
         latent_width=LATENT_WIDTH,
-        latent_mean=(),  # the files carry their own
+        latent_mean=(),  # the files have their own
         latent_std=(),
         released_base_width=128,
         shallow_stages=shallow_stages,
@@ -271,14 +271,14 @@ def _elsewhere(version: _Version) -> OtherPrograms:
             version.name, "Lightricks/LTX-Video"
         ),
         licence="other",
-        reads_single_file=version is not V23,  # the converter has LTX-2's blocks
-        tells_by_released_encoder=version is V095,  # from 0.9.1, by the encoder's last width
+        reads_single_file=version is not V23,  # the converter only knows LTX-2's blocks
+        tells_by_released_encoder=version is V095,  # told from 0.9.1 by the encoder's last width
         comfyui=None if version.second_class else ComfyUIReader(config=comfyui_config),
         taehv={V2.name: ("taeltx_2",), V23.name: ("taeltx2_3",)}.get(version.name, ()),
     )
 
 
-# The paper's table for 0.9.0 has four up stages; later versions, most of which have three, get it from the end.
+# The paper's table is for 0.9.0, which has four up stages; later versions take it from the end.
 LTX_090 = _family(V090, {"mid": "dwsep3d", "up0": "dwsep3d", "up1": "dwsep3d", "up3": "frame2d"}, ("up2", "up3"))
 LTX_091 = _family(V091, {"mid": "dwsep3d", "up0": "dwsep3d", "up2": "frame2d"}, ("up1", "up2"))
 LTX_095 = _family(V095, {"mid": "dwsep3d", "up0": "dwsep3d", "up2": "frame2d"}, ("up1", "up2"))
@@ -287,4 +287,4 @@ LTX_23 = _family(V23, {"mid": "dwsep3d", "up0": "dwsep3d", "up1": "dwsep3d", "up
 
 LTX_VIDEO = (LTX_090, LTX_091, LTX_095)
 LTX_2_CLASS = (LTX_2, LTX_23)
-"""Those that diffusers has a class of its own for."""
+"""The versions with a separate class in diffusers."""

@@ -1,4 +1,4 @@
-"""The condition of LTX's decoders on a timestep, as a gain and a shift of every norm, and back.
+"""LTX's conditioning on a timestep, as a gain and a shift of every norm, and back.
 
 Reference: the names of those tensors in LTX's files (facts only).
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CONDITION = re.compile(r"time_embedder|scale_shift_table|timestep_scale_multiplier")
-"""Names of what norms are conditioned on."""
+"""Names of the tensors that norms are conditioned on."""
 
 _EMBEDDING_WIDTH = 256
 _LONGEST_PERIOD = 10000.0
@@ -27,10 +27,10 @@ _MULTIPLIED_BY = 1000.0
 
 
 def fold_timestep(tensors: Mapping[str, Tensor], timestep: float) -> dict[str, Tensor]:
-    """Turn the condition on the timestep into a gain and a shift of every norm: exact for this one timestep.
+    """Turn the conditioning on a timestep into a gain and a shift of every norm: exact for this timestep.
 
     A stage's embedding of the timestep plus a block's table gives shift, scale, shift, scale of its two norms; the
-    gain is 1 + scale. Tensors that lack a partner are left for the strict check to name.
+    gain is 1 + scale. Tensors that lack a partner are left for the strict check to report.
 
     Raises:
         ValueError: a block without the table that its stage's embedding needs, or an embedder of other shapes.
@@ -71,9 +71,9 @@ def _fold_table(folded: dict[str, Tensor], name: str, embedding: Float[Tensor, "
 
 
 def unfold_timestep(tensors: Mapping[str, Tensor], *, style: str) -> dict[str, Tensor]:
-    """The way back: gains and shifts as the blocks' tables, beside embedders of zeros, so for every timestep alike.
+    """The reverse: gains and shifts as the blocks' tables, with embedders of zeros, so the same for every timestep.
 
-    Where the norms of a stage differ in width, as in pruned decoders, all stay gains and shifts: a stage has one
+    If the norms of a stage differ in width, as in pruned decoders, all stay gains and shifts: a stage has one
     embedding.
     """
     stages: dict[str, list[str]] = {}
@@ -96,7 +96,7 @@ def unfold_timestep(tensors: Mapping[str, Tensor], *, style: str) -> dict[str, T
 
 
 def _unfold_table(unfolded: dict[str, Tensor], name: str, norms: list[str]) -> Float[Tensor, " C"]:
-    """Puts the table of a block in the place of its norms; returns a shift."""
+    """Replace a block's norms by its table; returns a shift."""
     rows: list[Tensor] = []
     for norm in norms:
         gain, shift = unfolded.pop(f"{norm}.weight"), unfolded.pop(f"{norm}.bias")
@@ -118,7 +118,7 @@ def _zero_embedder(first: str, width: int, like: Tensor) -> dict[str, Tensor]:
 def _embedded(
     place: str, at: float, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
 ) -> Float[Tensor, " D"]:
-    """Cosines and sines of the timestep, through two layers."""
+    """The embedding: cosines and sines of the timestep, through two layers."""
     for number, weight, bias in ((1, weight1, bias1), (2, weight2, bias2)):
         width = _EMBEDDING_WIDTH if number == 1 else weight1.shape[0]
         if weight.dim() != 2 or weight.shape[1] != width or bias.shape != weight.shape[:1]:

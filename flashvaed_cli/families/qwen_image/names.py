@@ -1,4 +1,4 @@
-"""Where the blocks of Qwen-Image live in foreign checkpoints: under the names of Wan 2.1, the same network.
+"""Names of Qwen-Image's blocks in foreign checkpoints: those of Wan 2.1, the same network.
 
 `qwen-original`: ComfyUI's file. `qwen-diffusers`: `AutoencoderKLQwenImage`.
 """

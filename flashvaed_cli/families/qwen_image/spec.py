@@ -1,6 +1,6 @@
-"""Qwen-Image: the network and the latent statistics of Wan 2.1, with a decoder trained anew, for single images.
+"""Qwen-Image: the network and latent statistics of Wan 2.1 with a retrained decoder, for single images.
 
-Reference: Qwen-Image VAE. The paper has no layout for it: stages, ratio and operators are those that it gives Wan 2.1.
+Reference: Qwen-Image VAE. The paper has no layout for it: stages, ratio and operators are the paper's for Wan 2.1.
 """
 
 from __future__ import annotations
@@ -28,6 +28,6 @@ QWEN_IMAGE = replace(
     name=NAME,
     decoder_spec=qwen_decoder_spec,
     encoder_spec=qwen_encoder_spec,
-    native_obstacle="its stock class has no width of the decoder's own",
+    native_obstacle="its stock class has no separate width for the decoder",
     elsewhere=replace(WAN21.elsewhere, repository="Qwen/Qwen-Image", reads_single_file=False),
 )

@@ -1,4 +1,4 @@
-"""Where the blocks of Qwen-Image 2 live in foreign checkpoints: as those of Wan 2.2, with one resolution more.
+"""Names of Qwen-Image 2's blocks in foreign checkpoints: as in Wan 2.2, with one more resolution.
 
 `qwen-image-2-diffusers`: `AutoencoderKLQwenImage21`; other files of it have the same names.
 
@@ -20,14 +20,14 @@ from flashvaed_cli.families.wan22.names import residual_places
 
 
 def _opaque_images(tensors: Mapping[str, Tensor], _config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Without what only videos would need, and without the output for opacity."""
+    """The tensors without those for videos, and without the output for opacity."""
     kept = {name: tensor for name, tensor in tensors.items() if ".time_conv." not in name}
     outputs = ("decoder.conv_out.weight", "decoder.conv_out.bias")
     return {**kept, **{name: kept[name][:3] for name in outputs if name in kept}}
 
 
 def _with_opacity(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The way back: an output of 1 for opacity, zeros for what no image reaches, norms (alone) as for videos."""
+    """The reverse: an opacity of 1, zeros for layers that images never reach; only norms have the shapes for videos."""
     finished = {
         name: tensor.reshape(-1, 1, 1, 1) if name.endswith(".gamma") and ".attentions." not in name else tensor
         for name, tensor in tensors.items()

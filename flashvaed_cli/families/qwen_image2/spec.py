@@ -1,11 +1,11 @@
 """Qwen-Image 2: Wan 2.2's blocks on frames alone, five resolutions, 64 latent channels, for single images.
 
-The original sees and gives images with transparency. Here they are opaque: the encoder is told so
-(`EncoderSpec.opaque`), and the decoder is read without its fourth output. Its temporal resamplers, which no image
-reaches, are left out.
+The original takes and returns images with transparency. Here they are opaque: the encoder reads an opacity of 1
+(`EncoderSpec.opaque`), and the decoder lacks its fourth output. Its temporal resamplers, which images never reach, are
+left out.
 
 Reference: Qwen-Image 2 VAE (diffusers `AutoencoderKLQwenImage21`). The paper has no layout for it: ratio and operators
-are those that it gives Wan 2.1.
+are the paper's for Wan 2.1.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ LATENT_WIDTH = 64
 MULTIPLIERS = (1, 2, 4, 8, 8)
 COLOURS = 4  # of the original: red, green, blue and opacity
 TEMPORAL_FACTOR, SPATIAL_FACTOR = 8, 16
-# Of the transitions between resolutions, those that would double the frames of a video; their bypasses copy other
-# channels for that, even to a single image.
+# Which transitions between resolutions would double the frames of a video; their bypasses copy other channels for that,
+# even for a single image.
 DOUBLED = (False, True, True, True)
 _LADDER = Ladder(frame_conv)
 

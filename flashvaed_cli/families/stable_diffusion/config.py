@@ -1,4 +1,4 @@
-"""What configurations say of an `AutoencoderKL` and shapes do not: groups of its norms, and whose latents it has.
+"""What configurations of an `AutoencoderKL` say and shapes do not show: the groups of its norms, whose latents it has.
 
 Reference: the constructor of diffusers' class and the configurations of the releases (facts only).
 """
@@ -20,17 +20,17 @@ SpecT = TypeVar("SpecT", bound=CoderSpec)
 
 MULTIPLIERS = (1, 2, 4, 4)
 NUM_GROUPS = 32
-"""Of every norm of the releases; `norm_num_groups` of a configuration wins."""
+"""Groups of every norm of the releases; `norm_num_groups` of a configuration takes precedence."""
 
 EACH_GROUPS = "decoder_norm_groups"
-"""Our own key, of decoders with norms that pruning has left fewer groups: those of each norm, in forward order."""
+"""Our own key, for decoders with fewer groups after pruning: those of each norm, in forward order."""
 QUANT_KEYS = {"decoder": "use_post_quant_conv", "encoder": "use_quant_conv"}
 _QUANT_STAGES = {"decoder": "post_quant", "encoder": "quant"}
-_CLASS_SCALING = 0.18215  # what the class takes where a configuration has none, as the oldest do not
+_CLASS_SCALING = 0.18215  # the class's default, for configurations without one, as the oldest are
 
 
 def configured(spec: SpecT, config: Mapping[str, Any]) -> SpecT:
-    """The original's spec with the groups of a checkpoint's norms, and with its 1x1 layer beside the latent or without.
+    """The original's spec with the groups of a checkpoint's norms, and with or without the 1x1 layer on the latents.
 
     Raises:
         SpecError: a value that is not supported; names the key.
@@ -44,7 +44,7 @@ def configured(spec: SpecT, config: Mapping[str, Any]) -> SpecT:
 
 
 def described(spec: CoderSpec) -> dict[str, Any]:
-    """What `configured` needs to give back what shapes do not tell of a coder; nothing of one without GroupNorm."""
+    """The configuration for which `configured` restores what shapes do not show; empty for coders without GroupNorm."""
     groups = _norm_groups(spec)
     if not groups:  # a light decoder for the same latents
         return {}
@@ -58,8 +58,7 @@ def described(spec: CoderSpec) -> dict[str, Any]:
 def contradictions(
     family: str, latent_width: int, spec: CoderSpec, config: Mapping[str, Any]
 ) -> Iterator[Contradiction]:
-    """Another variant's latents, and a 1x1 layer beside the latent that the configuration has and the weights lack, or
-    the other way round."""
+    """Another variant's latents, and a 1x1 layer on the latents that only one of configuration and weights has."""
     assert isinstance(spec, DecoderSpec | EncoderSpec)
     if spec.latent_width != latent_width:
         yield Contradiction(f"latent_channels of {family}", latent_width, spec.latent_width)
@@ -69,7 +68,7 @@ def contradictions(
 
 
 def statistics_config(mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
-    """Latent statistics as the class's configuration gives them: as factors where all channels have the same."""
+    """Latent statistics as keys of the class's configuration: factors if they are the same for all channels."""
     if len(set(mean)) > 1 or len(set(std)) > 1:
         lists = {"latents_mean": list(mean), "latents_std": list(std)}
         return {"scaling_factor": 1.0, "shift_factor": None, **lists}
@@ -85,14 +84,14 @@ def statistics_config(mean: Sequence[float], std: Sequence[float]) -> dict[str, 
 def said_of_others(
     latent_width: int, scaling_factor: float, others: Sequence[float], config: Mapping[str, Any]
 ) -> str | None:
-    """What a configuration says that makes weights another variant's of the same latent width; None if nothing.
+    """What in a configuration shows that weights are another variant's of the same latent width; None if nothing.
 
     Args:
         others: scaling factors of those variants.
     """
     said, why = config.get("scaling_factor"), ""
     if said is None and "_class_name" in config and _CLASS_SCALING in (scaling_factor, *others):
-        said, why = _CLASS_SCALING, ", as the class takes it where none is given"
+        said, why = _CLASS_SCALING, ", the class's default"
     if not isinstance(said, int | float) or not any(math.isclose(said, other, rel_tol=1e-4) for other in others):
         return None
     return (
@@ -123,7 +122,7 @@ def _norm_groups(spec: CoderSpec) -> list[int]:
 
 
 def _with_groups(spec: SpecT, groups: Sequence[int]) -> SpecT:
-    """Whether they divide the widths is checked where a spec is read from real ones."""
+    """The spec with other groups, which need not divide its widths: that is checked for a checkpoint's own widths."""
     remaining = iter(groups)
     changed: dict[str, BlockSpec] = {}
     for address, block in spec.blocks():

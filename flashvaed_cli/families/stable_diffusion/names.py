@@ -1,9 +1,9 @@
-"""Where the blocks of an `AutoencoderKL` live in foreign checkpoints.
+"""Names of the blocks of an `AutoencoderKL` in foreign checkpoints.
 
-`NAME-original`: the single file of CompVis and Stability AI (less `first_stage_model.`), and the `ae` of FLUX.1, where
-the stages of the decoder are numbered from the frames back to the latents and attention is of 1x1 convolutions.
-`NAME-diffusers`: `AutoencoderKL`, also with the attention names of its oldest files. All variants have the same names:
-the latent width and the configuration tell them apart.
+`NAME-original`: the single file of CompVis and Stability AI (without `first_stage_model.`), and FLUX.1's `ae`, where
+the decoder's stages are numbered from the frames back to the latents and attention consists of 1x1 convolutions.
+`NAME-diffusers`: `AutoencoderKL`, also with the attention names of its oldest files. All variants have the same names;
+they differ in latent width and configuration.
 
 Reference: the key names of those files (facts only).
 """
@@ -26,12 +26,12 @@ _VARIANTS = (SD, SDXL, SD_3, FLUX_1)
 _NUM_STAGES = 4
 _NUM_RESBLOCKS = {"decoder": 3, "encoder": 2}
 _JOINED = "qkv"
-# What attention calls queries, keys, values and the projection: in the order in which names are tried.
+# Attention's names for queries, keys, values and the projection, in the order in which they are tried.
 ORIGINAL_ATTENTION = (("q", "k", "v", "proj_out"),)
 DIFFUSERS_ATTENTION = (("to_q", "to_k", "to_v", "to_out.0"), ("query", "key", "value", "proj_attn"))
-# Parts of names in a decoder that looks at other frames, beside all names of one that does not.
+# Parts of names that only decoders with layers in time have, beside all names of those without.
 _IN_TIME = (".temporal_res_block.", ".time_stack.")
-# Of a trainer's file: its loss with a discriminator, a running average under names without dots.
+# In a trainer's file: its loss with a discriminator, a running average under names without dots.
 _NOT_THE_VAE = ("loss.", "model_ema.")
 
 
@@ -67,7 +67,7 @@ def diffusers_places() -> dict[Role, dict[str, str]]:
 def join_attention(
     attention: tuple[tuple[str, ...], ...], tensors: Mapping[str, Tensor], _config: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """One tensor of queries, keys and values, and the projection under its present name."""
+    """Join queries, keys and values to one tensor, and give the projection its current name."""
     prepared = {name: tensor for name, tensor in tensors.items() if not name.startswith(_NOT_THE_VAE)}
     for *parts, proj in attention:
         for first in [name for name in prepared if f".{parts[0]}." in name]:
@@ -81,7 +81,7 @@ def join_attention(
 
 
 def finish_attention(attention: tuple[str, ...], is_linear: bool, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The way back: attention in parts, and no axis of time in dense kernels."""
+    """The reverse: attention in parts, and dense kernels without a time axis."""
     flat: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         is_separable = ".depthwise_conv." in name or ".pointwise_conv." in name
@@ -90,7 +90,7 @@ def finish_attention(attention: tuple[str, ...], is_linear: bool, tensors: Mappi
 
 
 def split_attention(attention: tuple[str, ...], tensors: Mapping[str, Tensor], *, is_linear: bool) -> dict[str, Tensor]:
-    """Queries, keys, values and the projection as tensors of their own: linear layers, or 1x1 convolutions."""
+    """Queries, keys, values and the projection as separate tensors: linear layers, or 1x1 convolutions."""
     finished: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         place, _, end = name.rpartition(f".{_JOINED}.")
@@ -104,21 +104,21 @@ def split_attention(attention: tuple[str, ...], tensors: Mapping[str, Tensor], *
 
 
 def has_quant_layers(names: Iterable[str]) -> dict[str, Any]:
-    """Whether there are 1x1 layers beside the latent."""
+    """Whether there are 1x1 layers on the latents, as keys of a configuration."""
     names = list(names)
     keys = {"use_quant_conv": "quant_conv.", "use_post_quant_conv": "post_quant_conv."}
     return {key: any(name.startswith(start) for name in names) for key, start in keys.items()}
 
 
 def _denial(family: Family) -> Callable[[Mapping[str, tuple[int, ...]], Mapping[str, Any]], str | None]:
-    """What shapes and configuration say against a variant, whose names are those of the others too."""
+    """What rules out a variant, by shapes and configuration: all variants have the same names."""
     alike = [one for one in _VARIANTS if one is not family and one.latent_width == family.latent_width]
     others = [1 / one.latent_std[0] for one in alike]
     own = 1 / family.latent_std[0] if family.latent_std else None  # FLUX.2's are in its files
 
     def deny(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> str | None:
         if in_time := next((name for name in shapes if any(part in name for part in _IN_TIME)), None):
-            return f"no place for {in_time}, which works in time"
+            return f"no place for {in_time}, a layer in time"
         entry, end = shapes.get("decoder.conv_in.weight", ()), shapes.get("encoder.conv_out.weight", ())
         found = entry[1] if len(entry) == 4 else end[0] // 2 if len(end) == 4 else None
         if found is not None and found != family.latent_width:

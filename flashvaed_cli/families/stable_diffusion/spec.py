@@ -1,13 +1,13 @@
-"""Stable Diffusion's VAE and its kin: one network of 2D layers and GroupNorm, for every frame by itself.
+"""Stable Diffusion's VAE and its relatives: one network of 2D layers and GroupNorm, for each frame by itself.
 
-Four variants, which differ in the latents: SD 1 and 2 (4 channels), SDXL (4), SD 3 (16) and FLUX.1 (16, both without
-the 1x1 layers around the latent). A diffusion model takes (raw - shift_factor) * scaling_factor, so in our terms the
-mean is the shift and the deviation 1 / scaling_factor, the same for all channels.
+Four variants, which differ in the latents: SD 1 and 2 (4 channels), SDXL (4), SD 3 (16) and FLUX.1 (16, the last two
+without the 1x1 layers around the latent). A diffusion model takes (raw - shift_factor) * scaling_factor, so in our
+terms the mean is the shift and the deviation 1 / scaling_factor, the same for all channels.
 
-The temporal factor is 1: a clip of T latents gives T frames, and no frame knows of another.
+The temporal factor is 1: a clip of T latents gives T frames, each independent of the others.
 
 Reference: Latent Diffusion, arXiv 2112.10752; diffusers `AutoencoderKL`. The paper has no layout for it: stages and
-ratio are those that it gives Wan 2.1; the layers of up2 and up3 are 2D already.
+ratio are the paper's for Wan 2.1; the layers of up2 and up3 are 2D already.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ BASE_WIDTH = 128
 
 
 def group_norm(base_width: int) -> NormSpec:
-    """The releases' 32 groups; toys have as many as their base width can be parted into."""
+    """GroupNorm with the releases' 32 groups; with fewer if they do not divide the base width."""
     return NormSpec(eps=1e-6, shift=True, groups=math.gcd(NUM_GROUPS, base_width))
 
 
@@ -83,8 +83,8 @@ def kl_family(
         configured=configured,  # type: ignore[arg-type]
         described=described,
         native_obstacle=(
-            "its stock class has one block_out_channels and one norm_num_groups for encoder and decoder, so none of "
-            "the decoder's own"
+            "its stock class has one block_out_channels and one norm_num_groups for encoder and decoder, so no "
+            "separate ones for the decoder"
         ),
         elsewhere=OtherPrograms(reads_single_file=True, comfyui=ComfyUIReader(has_node=False)),
     )

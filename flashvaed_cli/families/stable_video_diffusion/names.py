@@ -1,11 +1,11 @@
-"""Where the blocks of Stable Video Diffusion's VAE live in foreign checkpoints.
+"""Names of the blocks of Stable Video Diffusion's VAE in foreign checkpoints.
 
-`stable-video-diffusion-original`: Stability AI's single file (less `first_stage_model.`), where what works in time is
+`stable-video-diffusion-original`: Stability AI's single file (without `first_stage_model.`), where the block in time is
 the `time_stack` of a residual block; `stable-video-diffusion-diffusers`: `AutoencoderKLTemporalDecoder`.
 
-Both have a number for each pair of residual blocks, `mix_factor`: its sigmoid is the share of what the block in time
-adds. It becomes part of that block's second layer. The way back writes 0, a share of one half, and that layer twice as
-large, which is exact.
+Both have a number for each pair of residual blocks, `mix_factor`: its sigmoid scales the residual of the block in time.
+Here it is part of that block's second layer. Files are written with 0, a share of one half, and that layer doubled,
+which is exact.
 
 Reference: the key names of those files (facts only).
 """
@@ -61,17 +61,17 @@ def _places(kind: str) -> dict[Role, dict[str, str]]:
     return {"decoder": new, "encoder": places["encoder"]}
 
 
-# What the blocks in time call their layers: in the original's file as the parts of two sequences.
+# Layer names of the blocks in time in the original's file, which has them as parts of two sequences.
 _ORIGINAL_TIME = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3"}
 _SECOND_LAYERS = {
     "original": (".time_stack.conv2", f".{_MIX}"),
     "diffusers": (".temporal_res_block.conv2", f".time_mixer.{_MIX}"),
 }
-"""What the second layer of a block in time is called after the place of the pair, and its share."""
+"""Names of the second layer of a block in time and of its share, after the place of the pair."""
 
 
 def _renamed(tensors: Mapping[str, Tensor], *, back: bool) -> dict[str, Tensor]:
-    """The layers in time of the original's file under the names that the others have there, or the way back."""
+    """The original's layers in time under the names of its other residual blocks' layers, or the reverse."""
     pairs = [(end, start) if back else (start, end) for end, start in _ORIGINAL_TIME.items()]
     renamed = {}
     for name, tensor in tensors.items():
@@ -82,17 +82,17 @@ def _renamed(tensors: Mapping[str, Tensor], *, back: bool) -> dict[str, Tensor]:
 
 
 def _second_layer(tensors: Mapping[str, Tensor], name: str) -> Iterator[str]:
-    """The tensors of a layer that its output is a multiple of: kernel and bias, of a separable one those at its end."""
+    """The tensors that scale a layer's output: kernel and bias; of a separable layer, those of its last part."""
     for end in ("weight", "bias", "pointwise_conv.weight", "pointwise_conv.bias"):
         if f"{name}.{end}" in tensors:
             yield f"{name}.{end}"
 
 
 def _prepare(kind: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Attention in one tensor, and no shares.
+    """Attention in one tensor, and shares folded into layers.
 
     Raises:
-        ArtifactError: the share of a block is absent, or no single number.
+        ArtifactError: the share of a block is absent, or not a single number.
     """
     attention = ORIGINAL_ATTENTION if kind == "original" else DIFFUSERS_ATTENTION
     prepared = join_attention(attention, tensors, config)
@@ -103,7 +103,7 @@ def _prepare(kind: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
         if factor is None or factor.numel() != 1:
             found = "is absent" if factor is None else f"holds {factor.numel()} numbers"
             raise ArtifactError(
-                f"{place}{mix} {found}: it is one number, by which frames are mixed. Download it again."
+                f"{place}{mix} {found}: it is a single number, by which frames are mixed. Download it again."
             )
         share = torch.sigmoid(factor.double())
         for name in _second_layer(prepared, f"{place}{layer}"):
@@ -112,7 +112,7 @@ def _prepare(kind: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
 
 
 def _finish(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The way back; the class of diffusers always has the encoder's 1x1 layer, which then changes nothing."""
+    """The reverse; diffusers' class always has the encoder's 1x1 layer, which is an identity if there is none."""
     attention = ORIGINAL_ATTENTION if kind == "original" else DIFFUSERS_ATTENTION
     finished = finish_attention(attention[0], kind == "diffusers", tensors)
     layer, mix = _SECOND_LAYERS[kind]
@@ -129,7 +129,7 @@ def _finish(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _landmarks() -> tuple[str, ...]:
-    """Of the decoder in the original's file: more names than Stable Diffusion's has, all of which are there too."""
+    """Names of the original's decoder that Stable Diffusion's lacks; it has all of those too."""
     layer, mix = _SECOND_LAYERS["original"]
     in_time = layer.removesuffix(".conv2")
     places = [place for place in _places("original")["decoder"].values() if place.endswith(in_time)]

@@ -1,15 +1,15 @@
-"""Stable Video Diffusion's VAE: Stable Diffusion's encoder, and a decoder that looks at the frames around each.
+"""Stable Video Diffusion's VAE: Stable Diffusion's encoder, and a decoder that sees the frames around each frame.
 
 After every residual block on frames comes one in time: GroupNorm over the whole clip, kernels of three frames with
-zeros before the first and after the last. The original takes a learned share of what such a block adds; that is part of
-its second layer here, which is the same function. Frames depend on how many are decoded at once, so that number belongs
-to the definition: see `CLIP_LENGTH`.
+zeros before the first and after the last. The original scales such a block's residual by a learned share; here the
+share is part of the block's second layer, which is the same function. Frames depend on how many are decoded at once, so
+that number is part of the definition: see `CLIP_LENGTH`.
 
-A clip of T latents gives T frames. A diffusion model takes raw * 0.18215, so the deviation is its inverse.
+A clip of T latents gives T frames. A diffusion model takes raw * 0.18215, so the deviation is 1 / 0.18215.
 
-Reference: Stable Video Diffusion, arXiv 2311.15127; diffusers `AutoencoderKLTemporalDecoder`. The paper of Flash-VAED
-has no layout for it: stages and ratio are those that it gives Wan 2.1; in up2 and up3 what works in time becomes
-pointwise, as 2D layers do not look at other frames.
+Reference: Stable Video Diffusion, arXiv 2311.15127; diffusers `AutoencoderKLTemporalDecoder`. The Flash-VAED paper has
+no layout for it: stages and ratio are the paper's for Wan 2.1; in up2 and up3 the layers in time become pointwise, as
+2D layers do not see other frames.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ LATENT_WIDTH = 4
 SCALING_FACTOR = 0.18215
 TEMPORAL_EPS = 1e-5
 CLIP_LENGTH = 25
-"""Frames that are decoded at once, longer clips in runs of so many. diffusers' pipeline decodes all frames at once,
-unless its `decode_chunk_size` says otherwise; the released models make 14 and 25, which come out as there."""
+"""Frames that are decoded at once; longer clips come in runs of so many. diffusers' pipeline decodes all frames at once
+unless `decode_chunk_size` says otherwise, so the clips of the released models, 14 and 25 frames, decode as there."""
 
 
 def _time_conv(in_width: int, out_width: int) -> ConvSpec:
@@ -65,8 +65,8 @@ STABLE_VIDEO_DIFFUSION = replace(
     decoder_spec=svd_decoder_spec,
     config_keys=CONFIG_KEYS,
     native_obstacle=(
-        "its stock class has one block_out_channels for encoder and decoder, and 32 groups in every norm, so none of "
-        "the decoder's own"
+        "its stock class has one block_out_channels for encoder and decoder, and 32 groups in every norm, so no "
+        "separate ones for the decoder"
     ),
     frames_per_second=7,
     elsewhere=OtherPrograms(

@@ -1,4 +1,4 @@
-"""Where the blocks of Wan 2.1 live in foreign checkpoints, as data.
+"""Names of Wan 2.1's blocks in foreign checkpoints, as data.
 
 `wan-original`: Wan's own `.pth`, ComfyUI's `.safetensors` and the released `Flash_VAED_Wan.pth`.
 `diffusers`: `AutoencoderKLWan`.
@@ -27,7 +27,7 @@ ARGUMENTS = (
     "latents_mean",
     "latents_std",
 )
-"""Of the constructors of the whole line; Wan's class takes more."""
+"""Constructor arguments that all classes with this network share; Wan's class takes more."""
 WAN_ARGUMENTS = (
     *ARGUMENTS,
     "decoder_base_dim",
@@ -75,9 +75,9 @@ def _diffusers_encoder_places() -> dict[str, str]:
 
 
 def _as_the_students_class(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A file of separable layers as the released student's class takes it strictly; others stay as they are.
+    """A file with separable layers in the form that the released student's class loads strictly; others unchanged.
 
-    That class has the encoder's layer beside the latent, `conv1`, though no encoder: here it passes on what it gets.
+    That class has the encoder's layer on the latents, `conv1`, though no encoder: here it is an identity.
     """
     unfolded = unfold_separable(tensors, conv1="residual.2", shortcut="shortcut")
     if unfolded.keys() != tensors.keys() and "conv1.weight" not in unfolded:

@@ -1,7 +1,7 @@
 """Wan 2.1: the original's specs for any base width, its latent statistics, and the paper's layout.
 
-Encoder and decoder have four resolutions. The decoder's widths are 4, 4, 4, 2 and 1 times the base
-width (96 in the released model, 16 in `builtin:tiny-wan`) for mid, up0, up1, up2 and up3.
+Encoder and decoder have four resolutions. The decoder's widths for mid, up0, up1, up2 and up3 are 4, 4, 4, 2 and 1
+times the base width (96 in the released model, 16 in `builtin:tiny-wan`).
 
 Reference: Wan 2.1 VAE; arXiv 2602.19161, table of the operator layout.
 """
@@ -49,7 +49,7 @@ def wan_decoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> Decod
 
 
 def wan_downsampler(index: int, width: int) -> DownsampleSpec:
-    """Halves the size, and from the second on the frames."""
+    """Halves the size; from the second resampler on, also the frames."""
     temporal = time_conv(width, width) if HALVES[index] else None
     return DownsampleSpec(spatial=frame_conv(width, width), temporal=temporal)
 

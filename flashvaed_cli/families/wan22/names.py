@@ -1,7 +1,7 @@
-"""Where the blocks of Wan 2.2 live in foreign checkpoints: as in Wan 2.1, but every stage has a name.
+"""Names of Wan 2.2's blocks in foreign checkpoints: as in Wan 2.1, but every stage has a name.
 
 `wan2.2-original`: Wan's own `.pth` and ComfyUI's `.safetensors`. `wan2.2-diffusers`: `AutoencoderKLWan` with
-`is_residual`. A bypass has weights in pruned decoders only, under the name of the shortcut that has none.
+`is_residual`. A bypass has weights in pruned decoders only, under the name of the shortcut without weights.
 
 Reference: the key names of those files (facts only).
 """
@@ -19,7 +19,7 @@ _RUNS["encoder"] = ("down", 2, "downsamples", "down_blocks", "downsampler")
 
 
 def residual_places(role: str, base: Layout, *, is_original: bool, num_stages: int = 4) -> dict[str, str]:
-    """The places of a role: `base`'s outside the stages that change size."""
+    """The places of a role; outside the stages that change size, those of `base`."""
     stage, num_resblocks, run, diffusers_run, resampler = _RUNS[role]
     shared = base.places["decoder" if role == "decoder" else "encoder"]
     places = {address: place for address, place in shared.items() if not address.startswith(stage)}

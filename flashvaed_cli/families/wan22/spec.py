@@ -1,9 +1,9 @@
 """Wan 2.2: 48 latent channels, pixels in patches of 2 x 2, and a bypass around every stage that changes size.
 
-Encoder (base width 160 in the released model) and decoder (256) have the blocks of Wan 2.1, but here a resampler
-keeps its width and the next stage's first residual block changes it.
+Encoder (base width 160 in the released model) and decoder (256) have the blocks of Wan 2.1, but a resampler keeps its
+width, and the next stage's first residual block changes it.
 
-Reference: Wan 2.2 VAE. The paper has no layout for it: stages, ratio and operators are those that it gives Wan 2.1.
+Reference: Wan 2.2 VAE. The paper has no layout for it: stages, ratio and operators are the paper's for Wan 2.1.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LATENT_WIDTH = 48
 PATCH = 2
 TEMPORAL_FACTOR, SPATIAL_FACTOR = 4, 16
 
-# Per-channel statistics of the released Wan 2.2 latents (the checkpoint does not hold them).
+# Per-channel statistics of the released Wan 2.2 latents (they are not in the checkpoint).
 LATENT_MEAN = (
     -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557,
     -0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825,

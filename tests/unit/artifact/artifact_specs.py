@@ -37,7 +37,7 @@ def resblock(operator: str, in_width: int, inner_width: int, out_width: int, *, 
 
 
 def flash_spec() -> DecoderSpec:
-    """Converted and pruned: separable below, 2D on frames above, no two widths alike in the last stages."""
+    """Converted and pruned: deep stages separable, shallow ones 2D, all widths of the last stages different."""
     wide = 4 * 4
     changed: dict[str, BlockSpec] = {
         "mid.0": resblock("dwsep3d", wide, wide, wide, shortcut=False),
@@ -73,7 +73,7 @@ def specs_of(family: str) -> dict[str, CoderSpec]:
 
 
 def filled(coder: Coder) -> Coder:
-    """Every parameter drawn at random, gains and biases too, so that a swap of two shows."""
+    """Every parameter is random, gains and biases too, so that a swap of two shows."""
     with torch.no_grad():
         for parameter in coder.parameters():
             nn.init.normal_(parameter, std=0.3)

@@ -1,4 +1,4 @@
-"""What a configuration says is read, checked against the tensors, or refused by name: never passed over in silence."""
+"""Every key of a configuration is read, checked against the tensors, or refused by name; none is silently ignored."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def ltx_file(path: Path, version: str, *, statistics: bool = True, with_encoder:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_says_what_its_configuration_may(name: str) -> None:
+def test_every_family_declares_its_configuration(name: str) -> None:
     keys = FAMILIES[name].config_keys
     assert keys.fixed and set(keys.widths) == {"decoder", "encoder"}
     assert not (keys.read & (frozenset(keys.fixed) | keys.idle))
@@ -210,7 +210,7 @@ def test_ltx_own_configurations_are_known(tmp_path: Path, version: str) -> None:
         ("upsample_residual", [True], "supported: true, false or 3 of them"),
         ("block_out_channels", [4, 8, 16, 32, 32], "supported for ltx-video-0.9.5: widths as 1 : 2 : 4 : 8 : 16"),
         ("decoder_block_out_channels", [16, 32, 64], "so 4 -> 64 channels in decoder conv_in"),
-        ("decode_timestep", "soon", "is 'soon', which is no number"),
+        ("decode_timestep", "soon", "is 'soon', which is not a number"),
     ],
 )
 def test_another_network_than_ltxs_is_refused(tmp_path: Path, key: str, value: object, message: str) -> None:
@@ -241,7 +241,7 @@ def test_noise_that_the_tensors_lack_is_a_contradiction(tmp_path: Path) -> None:
         load(ltx_file(tmp_path / "x.safetensors", "0.9.5", decoder_blocks=noisy))
 
 
-def test_what_is_said_of_residuals_is_read(tmp_path: Path) -> None:
+def test_residuals_of_a_configuration_are_read(tmp_path: Path) -> None:
     """LTX lists its decoder from the frames back to the latents."""
     blocks = json.loads(json.dumps(OWN_BLOCKS["0.9.5"]["decoder_blocks"]))
     blocks[1][1]["residual"] = False
@@ -269,13 +269,13 @@ def test_each_role_has_its_padding(tmp_path: Path, config: dict, decoder: str, e
 
 
 @pytest.mark.parametrize(("changes", "causal"), [({}, True), ({"decoder_causal": False}, False)])
-def test_what_diffusers_fills_in_for_ltx_2(tmp_path: Path, changes: dict, causal: bool) -> None:
-    """Its class is causal unless told otherwise; LTX's own code is not, and so are the released files."""
+def test_the_defaults_of_diffusers_for_ltx_2(tmp_path: Path, changes: dict, causal: bool) -> None:
+    """Its class is causal by default; LTX's own code, and so the released files, are not."""
     assert load(ltx_folder(tmp_path / "vae", "2", **changes)).require_decoder().spec.is_causal == causal
     assert not load(ltx_file(tmp_path / "x.safetensors", "2")).require_decoder().spec.is_causal
 
 
-def test_what_describes_a_vae_reads_back() -> None:
+def test_a_described_vae_reads_back() -> None:
     family = get_family("ltx-2")
     config = {"encoder_causal": False, "encoder_spatial_padding_mode": "reflect", "spatial_padding_mode": "zeros"}
     decoder = family.configured(family.decoder_spec(4, 4), {**config, "causal_decoder": True})

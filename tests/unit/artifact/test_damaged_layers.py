@@ -1,4 +1,4 @@
-"""Files of light decoders and of families whose tensors are made into others: damage is named, never read past."""
+"""Files of light decoders and of families whose tensors are converted: damage is reported, never ignored."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Change = Callable[[dict[str, Tensor]], object]
 
 
 def taesd_tensors(latent_width: int = 4, width: int = 4) -> dict[str, Tensor]:
-    """One chain at each of four sizes, as madebyollin's decoder files name them."""
+    """One chain at each of four sizes, under the names in madebyollin's decoder files."""
     found: dict[str, Tensor] = {}
 
     def add(name: str, *shape: int, bias: bool = True) -> None:

@@ -109,10 +109,10 @@ def test_a_pickle_with_code_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_pth_without_weights_is_named(tmp_path: Path) -> None:
     torch.save({"epoch": 3, "state_dict": {"lr": 0.1}}, tmp_path / "x.pth")
-    with pytest.raises(ArtifactError, match="holds a dict with the keys epoch, state_dict, no state dict"):
+    with pytest.raises(ArtifactError, match="holds a dict with the keys epoch, state_dict, not a state dict"):
         load(tmp_path / "x.pth")
     torch.save([torch.ones(1)], tmp_path / "x.pth")
-    with pytest.raises(ArtifactError, match="holds a list, no state dict"):
+    with pytest.raises(ArtifactError, match="holds a list, not a state dict"):
         load(tmp_path / "x.pth")
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from artifact_specs import (
@@ -21,7 +23,9 @@ from flashvaed_cli.decoders.modules.coder import Coder, Decoder, Encoder
 from flashvaed_cli.decoders.spec.blocks import UpsampleSpec
 from flashvaed_cli.decoders.spec.coders import CoderSpec
 from flashvaed_cli.decoders.spec.layers import ConvSpec
+from flashvaed_cli.decoders.spec.light import light_spec
 from flashvaed_cli.errors import ArtifactError
+from flashvaed_cli.families import registry
 from flashvaed_cli.families.layout import Layout
 from flashvaed_cli.families.registry import LAYOUTS, get_family
 from flashvaed_cli.families.separable import fold_separable
@@ -103,7 +107,7 @@ def test_key_names_of_the_layouts() -> None:
 
 
 def test_key_names_of_wan22() -> None:
-    """As diffusers' conversion of Wan 2.2's own file maps them."""
+    """The mapping in diffusers' conversion of Wan 2.2's own file."""
     both = [slot.foreign for name in ("original", "encoder") for slot in slots(SPECS["wan2.2"][name], WAN22_ORIGINAL)]
     for name in (
         "decoder.upsamples.0.upsamples.0.residual.2.weight",
@@ -130,7 +134,7 @@ def test_released_student() -> None:
     spec = spec_from_shapes(shapes, WAN_ORIGINAL, "decoder")
     operators = {address: layer.operator for address, layer in spec.layers()}
     assert operators["mid.0.conv1"] == operators["up1.2.conv2"] == "dwsep3d"
-    assert operators["up1.0.shortcut"] == "pointwise"  # a separable layer without extent
+    assert operators["up1.0.shortcut"] == "pointwise"  # a separable layer with kernel 1x1x1
     assert operators["up2.0.conv1"] == operators["up3.2.conv2"] == "frame2d"
     assert operators["up2.0.shortcut"] == "pointwise"
     assert [spec.stage(name).blocks[0].in_width for name in ("mid", "up2", "up3")] == [384, 24, 12]
@@ -156,8 +160,8 @@ def test_released_student_loads_and_folds_its_depthwise_biases() -> None:
         torch.testing.assert_close(decoder.at(address)(x), separable(x, place), atol=1e-4, rtol=1e-5)
 
 
-def test_what_we_write_of_a_released_student_has_its_names_and_shapes() -> None:
-    """So its authors' class loads our file strictly: the folded biases and separable shortcuts are back."""
+def test_a_released_student_is_written_with_its_names_and_shapes() -> None:
+    """Its authors' class loads our file strictly: folded biases and separable shortcuts are restored."""
     shapes = released_shapes(8, 4, 2)
     tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
     decoder = coders_from_foreign(tensors, WAN_ORIGINAL)["decoder"]
@@ -167,7 +171,7 @@ def test_what_we_write_of_a_released_student_has_its_names_and_shapes() -> None:
     assert all(torch.equal(again.get_parameter(name), tensor) for name, tensor in decoder.named_parameters())
 
 
-def test_folding_keeps_what_it_does_not_know() -> None:
+def test_folding_keeps_unknown_tensors() -> None:
     plain = {"a.weight": torch.ones(2, 2), "b.depthwise_conv.weight": torch.ones(2, 1, 3, 3, 3)}
     assert fold_separable(plain).keys() == plain.keys()
 
@@ -252,3 +256,21 @@ def test_a_separable_resampler_is_read() -> None:
     )
     shapes = {slot.foreign: slot.shape for slot in slots(spec, WAN_ORIGINAL)}
     assert spec_from_shapes(shapes, WAN_ORIGINAL, "decoder") == spec
+
+
+def test_a_kind_of_block_needs_nothing_here_but_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chains are in no layout; with names for their layers they are written and read like any other block."""
+    original = get_family("wan2.1")
+    spec = light_spec("tae", original.decoder_spec(8, 16)).model_copy(update={"family": "chains"})
+    monkeypatch.setitem(
+        registry.FAMILIES, "chains", replace(original, name="chains", decoder_spec=lambda _base_width, _latents: spec)
+    )
+    chain = {name: f"{name}.inner" for name in ("conv1", "conv2", "conv3", "shortcut")}
+    places = {address: f"decoder.{address}" for address, _ in spec.blocks()}
+    layout = replace(
+        WAN_DIFFUSERS, family="chains", places={"decoder": places}, layers={**WAN_DIFFUSERS.layers, "chain": chain}
+    )
+    own = coder(spec)
+    foreign = to_foreign(own.state_dict(), spec, layout)
+    assert "decoder.up0.0.conv3.inner.weight" in foreign
+    assert spec_from_shapes(shapes_of(foreign), layout, "decoder") == spec

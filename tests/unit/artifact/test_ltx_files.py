@@ -1,4 +1,4 @@
-"""LTX-Video files: told apart by where their blocks lie, and read with what their configuration says."""
+"""LTX-Video files: recognised by the places of their blocks, and read with their configuration."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def shapes_of(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("name", LTX_LAYOUTS)
-def test_layouts_are_told_apart(name: str) -> None:
+def test_layouts_are_recognised(name: str) -> None:
     layout = LAYOUTS[name]
     for make in (ltx_spec, flash_ltx_spec):
         tensors = tensors_of(make(layout.family), name)
@@ -48,10 +48,10 @@ def test_layouts_are_told_apart(name: str) -> None:
 
 
 def test_encoders_that_two_versions_share_are_ambiguous() -> None:
-    """0.9.0 and 0.9.1 have one encoder: without a decoder nothing tells which it is."""
+    """0.9.0 and 0.9.1 have the same encoder: without a decoder the version is unknown."""
     spec = get_family(VERSIONS[0]).encoder_spec(4, 4)
     tensors = to_foreign(Encoder(spec).state_dict(), spec, LAYOUTS["ltx-0.9.0-diffusers"])  # type: ignore[arg-type]
-    with pytest.raises(ArtifactError, match=r"fit ltx-0\.9\.0-diffusers, ltx-0\.9\.1-diffusers alike"):
+    with pytest.raises(ArtifactError, match=r"fit ltx-0\.9\.0-diffusers, ltx-0\.9\.1-diffusers equally well"):
         recognise(shapes_of(tensors))
     assert recognise(shapes_of(tensors), family=VERSIONS[1]).name == "ltx-0.9.1-diffusers"
 
@@ -159,7 +159,9 @@ def test_a_file_without_statistics_takes_raw_latents_only(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
 @pytest.mark.parametrize("version", [VERSIONS[0], "ltx-2"])
-def test_what_bare_weights_leave_open_is_said_and_can_be_given(version: str, suffix: str, tmp_path: Path) -> None:
+def test_assumptions_about_bare_weights_are_reported_and_can_be_replaced(
+    version: str, suffix: str, tmp_path: Path
+) -> None:
     spec = ltx_spec(version)
     tensors = tensors_of(spec, original_layout(version).name)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -193,7 +195,7 @@ def test_a_whole_model_is_read_as_its_vae_is(statistics: bool, tmp_path: Path) -
 def test_half_of_the_statistics_is_named(tmp_path: Path) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in tensors_of(ltx_spec(), "ltx-0.9.0-original").items()}
     save_file(tensors, tmp_path / "x.safetensors", {"latents_std": "[1, 1, 1, 1]"})
-    with pytest.raises(ArtifactError, match=r"its metadata gives latents_std without the other"):
+    with pytest.raises(ArtifactError, match=r"its metadata has only latents_std of latents_mean"):
         load_checkpoint(tmp_path / "x.safetensors", builtins={})
     save_file({**tensors, "per_channel_statistics.mean-of-means": torch.zeros(4)}, tmp_path / "y.safetensors")
     with pytest.raises(ArtifactError, match=r"mean-of-means but not per_channel_statistics\.std-of-means"):
@@ -201,7 +203,7 @@ def test_half_of_the_statistics_is_named(tmp_path: Path) -> None:
 
 
 def test_students_name_their_layers_without_the_inner_conv() -> None:
-    """As in the released Wan student: another module stands in the place of the causal layer."""
+    """As in the released Wan student: another module replaces the causal layer."""
     spec = flash_ltx_spec(VERSIONS[0])
     decoder = ltx_decoder(spec)
     tensors = to_foreign(decoder.state_dict(), spec, original_layout(VERSIONS[0]))

@@ -15,7 +15,7 @@ WAN_LAYOUTS = [layout for layout in LAYOUTS.values() if layout.family in ("wan2.
 
 
 @pytest.mark.parametrize("layout", WAN_LAYOUTS, ids=lambda layout: layout.name)
-def test_layouts_are_told_apart(layout: Layout) -> None:
+def test_layouts_are_recognised(layout: Layout) -> None:
     for spec in specs_of(layout.family).values():
         shapes = {slot.foreign: slot.shape for slot in slots(spec, layout)}
         found = recognise(shapes)
@@ -27,7 +27,7 @@ def test_layouts_are_told_apart(layout: Layout) -> None:
         assert recognise(shapes, family=layout.family) is layout
 
 
-def test_equal_keys_are_told_apart_by_the_configuration_only() -> None:
+def test_equal_keys_are_distinguished_by_the_configuration_only() -> None:
     shapes = {slot.foreign: slot.shape for slot in slots(DECODER_SPEC, LAYOUTS["diffusers"])}
     assert recognise(shapes).family == "wan2.1"
     assert twins(LAYOUTS["diffusers"]) == ("qwen-image",) and twins(LAYOUTS["wan2.2-diffusers"]) == ()
@@ -51,11 +51,13 @@ def test_only_families_that_compute_the_same_are_taken_for_each_other() -> None:
 
 
 def test_names_of_networks_that_differ_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Were Qwen-Image's latents of another scale, a bare file would have to be named."""
+    """If Qwen-Image's latents had another scale, a bare file would need --family."""
     shapes = {slot.foreign: slot.shape for slot in slots(DECODER_SPEC, LAYOUTS["diffusers"])}
     other = replace(FAMILIES["qwen-image"], latent_std=(1.0,) * 16)
     monkeypatch.setitem(FAMILIES, "qwen-image", other)
-    with pytest.raises(ArtifactError, match=r"fit diffusers, qwen-diffusers alike.*wan2\.1 or --family qwen-image"):
+    with pytest.raises(
+        ArtifactError, match=r"fit diffusers, qwen-diffusers equally well.*wan2\.1 or --family qwen-image"
+    ):
         recognise(shapes)
     assert recognise(shapes, family="qwen-image").name == "qwen-diffusers"
     assert twins(LAYOUTS["diffusers"]) == ()

@@ -160,7 +160,7 @@ def test_it_becomes_an_artifact_and_is_refitted(taehv: Checkpoint, tmp_path: Pat
     assert (student(latents[0]) - expected).square().mean() < 1e-6 * expected.var()
 
 
-def test_what_cannot_be_read_says_why(tmp_path: Path) -> None:
+def test_refusals_say_why(tmp_path: Path) -> None:
     path = tmp_path / "tae.pth"
     written(path)
     with pytest.raises(ArtifactError, match=r"family with --family; by its shapes it fits wan2\.1, qwen-image"):
@@ -231,7 +231,7 @@ def test_its_first_frame_alone_is_no_image_decoder(taehv: Checkpoint) -> None:
 
 
 def test_the_graph_of_a_clip_drops_the_lead_frames_too(taehv: Checkpoint, tmp_path: Path) -> None:
-    """The export compares it with PyTorch and raises where they differ."""
+    """The export compares it with PyTorch and raises if they differ."""
     decoder = taehv.require_decoder()
     decoder.get_parameter("stages.head.0.conv.weight").mul_(0.02)
     (result,) = export_onnx(

@@ -1,4 +1,4 @@
-"""What other programs' files hold beside the names of a layout, and that it is read back."""
+"""Files for other programs hold latent statistics under their names, and are read back."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STATISTICS = ((0.1, 0.2, 0.3, 0.4), (1.0, 2.0, 3.0, 4.0))
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "leanvae"])  # see parity/test_leanvae
-def test_what_is_written_is_read(family: str, tmp_path: Path) -> None:
+def test_written_files_are_read_back(family: str, tmp_path: Path) -> None:
     width = {"sd3": 16, "flux.1": 16, "flux.2": 32}.get(family, 4)  # with other latents they are other variants
     statistics = ((0.1,) * 128, (2.0,) * 128) if family == "flux.2" else STATISTICS  # of patches of 2 x 2 latents
     spec = get_family(family).decoder_spec(4, width)

@@ -1,4 +1,4 @@
-"""The bypass of a stage, and the one way to run blocks that knows of it."""
+"""The bypass of a stage, and the walk through the blocks, which includes it."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_a_walk_in_parts_is_the_whole_walk(spec) -> None:
         torch.testing.assert_close(decoder.run(before, start="up2.0"), whole, rtol=0, atol=1e-12)
 
 
-def test_a_walk_keeps_what_entered_a_stage_as_it_was() -> None:
+def test_a_walk_leaves_the_input_of_a_stage_unchanged() -> None:
     decoder, latents = toy_decoder(wan22_spec()), toy_latents(2, 1, 2)
     seen: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():

@@ -27,7 +27,7 @@ def attention_spec(context: str = "clip") -> AttentionSpec:
 
 
 def attending_decoder(context: str = "clip") -> Decoder:
-    """A layer and attention alone, as a decoder."""
+    """A decoder of one layer and attention."""
     entry = ConvBlockSpec(conv=point_conv(4, 4))
     stage = StageSpec(name="mid", blocks=(entry, attention_spec(context)))
     decoder = Decoder(DecoderSpec(family="any", stages=(stage,), temporal_factor=1, spatial_factor=1))
@@ -37,7 +37,7 @@ def attending_decoder(context: str = "clip") -> Decoder:
 
 
 def by_hand(block: Attention, x: Tensor) -> Tensor:
-    """Position after position: softmax over those of its frame and of all frames before."""
+    """For each position, softmax over all positions of its frame and of earlier frames."""
     b, c, t, h, w = x.shape
     rows = block.norm(x).permute(0, 2, 3, 4, 1).reshape(b, t * h * w, c)
     q, k, v = block.qkv(rows).chunk(3, dim=-1)
@@ -93,7 +93,7 @@ def test_products_are_counted_frame_by_frame(num_frames: int) -> None:
     """A frame's 6 positions attend to those of all frames up to its own: two products of 6 channels each."""
     grid = (num_frames, 2, 3)
     costs = [stage_costs(attending_decoder(context).spec, grid)[0].flop for context in ("clip", "frame")]
-    pairs = 6 * 6 * sum(range(num_frames))  # beyond the own frame's
+    pairs = 6 * 6 * sum(range(num_frames))  # beyond those in the same frame
     assert costs[0] - costs[1] == 2 * 2 * 6 * pairs
 
 

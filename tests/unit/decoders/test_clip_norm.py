@@ -1,4 +1,4 @@
-"""GroupNorm over clips, and the runs of latents that such a decoder takes at a time: each is a clip of its own."""
+"""GroupNorm over clips, and the runs of latents that such a decoder takes at a time, each as a clip of its own."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_clips_to_calibrate_and_train_on_are_single_runs() -> None:
 
 @torch.no_grad()
 def test_graphs_take_a_run_and_say_so(tmp_path: Path) -> None:
-    """The checks of the exports have up to four latents: of runs of three, only those that are one are compared."""
+    """Exports are checked on up to four latents: with runs of three, only clips of a single run are compared."""
     ends = [stage for stage in FRAMES.stages if stage.name in ("conv_in", "head")]
     wide = ConvBlockSpec(conv=ConvSpec(operator="pointwise", in_width=32, out_width=8, kernel=(1, 1, 1)))
     stages = (StageSpec(name="conv_in", blocks=(ends[0].blocks[0], wide)), ends[1])

@@ -1,4 +1,4 @@
-"""Whole decoders with exact operators: the same frames, for every chunk size, and the way back."""
+"""Whole decoders with exact operators and back: the same frames, for every chunk size."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HALF = 0.05  # bfloat16 against itself: both round every layer to 8 bits
 
 @pytest.fixture(autouse=True)
 def _small_clips_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Winograd also where it does not pay."""
+    """Use Winograd even where it does not pay."""
     monkeypatch.setattr(winograd, "MIN_TILES", 0)
 
 

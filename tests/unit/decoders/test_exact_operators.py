@@ -46,7 +46,7 @@ twins = pytest.mark.parametrize(("operator", "kernel"), TWINS)
 
 @pytest.fixture(autouse=True, scope="module")
 def _small_clips_count() -> Iterator[None]:
-    """Winograd also where it does not pay."""
+    """Use Winograd even where it does not pay."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(winograd, "MIN_TILES", 0)
         yield
@@ -95,7 +95,7 @@ PADDED = [(operator, kernel, *padding) for operator, kernel in TWINS for padding
 
 
 def run_plain(plain: Conv, twin: Conv, x: Tensor, past: Past = None, future: Future = None) -> Tensor:
-    """What the twin must give: the plain layer, on enlarged frames if the twin enlarges."""
+    """The expected output: the plain layer's, on enlarged frames if the twin enlarges."""
     if twin.spec.enlarges:
         x = batch_as_frames(F.interpolate(frames_as_batch(x), scale_factor=2, mode="nearest"), x.shape[0])
     return plain(x, past, future)

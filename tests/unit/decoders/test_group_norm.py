@@ -1,4 +1,4 @@
-"""GroupNorm over frames: the module, what its spec tells, and what follows for tiles, costs and channel groups."""
+"""GroupNorm over frames: the module, its spec, and its effect on tiles, costs and channel groups."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_group_is_a_whole_number_of_channels() -> None:
 
 
 def test_specs_without_groups_say_nothing_of_them() -> None:
-    """Versions that do not know GroupNorm read what does not have it; what has it comes back."""
+    """Specs without GroupNorm stay readable for versions that do not know it; specs with it round-trip."""
     spec = get_family("wan2.1").decoder_spec(4, 4)
     text = json.dumps(spec.model_dump())
     assert "groups" not in text and "norm2" not in text

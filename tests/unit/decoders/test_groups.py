@@ -123,6 +123,6 @@ def test_every_group_has_producers_and_consumers_of_its_width(name: str) -> None
                 read.append(one.layer)
             if one.norm is not None:
                 assert decoder.at(one.norm).get_parameter("gamma").shape == (group.width,)
-    # Every layer reads one group; only what reads the latent reads none.
+    # Every layer reads one group, except those that read the latent.
     layers = [address for address, _ in decoder.spec.layers()] + ["mid.1.qkv"]
     assert sorted(read) == sorted(set(layers) - {"post_quant.0.conv", "conv_in.0.conv"})

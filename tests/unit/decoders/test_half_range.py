@@ -1,4 +1,4 @@
-"""Decoders that are too loud for float16 decode there to the same frames; others are left alone."""
+"""Decoders that are too loud for float16 still decode to the same frames there; others are left alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SPECS = {
 
 
 def loud_decoder(spec: DecoderSpec) -> Decoder:
-    """One whose first layer gives what float16 cannot hold, with biases that fit that: a stream that stays loud."""
+    """A decoder whose first layer exceeds float16, with biases to match, so that its stream stays loud."""
     torch.manual_seed(0)
     decoder = Decoder(spec).eval().requires_grad_(False)
     for stage in decoder.stages.values():
@@ -61,7 +61,7 @@ def test_scaling_changes_no_frame(name: str) -> None:
 
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("exact", [False, True], ids=["plain", "exact"])
-def test_float16_holds_what_it_did_not(name: str, *, exact: bool) -> None:
+def test_float16_decodes_what_overflowed_before(name: str, *, exact: bool) -> None:
     decoder = loud_decoder(SPECS[name])
     latents = latents_of(decoder.spec)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Light decoders: the grid of every family, the same frames in any chunks, what their specs say."""
+"""Light decoders: the grid of every family, the same frames in any chunks, their specs."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_activations_beyond_float16_are_scaled_with_the_same_frames(shape: Light
     before = decoder(latents)
     assert fit_half_range(decoder)
     difference = (decoder(latents) - before).abs().max() / before.abs().max()
-    assert difference < 1e-5  # powers of two; what an efficientvit's bypass copies is of the stream too
+    assert difference < 1e-5  # powers of two; the copies of an efficientvit's bypass belong to the stream too
 
 
 def test_the_entry_normalizes_and_clamps() -> None:

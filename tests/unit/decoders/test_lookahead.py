@@ -1,6 +1,6 @@
-"""Chunks of LTX-Video: by a state where it is causal, by computed windows where it sees frames ahead.
+"""Chunks of LTX-Video: with a state if it is causal, with computed windows if it sees frames ahead.
 
-In float64, where only rounding may differ: the norms of narrow toys stretch what is left of it.
+In float64, so that only rounding can differ, which the norms of narrow toys amplify.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def short_sighted(spec: DecoderSpec, num_blocks: int = 1) -> DecoderSpec:
 
 
 def _led(blocks: tuple, num_blocks: int) -> tuple:
-    """The blocks up to the resampler, and so many behind it."""
+    """The blocks up to the resampler, and `num_blocks` after it."""
     lead = next((i + 1 for i, block in enumerate(blocks) if block.kind == "shuffle_upsample"), 0)
     return blocks[: lead + num_blocks]
 
@@ -81,9 +81,9 @@ def test_the_halo_is_as_wide_as_it_must_be() -> None:
     """A latent outside a frame's window changes nothing; the windows are at most one latent wider than needed."""
     spec = short_sighted(ltx_spec())
     decoder = ltx_decoder(spec).double()
-    before, behind = time_halo(spec)
+    before, after = time_halo(spec)
     middle = before + 2
-    x = latents(middle + behind + 3)
+    x = latents(middle + after + 3)
     whole = decode(decoder, x)
     first, last = 8 * (middle - 1) + 1, 8 * middle
 
@@ -92,8 +92,8 @@ def test_the_halo_is_as_wide_as_it_must_be() -> None:
         other[:, :, at] += 1
         return float((decode(decoder, other) - whole)[:, :, first : last + 1].abs().max())
 
-    assert changes(middle - before - 1) == 0 == changes(middle + behind + 1)
-    assert changes(middle + behind) > 0
+    assert changes(middle - before - 1) == 0 == changes(middle + after + 1)
+    assert changes(middle + after) > 0
     assert changes(middle - before) + changes(middle - before + 1) > 0
 
 
@@ -101,7 +101,7 @@ def test_full_specs() -> None:
     halos = {version: time_halo(ltx_spec(version)) for version in VERSIONS}
     # By hand for 0.9.0, in latents: 1 + 8 + 6 + 1 at their rate, 6 + 3 halves, 7 quarters, 9 eighths.
     assert halos["ltx-video-0.9.0"][1] == 24
-    assert all(before >= behind > 0 for before, behind in halos.values())
+    assert all(before >= after > 0 for before, after in halos.values())
     assert time_halo(wan_decoder_spec(4))[1] == 0 == time_halo(ltx_spec(causal=True))[1]
 
 
@@ -116,7 +116,7 @@ def test_windows_cover_every_frame_once() -> None:
         assert done == 1 + 8 * (num_latents - 1)
 
 
-def test_steps_are_refused_without_what_lies_ahead() -> None:
+def test_steps_without_frames_ahead_are_refused() -> None:
     with pytest.raises(SpecError, match="sees frames ahead"):
         decode_step(ltx_decoder(ltx_spec()), latents(1).float(), None)
 
@@ -147,7 +147,7 @@ def test_an_encoder_that_sees_ahead_takes_a_video_at_once() -> None:
 
 @torch.no_grad()
 def test_zeros_around_a_clip_are_not_those_of_a_window() -> None:
-    """Chunks read as far around as they must, and meet the padding at the ends of the clip alone."""
+    """Chunks read as many latents around them as they need, and see padding only at the ends of the clip."""
     spec = with_time_padding(short_sighted(ltx_spec()), "zeros_around")
     decoder = ltx_decoder(spec).double()
     assert not spec.is_causal and time_halo(spec) == time_halo(short_sighted(ltx_spec()))

@@ -1,4 +1,4 @@
-"""What LTX asks of the operators: padding as data, exact twins, tiles, costs."""
+"""Operators as LTX needs them: padding as data, exact twins, tiles, costs."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ MIRRORED: dict[str, DecoderSpec] = {
 @pytest.mark.parametrize("name", MIRRORED)
 @pytest.mark.parametrize("split", ["up0.0", "up1.0", "up2.0", "head.0"])
 def test_a_mirrored_decoder_tiles_too(name: str, split: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tile's inner border goes with the halo, so that what is mirrored there is cut away; the frame's own stays."""
+    """Pixels mirrored at a tile's inner border are cut off with the halo; those at the frame's border stay."""
     monkeypatch.setattr(winograd, "MIN_TILES", 0)
     monkeypatch.setattr(exact, "WINOGRAD_WIDTH", 4)
     monkeypatch.setattr(planning, "split_addresses", lambda _: (split,))
@@ -181,7 +181,7 @@ def test_costs_count_every_weight(version: str) -> None:
 
 
 def test_flop_by_hand() -> None:
-    """The layer before a shuffle works on the small grid, what follows on the large one."""
+    """The layer before a shuffle works on the small grid, the layers after it on the large one."""
     spec = ltx_spec()
     costs = {layer.address: layer.flop for stage in stage_costs(spec, (2, 3, 4)) for layer in stage.layers}
     assert costs["up1.0.conv"] == 2 * 27 * 16 * 8 * 16 * 2 * 12
@@ -213,5 +213,5 @@ def test_noise_needs_to_be_asked_for() -> None:
     with injected_noise(decoder, seed=1):
         chunked = decode(decoder, x, chunk=1)
     assert (noisy - quiet).abs().max() > 1e-2
-    assert (chunked - noisy).abs().max() < 1e-3  # of float32, which narrow norms stretch
+    assert (chunked - noisy).abs().max() < 1e-3  # float32 rounding, which narrow norms amplify
     assert torch.equal(decode(decoder, x), quiet)

@@ -1,4 +1,4 @@
-"""The prediction bounds what a process really takes, and grows with what it should grow with."""
+"""The prediction bounds the memory that a process really takes, and grows with the sizes that it should."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ CASES = [
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak of a process")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_a_process_stays_below_the_prediction(case: tuple) -> None:
-    """With a limit freed memory goes back, so that the peak is that of what lives."""
+    """With a limit, freed memory is returned, so that the peak is that of live tensors."""
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, json.dumps(case)], capture_output=True, text=True, check=False
     )

@@ -1,4 +1,4 @@
-"""The fastest plan that fits: more memory never makes it slower, and what cannot fit says what would."""
+"""The fastest plan that fits: more memory never makes it slower, and an error names the memory that would do."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_high_definition_within_stated_limits() -> None:
         assert plan.predicted_bytes <= limit * 10**9 and plan.relative_cost < 1.25
 
 
-def test_the_plan_is_what_was_predicted() -> None:
+def test_the_plan_has_the_predicted_memory() -> None:
     plan = choose_plan(RELEASED, (21, 60, 104), max_memory_bytes=6 * 10**9, dtype="bfloat16")
     again = predict_peak_bytes(
         RELEASED, (21, 60, 104), chunk=plan.chunk, tile=plan.tile, split=plan.split, dtype="bfloat16"

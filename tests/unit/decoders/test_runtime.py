@@ -50,7 +50,7 @@ def test_tiles_and_chunks_give_the_whole_clips_frames(name, size, chunk, tile, m
 
 @pytest.mark.parametrize("chunk", [None, 1, 2])
 def test_every_layer_keeps_channels_innermost(chunk: int | None) -> None:
-    """A step of a single frame too: torch loses sight of the layout where a side of one has an odd stride."""
+    """Also for a step of one frame: torch loses the layout if a side of length 1 has an odd stride."""
     runtime = DecodeRuntime(toy_decoder(SPECS["exact low-rank"]), DecodeSettings(chunk=chunk))
     _, blocks = zip(*runtime._decoder.blocks(), strict=True)
     lost: list[object] = []
@@ -199,7 +199,7 @@ for tile, num_graphs in ((3, 4),):
 
 @pytest.mark.parametrize("family", ["wan2.1", "wan2.2"])
 def test_compiled_steps_are_static_and_never_compile_again(family: str) -> None:
-    """In a process of its own: the tests' shape checks are nothing to compile."""
+    """In a process of its own, because the tests' shape checks cannot be compiled."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c", COMPILED, family],
         capture_output=True, text=True, check=False,

@@ -34,7 +34,7 @@ def test_a_decoder_that_sees_ahead_gives_the_whole_clips_frames(centred: Decoder
     frames = streamed(DecodeRuntime(centred, DecodeSettings(chunk=chunk)), latents, part)
     torch.testing.assert_close(torch.cat(frames, dim=2), decode(centred, latents), rtol=0, atol=1e-9)
     if part == 1:
-        assert frames[0].shape[2] == 0 and frames[-2].shape[2] > 0  # nothing is given before it is settled
+        assert frames[0].shape[2] == 0 and frames[-2].shape[2] > 0  # no frame comes before it is settled
 
 
 def test_a_short_clip_comes_with_the_flush(centred: Decoder) -> None:
@@ -67,7 +67,7 @@ def test_a_flushed_stream_is_at_its_end() -> None:
         stream.step(toy_latents(1))
 
 
-def test_what_is_held_does_not_grow_with_the_video(centred: Decoder) -> None:
+def test_held_latents_do_not_grow_with_the_video(centred: Decoder) -> None:
     buffer = WindowBuffer(centred.spec)
     before, ahead = time_halo(centred.spec)
     longest = 0
@@ -95,8 +95,8 @@ def test_frames_that_are_not_finite_name_the_layer(chunk: int | None) -> None:
         runtime.decode(toy_latents(2))
 
 
-def test_half_precision_is_told_what_to_take_instead() -> None:
-    """Of a decoder that is in float16 already, so that nothing can be scaled any more."""
+def test_half_precision_gets_other_advice() -> None:
+    """For a decoder that is in float16 already, which can no longer be scaled."""
     decoder = toy_decoder()
     with torch.no_grad():
         decoder.at("up0.0.conv2").weight.mul_(2e5)  # type: ignore[union-attr]

@@ -32,7 +32,7 @@ def test_windows_partition_the_axis_and_have_one_size(length: int, core: int, ha
         assert window.stop == length or window.stop - window.keep_stop >= halo
 
 
-def test_tiles_begin_behind_the_last_attention() -> None:
+def test_tiles_begin_after_the_last_attention() -> None:
     splits = split_addresses(SPEC)
     assert splits == ("up0.0", "up0.3", "up1.0", "up1.3", "up2.0", "up2.3", "up3.0", "head.0")
     assert [scale_at(SPEC, split) for split in splits] == [1, 1, 2, 2, 4, 4, 8, 8]
@@ -55,7 +55,7 @@ def _rest(decoder: Decoder, split: str, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ["original", "flash"])
 @pytest.mark.parametrize("split", ["up1.3", "up2.0", "up2.3", "up3.0", "head.0"])
 def test_the_halo_is_just_wide_enough(name: str, split: str) -> None:
-    """Cutting the left side off at the halo changes nothing behind it; one column later it does."""
+    """Cutting off the left side at the halo changes nothing beyond it; one column further it does."""
     spec = DECODER_SPECS[name]
     decoder = toy_decoder(spec).double()
     halo, enlargement = halo_at(spec, split), spec.spatial_factor // scale_at(spec, split)
@@ -65,7 +65,7 @@ def test_the_halo_is_just_wide_enough(name: str, split: str) -> None:
     enough = _rest(decoder, split, x[..., 1:])[..., halo * enlargement :]
     short = _rest(decoder, split, x[..., 2:])[..., (halo - 1) * enlargement :]
     torch.testing.assert_close(enough, whole, rtol=0, atol=1e-13)
-    assert (short - whole).abs().max() > 1e-12  # little, but not rounding
+    assert (short - whole).abs().max() > 1e-12  # small, but more than rounding
 
 
 def test_layout_of_a_portrait_that_no_tile_divides() -> None:

@@ -1,4 +1,4 @@
-"""Everything that is written against specs, on a decoder with bypasses and patches."""
+"""All code that works on specs, on a decoder with bypasses and patches."""
 
 from __future__ import annotations
 
