@@ -21,7 +21,7 @@ from flashvaed_cli.errors import FlashVaedError
 
 _PARTIAL = ".partial-"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+_RUST_OS_ERROR = re.compile(r"(?:\(os error |\bOs \{ code: )(\d+)")  # safetensors from 0.5 on, and before
 _LONGEST_STEM_BYTES = 150  # a name has 255 bytes, and the sibling's is longer
 
 
