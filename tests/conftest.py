@@ -40,7 +40,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # what a shell hands to i
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-UNCHECKED = tuple(REPOSITORY / "tests" / name for name in ("cli", "integration", "recipes", "unit/export"))
+UNCHECKED = tuple(REPOSITORY / "tests" / name for name in ("cli", "faults", "integration", "recipes", "unit/export"))
 """Tests of these run whole commands, which takes twice as long with checked shapes (one module checks them), or trace
 with shapes that are symbols, where a check is a proof."""
 CHECKED_COMMANDS = REPOSITORY / "tests" / "integration" / "test_chain.py"

@@ -130,7 +130,10 @@ class VideoWriter:
         )
         picture.pts, picture.time_base = self.num_frames, 1 / self._fps
         with self._mendable():
-            self._container.mux(self._stream.encode(picture))
+            packets = self._stream.encode(picture)
+            if self.num_frames == 0:
+                _start(self._container)
+            self._container.mux(packets)
         self.num_frames += 1
 
     def _finish(self) -> None:
@@ -160,3 +163,11 @@ class VideoWriter:
                 f"Cannot write {self.path}: {ffmpeg_reason(error)}. "
                 "Check the permissions of the folder and the space on its disk."
             ) from error
+
+
+def _start(container: av.container.OutputContainer) -> None:
+    """Open the file; an interrupted call is made again, as Python does for its own files."""
+    while True:
+        with contextlib.suppress(InterruptedError):
+            container.start_encoding()
+            return

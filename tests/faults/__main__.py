@@ -1,4 +1,4 @@
-"""Every call that changes a file fails, and every file that is read vanishes or changes, in every command.
+"""Every call that changes a file fails, every file that is read vanishes or changes, TMPDIR is full, the clock jumps.
 
 `python -m tests.faults --cases 1000 --seed 1`. A process imports the program once and forks for every case: a copy of a
 folder with outputs of an earlier run, one command that replaces one of them, one fault. Afterwards the inputs and all
@@ -32,12 +32,15 @@ KILL = -1
 FAULTS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "EACCES": errno.EACCES, "EINTR": errno.EINTR, "SIGKILL": KILL}
 READING = {"vanishes": 0, "changes": 1}
 """Faults of files about to be read: removed, or replaced by another of the same kind."""
-KINDS = (*FAULTS, *READING)
+FULL_TMPDIR, JUMPING_CLOCK = "TMPDIR full", "clock jumps"
+KINDS = (*FAULTS, *READING, FULL_TMPDIR, JUMPING_CLOCK)
+JUMPS_S = (-400 * 86_400, -3_600, 7, 3_600, 400 * 86_400)
 SHOWN_EVERY = 50
 LASTING = ("ENOSPC", "EACCES")
 """Faults that stay: a disk that is full stays full."""
 _LIBRARY = "FLASHVAED_FAULTS_LIBRARY"
 _WORDS = {
+    FULL_TMPDIR: "set TMPDIR to a folder with more",
     "ENOSPC": "No space left on device",
     "EIO": "Input/output error",
     "EACCES": "Permission denied",
@@ -46,7 +49,8 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Case:
-    """The nth changing call of a command fails, or the nth file that it opens for reading is not what it was."""
+    """What happens to a command: its nth call that changes a file fails, or the nth file that it opens for reading is
+    not what it was. A clock jumps by the nth of `JUMPS_S`."""
 
     command: int
     fault: str
@@ -109,20 +113,16 @@ class Bench:
         *,
         nth: int = 0,
         fault: str | None = None,
-        below: Path | None = None,
-        clock_jump_s: int = 0,
     ) -> Ended:
         """A command in a folder, in a process of its own.
 
         Args:
-            nth, fault: which call is hit, and by what: of `KINDS`.
-            below: where calls are hit; None: in the folder.
-            clock_jump_s: how far every second look at the clock is off.
+            nth, fault: as in `Case`; None: nothing happens.
         """
         self._outcome.unlink(missing_ok=True)
         child = os.fork()
         if child == 0:
-            self._run_here(words, world, nth, fault, below or world, clock_jump_s)
+            self._run_here(words, world, nth, fault)
         try:
             _, status = os.waitpid(child, 0)
         except BaseException:
@@ -133,7 +133,7 @@ class Bench:
         code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
         return Ended(code, self._stderr.read_text(errors="replace"), int(calls), int(reads), hit)
 
-    def _run_here(self, words: str, world: Path, nth: int, fault: str | None, below: Path, clock_jump_s: int) -> None:
+    def _run_here(self, words: str, world: Path, nth: int, fault: str | None) -> None:
         from flashvaed_cli.cli.app import main
 
         code = 70
@@ -144,11 +144,7 @@ class Bench:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
             sys.argv = ["flashvaed", *words.split(), "--device", "cpu"]
-            is_read = fault in READING
-            number = 0 if fault is None or is_read else FAULTS[fault]
-            self._library.faults_arm(f"{below}/".encode(), 0 if is_read else nth, number, fault in LASTING)
-            self._library.faults_arm_reads(nth if is_read else 0, READING.get(fault or "", 0))
-            self._library.faults_arm_clock(clock_jump_s)
+            self._arm(world, nth, fault)
             try:
                 main()
                 code = 0
@@ -164,10 +160,32 @@ class Bench:
         finally:
             os._exit(code)
 
+    def _arm(self, world: Path, nth: int, fault: str | None) -> None:
+        temporary = self._outcome.with_name("temporary")
+        temporary.mkdir(exist_ok=True)
+        tempfile.tempdir = str(temporary)
+        if fault == FULL_TMPDIR:
+            self._library.faults_arm(f"{temporary}/".encode(), nth, errno.ENOSPC, True)
+            return
+        number = FAULTS.get(fault or "", 0)
+        self._library.faults_arm(f"{world}/".encode(), nth, number, fault in LASTING)
+        if fault in READING:
+            self._library.faults_arm_reads(nth, READING[fault])
+        if fault == JUMPING_CLOCK:
+            self._library.faults_arm_clock(JUMPS_S[nth - 1])
+
 
 def check(bench: Bench, case: Case, old: Path, names: set[str], place: Path) -> tuple[str, list[str]]:
     """Run a case; returns the call or file that was hit and what was wrong afterwards."""
-    from tests.faults.world import COMMANDS, copy_world, fault_of_output, files_of, is_leftover, is_part_of
+    from tests.faults.world import (
+        COMMANDS,
+        copy_world,
+        fault_of_output,
+        files_of,
+        is_leftover,
+        is_part_of,
+        negative_durations,
+    )
 
     command = COMMANDS[case.command]
     copy_world(old, place)
@@ -197,9 +215,13 @@ def check(bench: Bench, case: Case, old: Path, names: set[str], place: Path) -> 
             wrong.append(f"status {ended.status} of a killed run")
     elif ended.status == 2:
         wrong += _faults_of_message(case.fault, ended.stderr)
+        if case.fault == JUMPING_CLOCK:
+            wrong.append(f"the time of day is no reason to fail: {ended.stderr[-300:]!r}")
     elif ended.status == 0:
         if fault := fault_of_output(place, command.output, names):
             wrong.append(f"success, and the output is not whole: {fault}")
+        if negative := negative_durations(place / command.output):
+            wrong.append(f"negative durations: {negative[:4]}")
     else:
         wrong.append(f"status {ended.status}: {ended.stderr[-300:]!r}")
     for path in meant:
@@ -210,7 +232,8 @@ def check(bench: Bench, case: Case, old: Path, names: set[str], place: Path) -> 
     left = [str(path.relative_to(place)) for path in place.rglob(".*") if is_leftover(path.relative_to(place))]
     if left := [path for path in left if ".partial-" in path or path.endswith(".lock")]:
         wrong.append(f"left behind after the next run: {left[:4]}")
-    return ended.hit or ("killed" if case.fault == "SIGKILL" else "none"), wrong
+    hit = {"SIGKILL": "killed", JUMPING_CLOCK: f"{JUMPS_S[case.nth - 1]} s" if case.fault == JUMPING_CLOCK else ""}
+    return ended.hit or hit.get(case.fault, "none"), wrong
 
 
 def _faults_of_message(fault: str, stderr: str) -> list[str]:
@@ -262,9 +285,9 @@ def _run(num_cases: int, seed: int, seconds: float, folder: Path) -> int:
         for index in range(num_cases):
             if time.monotonic() - began > seconds:
                 break
-            number, kind = index % len(COMMANDS), KINDS[index // len(COMMANDS) % len(KINDS)]
-            among = whole[number].num_reads if kind in READING else whole[number].num_calls
-            case = Case(number, kind, rng.randint(1, among))
+            number, kind = index % len(COMMANDS), KINDS[index % len(KINDS)]  # 7 and 9: all pairs come in turn
+            among = {**dict.fromkeys(READING, whole[number].num_reads), FULL_TMPDIR: 1, JUMPING_CLOCK: len(JUMPS_S)}
+            case = Case(number, kind, rng.randint(1, among.get(kind, whole[number].num_calls)))
             hit, wrong = check(bench, case, old, names[number], place)
             hits[kind, hit] += 1
             tried[COMMANDS[number].name] += 1
@@ -281,7 +304,7 @@ def _run(num_cases: int, seed: int, seconds: float, folder: Path) -> int:
     duration = f"{time.monotonic() - began:.0f} s"
     print(f"{sum(tried.values())} faults, seed {seed}, {duration}{ending}; calls that change and open files: {calls}")
     print("by command: " + ", ".join(f"{name} {count}" for name, count in sorted(tried.items())))
-    print("by fault: " + ", ".join(f"{fault} in {call} {count}" for (fault, call), count in sorted(hits.items())))
+    print("by fault: " + ", ".join(f"{fault} ({call}) {count}" for (fault, call), count in sorted(hits.items())))
     print(f"{num_findings} findings")
     return num_findings > 0
 

@@ -1,4 +1,4 @@
-"""A few faults of each kind in each command; `make faults` tries a thousand."""
+"""A fault of each kind, each command among them; `make faults` tries a thousand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from tests.faults.__main__ import start
 
-NUM_CASES = 5
+NUM_CASES = 9
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="calls are made to fail by LD_PRELOAD, which Linux has"),

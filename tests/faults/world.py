@@ -11,12 +11,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from flashvaed_cli.artifact.store import content_sha256
+from flashvaed_cli.artifact.store import content_sha256, read_metadata
 from flashvaed_cli.errors import FlashVaedError
+from flashvaed_cli.ownership import HEADER_KEY
 from tests.commands import CALIBRATION, TRAINING, invoke
 from tests.toy import write_toy_clip, write_toy_vae
 
 _LATENCY = "--latency-frames 1 --latency-side 16 --num-latency-rounds 1 --width-latency-s 0"
+_OF_TIME = ("_s", "_ms", "seconds", "_per_second", "speedup")
 _JUDGING = "--num-speed-rounds 1 --lpips off --vmaf off --no-video"
 
 
@@ -131,3 +133,20 @@ def fault_of_output(folder: Path, output: str, names: set[str]) -> str | None:
         except ValueError as error:
             return f"{path.name}: {error}"
     return None
+
+
+def negative_durations(output: Path) -> list[str]:
+    """Names of figures of time or speed in an output that are below zero."""
+    if output.suffix == ".safetensors":
+        documents = [json.loads(read_metadata(output)[HEADER_KEY])]
+    else:
+        documents = [json.loads(path.read_bytes()) for path in output.glob("*.json")]
+    return [name for document in documents for name in _negative(document, "")]
+
+
+def _negative(value: object, name: str) -> list[str]:
+    if isinstance(value, dict):
+        return [found for key, item in value.items() for found in _negative(item, key)]
+    if isinstance(value, list):
+        return [found for item in value for found in _negative(item, name)]
+    return [name] if isinstance(value, int | float) and value < 0 and name.endswith(_OF_TIME) else []

@@ -1,18 +1,21 @@
 """`python -m tests.fuzz --seconds 600 --seed 1`: mutate inputs until the time is over, and list what broke.
 
 Every target gets turns of some hundred cases, each turn with a seed of its own. A failure is told once, by the place in
-the package that it comes from; hypothesis has made its input small by then. Exit code 1 if there is any.
+the package that it comes from; hypothesis has made its input small by then. Ctrl-C ends it after the case, with the
+counts so far. Exit code 1 if there is any finding.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from hypothesis import given, seed, settings
@@ -21,6 +24,7 @@ from hypothesis import strategies as st
 from tests.fuzz.targets import HEAVY_INPUT, TARGETS, Target
 
 TURN = 60
+SHOWN_EVERY_S = 60.0
 SLOW_SECONDS = 10.0
 """Of CPU time for one case; a refusal takes less than one."""
 
@@ -32,8 +36,19 @@ def place_of(error: BaseException) -> str:
     return f"{type(error).__name__} at {Path(ours[-1].filename).name}:{ours[-1].lineno}"
 
 
-def run_turn(target: Target, number: int, known: set[str], counts: Counter[str], name: str) -> BaseException | None:
-    """One turn of a target; the first failure that is not known yet."""
+def run_turn(
+    target: Target,
+    number: int,
+    known: set[str],
+    counts: Counter[str],
+    name: str,
+    is_over: Callable[[], bool] = lambda: False,
+) -> BaseException | None:
+    """One turn of a target; the first failure that is not known yet.
+
+    Args:
+        is_over: asked before each case; true skips what is left.
+    """
 
     @seed(number)
     @settings(
@@ -45,6 +60,8 @@ def run_turn(target: Target, number: int, known: set[str], counts: Counter[str],
     )
     @given(st.data())
     def run(data: st.DataObject) -> None:
+        if is_over():
+            return
         counts[name] += 1
         start = time.process_time()
         try:
@@ -52,13 +69,17 @@ def run_turn(target: Target, number: int, known: set[str], counts: Counter[str],
                 target(data.draw, Path(folder))
         except Exception as error:
             if place_of(error) not in known:
+                failures.append(error)
                 raise
         if time.process_time() - start > SLOW_SECONDS:  # no error: hypothesis would not find it again
             known.add(f"a slow case of {name}, in the turn of seed {number}")
 
+    failures = list[Exception]()
     try:
         run()
     except Exception as error:
+        if is_over():  # what is skipped looks inconsistent to hypothesis, which then says so
+            return failures[-1] if failures else None
         return error
     return None
 
@@ -77,17 +98,31 @@ def main() -> int:
     counts, known = Counter[str](), set[str]()
     seconds = dict.fromkeys(names, 0.0)
     start, turn = time.monotonic(), 0
-    while time.monotonic() - start < chosen.seconds:
+    interrupts = list[int]()
+
+    def on_interrupt(number: int, _frame: object) -> None:
+        interrupts.append(number)
+        signal.signal(number, signal.default_int_handler)  # a second one ends a case that hangs
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    print(f"seed {chosen.seed}", flush=True)
+    shown_at = start
+    while not interrupts and time.monotonic() - start < chosen.seconds:
         name = names[turn % len(names)]
         began = time.process_time()
-        failure = run_turn(TARGETS[name], chosen.seed * 1_000_003 + turn, known, counts, name)
+        failure = run_turn(TARGETS[name], chosen.seed * 1_000_003 + turn, known, counts, name, lambda: bool(interrupts))
         seconds[name] += time.process_time() - began
         if failure is not None:
             known.add(place_of(failure))
             print(f"\nFOUND in {name} (turn {turn}): {place_of(failure)}", flush=True)
             traceback.print_exception(failure, limit=-6)
         turn += 1
-    print(f"\nseed {chosen.seed}, {turn} turns, {time.process_time():.0f} s of CPU time")
+        if time.monotonic() - shown_at > SHOWN_EVERY_S:
+            shown_at = time.monotonic()
+            print(f"... {sum(counts.values())} cases, {len(known)} findings", flush=True)
+    ending = ", interrupted" if interrupts else ""
+    cpu = f"{time.process_time():.0f} s of CPU time"
+    print(f"\n{sum(counts.values())} cases, seed {chosen.seed}, {turn} turns, {cpu}{ending}")
     for name in names:
         print(f"  {name:22} {counts[name]:8} cases {seconds[name]:8.0f} s")
     print(f"findings: {len(known)}" + "".join(f"\n  {place}" for place in sorted(known)))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from flashvaed_cli.artifact.checkpoint import load_checkpoint
+from tests.conftest import REPOSITORY
 from tests.fuzz import seeds
 from tests.fuzz.__main__ import place_of, run_turn
 from tests.fuzz.mutations import Draw
@@ -48,6 +52,17 @@ def test_a_failure_is_found_once() -> None:
     assert isinstance(first, KeyError) and counts["x"] > 0
     known.add(place_of(first))
     assert run_turn(breaks, 2, known, counts, "x") is None
+
+
+def test_an_interrupted_run_tells_its_counts() -> None:
+    command = [sys.executable, "-m", "tests.fuzz", "--seconds", "600", "--seed", "7", "--target", "recipes"]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "seed 7\n"
+        run.send_signal(signal.SIGINT)
+        shown, complaint = run.communicate(timeout=60)
+    assert run.returncode == 0, complaint
+    assert " cases, seed 7, " in shown and ", interrupted" in shown and "findings: 0" in shown
 
 
 @pytest.mark.parametrize("name", seeds.FOREIGN)
