@@ -105,7 +105,7 @@ def test_help_has_examples(runner: CliRunner, command: str) -> None:
     result = runner.invoke(app, [command, "--help"])
     assert result.exit_code == 0
     assert "Examples:" in result.output
-    assert "builtin:tiny-wan" in result.output
+    assert "builtin:tiny-wan" in "".join(result.output.split())  # which some versions of typer break at the hyphen
 
 
 @pytest.mark.parametrize(

@@ -126,14 +126,13 @@ def test_help_and_messages_whose_reader_left(tmp_path: Path) -> None:
         ("--version", 0),
         ("recipes", 0),
         ("recipes demo", 0),
-        ("--show-completion", 0),
         ("prune --nonsense", 2),
         ("prune --nonsense --json", 2),
         ("info missing", 2),
     ]
     reader, writer = os.pipe()
     os.close(reader)
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "SHELL": "/bin/bash"}
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     for words, exit_code in commands:
         command = [sys.executable, "-m", "flashvaed_cli", *words.split()]
         run = subprocess.run(command, check=False, cwd=tmp_path, env=environment, stdout=writer, stderr=writer)
