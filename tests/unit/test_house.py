@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
+import re
+import tomllib
 from pathlib import Path
 from typing import get_args
 
@@ -42,6 +44,67 @@ def test_every_folder_says_what_it_is_for(folder: Path) -> None:
 @pytest.mark.skipif(not (ROOT / "README.md").is_file(), reason="the package is installed without its README")
 def test_the_readme_is_one_page() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= MOST_README_LINES
+
+
+GUIDE = PACKAGE / "README.md"
+READMES = [ROOT / "README.md", GUIDE, *(ROOT / name / "README.md" for name in ("recipes", "tests", "tests/bench"))]
+in_a_checkout = pytest.mark.skipif(
+    not all(path.is_file() for path in READMES), reason="the package is installed without its documents"
+)
+FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\[[^\]]*\]\(([^)]+)\)")
+
+
+def links_of(text: str) -> list[str]:
+    """The targets of links, without those to other sites and to headings of the same file."""
+    targets = [target.partition("#")[0] for target in LINK.findall(FENCE.sub("", text)) if "://" not in target]
+    return [target for target in targets if target]
+
+
+def paths_of(text: str) -> list[str]:
+    """Paths in code spans outside links, and folders and modules that a block without a language lists."""
+    spans = re.findall(r"`([\w./-]+)`", LINK.sub("", FENCE.sub("", text)))
+    blocks = "\n".join(body for _, language, body in FENCE.findall(text) if not language)
+    listed = re.findall(r"(?:^|  )(\w[\w/]*(?:/|\.py))(?= |$)", blocks, re.MULTILINE)
+    return [path for path in spans if "/" in path or path.endswith(".py")] + listed
+
+
+def is_in_tree(path: str, readme: Path) -> bool:
+    """Whether a path is there from any of the folders that paths are read from; NAME stands for any name."""
+    if "/" not in path:
+        return any(True for top in (PACKAGE, ROOT / "tests") for _ in top.rglob(path))
+    pattern = path.rstrip("/").replace("NAME", "*")
+    return any(True for top in (readme.parent, ROOT, PACKAGE, ROOT / "tests") for _ in top.glob(pattern))
+
+
+@in_a_checkout
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_path_in_a_readme_exists(readme: Path) -> None:
+    text = readme.read_text(encoding="utf-8")
+    missing = [link for link in links_of(text) if not (readme.parent / link).exists()]
+    missing += [path for path in paths_of(text) if not is_in_tree(path, readme)]
+    assert not missing, f"{readme.relative_to(ROOT)} names what is not in the tree: {', '.join(missing)}"
+
+
+@in_a_checkout
+def test_every_identifier_in_the_guide_exists() -> None:
+    spans = set(re.findall(r"`(\w+)`", FENCE.sub("", GUIDE.read_text(encoding="utf-8"))))
+    named = {name for name in spans if "_" in name or name != name.lower()}
+    words = {word for module in MODULES for word in re.findall(r"\w+", module.read_text(encoding="utf-8"))}
+    assert len(named) > 10
+    assert not named - words, f"the guide names what no module has: {', '.join(sorted(named - words))}"
+
+
+@in_a_checkout
+def test_the_guide_lists_every_room_at_its_level() -> None:
+    """Levels are divided by blank lines; in the last group each line is one."""
+    rooms = GUIDE.read_text(encoding="utf-8").partition("## Rooms")[2].partition("```\n")[2].partition("```")[0]
+    *levels, lowest = rooms.split("\n\n")
+    levels += lowest.splitlines()
+    listed = [set(re.findall(r"(?:^|  )(\w+)(?:/|\.py)", level, re.MULTILINE)) for level in levels]
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    layers = next(one["layers"] for one in settings["contracts"] if one.get("containers") == ["flashvaed_cli"])
+    assert listed == [set(re.findall(r"\w+", layer)) for layer in layers if layer != "__main__"]
 
 
 def test_every_family_folder_is_registered() -> None:
