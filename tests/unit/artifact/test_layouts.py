@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -72,7 +73,11 @@ def test_a_layer_of_every_operator_can_be_written(operator: Operator) -> None:
     own = Decoder(DECODER_SPEC.with_blocks({"conv_in.0": ConvBlockSpec(conv=conv)}))
     filled(own)
     written = expanded_decoder(own)
-    foreign = to_foreign(written.state_dict(), written.spec, WAN_ORIGINAL)
+    places = {slot.ours: slot.shape for slot in slots(written.spec, WAN_ORIGINAL)}
+    state = written.state_dict()
+    unplaced = [name for name in state if name not in places or math.prod(places[name]) != state[name].numel()]
+    assert not unplaced, f"no place that fits in artifact/foreign/layouts.py, and not made dense: {unplaced}"
+    foreign = to_foreign(state, written.spec, WAN_ORIGINAL)
     read = coders_from_foreign(foreign, WAN_ORIGINAL)["decoder"]
     x = torch.randn(1, width, 3, 2, 2)
     expected = own(x)
