@@ -130,7 +130,7 @@ class ReconstructingRecipe(CalibratedRecipe, StageRecipe):
         description="full refits whole kernels by least squares, channel only the map from the kept channels to those "
         "that a layer read before; none keeps the cut weights.",
     )
-    dampening_frac: Positive = Field(default=1e-4, description="Ridge term, as a fraction of the gram's mean diagonal.")
+    dampening_frac: Positive = Field(default=1e-4, description="Ridge term, as a fraction of the inputs' variance.")
 
 
 RULE_MEANINGS: Mapping[SelectionRule, str] = {

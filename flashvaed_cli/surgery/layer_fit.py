@@ -39,7 +39,8 @@ class FitSettings:
     """How layers are solved.
 
     `mode`: `full` solves whole kernels; `channel` solves only the map from a layer's kept input channels to all that
-    it read before, and folds that into its old kernel. `dampening_frac`: ridge over the mean diagonal of the gram.
+    it read before, and folds that into its old kernel. `dampening_frac`: the ridge as a fraction of the inputs'
+    variance; see `solve_ridge`.
     """
 
     mode: Literal["channel", "full"] = "full"

@@ -20,7 +20,7 @@ from flashvaed_cli.cli.app import app
 from flashvaed_cli.cli.flags import parse_by_stage
 from flashvaed_cli.errors import CalibrationError, RecipeError
 from flashvaed_cli.recipe import COMMAND_RECIPES
-from flashvaed_cli.recipe.fields import SelectionRule
+from flashvaed_cli.recipe.fields import SelectionRule, StageOperator
 from tests.commands import put_in_place_of_stages
 
 FLAG_OF_FIELD = {
@@ -125,6 +125,7 @@ def test_help_has_examples(runner: CliRunner, command: str) -> None:
             ),
         ),
         ("decode", ("Arguments", "Options", "Video", "Running", "Common")),
+        ("convert-ops", ("Arguments", "Options", "New weights", "Clips", "Common")),
     ],
 )
 def test_help_has_headings_at_80_columns(command: str, headings: tuple[str, ...]) -> None:
@@ -137,6 +138,8 @@ def test_help_has_headings_at_80_columns(command: str, headings: tuple[str, ...]
     if command in ("prune", "distill"):
         table = shown[shown.index("Rules, by the channels") :]
         assert all(f"\n  {rule} " in table for rule in get_args(SelectionRule))
+    if command == "convert-ops":
+        assert f"Operators: {', '.join(get_args(StageOperator))}." in " ".join(shown.split())
 
 
 def test_version(runner: CliRunner) -> None:

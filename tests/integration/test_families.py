@@ -26,7 +26,7 @@ from flashvaed_cli.decoders.spec.light import light_shape
 from flashvaed_cli.families.layout import Layout
 from flashvaed_cli.families.qwen_image.names import QWEN_DIFFUSERS, QWEN_ORIGINAL
 from flashvaed_cli.families.qwen_image2.names import QWEN2_DIFFUSERS
-from flashvaed_cli.families.registry import get_family
+from flashvaed_cli.families.registry import FAMILIES, get_family
 from flashvaed_cli.families.wan21.names import WAN_DIFFUSERS
 from flashvaed_cli.families.wan22.names import WAN22_DIFFUSERS
 from flashvaed_cli.media.procedural import render_frames
@@ -168,6 +168,11 @@ TOYS = {
     "hunyuanvideo": Toy(write_hunyuan, 9, 48),
     "flux.2": Toy(write_flux2, 1, 48, is_still=True),
 }
+
+
+def test_every_family_has_a_toy() -> None:
+    """LeanVAE, of which nothing is converted, has a test of its own."""
+    assert set(TOYS) | {"leanvae"} == set(FAMILIES)
 
 
 @pytest.fixture(scope="module")

@@ -135,7 +135,8 @@ def ltx_file(path: Path, version: str, *, statistics: bool = True, with_encoder:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_declares_its_configuration(name: str) -> None:
     keys = FAMILIES[name].config_keys
-    assert keys.fixed and set(keys.widths) == {"decoder", "encoder"}
+    assert keys.fixed, "config_keys.fixed is empty: a configuration of another network would be read"
+    assert set(keys.widths) == {"decoder", "encoder"}
     assert not (keys.read & (frozenset(keys.fixed) | keys.idle))
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from artifact_specs import (
     shapes_of,
     specs_of,
 )
+from pydantic import ValidationError
 from torch.nn import functional as F
 
 from flashvaed_cli.artifact.foreign.coders import coders_from_foreign, empty_coder
@@ -20,10 +22,13 @@ from flashvaed_cli.artifact.foreign.layouts import slots, to_foreign
 from flashvaed_cli.artifact.foreign.shape_reading import spec_from_shapes
 from flashvaed_cli.artifact.foreign.writing import to_program
 from flashvaed_cli.decoders.modules.coder import Coder, Decoder, Encoder
-from flashvaed_cli.decoders.spec.blocks import UpsampleSpec
+from flashvaed_cli.decoders.modules.operators import OPERATORS
+from flashvaed_cli.decoders.spec.blocks import ConvBlockSpec, UpsampleSpec
 from flashvaed_cli.decoders.spec.coders import CoderSpec
-from flashvaed_cli.decoders.spec.layers import ConvSpec
+from flashvaed_cli.decoders.spec.layers import ConvSpec, Kernel
 from flashvaed_cli.decoders.spec.light import light_spec
+from flashvaed_cli.decoders.spec.operators import Operator
+from flashvaed_cli.decoders.variants.expansion import expanded_decoder
 from flashvaed_cli.errors import ArtifactError
 from flashvaed_cli.families import registry
 from flashvaed_cli.families.layout import Layout
@@ -53,6 +58,37 @@ def test_there_and_back(layout: Layout, name: str) -> None:
     assert back.state_dict().keys() == own.state_dict().keys()
     for key, value in own.state_dict().items():
         assert torch.equal(back.state_dict()[key], value), key
+
+
+IN_BLOCKS_NAMED_BY_PATHS = {"depthwise3d"}
+ENLARGING = {"subpixel2d"}  # in files it is its twin
+
+
+@pytest.mark.parametrize("operator", sorted(set(OPERATORS) - IN_BLOCKS_NAMED_BY_PATHS - ENLARGING))
+def test_a_layer_of_every_operator_can_be_written(operator: Operator) -> None:
+    """Its parameters have places in `artifact/foreign/layouts.py`, or it becomes dense in `variants/expansion.py`."""
+    width, rank = DECODER_SPEC.latent_width, 2 if operator == "lowrank3d" else None
+    kernels: list[Kernel] = [(3, 3, 3), (1, 3, 3), (3, 1, 1), (1, 1, 1)]
+    conv = next(conv for kernel in kernels if (conv := allowed(operator, width, kernel, rank)) is not None)
+    own = Decoder(DECODER_SPEC.with_blocks({"conv_in.0": ConvBlockSpec(conv=conv)}))
+    filled(own)
+    written = expanded_decoder(own)
+    places = {slot.ours: slot.shape for slot in slots(written.spec, WAN_ORIGINAL)}
+    state = written.state_dict()
+    unplaced = [name for name in state if name not in places or math.prod(places[name]) != state[name].numel()]
+    assert not unplaced, f"no place that fits in artifact/foreign/layouts.py, and not made dense: {unplaced}"
+    foreign = to_foreign(state, written.spec, WAN_ORIGINAL)
+    read = coders_from_foreign(foreign, WAN_ORIGINAL)["decoder"]
+    x = torch.randn(1, width, 3, 2, 2)
+    expected = own(x)
+    torch.testing.assert_close(read(x), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))  # float32
+
+
+def allowed(operator: Operator, width: int, kernel: Kernel, rank: int | None) -> ConvSpec | None:
+    try:
+        return ConvSpec(operator=operator, in_width=width, out_width=width, kernel=kernel, rank=rank)
+    except ValidationError:
+        return None
 
 
 @every_layout
