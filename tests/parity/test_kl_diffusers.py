@@ -174,7 +174,7 @@ def test_a_trainers_file_with_its_loss(tmp_path: Path) -> None:
 def test_what_tensors_do_not_tell_is_asked_for(tmp_path: Path) -> None:
     save_file(single_file(saved(random_kl(kl_config("sdxl", 32, 32)), tmp_path / "vae")), tmp_path / "bare.safetensors")
     with pytest.raises(
-        ArtifactError, match=r"compute different things\. Say which it is with --family stable-diffusion or --family sd"
+        ArtifactError, match=r"compute different things\. Choose one with --family stable-diffusion or --family sd"
     ):
         load_checkpoint(tmp_path / "bare.safetensors", builtins={})
     with pytest.raises(ArtifactError, match=r"latent_channels of flux\.1 is 16; the weights have 4"):

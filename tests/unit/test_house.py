@@ -68,7 +68,8 @@ def paths_of(text: str) -> list[str]:
     spans = re.findall(r"`([\w./-]+)`", LINK.sub("", FENCE.sub("", text)))
     blocks = "\n".join(body for _, language, body in FENCE.findall(text) if not language)
     listed = re.findall(r"(?:^|  )(\w[\w/]*(?:/|\.py))(?= |$)", blocks, re.MULTILINE)
-    return [path for path in spans if "/" in path or path.endswith(".py")] + listed
+    inside = [path for path in spans if not path.startswith("/")]  # what begins with a slash is the machine's
+    return [path for path in inside if "/" in path or path.endswith(".py")] + listed
 
 
 def is_in_tree(path: str, readme: Path) -> bool:

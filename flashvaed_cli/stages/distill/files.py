@@ -54,7 +54,7 @@ class TrainingFiles:
             DistillationError: another one does.
         """
         with exclusive_lock(
-            self.output.with_name(f".{self.output.stem}.lock"),
+            self.output.with_name(f".{self.output.stem}.training.lock"),
             lambda holder: DistillationError(
                 f"another run is training {self.output} ({holder}): wait until it has ended, or give this one another "
                 "--output"
