@@ -25,6 +25,7 @@ from flashvaed_cli.decoders.predict.cost import total_gflop
 from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.decoders.spec.light import LightShape, light_spec
+from flashvaed_cli.decoders.variants.exact import exact_decoder
 from flashvaed_cli.metrics.speed import time_alternating
 from flashvaed_cli.report.tables import Column, TableData, to_rich
 from flashvaed_cli.zoo.builtin import BUILTINS
@@ -65,8 +66,9 @@ def spec_of(location: str) -> DecoderSpec:
 
 
 def runtime(spec: DecoderSpec) -> DecodeRuntime:
-    """A decoder with random weights, as it is timed."""
-    return DecodeRuntime(Decoder(spec).eval().requires_grad_(False), DecodeSettings(), shares_weights=True)
+    """A decoder with random weights, run as `eval` runs it."""
+    decoder = exact_decoder(Decoder(spec).eval().requires_grad_(False))
+    return DecodeRuntime(decoder, DecodeSettings(), shares_weights=True)
 
 
 @torch.inference_mode()
