@@ -1,6 +1,6 @@
 # flashvaed: everything works on a fresh machine with make and Python 3.11 or newer.
 #
-#   make demo                 the whole pipeline on the embedded default, 6 to 10 minutes on two cores
+#   make demo                 the whole pipeline on the embedded default, about 5 minutes on two cores
 #   make demo DATA=clips/     the same on your own videos (files or folders, several separated by spaces)
 #   make test                 the test suite
 #   make check                formatting, lint, types, room contract, tests

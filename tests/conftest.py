@@ -1,4 +1,4 @@
-"""What every test gets: checked tensor shapes, few threads, fixed seeds, a Ctrl-C that interrupts."""
+"""What every test gets: checked tensor shapes, few threads, fixed seeds, signals that interrupt."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ hypothesis.settings.load_profile("flashvaed")
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # what a shell hands to its background jobs
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 UNCHECKED = tuple(REPOSITORY / "tests" / name for name in ("cli", "faults", "integration", "recipes", "unit/export"))
