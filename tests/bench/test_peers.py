@@ -32,12 +32,10 @@ from flashvaed_cli.decoders.variants.exact import exact_decoder
 from flashvaed_cli.families.wan21.spec import wan_decoder_spec
 from flashvaed_cli.metrics.contest import Contestant, ContestResult, run_contest
 from flashvaed_cli.metrics.roofline import measure_rates
-from flashvaed_cli.metrics.speed import SpeedResult, speed_ratio
-from flashvaed_cli.report.evaluation import Spread
 from flashvaed_cli.report.speed import SpeedRow, SpeedTable, machine_table, time_table
 from flashvaed_cli.report.tables import to_markdown
 from flashvaed_cli.stages.speed.contestants import diffusers_call
-from flashvaed_cli.stages.speed.table import TimedSize, counted_spec
+from flashvaed_cli.stages.speed.table import TimedSize, counted_spec, ratio_of_rounds, seconds_of_rounds
 from tests.bench.full_size import paper_layout, random_decoder, setting
 
 FOLDER = Path(os.environ.get("FLASHVAED_BENCH_PEERS", "build/peers"))
@@ -180,9 +178,9 @@ def rows(results: Sequence[ContestResult], gflop: dict[str, float]) -> tuple[Spe
     return tuple(
         SpeedRow(
             name=result.name,
-            seconds=None if (s := result.speed) is None else Spread(s.median, s.min, s.max, len(s.seconds)),
-            over_eager=None if result is results[0] else spread(first, s),
-            over_exact=None if result.name == EXACT else spread(exact, s),
+            seconds=seconds_of_rounds(result.speed),
+            over_eager=None if result is results[0] else ratio_of_rounds(first, result.speed),
+            over_exact=None if result.name == EXACT else ratio_of_rounds(exact, result.speed),
             peak_bytes=None if result.memory is None else result.memory.num_bytes,
             gflop=gflop.get(result.name.removesuffix(", compiled")),
             cold_start_s=result.cold_start_s,
@@ -190,10 +188,3 @@ def rows(results: Sequence[ContestResult], gflop: dict[str, float]) -> tuple[Spe
         )
         for result in results
     )
-
-
-def spread(slow: SpeedResult | None, fast: SpeedResult | None) -> Spread | None:
-    if slow is None or fast is None:
-        return None
-    ratio = speed_ratio(slow, fast)
-    return Spread(ratio.median, ratio.min, ratio.max, len(ratio.ratios))

@@ -48,7 +48,7 @@ def quality_against_speed(points: Sequence[Point], scheme: Scheme) -> Figure:
     axes.set_ylim(low - max(1.0, 0.15 * (101 - low)), max(101, *(point.quality_percent for point in points)) + 0.5)
     axes.set_xticks([tick for tick in (1, 2, 3, 5, 10, 20, 30, 50, 100, 200) if slowest <= tick <= fastest])
     axes.minorticks_off()
-    dress(axes, scheme, x_label="times faster than the eager original", y_label="PSNR to the video kept, %")
+    dress(axes, scheme, x_label="speed, the eager original's is 1×", y_label="PSNR to the video kept, %")
     legend(axes, scheme, max_columns=2)
     return figure
 

@@ -38,7 +38,7 @@ class HeldOut:
 
     Attributes:
         figures: their GFLOP are those of the last clip.
-        speed: how many times faster than the eager original.
+        speed: as a multiple of the eager original's.
     """
 
     figures: HeldOutFigures | None = None
@@ -130,7 +130,7 @@ def summary_tables(judged: HeldOut, parameters: tuple[int, int], errors: Sequenc
             rows.append(("sharpness, the original's is 1", f"{record.sharpness_ratio:.3f}"))
         rows.append(("GFLOP for such a clip", f"{record.gflop_before:.1f} to {record.gflop_after:.1f}"))
     if judged.speed is not None:
-        rows.append(("times faster than the eager original", _speedup(judged.speed)))
+        rows.append(("speed, the eager original's is 1", _speedup(judged.speed)))
     rows.append(("million parameters", f"{parameters[0] / 1e6:.3f} to {parameters[1] / 1e6:.3f}"))
     worst = sorted(errors, key=lambda one: one.after, reverse=True)[:_NUM_WORST]
     rows += [(f"layer {error.address} misses of its target", f"{100 * error.after:.2g} %") for error in worst]

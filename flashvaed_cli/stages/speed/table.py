@@ -218,9 +218,9 @@ def _rows(entries: list[_Entry], results: list[ContestResult], grid: Grid, dtype
     return tuple(
         SpeedRow(
             name=result.name,
-            seconds=_seconds(result.speed),
-            over_eager=None if result is results[0] else _ratio(eager, result.speed),
-            over_exact=None if result.name == EXACT else _ratio(tuned, result.speed),
+            seconds=seconds_of_rounds(result.speed),
+            over_eager=None if result is results[0] else ratio_of_rounds(eager, result.speed),
+            over_exact=None if result.name == EXACT else ratio_of_rounds(tuned, result.speed),
             peak_bytes=_peak_bytes(entry, result),
             gflop=total_gflop(entry.spec, grid),
             traffic_bytes=traffic_elements(entry.spec, grid) * dtype.itemsize,
@@ -233,11 +233,13 @@ def _rows(entries: list[_Entry], results: list[ContestResult], grid: Grid, dtype
     )
 
 
-def _seconds(speed: SpeedResult | None) -> Spread | None:
+def seconds_of_rounds(speed: SpeedResult | None) -> Spread | None:
+    """Seconds a decoding takes; None if it was not timed."""
     return None if speed is None else Spread(speed.median, speed.min, speed.max, len(speed.seconds))
 
 
-def _ratio(baseline: SpeedResult | None, speed: SpeedResult | None) -> Spread | None:
+def ratio_of_rounds(baseline: SpeedResult | None, speed: SpeedResult | None) -> Spread | None:
+    """How many times faster `speed` is than `baseline`, round by round; None if either was not timed."""
     if baseline is None or speed is None:
         return None
     ratio = speed_ratio(baseline, speed)

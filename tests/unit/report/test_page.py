@@ -100,7 +100,7 @@ def test_names_from_files_are_no_markup_and_no_escapes(html: str) -> None:
 def test_every_part_is_there(html: str) -> None:
     for part in (
         "10.0×",
-        "4.00× over the tuned exact original",
+        "4.00× the speed of the tuned exact one",
         "range of the rounds 9.00–11.00",
         "95 % interval",
         "11 %",
