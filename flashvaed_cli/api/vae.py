@@ -18,7 +18,7 @@ from flashvaed_cli.decoders.run.less_memory import decode_in_memory
 from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings, DecodeStream
 from flashvaed_cli.decoders.run.streaming import encode
 from flashvaed_cli.decoders.spec.latent_patches import are_per_place
-from flashvaed_cli.decoders.variants.exact import exact_decoder
+from flashvaed_cli.decoders.variants.exact import exact_coder, exact_decoder
 from flashvaed_cli.errors import FlashVaedError, SpecError
 from flashvaed_cli.recipe.fields import LatentScale
 from flashvaed_cli.recipe.quantities import parse_memory
@@ -177,7 +177,7 @@ class Vae:
             source = self._checkpoint
             if source.encoder is None or self._original is not None:
                 source = load_original(source, self._original, BUILTINS)
-            self._encoder = source.require_encoder().to(self.device, self.dtype)
+            self._encoder = exact_coder(source.require_encoder().to(self.device, self.dtype))
         return self._encoder
 
     def _raw(self, latents: Tensor, scale: LatentScale) -> Tensor:

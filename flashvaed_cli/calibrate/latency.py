@@ -28,7 +28,7 @@ def measure_latency(
     """Stage to operator to milliseconds, in forward order; a stage's values add up to its whole time.
 
     Args:
-        profile: measures named modules; the names of one call do not contain each other.
+        profile: measures named modules, blocks and the layers in them alike.
     """
     blocks = {f"stages.{a}": stage_of(a) for a, _ in decoder.blocks()}
     blocks |= {f"bypasses.{stage}": stage for stage in decoder.bypasses}
@@ -38,14 +38,14 @@ def measure_latency(
         if isinstance(module, Conv | Norm) and not isinstance(_parent(decoder, name), Attention)
     }
     layers |= {f"stages.{a}": "attention" for a, block in decoder.blocks() if isinstance(block, Attention)}
-    block_ms = profile(decoder, lambda: decoder(latents), list(blocks))
-    layer_ms = profile(decoder, lambda: decoder(latents), [name for name in layers if _runs(decoder, name, latents)])
+    timed = [name for name in layers if _runs(decoder, name, latents)]
+    milliseconds = profile(decoder, lambda: decoder(latents), list(dict.fromkeys([*blocks, *timed])))
     table: dict[str, dict[str, float]] = {stage.name: {} for stage in decoder.spec.stages}
-    for name, ms in layer_ms.items():
+    for name in timed:
         stage = name.split(".")[1]
-        table[stage][layers[name]] = table[stage].get(layers[name], 0.0) + ms
+        table[stage][layers[name]] = table[stage].get(layers[name], 0.0) + milliseconds[name]
     for stage, operators in table.items():
-        whole = sum(ms for name, ms in block_ms.items() if blocks[name] == stage)
+        whole = sum(milliseconds[name] for name, owner in blocks.items() if owner == stage)
         operators[OTHER] = max(whole - sum(operators.values()), 0.0)
     return table
 

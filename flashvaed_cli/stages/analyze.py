@@ -41,7 +41,7 @@ from flashvaed_cli.stages.latency_model import TimedClip, measure_width_times, w
 from flashvaed_cli.surgery.evidence import channel_evidence
 
 LATENCY_BUDGET_S = 15.0
-"""Seconds for the latency of the stages, and as many for that of their layers, unless the rounds are given."""
+"""Seconds for the latency of the stages and layers, unless the number of rounds is given."""
 SHOWN_RATIOS = (0.125, 0.25, 0.5)
 
 

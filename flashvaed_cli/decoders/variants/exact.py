@@ -35,12 +35,13 @@ measured on CUDA: only the upsamplers change there, which saves products and mem
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar, cast
 
 import torch
 
 from flashvaed_cli.decoders.modules.coder import Coder, Decoder
 from flashvaed_cli.decoders.spec.blocks import BlockSpec, UpsampleSpec
-from flashvaed_cli.decoders.spec.coders import DecoderSpec
+from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec
 from flashvaed_cli.decoders.spec.layers import ConvSpec
 from flashvaed_cli.decoders.spec.operators import Operator
 
@@ -50,17 +51,20 @@ WINOGRAD_WIDTH = 24
 STACKED_WIDTH = 4
 """Outputs up to which `stacked3d` saves more reading than it adds writing."""
 
+CoderT = TypeVar("CoderT", bound=Coder)
+SpecT = TypeVar("SpecT", bound=CoderSpec)
+
 OperatorChoice = Callable[[BlockSpec, str, ConvSpec], Operator]
 """Block, name of the layer in it, plain layer: the operator it gets."""
 
 
-def exact_spec(spec: DecoderSpec, *, device_type: str = "cpu") -> DecoderSpec:
+def exact_spec(spec: SpecT, *, device_type: str = "cpu") -> SpecT:
     """The spec with each layer's fastest exact operator on a kind of device; the given spec may have twins already."""
     choose = _fastest_on_cpu if device_type == "cpu" else _fastest_elsewhere
     return _with_operators(spec, choose)
 
 
-def plain_spec(spec: DecoderSpec) -> DecoderSpec:
+def plain_spec(spec: SpecT) -> SpecT:
     """The spec with every exact twin replaced by its plain operator: for surgery, distillation and export."""
     return _with_operators(spec, _plain)
 
@@ -75,9 +79,9 @@ def exact_decoder(decoder: Decoder, *, device_type: str | None = None) -> Decode
     return with_spec(decoder, exact_spec(decoder.spec, device_type=device_type))
 
 
-def exact_coder(coder: Coder) -> Coder:
-    """A decoder with exact operators, as `exact_decoder` makes it; an encoder as it is, since it has none."""
-    return exact_decoder(coder) if isinstance(coder, Decoder) else coder
+def exact_coder(coder: CoderT) -> CoderT:
+    """The same encoder or decoder with exact operators; it shares the weights, in place, with the one given."""
+    return with_spec(coder, exact_spec(coder.spec, device_type=next(coder.parameters()).device.type))
 
 
 def plain_decoder(decoder: Decoder) -> Decoder:
@@ -85,20 +89,20 @@ def plain_decoder(decoder: Decoder) -> Decoder:
     return with_spec(decoder, plain_spec(decoder.spec))
 
 
-def with_spec(decoder: Decoder, spec: DecoderSpec) -> Decoder:
-    """A decoder of another spec over the same parameters: the specs differ in exact twins only."""
-    assert plain_spec(spec) == plain_spec(decoder.spec), "not the same network"
+def with_spec(coder: CoderT, spec: CoderSpec) -> CoderT:
+    """A coder of another spec over the same parameters: the specs differ in exact twins only."""
+    assert plain_spec(spec) == plain_spec(coder.spec), "not the same network"
     with torch.device("meta"):
-        changed = Decoder(spec)
+        changed = type(coder)(spec)
     for name, module in changed.named_modules():
-        original = decoder.get_submodule(name)
+        original = coder.get_submodule(name)
         for key, parameter in original._parameters.items():
             module.register_parameter(key, parameter)
         for key, buffer in original._buffers.items():
             module.register_buffer(key, buffer)
         if "eps" in vars(module):  # of a norm whose decoder was scaled for float16
             vars(module)["eps"] = vars(original)["eps"]
-    return changed.train(decoder.training)
+    return changed.train(coder.training)
 
 
 def exact_changes(before: DecoderSpec, after: DecoderSpec) -> list[tuple[str, Operator, Operator]]:
@@ -111,15 +115,17 @@ def exact_changes(before: DecoderSpec, after: DecoderSpec) -> list[tuple[str, Op
     ]
 
 
-def _with_operators(spec: DecoderSpec, choose: OperatorChoice) -> DecoderSpec:
+def _with_operators(spec: SpecT, choose: OperatorChoice) -> SpecT:
     changed: dict[str, BlockSpec] = {}
     for address, block in spec.blocks():
+        if block.shrinkage != (1, 1, 1):
+            continue  # a layer with strides, which no twin has
         layers: dict[str, ConvSpec] = {}
         for name, layer in block.layers.items():
             plain = layer.model_copy(update={"operator": layer.plain_operator})
             layers[name] = plain.model_copy(update={"operator": choose(block, name, plain)})
         changed[address] = block.with_layers(layers)
-    return spec.with_blocks(changed)
+    return cast(SpecT, spec.with_blocks(changed))
 
 
 def _plain(_block: BlockSpec, _name: str, layer: ConvSpec) -> Operator:

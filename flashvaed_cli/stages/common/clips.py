@@ -13,6 +13,7 @@ from torch import Tensor
 from flashvaed_cli.artifact.checkpoint import Checkpoint
 from flashvaed_cli.decoders.run.latent_scale import figures_over
 from flashvaed_cli.decoders.run.streaming import encode
+from flashvaed_cli.decoders.variants.exact import exact_coder
 from flashvaed_cli.errors import MediaError
 from flashvaed_cli.media.clips import ClipRequest, load_clip, plan_clips, usable_files
 from flashvaed_cli.media.cuts import none_usable
@@ -134,7 +135,7 @@ def _file_of(clip: ClipRequest | Path) -> Path:
 @torch.no_grad()
 def encode_clip(vae: Checkpoint, clip: Float[Tensor, "3 T H W"], device: torch.device) -> Float[Tensor, "1 C T Hz Wz"]:
     """Encode the most frames of a clip that are whole latents; sides are padded to what the encoder takes."""
-    return encode(vae.require_encoder(), encodable(vae, clip)[None].to(device))
+    return encode(exact_coder(vae.require_encoder()), encodable(vae, clip)[None].to(device))
 
 
 def encodable(vae: Checkpoint, clip: Float[Tensor, "3 T H W"]) -> Float[Tensor, "3 t h w"]:

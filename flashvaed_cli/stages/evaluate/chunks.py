@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from flashvaed_cli.decoders.run.streaming import State, encode_step
+from flashvaed_cli.decoders.variants.exact import exact_coder
 from flashvaed_cli.errors import MediaError
 from flashvaed_cli.families.registry import get_family
 from flashvaed_cli.media.latent_files import is_latent_file
@@ -76,7 +77,7 @@ def _video_chunks(path: Path, num_frames: int, chunk: int, inputs: Inputs, recip
 
     An encoder that sees frames ahead takes the whole clip as one chunk.
     """
-    encoder = inputs.original.require_encoder()
+    encoder = exact_coder(inputs.original.require_encoder())
     factor, multiple = encoder.spec.temporal_factor, encoder.spec.spatial_factor
     chunk = chunk if encoder.spec.is_causal else encoder.spec.num_latents(num_frames)
     frames = iter_frames(path, start=0, stop=num_frames, max_side=recipe.max_side)

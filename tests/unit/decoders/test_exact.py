@@ -6,14 +6,23 @@ import pytest
 import torch
 
 from flashvaed_cli.decoders.modules import winograd
+from flashvaed_cli.decoders.modules.coder import Encoder
 from flashvaed_cli.decoders.modules.memory_format import channels_last, use_channels_last
-from flashvaed_cli.decoders.run.streaming import decode
+from flashvaed_cli.decoders.run.streaming import decode, encode
 from flashvaed_cli.decoders.spec.blocks import HeadSpec, UpsampleSpec
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.decoders.spec.layers import ConvSpec
-from flashvaed_cli.decoders.variants.exact import exact_changes, exact_decoder, exact_spec, plain_decoder, plain_spec
-from flashvaed_cli.families.wan21.spec import wan_decoder_spec
-from tests.toy import DECODER_SPECS, toy_decoder, toy_latents
+from flashvaed_cli.decoders.variants.exact import (
+    exact_changes,
+    exact_coder,
+    exact_decoder,
+    exact_spec,
+    plain_decoder,
+    plain_spec,
+)
+from flashvaed_cli.families.registry import FAMILIES
+from flashvaed_cli.families.wan21.spec import wan_decoder_spec, wan_encoder_spec
+from tests.toy import DECODER_SPECS, fill_, toy_decoder, toy_latents
 
 DOUBLE = 1e-10  # of frames in [-1, 1], float64: thirty layers, each in another order of sums
 SINGLE = 1e-4  # float32: Winograd loses 1e-5 of a layer's largest output
@@ -58,6 +67,33 @@ def test_same_frames_in_lower_precision(layout: str, dtype: torch.dtype, bound: 
             exact, latents = use_channels_last(exact), channels_last(latents)
         found = decode(exact, latents)
     torch.testing.assert_close(found, expected, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_an_encoder_gives_the_same_latents(name: str, chunk: int | None) -> None:
+    family = FAMILIES[name]
+    encoder = Encoder(family.encoder_spec(24 if name == "wan2.1" else 8, 4)).double()  # at 24, Winograd too
+    encoder = encoder.eval().requires_grad_(False)
+    fill_(encoder)
+    spec, exact = encoder.spec, exact_coder(encoder)
+    kt, ks = spec.temporal_factor, spec.spatial_factor
+    pixels = torch.rand(1, 3, 1 if spec.still else 1 + 3 * kt, 2 * ks, ks, dtype=torch.float64) * 2 - 1
+    expected = encode(encoder, pixels)
+    torch.testing.assert_close(
+        encode(exact, pixels, chunk=chunk), expected, rtol=0, atol=1e-9 * float(expected.abs().max())
+    )
+    assert plain_spec(exact.spec) == spec
+
+
+@torch.no_grad()
+def test_layers_with_strides_have_no_twins() -> None:
+    spec = exact_spec(wan_encoder_spec(96, 16))
+    operators = {address: layer.operator for address, layer in spec.layers()}
+    assert operators["down1.0.conv1"] == "winograd3d"
+    assert operators["down1.2.spatial"] == "frame2d"
+    assert operators["down1.2.temporal"] == "causal3d"
 
 
 def test_the_weights_are_shared() -> None:
