@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flashvaed_cli.decoders.modules.convolution import conv_at
+from flashvaed_cli.decoders.modules.convolution import conv_at, remember
 from flashvaed_cli.decoders.modules.naf_blocks import CellHead, CellStem, Ista, Naf
+from flashvaed_cli.decoders.modules.narrow_upsampler import doubling_kernel, enlarged_sum, single_kernel
 from flashvaed_cli.decoders.modules.norms import ChannelLayerNorm, activate, build_norm, norm_silu
 from flashvaed_cli.decoders.modules.operators import (
     Conv,
@@ -149,12 +150,37 @@ class Upsample(nn.Module):
         super().__init__()
         self.grows_first = spec.grows_first
         self.repeats_frames = spec.repeats_frames
+        self.is_folded = spec.is_folded
         self.temporal = None if spec.temporal is None else build_conv(spec.temporal, f"{address}.temporal")
         self.spatial = build_conv(spec.spatial, f"{address}.spatial")
 
     def forward(self, x: Clip, past: Past = None, future: Future = None) -> MappedClip:
+        num_single = int(past is None and not self.grows_first)
+        if self.is_folded and x.shape[2] > num_single and self._may_fold():
+            return self._folded(x, num_single, past, future)
         x = self.double_frames(x, past, future)
         return self.spatial(x if self.spatial.spec.enlarges else self.enlarge(x), past, future)
+
+    def _folded(self, x: Clip, num_single: int, past: Past, future: Future) -> MappedClip:
+        """The same with both kernels as one; the first `num_single` frames skip `temporal`."""
+        assert self.temporal is not None
+        spatial, num_outputs = (self.spatial.weight, self.spatial.bias), self.spatial.spec.out_width
+        kernel = doubling_kernel((self.temporal.weight, self.temporal.bias), spatial)
+        single, rest = x[:, :, :num_single], x[:, :, num_single:]
+        num_past = self.temporal.spec.num_past
+        before = past[self.temporal.address] if past is not None and num_past else None
+        frames = enlarged_sum(rest, before, kernel, num_outputs)
+        remember(rest, num_past, self.temporal.address, past, future)
+        if num_single == 0:
+            return frames
+        return torch.cat([enlarged_sum(single, None, single_kernel(spatial), num_outputs), frames], dim=2)
+
+    def _may_fold(self) -> bool:
+        """Whether nobody needs what is between the layers: no gradient, no compiler, and no hook on a layer."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        layers = (self.temporal, self.spatial)
+        return not any(layer is not None and (layer._forward_hooks or layer._forward_pre_hooks) for layer in layers)
 
     @staticmethod
     def enlarge(x: Clip) -> MappedClip:

@@ -68,20 +68,21 @@ Margins = tuple[int, int]
 def sum_over_taps(
     x: Float[Tensor, "B C T H W"],
     before: Float[Tensor, "B C P H W"] | None,
-    weight: Float[Tensor, "O C kt kh kw"],
+    weight: Float[Tensor, "O _I kt kh kw"],
     bias: Float[Tensor, " O"] | None,
     margins: Margins = (0, 0),
+    groups: int = 1,
 ) -> Float[Tensor, "B O T Ho Wo"]:
     """A causal convolution, tap after tap. `before`: the kt - 1 frames before `x`; None: zeros."""
     kt, num_frames = weight.shape[2], x.shape[2]
-    y = _tap(x, weight[:, :, kt - 1], bias, margins)
+    y = _tap(x, weight[:, :, kt - 1], bias, margins, groups)
     for delay in range(1, kt):
         tap = weight[:, :, kt - 1 - delay]
         if num_frames > delay:
-            y[:, :, delay:] += _tap(x[:, :, : num_frames - delay], tap, None, margins)
+            y[:, :, delay:] += _tap(x[:, :, : num_frames - delay], tap, None, margins, groups)
         if before is not None:
             reach = min(delay, num_frames)
-            y[:, :, :reach] += _tap(before[:, :, kt - 1 - delay : kt - 1 - delay + reach], tap, None, margins)
+            y[:, :, :reach] += _tap(before[:, :, kt - 1 - delay : kt - 1 - delay + reach], tap, None, margins, groups)
     return y
 
 
@@ -123,11 +124,12 @@ def _unrolled(
 
 def _tap(
     x: Float[Tensor, "B C t H W"],
-    weight: Float[Tensor, "O C kh kw"],
+    weight: Float[Tensor, "O _I kh kw"],
     bias: Float[Tensor, " O"] | None,
     margins: Margins,
+    groups: int = 1,
 ) -> Float[Tensor, "B O t Ho Wo"]:
-    return batch_as_frames(F.conv2d(frames_as_batch(x), weight, bias, padding=margins), x.shape[0])
+    return batch_as_frames(F.conv2d(frames_as_batch(x), weight, bias, padding=margins, groups=groups), x.shape[0])
 
 
 class StackedConv3d(Conv):

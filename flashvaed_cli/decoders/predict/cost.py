@@ -76,8 +76,9 @@ def _block_cost(address: str, block: BlockSpec, grid: Grid) -> list[LayerCost]:
         return [_attention_cost(address, block, grid)]
     costs = []
     for name, layer in block.layers.items():
-        cost = _layer_cost(f"{address}.{name}", layer, block.layer_grid(name, grid))
-        costs.append(replace(cost, flop=cost.flop * block.num_uses(name)))
+        cost = _layer_cost(f"{address}.{name}", *block.computed_layer(name, grid))
+        num_flop, operator = cost.flop * block.num_uses(name), layer.operator
+        costs.append(replace(cost, flop=num_flop, operator=operator, parameters=layer.parameter_count))
     if block.norm_parameters:
         costs.append(LayerCost(f"{address}.norm", "norm", 0, block.norm_parameters))
     return costs

@@ -179,3 +179,7 @@ class Block(OmittingSpec):
     def layer_grid(self, name: str, grid: Grid) -> Grid:
         """The positions at which a layer is evaluated for an input of `grid`."""
         return self.grid_after(grid)
+
+    def computed_layer(self, name: str, grid: Grid) -> tuple[ConvSpec, Grid]:
+        """What is computed in place of a layer for an input of `grid`, and at which positions: the layer itself."""
+        return self.layers[name], self.layer_grid(name, grid)

@@ -12,6 +12,9 @@ from pydantic import model_validator
 from flashvaed_cli.decoders.spec.block import Block, Grid, Reader
 from flashvaed_cli.decoders.spec.layers import ConvSpec, Factor
 
+_NUM_TAPS = 9
+"""Of a `subpixel2d` layer, in space."""
+
 
 class UpsampleSpec(Block):
     """Optional doubling in time, then nearest x2 in space and `spatial`.
@@ -60,6 +63,15 @@ class UpsampleSpec(Block):
         return not self.spatial.enlarges
 
     @property
+    def is_folded(self) -> bool:
+        """Whether both layers run as one kernel: with exact operators, where few channels leave."""
+        temporal, spatial = self.temporal, self.spatial
+        if temporal is None or temporal.operator != "tapwise3d" or temporal.kernel[1:] != (1, 1):
+            return False
+        causal = temporal.time_padding == "zeros"
+        return causal and spatial.operator == "subpixel2d" and _NUM_TAPS * spatial.out_width < spatial.in_width
+
+    @property
     def readers(self) -> tuple[Reader, ...]:
         """`temporal` keeps the channels of its input, so `spatial` reads them too."""
         return tuple(Reader(layer=name) for name in self.layers)
@@ -79,6 +91,17 @@ class UpsampleSpec(Block):
         if name != "temporal":
             return self.grid_after(grid)
         return grid if self.grows_first else (grid[0] - 1, *grid[1:])
+
+    def computed_layer(self, name: str, grid: Grid) -> tuple[ConvSpec, Grid]:
+        """As one kernel, the taps of `spatial` on both frames that `temporal` makes, or on the one that skips it."""
+        layer, at = super().computed_layer(name, grid)
+        if not self.is_folded:
+            return layer, at
+        width = _NUM_TAPS * self.spatial.out_width
+        if name == "temporal":
+            return layer.model_copy(update={"out_width": 2 * width}), at
+        single = ConvSpec(operator="pointwise", in_width=layer.in_width, out_width=width, kernel=(1, 1, 1))
+        return single, (0 if self.grows_first else 1, *grid[1:])
 
 
 class DownsampleSpec(Block):
