@@ -1,4 +1,4 @@
-"""Threads and a busy machine: Wan 2.1 at full size, random weights, 5 frames of 128 x 128, beside a process that counts.
+"""Threads and load: Wan 2.1 at full size, random weights, 5 frames of 128 x 128, also beside a process that counts.
 
 Every row is a process of its own, with as many threads as it says, alone and beside one busy process, with the spinning
 of libgomp's threads bounded as the command line bounds it and as it comes. The decoders take turns; prints medians
