@@ -10,10 +10,10 @@ def main() -> None:
     """Run the command line."""
     try:
         from flashvaed_cli.cli.streams import prepare_streams
-        from flashvaed_cli.cli.threads import prepare_threads
+        from flashvaed_cli.cli.threads import available_cores, prepare_threads
 
         prepare_streams()
-        prepare_threads(os.environ, os.cpu_count() or 1)
+        prepare_threads(os.environ, available_cores(), machine_cores=os.cpu_count())
         from flashvaed_cli.cli.app import main as run_program
 
         run_program()

@@ -5,22 +5,23 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from flashvaed_cli.cli.threads import cpu_quota, prepare_threads
+from flashvaed_cli.cli.threads import cpu_quota, num_busy, prepare_threads
 
 NO_FILE = Path("/nowhere")
 
 
 def test_spinning_is_bounded_unless_the_user_decides(tmp_path: Path) -> None:
     environment: dict[str, str] = {}
-    prepare_threads(environment, 8, tmp_path)
+    prepare_threads(environment, 8, cgroups=tmp_path, load=NO_FILE)
     assert environment == {"GOMP_SPINCOUNT": "10000"}
     for chosen in ({"GOMP_SPINCOUNT": "5"}, {"OMP_WAIT_POLICY": "active"}):
         environment = dict(chosen)
-        prepare_threads(environment, 8, tmp_path)
+        prepare_threads(environment, 8, cgroups=tmp_path, load=NO_FILE)
         assert environment == chosen
 
 
@@ -41,11 +42,42 @@ def test_threads_follow_the_quota(tmp_path: Path, files: dict[str, str], cores: 
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     environment = {"OMP_WAIT_POLICY": "passive"}
-    prepare_threads(environment, cores, tmp_path)
+    prepare_threads(environment, cores, cgroups=tmp_path, load=NO_FILE)
     assert environment.get("OMP_NUM_THREADS") == threads
     environment["OMP_NUM_THREADS"] = "7"
-    prepare_threads(environment, cores, tmp_path)
+    prepare_threads(environment, cores, cgroups=tmp_path, load=NO_FILE)
     assert environment["OMP_NUM_THREADS"] == "7"
+
+
+@pytest.mark.parametrize(
+    ("running", "cores", "machine_cores", "threads"),
+    [
+        ("1", 2, 2, None),  # this process alone
+        ("2", 2, 2, "1"),
+        ("9", 2, 2, "1"),
+        ("4", 8, 8, "5"),
+        ("40", 8, 8, "4"),  # half of them in any case
+        ("40", 8, 64, None),  # the others have cores of their own
+        ("60", 8, 64, "5"),
+        ("nonsense", 8, 8, None),
+    ],
+)
+def test_threads_leave_busy_cores_alone(
+    tmp_path: Path, running: str, cores: int, machine_cores: int, threads: str | None
+) -> None:
+    load = tmp_path / "loadavg"
+    load.write_text(f"4.53 3.77 2.93 {running}/99 21492\n")
+    environment = {"OMP_WAIT_POLICY": "passive"}
+    prepare_threads(environment, cores, machine_cores=machine_cores, cgroups=tmp_path, load=load)
+    assert environment.get("OMP_NUM_THREADS") == threads
+
+
+def test_the_quietest_look_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that runs for a moment while the program starts says nothing about the hour to come."""
+    load = tmp_path / "loadavg"
+    load.write_text("0 0 0 5/99 1\n")
+    monkeypatch.setattr(time, "sleep", lambda _: load.write_text("0 0 0 2/99 1\n"))
+    assert num_busy(load) == 1
 
 
 def test_the_tightest_group_counts(tmp_path: Path) -> None:

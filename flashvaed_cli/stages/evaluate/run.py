@@ -36,6 +36,7 @@ from flashvaed_cli.metrics.quality import QualityResult, mean_quality
 from flashvaed_cli.metrics.vmaf import find_ffmpeg
 from flashvaed_cli.ownership import has_own_header
 from flashvaed_cli.paths import user_path
+from flashvaed_cli.printable import counted
 from flashvaed_cli.progress import Progress, SilentProgress
 from flashvaed_cli.recipe.evaluate import EvalRecipe
 from flashvaed_cli.report.evaluation import (
@@ -324,7 +325,7 @@ def _settings(
         "decoder": inputs.checkpoint.location,
         "sha256": inputs.checkpoint.sha256,
         "original": inputs.original.location,
-        "device": f"{device}, {torch.get_num_threads()} threads" if device == "cpu" else device,
+        "device": f"{device}, {counted(torch.get_num_threads(), 'thread')}" if device == "cpu" else device,
         "dtype": recipe.dtype,
         "speed": f"in alternation, {recipe.num_speed_rounds} rounds at most, latents {list(latents.shape)}",
     }

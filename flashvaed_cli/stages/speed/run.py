@@ -11,6 +11,7 @@ from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.errors import DecodeError
 from flashvaed_cli.metrics.autotune import device_name
+from flashvaed_cli.printable import counted
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.evaluate import EvalRecipe
 from flashvaed_cli.recipe.quantities import parse_memory, parse_size
@@ -103,7 +104,7 @@ def _lengths(recipe: EvalRecipe, decoders: Mapping[str, Decoder]) -> tuple[int, 
 def device_with_threads(device: torch.device) -> str:
     """Name, and on the CPU the number of threads."""
     name = device_name(device)
-    return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else name
+    return f"{name}, {counted(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else name
 
 
 def _whole(asked: TimedSize, original: Decoder, progress: Progress) -> TimedSize:
