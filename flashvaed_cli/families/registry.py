@@ -13,6 +13,7 @@ from flashvaed_cli.errors import SpecError
 from flashvaed_cli.families import (
     flux2,
     hunyuanvideo,
+    hunyuanvideo15,
     leanvae,
     ltx,
     qwen_image,
@@ -39,6 +40,7 @@ _FOLDERS = (
     flux2,
     leanvae,
     hunyuanvideo,
+    hunyuanvideo15,
     stable_video_diffusion,
 )
 """Where two layouts have the same keys, the first is taken unless the user or a configuration names the other's

@@ -31,6 +31,7 @@ from flashvaed_cli.families.wan21.names import WAN_DIFFUSERS
 from flashvaed_cli.families.wan22.names import WAN22_DIFFUSERS
 from flashvaed_cli.media.procedural import render_frames
 from tests.commands import JUDGING, invoke, read_report, succeed
+from tests.hunyuan15_toy import hunyuan15_config, random_hunyuan15
 from tests.hunyuan_toy import hunyuan_config, random_hunyuan
 from tests.kl_toys import flux2_config, kl_config, random_flux2, random_kl
 from tests.leanvae_toy import write_leanvae
@@ -79,6 +80,11 @@ def write_kl(path: Path, name: str) -> None:
 def write_hunyuan(path: Path) -> None:
     pytest.importorskip("diffusers", reason="it writes the toy of HunyuanVideo")
     random_hunyuan(hunyuan_config()).save_pretrained(path)  # type: ignore[operator]
+
+
+def write_hunyuan15(path: Path) -> None:
+    pytest.importorskip("diffusers", reason="it writes the toy of HunyuanVideo 1.5")
+    random_hunyuan15(hunyuan15_config()).save_pretrained(path)  # type: ignore[operator]
 
 
 def write_svd(path: Path) -> None:
@@ -166,6 +172,7 @@ TOYS = {
     "stable-video-diffusion": Toy(write_svd, 3, 48),
     "flux.1": Toy(lambda path: write_kl(path, "flux.1"), 1, 48, is_still=True),
     "hunyuanvideo": Toy(write_hunyuan, 9, 48),
+    "hunyuanvideo-1.5": Toy(write_hunyuan15, 9, 64),
     "flux.2": Toy(write_flux2, 1, 48, is_still=True),
 }
 
