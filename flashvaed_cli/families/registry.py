@@ -18,6 +18,7 @@ from flashvaed_cli.families import (
     ltx,
     qwen_image,
     qwen_image2,
+    seedvr2,
     stable_diffusion,
     stable_video_diffusion,
     wan21,
@@ -42,6 +43,7 @@ _FOLDERS = (
     hunyuanvideo,
     hunyuanvideo15,
     stable_video_diffusion,
+    seedvr2,
 )
 """Where two layouts have the same keys, the first is taken unless the user or a configuration names the other's
 family."""

@@ -134,7 +134,7 @@ def _narrow_upsample(block: UpsampleSpec, widths: _Widths) -> UpsampleSpec:
 def _narrow_shuffle(block: ShuffleUpsampleSpec, widths: _Widths) -> ShuffleUpsampleSpec:
     """A residual becomes part of the kernel."""
     conv = _resized(block.conv, widths.before, widths.after and widths.after * block.cell)
-    return ShuffleUpsampleSpec(conv=conv, factor=block.factor)
+    return ShuffleUpsampleSpec(conv=conv, factor=block.factor, keeps=block.keeps)
 
 
 def _narrow_cells(block: CellUpsampleSpec, widths: _Widths) -> CellUpsampleSpec:

@@ -36,6 +36,7 @@ from tests.hunyuan_toy import hunyuan_config, random_hunyuan
 from tests.kl_toys import flux2_config, kl_config, random_flux2, random_kl
 from tests.leanvae_toy import write_leanvae
 from tests.ltx_configs import ltx_config, random_ltx
+from tests.seedvr2_toy import seedvr2_tensors
 from tests.svd_toy import random_svd, svd_config
 from tests.toy import fill_, write_toy_clip
 
@@ -90,6 +91,12 @@ def write_hunyuan15(path: Path) -> None:
 def write_svd(path: Path) -> None:
     pytest.importorskip("diffusers", reason="it writes the toy of Stable Video Diffusion's VAE")
     random_svd(svd_config()).save_pretrained(path)  # type: ignore[operator]
+
+
+def write_seedvr2(path: Path) -> None:
+    path.mkdir()
+    save_file(seedvr2_tensors(), path / "ema_vae.safetensors")
+    (path / "config.json").write_text(json.dumps({"norm_num_groups": 4}))
 
 
 def write_flux2(path: Path) -> None:
@@ -173,6 +180,7 @@ TOYS = {
     "flux.1": Toy(lambda path: write_kl(path, "flux.1"), 1, 48, is_still=True),
     "hunyuanvideo": Toy(write_hunyuan, 9, 48),
     "hunyuanvideo-1.5": Toy(write_hunyuan15, 9, 64),
+    "seedvr2": Toy(write_seedvr2, 9, 48),
     "flux.2": Toy(write_flux2, 1, 48, is_still=True),
 }
 

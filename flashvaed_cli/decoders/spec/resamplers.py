@@ -113,15 +113,18 @@ class DownsampleSpec(Block):
 class ShuffleUpsampleSpec(Block):
     """`conv`, whose channels then move into time and space: 1 + ft (T - 1) frames, fh and fw times the size.
 
-    Channel c of the output comes from the channels of `conv` from c * ft * fh * fw on, in the order of `factor`; the
-    first ft - 1 frames of a video are dropped. With `residual` the input is added, moved in the same way and its
-    channels repeated as often as needed.
+    Channel c of the output comes from the channels of `conv` from c * ft * fh * fw on, in the order of `factor`; of the
+    first ft frames of a video one is kept, the last or the first. With `residual` the input is added, moved in the same
+    way and its channels repeated as often as needed.
     """
+
+    omitted_defaults: ClassVar[tuple[str, ...]] = ("keeps",)
 
     kind: Literal["shuffle_upsample"] = "shuffle_upsample"
     conv: ConvSpec
     factor: Factor = (2, 2, 2)
     residual: bool = False
+    keeps: Literal["last", "first"] = "last"
 
     @model_validator(mode="after")
     def _widths_divide(self) -> ShuffleUpsampleSpec:
@@ -168,11 +171,23 @@ class ShuffleUpsampleSpec(Block):
 
 
 class StridedDownsampleSpec(Block):
-    """`conv` with the stride `factor`, from the first frame on: 1 + (T - 1) / ft frames."""
+    """`conv` with the stride `factor`, from the first frame on: 1 + (T - 1) / ft frames.
+
+    `pads_after`: around frames, zeros are right and below only.
+    """
+
+    omitted_defaults: ClassVar[tuple[str, ...]] = ("pads_after",)
 
     kind: Literal["strided_downsample"] = "strided_downsample"
     conv: ConvSpec
     factor: Factor = (2, 2, 2)
+    pads_after: bool = False
+
+    @model_validator(mode="after")
+    def _padding_fits(self) -> StridedDownsampleSpec:
+        if self.pads_after and (self.conv.kernel[1:] != (3, 3) or self.conv.space_padding != "zeros"):
+            raise ValueError("only kernels of 3x3 that pad zeros can have them right and below only")
+        return self
 
     @property
     def shrinkage(self) -> Factor:
