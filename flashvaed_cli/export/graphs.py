@@ -80,13 +80,15 @@ class _AnyLengthAttention(Attention):
     """
 
     def _over_clip(
-        self, q: Float[Tensor, "BT P C"], k: Float[Tensor, "BT P C"], v: Float[Tensor, "BT P C"], batch: int
-    ) -> Float[Tensor, "BT P C"]:
-        positions = q.shape[1]
-        q, k, v = (rows.unflatten(0, (batch, -1)).flatten(1, 2)[:, None] for rows in (q, k, v))  # [B, 1, TP, C]
-        frames = torch.arange(q.shape[2], device=q.device) // positions
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=frames[:, None] >= frames[None])
-        return mixed[:, 0].unflatten(1, (-1, positions)).flatten(0, 1)
+        self,
+        q: Float[Tensor, "B Q I"],
+        k: Float[Tensor, "B K I"],
+        v: Float[Tensor, "B K I"],
+        x: Float[Tensor, "B C T H W"],
+    ) -> Float[Tensor, "B Q I"]:
+        frames = torch.arange(q.shape[1], device=q.device) // (x.shape[3] * x.shape[4])
+        seen = frames[:, None] >= frames[None]
+        return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], attn_mask=seen)[:, 0]
 
 
 class _AnyLengthLowRank(LowRankConv3d):

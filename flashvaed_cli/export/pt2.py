@@ -55,7 +55,7 @@ def export_pt2(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> ExportResult:
-    """Write `NAME.pt2`, whole clips, and for causal decoders `NAME.step.first.pt2` and `NAME.step.next.pt2`.
+    """Write `NAME.pt2`, whole clips, and for decoders that stream `NAME.step.first.pt2` and `NAME.step.next.pt2`.
 
     Raises:
         ExportError: torch cannot export the decoder, or it decodes differently when loaded again. No file is written.
@@ -117,7 +117,8 @@ def export_aoti(
 
 
 def _streams(decoder: Decoder) -> bool:
-    return decoder.spec.is_causal and not decoder.spec.still
+    spec = decoder.spec
+    return spec.is_causal and not spec.still and not spec.grows_state
 
 
 def _task(target: Target, decoder: Decoder, progress: Progress | None) -> AbstractContextManager[Task]:

@@ -93,7 +93,7 @@ class Ladder:
             if halves is not None:
                 bypass = _bypass("average", entering, width, frames=shrinks and halves[index], size=shrinks)
             stages.append(StageSpec(name=f"down{index}", blocks=tuple(blocks), bypass=bypass))
-            entering = width
+            entering = blocks[-1].out_width
         stages += [self._middle(entering), self._head(entering, 2 * latent_width)]
         return [*stages, quant_stage(latent_width)] if has_quant else stages
 

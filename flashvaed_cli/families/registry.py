@@ -13,10 +13,12 @@ from flashvaed_cli.errors import SpecError
 from flashvaed_cli.families import (
     flux2,
     hunyuanvideo,
+    hunyuanvideo15,
     leanvae,
     ltx,
     qwen_image,
     qwen_image2,
+    seedvr2,
     stable_diffusion,
     stable_video_diffusion,
     wan21,
@@ -39,7 +41,9 @@ _FOLDERS = (
     flux2,
     leanvae,
     hunyuanvideo,
+    hunyuanvideo15,
     stable_video_diffusion,
+    seedvr2,
 )
 """Where two layouts have the same keys, the first is taken unless the user or a configuration names the other's
 family."""

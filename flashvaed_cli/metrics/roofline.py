@@ -14,6 +14,7 @@ import torch
 from flashvaed_cli.decoders.spec.blocks import (
     AttentionSpec,
     BlockSpec,
+    CellUpsampleSpec,
     ChainSpec,
     ResBlockSpec,
     ShuffleUpsampleSpec,
@@ -129,7 +130,7 @@ def _block_traffic(block: BlockSpec, grid: tuple[int, int, int]) -> int:
         layers = [layer for name, layer in block.layers.items() if name != "shortcut"]
         shortcut = block.in_width  # read once more; its output is added where conv2 writes
         return positions * (sum(layer.in_width + layer.out_width for layer in layers) + shortcut)
-    if isinstance(block, ShuffleUpsampleSpec):  # a residual is added where the layer writes
+    if isinstance(block, ShuffleUpsampleSpec | CellUpsampleSpec):  # a residual is added where the layer writes
         return positions * (block.conv.in_width * (2 if block.residual else 1) + block.conv.out_width)
     if isinstance(block, NafSpec | IstaSpec):
         layers = block.layers.items()

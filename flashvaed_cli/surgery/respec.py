@@ -10,6 +10,7 @@ from flashvaed_cli.decoders.spec.blocks import (
     AttentionSpec,
     Block,
     BlockSpec,
+    CellUpsampleSpec,
     ChainSpec,
     ConvBlockSpec,
     HeadSpec,
@@ -18,6 +19,7 @@ from flashvaed_cli.decoders.spec.blocks import (
     UpsampleSpec,
 )
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
+from flashvaed_cli.decoders.spec.convolutions import point_conv
 from flashvaed_cli.decoders.spec.groups import Kept, channel_groups, input_tensors, tensor_widths
 from flashvaed_cli.decoders.spec.layers import ConvSpec, NormSpec
 from flashvaed_cli.decoders.spec.naf_blocks import IstaSpec, NafSpec
@@ -132,7 +134,15 @@ def _narrow_upsample(block: UpsampleSpec, widths: _Widths) -> UpsampleSpec:
 def _narrow_shuffle(block: ShuffleUpsampleSpec, widths: _Widths) -> ShuffleUpsampleSpec:
     """A residual becomes part of the kernel."""
     conv = _resized(block.conv, widths.before, widths.after and widths.after * block.cell)
-    return ShuffleUpsampleSpec(conv=conv, factor=block.factor)
+    return ShuffleUpsampleSpec(conv=conv, factor=block.factor, keeps=block.keeps)
+
+
+def _narrow_cells(block: CellUpsampleSpec, widths: _Widths) -> CellUpsampleSpec:
+    """A residual becomes part of the kernel; what it is for the first frame of a video, a layer of its own."""
+    conv = _resized(block.conv, widths.before, widths.after and widths.after * block.cell)
+    own = block.factor[0] > 1 and (block.residual or block.first is not None)
+    first = point_conv(conv.in_width, conv.out_width // block.factor[0]) if own else None
+    return CellUpsampleSpec(conv=conv, factor=block.factor, residual=False, first=first)
 
 
 def _narrow_head(block: HeadSpec, widths: _Widths) -> HeadSpec:
@@ -173,6 +183,8 @@ NARROWED: dict[str, Callable[[Any, _Widths], BlockSpec]] = {
     "downsample": _refuse,
     "strided_downsample": _refuse,
     "unshuffle_downsample": _refuse,
+    "cell_upsample": _narrow_cells,
+    "cell_downsample": _refuse,
     "head": _narrow_head,
     "naf": _narrow_gates,
     "ista": _narrow_gates,
@@ -224,7 +236,7 @@ def with_time_rank(spec: DecoderSpec, ratio: float) -> DecoderSpec:
         shuffling = [
             address
             for address, block in spec.blocks()
-            if isinstance(block, ShuffleUpsampleSpec) and block.factor[0] > 1
+            if isinstance(block, ShuffleUpsampleSpec | CellUpsampleSpec) and block.factor[0] > 1
         ]
         raise SpecError(
             f"--time-rank factorises layers that only double the frames, such as Wan's time_conv; this decoder doubles "

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from flashvaed_cli.decoders.modules.blocks import Attention, Chain, ConvBlock, Downsample, Head, ResBlock, Upsample
 from flashvaed_cli.decoders.modules.bypass import Bypass
+from flashvaed_cli.decoders.modules.cell_blocks import CellDownsample, CellUpsample, copied_runs
 from flashvaed_cli.decoders.modules.coder import CoderT
 from flashvaed_cli.decoders.modules.convolution import conv_at
 from flashvaed_cli.decoders.modules.naf_blocks import CellHead, CellStem, Ista, Naf
 from flashvaed_cli.decoders.modules.norms import ChannelLayerNorm, Norm
 from flashvaed_cli.decoders.modules.operators import Conv
 from flashvaed_cli.decoders.modules.shuffle_blocks import ShuffleUpsample, StridedDownsample, UnshuffleDownsample
-from flashvaed_cli.decoders.spec.blocks import BlockSpec, ShuffleUpsampleSpec
+from flashvaed_cli.decoders.spec.blocks import BlockSpec, CellUpsampleSpec, ShuffleUpsampleSpec
 from flashvaed_cli.decoders.spec.coders import CoderSpec
 from flashvaed_cli.decoders.spec.groups import Kept, input_tensors
 from flashvaed_cli.errors import SpecError
@@ -32,7 +33,7 @@ from flashvaed_cli.surgery.attention_fit import set_collapsed
 
 Channels = Tensor | None
 AnyNorm = Norm | ChannelLayerNorm
-Single = ConvBlock | StridedDownsample | UnshuffleDownsample
+Single = ConvBlock | StridedDownsample | UnshuffleDownsample | CellDownsample
 ByPaths = Naf | Ista | CellStem | CellHead
 
 
@@ -206,7 +207,7 @@ def _transfer_norm(source: AnyNorm, norm: AnyNorm, before: Channels) -> None:
         norm.beta.copy_(pick(source.beta, before, 0))
 
 
-def _transfer_shuffle(source: ShuffleUpsample, block: ShuffleUpsample, cut: Cut) -> None:
+def _transfer_shuffle(source: ShuffleUpsample | CellUpsample, block: ShuffleUpsample | CellUpsample, cut: Cut) -> None:
     """A residual whose channels pruning has changed becomes part of the kernel's middle tap."""
     kernel = source.conv.weight
     if source.spec.residual and not block.spec.residual:
@@ -216,7 +217,18 @@ def _transfer_shuffle(source: ShuffleUpsample, block: ShuffleUpsample, cut: Cut)
     block.conv.bias.copy_(pick(source.conv.bias, wide, 0))
 
 
-def residual_kernel(spec: ShuffleUpsampleSpec) -> Tensor:
+def _transfer_cells(source: CellUpsample, block: CellUpsample, cut: Cut) -> None:
+    """The same, and the layer of a video's first frame."""
+    _transfer_shuffle(source, block, cut)
+    if block.first is not None:
+        weight, bias = first_matrix(source)
+        wide = wide_channels(cut.after, source.spec.first_cell)
+        weight = pick(pick(weight, wide, 0), cut.before, 1)
+        block.first.weight.copy_(weight.reshape(block.first.weight.shape))
+        block.first.bias.copy_(pick(bias, wide, 0))
+
+
+def residual_kernel(spec: ShuffleUpsampleSpec | CellUpsampleSpec) -> Tensor:
     """The residual of a shuffle as a kernel `[O, C, kt, kh, kw]` that is added to the layer's."""
     conv = spec.conv
     kt, kh, kw = conv.kernel
@@ -225,11 +237,33 @@ def residual_kernel(spec: ShuffleUpsampleSpec) -> Tensor:
     return kernel
 
 
-def residual_channels(spec: ShuffleUpsampleSpec) -> Tensor:
+def residual_channels(spec: ShuffleUpsampleSpec | CellUpsampleSpec) -> Tensor:
     """For every channel of a shuffle's layer, the channel of the input that its residual adds to it."""
     conv, cell = spec.conv, spec.cell
+    if isinstance(spec, CellUpsampleSpec):
+        return _copied(spec, cell)
     rows = torch.arange(conv.out_width)
     return (rows // cell) % (conv.in_width // cell) * cell + rows % cell
+
+
+def _copied(spec: CellUpsampleSpec, num_positions: int) -> Tensor:
+    """The input's channels in the order in which a residual with so many runs copies them."""
+    channels = torch.arange(spec.conv.in_width, dtype=torch.float64).view(1, -1, 1, 1, 1)
+    return copied_runs(channels, num_positions, spec.out_width).flatten().long()
+
+
+def first_matrix(block: CellUpsample) -> tuple[Float[Tensor, "Cf C"], Float[Tensor, " Cf"]]:
+    """What is added to a video's first frame beside the kernel, into which the residual of later frames has been put:
+    the layer of first frames, or the difference of the two residuals."""
+    spec = block.spec
+    if block.first is not None:
+        return block.first.dense_kernel().flatten(1), block.first.bias
+    rows = torch.arange(spec.out_width * spec.first_cell)
+    weight = block.conv.weight.new_zeros(len(rows), spec.conv.in_width)
+    if spec.residual:
+        weight[rows, _copied(spec, spec.first_cell)] += 1
+        weight[rows, residual_channels(spec)[:: spec.factor[0]]] -= 1
+    return weight, weight.new_zeros(len(rows))
 
 
 TRANSFERS: dict[str, Callable[[Any, Any, Cut], None]] = {
@@ -242,6 +276,8 @@ TRANSFERS: dict[str, Callable[[Any, Any, Cut], None]] = {
     "downsample": _transfer_downsample,
     "strided_downsample": _transfer_single,
     "unshuffle_downsample": _transfer_single,
+    "cell_upsample": _transfer_cells,
+    "cell_downsample": _transfer_single,
     "head": _transfer_head,
     "naf": _transfer_parts,
     "ista": _transfer_parts,

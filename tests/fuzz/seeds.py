@@ -65,9 +65,10 @@ def foreign(name: str) -> tuple[Document | None, dict[str, Tensor]]:
     if layout.family == "leanvae":
         return None, leanvae_weights(4)
     family = get_family(layout.family)
+    base_width = 8 if layout.family == "hunyuanvideo-1.5" else 4  # the least that its averages divide
     coders: list[Coder] = [
-        Decoder(family.decoder_spec(4, family.latent_width)),
-        Encoder(family.encoder_spec(4, family.latent_width)),
+        Decoder(family.decoder_spec(base_width, family.latent_width)),
+        Encoder(family.encoder_spec(base_width, family.latent_width)),
     ]
     for coder in coders:
         fill_(coder.requires_grad_(False))

@@ -31,10 +31,12 @@ from flashvaed_cli.families.wan21.names import WAN_DIFFUSERS
 from flashvaed_cli.families.wan22.names import WAN22_DIFFUSERS
 from flashvaed_cli.media.procedural import render_frames
 from tests.commands import JUDGING, invoke, read_report, succeed
+from tests.hunyuan15_toy import hunyuan15_config, random_hunyuan15
 from tests.hunyuan_toy import hunyuan_config, random_hunyuan
 from tests.kl_toys import flux2_config, kl_config, random_flux2, random_kl
 from tests.leanvae_toy import write_leanvae
 from tests.ltx_configs import ltx_config, random_ltx
+from tests.seedvr2_toy import seedvr2_tensors
 from tests.svd_toy import random_svd, svd_config
 from tests.toy import fill_, write_toy_clip
 
@@ -81,9 +83,20 @@ def write_hunyuan(path: Path) -> None:
     random_hunyuan(hunyuan_config()).save_pretrained(path)  # type: ignore[operator]
 
 
+def write_hunyuan15(path: Path) -> None:
+    pytest.importorskip("diffusers", reason="it writes the toy of HunyuanVideo 1.5")
+    random_hunyuan15(hunyuan15_config()).save_pretrained(path)  # type: ignore[operator]
+
+
 def write_svd(path: Path) -> None:
     pytest.importorskip("diffusers", reason="it writes the toy of Stable Video Diffusion's VAE")
     random_svd(svd_config()).save_pretrained(path)  # type: ignore[operator]
+
+
+def write_seedvr2(path: Path) -> None:
+    path.mkdir()
+    save_file(seedvr2_tensors(), path / "ema_vae.safetensors")
+    (path / "config.json").write_text(json.dumps({"norm_num_groups": 4}))
 
 
 def write_flux2(path: Path) -> None:
@@ -166,6 +179,8 @@ TOYS = {
     "stable-video-diffusion": Toy(write_svd, 3, 48),
     "flux.1": Toy(lambda path: write_kl(path, "flux.1"), 1, 48, is_still=True),
     "hunyuanvideo": Toy(write_hunyuan, 9, 48),
+    "hunyuanvideo-1.5": Toy(write_hunyuan15, 9, 64),
+    "seedvr2": Toy(write_seedvr2, 9, 48),
     "flux.2": Toy(write_flux2, 1, 48, is_still=True),
 }
 

@@ -36,21 +36,16 @@ def _all_of(*tests: Callable[[Shapes], bool]) -> Callable[[Shapes], bool]:
     return lambda shapes: all(test(shapes) for test in tests)
 
 
+_LACKS_GAINS = _lacks(r"^decoder\.mid\.block_1\.norm1\.gamma$")  # unlike HunyuanVideo 1.5, which is read
+
 # First fit wins.
 _OTHERS: tuple[tuple[str, Callable[[Shapes], bool]], ...] = (
     ("an adapter (LoRA), not a VAE", _has(r"\.lora_(A|B|up|down)\b|lora_unet")),
     ("a CogVideoX VAE", _has(r"^decoder\..*norm1\.conv_y\.")),
-    ("LTX-2's VAE for sound", _has(r"^decoder\.mid\.block_1\.conv1\.conv\.weight$", num_axes=4)),
-    (
-        "a HunyuanVideo 1.5 VAE",
-        _all_of(
-            _has(r"^decoder\.mid(_block\.resnets\.0|\.block_1)\.conv1\.conv\.weight$", num_axes=5),
-            _has(r"^decoder\.mid(_block\.resnets\.0|\.block_1)\.norm1\.gamma$"),
-        ),
-    ),
+    ("LTX-2's VAE for sound", _all_of(_has(r"^decoder\.mid\.block_1\.conv1\.conv\.weight$", num_axes=4), _LACKS_GAINS)),
     (
         "a HunyuanVideo VAE, but without the names of Tencent's or diffusers' files",
-        _has(r"^decoder\.mid\.block_1\.conv1\.conv\.weight$", num_axes=5),
+        _all_of(_has(r"^decoder\.mid\.block_1\.conv1\.conv\.weight$", num_axes=5), _LACKS_GAINS),
     ),
     (
         "a VAE for images with fewer resolutions than Stable Diffusion's",

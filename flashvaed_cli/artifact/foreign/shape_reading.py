@@ -232,8 +232,8 @@ def _read_bypass(
 
 
 def _may_lack(layer: str, planned: BlockSpec, layers: Mapping[str, ConvSpec | None]) -> bool:
-    """Whether a layer may be absent: a shortcut between equal widths, a temporal layer where frames stay as many."""
+    """Whether a layer may be absent: a shortcut between equal widths, a layer of other frames or first ones alone."""
     if layer == "shortcut":
         conv1, conv2 = layers["conv1"], layers["conv2"]
         return conv1 is not None and conv2 is not None and conv1.in_width == conv2.out_width
-    return layer == "temporal" and getattr(planned, layer) is None
+    return layer in ("temporal", "first") and getattr(planned, layer) is None

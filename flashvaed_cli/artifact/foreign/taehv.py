@@ -38,8 +38,6 @@ _CHAINS, _GROWTHS, _CONVS = ((3, 4, 5), (9, 10, 11), (15, 16, 17)), (7, 13, 19),
 _SUPER = "decoder.1.conv.0.weight"
 _NUM_STAGES, _SPATIAL_FACTOR = 3, 8
 _UNKNOWN_LATENTS = {
-    "taehv1_5": "HunyuanVideo 1.5",
-    "taehv1_5_super": "HunyuanVideo 1.5",
     "taecvx": "CogVideoX",
     "taeos1_3": "Open-Sora 1.3",
     "taeh3": "MiniMax H3",

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flashvaed_cli.decoders.modules.cell_blocks import CellDownsample, CellUpsample
 from flashvaed_cli.decoders.modules.convolution import conv_at, remember
 from flashvaed_cli.decoders.modules.naf_blocks import CellHead, CellStem, Ista, Naf
 from flashvaed_cli.decoders.modules.narrow_upsampler import doubling_kernel, enlarged_sum, single_kernel
@@ -106,12 +107,13 @@ class Chain(nn.Module):
 class Attention(nn.Module):
     """Single-head self-attention over the positions of each frame, or of it and all earlier ones; residual.
 
-    Keeps no state: over a clip it takes all frames at once.
+    Over a clip, the state is the keys and values of all frames so far, `[B, 2 I, T, H, W]`.
     """
 
     def __init__(self, spec: AttentionSpec, address: str) -> None:
         super().__init__()
         self.context = spec.context
+        self.address = address
         self.norm = build_norm(spec.width, spec.norm)
         self.qkv = nn.Linear(spec.width, 3 * spec.inner_width)
         self.proj = nn.Linear(spec.inner_width, spec.width)
@@ -120,19 +122,38 @@ class Attention(nn.Module):
         b, _, _, h, w = x.shape
         frames = frames_as_batch(self.norm(x)).flatten(2).transpose(1, 2)  # [BT, HW, C]
         q, k, v = self.qkv(frames).chunk(3, dim=-1)
-        mixed = self._over_clip(q, k, v, b) if self.context == "clip" else _attend(q, k, v)
+        if self.context == "clip":
+            q, k, v = (rows.unflatten(0, (b, -1)).flatten(1, 2) for rows in (q, k, v))  # [B, T HW, I]
+            k, v = self._with_earlier(k, v, x, past, future)
+            mixed = self._over_clip(q, k, v, x).unflatten(1, (-1, h * w)).flatten(0, 1)
+        else:
+            mixed = _attend(q, k, v)
         y = self.proj(mixed).transpose(1, 2).unflatten(2, (h, w))  # [BT, C, H, W]
         return x + batch_as_frames(y, b)
 
+    def _with_earlier(
+        self, k: Float[Tensor, "B P I"], v: Float[Tensor, "B P I"], x: Clip, past: Past, future: Future
+    ) -> tuple[Float[Tensor, "B K I"], Float[Tensor, "B K I"]]:
+        """Keys and values of all frames so far, those of `x` and of earlier chunks, which are remembered."""
+        if past is not None:
+            earlier = past[self.address].flatten(2).transpose(1, 2).chunk(2, dim=2)
+            k, v = torch.cat([earlier[0], k], dim=1), torch.cat([earlier[1], v], dim=1)
+        if future is not None:
+            future[self.address] = torch.cat([k, v], dim=2).transpose(1, 2).unflatten(2, (-1, *x.shape[3:]))
+        return k, v
+
     def _over_clip(
-        self, q: Float[Tensor, "BT P C"], k: Float[Tensor, "BT P C"], v: Float[Tensor, "BT P C"], batch: int
-    ) -> Float[Tensor, "BT P C"]:
+        self, q: Float[Tensor, "B Q I"], k: Float[Tensor, "B K I"], v: Float[Tensor, "B K I"], x: Clip
+    ) -> Float[Tensor, "B Q I"]:
         """Frame after frame, each with the keys up to its own: half the products of a mask, and no mask."""
-        positions = q.shape[1]
-        q, k, v = (rows.unflatten(0, (batch, -1)).flatten(1, 2) for rows in (q, k, v))  # [B, TP, C]
-        ends = range(positions, q.shape[1] + 1, positions)
-        mixed = [_attend(q[:, end - positions : end], k[:, :end], v[:, :end]) for end in ends]
-        return torch.cat(mixed, dim=1).unflatten(1, (-1, positions)).flatten(0, 1)
+        positions, earlier = x.shape[3] * x.shape[4], k.shape[1] - q.shape[1]
+        starts = range(0, q.shape[1], positions)
+        ends = [start + positions for start in starts]
+        mixed = [
+            _attend(q[:, start:end], k[:, : earlier + end], v[:, : earlier + end])
+            for start, end in zip(starts, ends, strict=True)
+        ]
+        return torch.cat(mixed, dim=1)
 
 
 def _attend(q: Float[Tensor, "B Q C"], k: Float[Tensor, "B K C"], v: Float[Tensor, "B K C"]) -> Float[Tensor, "B Q C"]:
@@ -297,6 +318,8 @@ BLOCKS: dict[str, type[nn.Module]] = {
     "downsample": Downsample,
     "strided_downsample": StridedDownsample,
     "unshuffle_downsample": UnshuffleDownsample,
+    "cell_upsample": CellUpsample,
+    "cell_downsample": CellDownsample,
     "head": Head,
     "naf": Naf,
     "ista": Ista,

@@ -32,12 +32,21 @@ class ShuffleUpsample(nn.Module):
 
     def forward(self, x: Clip, past: Past = None, future: Future = None) -> MappedClip:
         factor = self.spec.factor
-        surplus = factor[0] - 1 if past is None else 0  # the first frame of a video yields one frame only
-        y = channels_to_cells(self.conv(x, past, future), factor)[:, :, surplus:]
+        is_first = past is None and factor[0] > 1  # the first frame of a video yields one frame only
+        y = channels_to_cells(self.conv(x, past, future), factor)
+        y = self._without_surplus(y) if is_first else y
         if not self.spec.residual:
             return y
-        own = channels_to_cells(x, factor)[:, :, surplus:]
+        own = channels_to_cells(x, factor)
+        own = self._without_surplus(own) if is_first else own
         return y + own.repeat(1, y.shape[1] // own.shape[1], 1, 1, 1)
+
+    def _without_surplus(self, y: Clip) -> MappedClip:
+        """One frame for a video's first."""
+        frames = self.spec.factor[0]
+        if self.spec.keeps == "last":
+            return y[:, :, frames - 1 :]
+        return torch.cat([y[:, :, :1], y[:, :, frames:]], dim=2)
 
 
 class StridedDownsample(nn.Module):
@@ -49,7 +58,11 @@ class StridedDownsample(nn.Module):
         self.conv = build_conv(spec.conv, f"{address}.conv")
 
     def forward(self, x: Clip, past: Past = None, future: Future = None) -> MappedClip:
-        window, margins = space_window(self._time_window(x, past, future), self.spec.conv)
+        window = self._time_window(x, past, future)
+        if self.spec.pads_after:
+            window, margins = F.pad(window, (0, 1, 0, 1)), (0, 0)
+        else:
+            window, margins = space_window(window, self.spec.conv)
         return F.conv3d(window, self.conv.weight, self.conv.bias, stride=self.spec.factor, padding=(0, *margins))
 
     def _time_window(self, x: Clip, past: Past, future: Future) -> MappedClip:

@@ -21,6 +21,7 @@ from flashvaed_cli.decoders.spec.addresses import split_block
 from flashvaed_cli.decoders.spec.blocks import (
     AttentionSpec,
     BlockSpec,
+    CellUpsampleSpec,
     ChainSpec,
     ConvBlockSpec,
     HeadSpec,
@@ -146,6 +147,12 @@ class MemoryModel:
         layout = None if layout is None or layout.num_tiles == 1 else layout
         worst = max(self._worst_block(num_frames, layout, later=later) for num_frames, later in self._steps(chunk))
         state = self._state_elements(layout) if streams else 0
+        for passage in self._passages(chunk, later=True) if streams and self._spec.grows_state else ():
+            grown = _grown_elements(passage.block) * passage.area * num_latents
+            worst = max(
+                worst, _block_bytes(passage, self._form) + 2 * self._form.item_bytes * grown
+            )  # before and after
+            state += grown
         frames = self._spec.num_frames(chunk) + (self._spec.temporal_factor - 1 if chunk < num_latents else 0)
         pixels = 3 * frames * height * width * self._spec.spatial_factor**2
         in_parts = chunk < num_latents
@@ -221,6 +228,11 @@ def _state_elements(run: Iterable[Passage]) -> int:
     return total
 
 
+def _grown_elements(block: BlockSpec) -> int:
+    """Of the state of a position, for each frame so far."""
+    return 2 * block.inner_width if isinstance(block, AttentionSpec) and block.grows_state else 0
+
+
 def _bypass_elements(bypass: BypassSpec, leaving: Passage) -> int:
     """Elements that adding a bypass needs beside its input: the stage's output, and the layer's wide channels."""
     output = leaving.frames * leaving.area * bypass.out_width
@@ -239,6 +251,8 @@ def _block_bytes(passage: Passage, form: MemoryFormat) -> int:
         return entering + _upsample_bytes(passage, block, form)
     if isinstance(block, ShuffleUpsampleSpec):
         return entering + _shuffle_bytes(passage, block, form)
+    if isinstance(block, CellUpsampleSpec):
+        return entering + _cell_bytes(passage, block, form)
     if isinstance(block, ResBlockSpec):
         return entering + _resblock_bytes(block, passage, form)
     if isinstance(block, ChainSpec):
@@ -326,6 +340,18 @@ def _shuffle_bytes(passage: Passage, block: ShuffleUpsampleSpec, form: MemoryFor
     alone = max(_conv_bytes(block.conv, passage, form), wide + ordered)
     own = passage.frames * passage.area * block.conv.in_width * item
     return max(alone, 3 * moved + own) if block.residual else alone
+
+
+def _cell_bytes(passage: Passage, block: CellUpsampleSpec, form: MemoryFormat) -> int:
+    """The layer with the copies added in place, its output reordered, and joined to a first frame."""
+    item, after = form.item_bytes, passage.after()
+    wide = passage.frames * passage.area * block.conv.out_width * item
+    joined = (
+        after.frames * after.area * block.out_width * item if after.frames < block.factor[0] * passage.frames else 0
+    )
+    if form.channels_last:  # laid out again
+        joined = 2 * joined or wide
+    return max(_conv_bytes(block.conv, passage, form), 2 * wide + joined)
 
 
 def _normed_conv_bytes(norm: NormSpec | None, layer: ConvSpec, passage: Passage, form: MemoryFormat) -> int:

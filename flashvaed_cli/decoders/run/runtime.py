@@ -41,6 +41,7 @@ from flashvaed_cli.limits import MAX_LATENT
 BlockRun = Callable[[Tensor, State | None, State | None], Tensor]
 """Runs some blocks of a decoder: input, past and future to output."""
 _ENDLESS = 1 << 20  # latent frames assumed of a clip of unknown length: more than any chunk, so that its state counts
+_LONG_CLIP = 256  # the same for a decoder whose state grows with the clip
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,8 @@ class DecodeRuntime:
         Raises:
             DecodeError, SpecError: as `plan` does.
         """
-        return DecodeStream(self, self._plan((_ENDLESS, height, width), batch), (batch, height, width))
+        num_latents = _LONG_CLIP if self.spec.grows_state else _ENDLESS
+        return DecodeStream(self, self._plan((num_latents, height, width), batch), (batch, height, width))
 
     def iter_decode(self, latents: Float[Tensor, "B C T Hz Wz"]) -> Iterator[Float[Tensor, "B 3 F H W"]]:
         """Yield the frames of raw latents step by step, in the runtime's dtype, clamped to [-1, 1].
@@ -307,6 +309,11 @@ class _Run:
     def step(self, latents: Tensor, *, first: bool, last: bool) -> Tensor:
         """The next frames, not clamped; see `Step`."""
         self._runtime.require_usable(latents)
+        if self._compiles and self._runtime.spec.grows_state and not (first and last):
+            raise DecodeError(
+                "a compiled step has one shape, and the state of this decoder grows from step to step: decode the clip "
+                "in one step, or without compile"
+            )
         # A compiled step returns its state unless it is the only one: no third graph for the last.
         keep = not last or (self._compiles and not first)
         x = self._before(latents.to(device=self._device, dtype=self._dtype), self._before_state, first=first, keep=keep)

@@ -1,7 +1,8 @@
 """Decode and encode videos of any length chunk by chunk, with the same result for every chunk size.
 
 The state between chunks is an explicit value: a dictionary from layer address to the last frames that the layer has
-seen. Its size depends on the frame size only, not on the length of the video.
+seen. Its size depends on the frame size only, not on the length of the video, but for attention over earlier frames,
+whose keys and values it holds.
 
 This is the plain contract, and the schedule of its steps. `runtime.py` takes the same steps with tiles, another dtype
 or compiled.
@@ -58,7 +59,7 @@ def decode_step(
 def why_not_causal(spec: CoderSpec) -> str:
     """Why a coder cannot take a clip chunk by chunk, as the predicate of a sentence about it."""
     if spec.sees_whole_clip:
-        return "sees whole clips (by norms or attention over all their frames)"
+        return "sees whole clips (by norms over all their frames)"
     return "sees frames ahead (its kernels are centred in time)"
 
 

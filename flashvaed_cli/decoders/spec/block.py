@@ -166,6 +166,11 @@ class Block(OmittingSpec):
         return any(norm.over == "clip" for norm, _ in self.norms.values())
 
     @property
+    def grows_state(self) -> bool:
+        """Whether its state grows with the clip, so that no two steps have the same shapes."""
+        return False
+
+    @property
     def ends_stream(self) -> bool:
         """Whether, at the end of a stage, its output belongs to the next stage's channels."""
         return False

@@ -4,7 +4,7 @@ Cost, memory, roofline, tiles, lookahead, channel groups and names in checkpoint
 of block states them once. What must differ by kind is in tables (`KINDS` lists the kinds; a test checks that every
 table has all of them): the module, and how a block is narrowed and its weights are transferred and fitted.
 
-Imports no torch. Reference: Wan 2.1 VAE, LTX-Video; TAESD and TAEHV (chains).
+Imports no torch. Reference: Wan 2.1 VAE, LTX-Video, HunyuanVideo 1.5; TAESD and TAEHV (chains).
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from flashvaed_cli.decoders.spec.layers import (
 )
 from flashvaed_cli.decoders.spec.naf_blocks import CellHeadSpec, CellStemSpec, IstaSpec, NafSpec
 from flashvaed_cli.decoders.spec.resamplers import (
+    CellDownsampleSpec,
+    CellUpsampleSpec,
     DownsampleSpec,
     ShuffleUpsampleSpec,
     StridedDownsampleSpec,
@@ -221,7 +223,7 @@ class AttentionSpec(Block):
     Attributes:
         inner_width: of q, k and v.
         context: the positions that one attends to: all of its own frame, or all of its own and of all earlier frames
-            of the clip.
+            of the clip, whose keys and values are the state between chunks.
     """
 
     omitted_defaults: ClassVar[tuple[str, ...]] = ("norm", "context")
@@ -270,9 +272,9 @@ class AttentionSpec(Block):
         return True
 
     @property
-    def sees_whole_clip(self) -> bool:
-        """If it mixes frames: it keeps no keys and values of earlier chunks."""
-        return self.context == "clip" or super().sees_whole_clip
+    def grows_state(self) -> bool:
+        """If it reads all earlier frames."""
+        return self.context == "clip"
 
 
 class HeadSpec(Block):
@@ -313,6 +315,8 @@ _Blocks = (
     | DownsampleSpec
     | StridedDownsampleSpec
     | UnshuffleDownsampleSpec
+    | CellUpsampleSpec
+    | CellDownsampleSpec
     | HeadSpec
     | NafSpec
     | IstaSpec

@@ -233,8 +233,13 @@ class CoderSpec(OmittingSpec):
         return not self.sees_whole_clip and all(layer.num_ahead == 0 for _, layer in self.layers())
 
     @property
+    def grows_state(self) -> bool:
+        """Whether the state that a chunk passes to the next grows with the clip: through attention over its frames."""
+        return self.is_causal and any(block.grows_state for _, block in self.blocks())
+
+    @property
     def sees_whole_clip(self) -> bool:
-        """Whether frames depend on the whole clip: through norms over clips, or attention over their frames."""
+        """Whether frames depend on the whole clip, through norms over clips."""
         return any(block.sees_whole_clip for _, block in self.blocks())
 
     def stage(self, name: str) -> StageSpec:

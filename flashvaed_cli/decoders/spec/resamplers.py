@@ -1,6 +1,6 @@
 """The blocks that change the grid, as data: upsamplers and downsamplers, by kernels or by moving cells.
 
-Imports no torch. Reference: Wan 2.1 VAE, LTX-Video.
+Imports no torch. Reference: Wan 2.1 VAE, LTX-Video, HunyuanVideo 1.5 (after DC-AE, arXiv 2410.10733).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 from pydantic import model_validator
 
 from flashvaed_cli.decoders.spec.block import Block, Grid, Reader
+from flashvaed_cli.decoders.spec.convolutions import point_conv
 from flashvaed_cli.decoders.spec.layers import ConvSpec, Factor
 
 _NUM_TAPS = 9
@@ -135,15 +136,18 @@ class DownsampleSpec(Block):
 class ShuffleUpsampleSpec(Block):
     """`conv`, whose channels then move into time and space: 1 + ft (T - 1) frames, fh and fw times the size.
 
-    Channel c of the output comes from the channels of `conv` from c * ft * fh * fw on, in the order of `factor`; the
-    first ft - 1 frames of a video are dropped. With `residual` the input is added, moved in the same way and its
-    channels repeated as often as needed.
+    Channel c of the output comes from the channels of `conv` from c * ft * fh * fw on, in the order of `factor`; of the
+    first ft frames of a video one is kept, the last or the first. With `residual` the input is added, moved in the same
+    way and its channels repeated as often as needed.
     """
+
+    omitted_defaults: ClassVar[tuple[str, ...]] = ("keeps",)
 
     kind: Literal["shuffle_upsample"] = "shuffle_upsample"
     conv: ConvSpec
     factor: Factor = (2, 2, 2)
     residual: bool = False
+    keeps: Literal["last", "first"] = "last"
 
     @model_validator(mode="after")
     def _widths_divide(self) -> ShuffleUpsampleSpec:
@@ -190,11 +194,23 @@ class ShuffleUpsampleSpec(Block):
 
 
 class StridedDownsampleSpec(Block):
-    """`conv` with the stride `factor`, from the first frame on: 1 + (T - 1) / ft frames."""
+    """`conv` with the stride `factor`, from the first frame on: 1 + (T - 1) / ft frames.
+
+    `pads_after`: around frames, zeros are right and below only.
+    """
+
+    omitted_defaults: ClassVar[tuple[str, ...]] = ("pads_after",)
 
     kind: Literal["strided_downsample"] = "strided_downsample"
     conv: ConvSpec
     factor: Factor = (2, 2, 2)
+    pads_after: bool = False
+
+    @model_validator(mode="after")
+    def _padding_fits(self) -> StridedDownsampleSpec:
+        if self.pads_after and (self.conv.kernel[1:] != (3, 3) or self.conv.space_padding != "zeros"):
+            raise ValueError("only kernels of 3x3 that pad zeros can have them right and below only")
+        return self
 
     @property
     def shrinkage(self) -> Factor:
@@ -216,6 +232,136 @@ class UnshuffleDownsampleSpec(Block):
     def _widths_divide(self) -> UnshuffleDownsampleSpec:
         if self.conv.in_width % self.conv.out_width:
             raise ValueError(f"cells of {self.conv.in_width} channels cannot be averaged to {self.conv.out_width}")
+        return self
+
+    @property
+    def cell(self) -> int:
+        """Positions made into one: channels of the output per channel of `conv`."""
+        return _cell(self.factor)
+
+    @property
+    def out_width(self) -> int:
+        """The positions of a cell have become channels."""
+        return self.conv.out_width * self.cell
+
+    @property
+    def shrinkage(self) -> Factor:
+        """That of a cell."""
+        return self.factor
+
+    def layer_grid(self, name: str, grid: Grid) -> Grid:
+        """`conv` runs before the frames shrink."""
+        return grid
+
+
+class CellUpsampleSpec(Block):
+    """`conv` and copies of the input, whose channels then move into time and space; a first frame has its own cell.
+
+    Channel c of the output comes from the channels of `conv` from c * ft * fh * fw on, in the order of `factor`. The
+    first frame of a video becomes one frame: a cell of fh x fw positions, whose position s takes the channel at ft * s.
+    So 1 + ft (T - 1) frames come out.
+
+    Attributes:
+        residual: the input is added. Its channels are cut into equal runs, one for each position of a cell, and each
+            channel is repeated in place as often as needed: ft * fh * fw runs, in a video's first frame fh * fw.
+        first: added to a video's first frame, where pruning has made the residual part of `conv`: the two residuals
+            differ.
+    """
+
+    omitted_defaults: ClassVar[tuple[str, ...]] = ("first",)
+
+    has_still_form: ClassVar[bool] = True
+
+    kind: Literal["cell_upsample"] = "cell_upsample"
+    conv: ConvSpec
+    factor: Factor = (2, 2, 2)
+    residual: bool = True
+    first: ConvSpec | None = None
+
+    @model_validator(mode="after")
+    def _widths_divide(self) -> CellUpsampleSpec:
+        conv, cell, ft = self.conv, self.cell, self.factor[0]
+        if conv.out_width % cell:
+            raise ValueError(f"{conv.out_width} channels do not make cells of {cell}")
+        if self.residual and (conv.in_width % cell or conv.out_width // ft % conv.in_width):
+            raise ValueError(f"a residual cannot join {conv.in_width} channels to {conv.out_width // cell}")
+        if self.first is not None and (self.residual or ft == 1):
+            raise ValueError("only where frames grow in time without a residual do first frames have their own layer")
+        ends = conv.in_width, conv.out_width // ft
+        if self.first is not None and self.first != point_conv(*ends):
+            raise ValueError(f"the layer of first frames is pointwise, {ends[0]} to {ends[1]} channels")
+        return self
+
+    @property
+    def cell(self) -> int:
+        """Positions made of one: channels of `conv` per channel of the output."""
+        return _cell(self.factor)
+
+    @property
+    def first_cell(self) -> int:
+        """Positions made of one in the first frame of a video."""
+        return self.factor[1] * self.factor[2]
+
+    @property
+    def out_width(self) -> int:
+        """The channels of a cell have become positions."""
+        return self.conv.out_width // self.cell
+
+    @property
+    def widest_output(self) -> int:
+        """The layers run before the frames grow."""
+        return self.out_width
+
+    @property
+    def growth(self) -> Factor:
+        """That of a cell."""
+        return self.factor
+
+    @property
+    def paths(self) -> tuple[tuple[str, ...], ...]:
+        """Its layers read the same."""
+        return tuple((name,) for name in self.layers)
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """Both layers."""
+        return tuple(self.layers)
+
+    @property
+    def readers(self) -> tuple[Reader, ...]:
+        """Both layers."""
+        return tuple(Reader(layer=name) for name in self.layers)
+
+    @property
+    def carries_input(self) -> bool:
+        """If it has a residual, which adds copies of it."""
+        return self.residual
+
+    @property
+    def ends_stream(self) -> bool:
+        """Its output belongs to the next stage, of another size."""
+        return True
+
+    def layer_grid(self, name: str, grid: Grid) -> Grid:
+        """The layers run before the frames grow, `first` on one frame."""
+        return (1, *grid[1:]) if name == "first" else grid
+
+
+class CellDownsampleSpec(Block):
+    """`conv`, then cells of `factor` positions move into the channels; plus the input's cells, averaged to as many.
+
+    All channels of one position come before those of the next, and runs of neighbours are averaged. The first frame of
+    a video is a cell of fh x fw positions; its channels are taken ft times. So 1 + (T - 1) / ft frames come out.
+    """
+
+    kind: Literal["cell_downsample"] = "cell_downsample"
+    conv: ConvSpec
+    factor: Factor
+
+    @model_validator(mode="after")
+    def _widths_divide(self) -> CellDownsampleSpec:
+        if self.factor[1] * self.factor[2] * self.conv.in_width % self.out_width:
+            raise ValueError(f"cells of {self.conv.in_width} channels cannot be averaged to {self.out_width}")
         return self
 
     @property

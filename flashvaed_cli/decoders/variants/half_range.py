@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from flashvaed_cli.decoders.modules.blocks import Attention, Chain, ConvBlock, Head, ResBlock, Upsample
+from flashvaed_cli.decoders.modules.cell_blocks import CellUpsample
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.modules.convolution import Conv
 from flashvaed_cli.decoders.modules.norms import ChannelLayerNorm, Norm
@@ -24,7 +25,7 @@ from flashvaed_cli.decoders.spec.addresses import stage_of
 LARGEST = 2.0**11
 """Largest magnitude in the probe that needs no scaling: a 32nd of float16's range."""
 _WANTED = 2.0**8
-_Scalable = ConvBlock | ResBlock | Chain | Attention | Upsample | ShuffleUpsample | Head
+_Scalable = ConvBlock | ResBlock | Chain | Attention | Upsample | ShuffleUpsample | CellUpsample | Head
 _PROBE_GRID = (2, 6, 6)
 _PROBE_SPREAD = 2.0  # of raw latents, about that of the families' statistics
 _SEED = 0
@@ -51,11 +52,13 @@ def fit_half_range(decoder: Decoder) -> dict[str, int]:
         return {}
     if not all(isinstance(block, _Scalable) for block in _blocks(decoder)):
         return {}  # gates and thresholds, for example, do not scale with their input
-    peaks = _peaks(decoder)
+    peaks, begin = _peaks(decoder), _stream_start(decoder)
+    if begin is None:
+        peaks.pop("stream", None)
     exponents = {place: round(math.log2(_WANTED / peak)) for place, peak in peaks.items() if LARGEST < peak < math.inf}
     for place, exponent in exponents.items():
-        if place == "stream":
-            _scale_stream(decoder, 2.0**exponent)
+        if place == "stream" and begin is not None:
+            _scale_stream(decoder, 2.0**exponent, begin)
     for block in _blocks(decoder):
         if isinstance(block, ResBlock) and block.conv1.address in exponents:
             scale = 2.0 ** exponents[block.conv1.address]
@@ -101,15 +104,22 @@ def _peaks(decoder: Decoder) -> dict[str, float]:
     return peaks
 
 
-def _scale_stream(decoder: Decoder, scale: float) -> None:
-    """Scale the stream from its start, the last convolution before the first other block, to the head.
+def _stream_start(decoder: Decoder) -> int | None:
+    """The index of the block that begins the stream, the last convolution before the first other block.
 
-    If a bypass leads past that convolution, the stream starts before its stage.
+    If a bypass leads past that convolution, the stream starts before its stage; None: nothing comes before it, so that
+    the stream holds copies of the latents.
     """
-    addresses, blocks = (list(part) for part in zip(*decoder.blocks(), strict=True))
+    addresses, blocks = zip(*decoder.blocks(), strict=True)
     begin = next(i for i, block in enumerate(blocks) if not isinstance(block, ConvBlock)) - 1
     while begin > 0 and stage_of(addresses[begin]) in decoder.bypasses:
         begin -= 1
+    return None if stage_of(addresses[begin]) in decoder.bypasses else begin
+
+
+def _scale_stream(decoder: Decoder, scale: float, begin: int) -> None:
+    """Scale the stream from the block that begins it to the head."""
+    blocks = list(_blocks(decoder))
     for block in blocks[begin:]:
         _scale_block(block, scale, is_first=block is blocks[begin])
     for bypass in decoder.bypasses.values():
@@ -140,6 +150,10 @@ def _scale_block(block: nn.Module, scale: float, *, is_first: bool) -> None:
             _multiply(conv, scale, bias_only=True)
     elif isinstance(block, ShuffleUpsample):
         _multiply(block.conv, scale, bias_only=True)
+    elif isinstance(block, CellUpsample):
+        for conv in (block.conv, block.first):
+            if conv is not None:
+                _multiply(conv, scale, bias_only=True)
     elif isinstance(block, Head) and block.norm is not None:
         _follow(block.norm, scale)
     elif isinstance(block, Head):  # the factor of the stream is cancelled here

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flashvaed_cli.families.flux2.spec import BATCH_NORM_EPS, FLUX_2, LATENT_WIDTH
 from flashvaed_cli.families.layout import Layout, Role
-from flashvaed_cli.families.stable_diffusion.names import ARGUMENTS, kl_layout
+from flashvaed_cli.families.stable_diffusion.names import ARGUMENTS, deny_axes, kl_layout
 
 _BUFFERS = "bn."
 _COUNTER = "bn.num_batches_tracked"
@@ -75,7 +75,9 @@ def _denial() -> Callable[[Mapping[str, tuple[int, ...]], Mapping[str, Any]], st
     """What shapes say against it: the other variants have its names, but no batch norm
     and another number of latent channels."""
 
-    def deny(shapes: Mapping[str, tuple[int, ...]], _config: Mapping[str, Any]) -> str | None:
+    def deny(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> str | None:
+        if (fault := deny_axes(4, shapes, config)) is not None:
+            return fault
         if any(name.startswith(_BUFFERS) for name in shapes):
             return None
         entry, end = shapes.get("decoder.conv_in.weight", ()), shapes.get("encoder.conv_out.weight", ())

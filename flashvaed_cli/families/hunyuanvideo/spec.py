@@ -30,7 +30,7 @@ _RESAMPLED: tuple[Factor, ...] = ((1, 2, 2), (2, 2, 2), (2, 2, 2))
 of either changes only the size."""
 
 
-def _conv(in_width: int, out_width: int) -> ConvSpec:
+def hunyuan_conv(in_width: int, out_width: int) -> ConvSpec:
     """A dense causal 3x3x3 layer that repeats a clip's first frame and the borders of frames."""
     return ConvSpec(
         operator="causal3d",
@@ -43,7 +43,7 @@ def _conv(in_width: int, out_width: int) -> ConvSpec:
 
 
 def _ladder(base_width: int) -> Ladder:
-    return Ladder(_conv, group_norm(base_width).model_copy(update={"over": "clip"}), context="clip")
+    return Ladder(hunyuan_conv, group_norm(base_width).model_copy(update={"over": "clip"}), context="clip")
 
 
 def hunyuan_decoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> DecoderSpec:
@@ -51,7 +51,7 @@ def hunyuan_decoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> D
     widths = [base_width * m for m in reversed(MULTIPLIERS)]
 
     def upsampler(index: int, width: int) -> UpsampleSpec:
-        return UpsampleSpec(spatial=_conv(width, width), repeats_frames=_RESAMPLED[index][0] == 2)
+        return UpsampleSpec(spatial=hunyuan_conv(width, width), repeats_frames=_RESAMPLED[index][0] == 2)
 
     stages = _ladder(base_width).decoder_stages(latent_width, widths, upsampler)
     return DecoderSpec(
@@ -68,7 +68,7 @@ def hunyuan_encoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> E
     widths = [base_width * m for m in MULTIPLIERS]
 
     def downsampler(index: int, width: int) -> StridedDownsampleSpec:
-        return StridedDownsampleSpec(conv=_conv(width, width), factor=_RESAMPLED[index])
+        return StridedDownsampleSpec(conv=hunyuan_conv(width, width), factor=_RESAMPLED[index])
 
     stages = _ladder(base_width).encoder_stages(latent_width, widths, downsampler)
     return EncoderSpec(

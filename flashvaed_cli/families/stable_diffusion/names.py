@@ -110,6 +110,15 @@ def has_quant_layers(names: Iterable[str]) -> dict[str, Any]:
     return {key: any(name.startswith(start) for name in names) for key, start in keys.items()}
 
 
+def deny_axes(num_axes: int, shapes: Mapping[str, tuple[int, ...]], _config: Mapping[str, Any]) -> str | None:
+    """What rules out a layout whose first layers have so many axes, 4 on frames and 5 in time; None: nothing."""
+    for role in ("decoder", "encoder"):
+        found = len(shapes.get(f"{role}.conv_in.weight", ()))
+        if found not in (0, num_axes):
+            return f"its first layer has a kernel of {found} axes, not {num_axes}"
+    return None
+
+
 def _denial(family: Family) -> Callable[[Mapping[str, tuple[int, ...]], Mapping[str, Any]], str | None]:
     """What rules out a variant, by shapes and configuration: all variants have the same names."""
     alike = [one for one in _VARIANTS if one is not family and one.latent_width == family.latent_width]
@@ -119,6 +128,8 @@ def _denial(family: Family) -> Callable[[Mapping[str, tuple[int, ...]], Mapping[
     def deny(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> str | None:
         if in_time := next((name for name in shapes if any(part in name for part in _IN_TIME)), None):
             return f"no place for {in_time}, a layer in time"
+        if (fault := deny_axes(4, shapes, config)) is not None:
+            return fault
         entry, end = shapes.get("decoder.conv_in.weight", ()), shapes.get("encoder.conv_out.weight", ())
         found = entry[1] if len(entry) == 4 else end[0] // 2 if len(end) == 4 else None
         if found is not None and found != family.latent_width:

@@ -27,6 +27,7 @@ from flashvaed_cli.families.stable_diffusion.names import (
     DIFFUSERS_ATTENTION,
     LAYERS,
     ORIGINAL_ATTENTION,
+    deny_axes,
     diffusers_places,
     finish_attention,
     has_quant_layers,
@@ -149,6 +150,7 @@ def _layout(kind: str) -> Layout:
         prepare=partial(_prepare, kind),
         implied=has_quant_layers,
         finish=partial(_finish, kind),
+        denied=partial(deny_axes, 4),
         statistics_config=statistics_config,
         landmarks={} if is_diffusers else {"decoder": _landmarks()},
         arguments=(

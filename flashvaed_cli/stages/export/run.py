@@ -155,6 +155,9 @@ def _jobs(
         kinds = ("clip",)
         sight = "whole clips" if decoder.spec.sees_whole_clip else "frames ahead"
         skipped.append(f"no streaming graph: this decoder sees {sight}, so a single step gives no frames")
+    elif decoder.spec.grows_state:
+        kinds = ("clip",)
+        skipped.append("no streaming graph: this decoder's state grows from step to step")
     path = folder / f"{name}.onnx"
     yield "onnx", lambda: export_onnx(decoder, path, options=options, kinds=kinds, progress=progress)
 

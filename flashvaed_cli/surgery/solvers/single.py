@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from flashvaed_cli.decoders.modules.blocks import ConvBlock, Downsample, Head, Upsample
+from flashvaed_cli.decoders.modules.cell_blocks import CellUpsample
 from flashvaed_cli.decoders.modules.shuffle_blocks import ShuffleUpsample
 from flashvaed_cli.surgery.channel_fit import ChannelFit
-from flashvaed_cli.surgery.layer_fit import LayerError, LayerFit
+from flashvaed_cli.surgery.layer_fit import DenseFit, LayerError, LayerFit
 from flashvaed_cli.surgery.recording import RecordedRows
 from flashvaed_cli.surgery.rows import finer_positions, gather_rows
 from flashvaed_cli.surgery.solvers.pair import Clip, Pair
 from flashvaed_cli.surgery.solvers.steps import fit_of, solve_entering_gain, solve_layer, targets, with_gap
-from flashvaed_cli.surgery.transfer import doubled, pick, residual_channels, residual_kernel, wide_channels
+from flashvaed_cli.surgery.transfer import (
+    doubled,
+    first_matrix,
+    pick,
+    residual_channels,
+    residual_kernel,
+    wide_channels,
+)
 
 
 def solve_upsample(pair: Pair[Upsample]) -> list[LayerError]:
@@ -44,7 +54,7 @@ def solve_upsample(pair: Pair[Upsample]) -> list[LayerError]:
     return errors
 
 
-def solve_shuffle(pair: Pair[ShuffleUpsample]) -> list[LayerError]:
+def solve_shuffle(pair: Pair[ShuffleUpsample] | Pair[CellUpsample]) -> list[LayerError]:
     """The layer, for the original's output, and for the original's residual where that became part of the layer."""
     old, new = pair.reference, pair.student
     wide = wide_channels(pair.after, old.spec.cell)
@@ -68,6 +78,38 @@ def solve_shuffle(pair: Pair[ShuffleUpsample]) -> list[LayerError]:
         return with_gap(wanted, pair, rows)
 
     return [solve_layer(fit_of(pair, "conv", pair.before, wide), pair, "conv", lambda y: [y], target)]
+
+
+def solve_cells(pair: Pair[CellUpsample]) -> list[LayerError]:
+    """The same, then the layer of first frames, on those of the positions that are in one."""
+    errors, new = solve_shuffle(pair), pair.student
+    if new.first is None:
+        return errors
+    old, wide = pair.reference, wide_channels(pair.after, pair.reference.spec.first_cell)
+    is_full = pair.settings.mode == "full"
+    fit: LayerFit = DenseFit([new.first], settings=pair.settings)
+    if not is_full:
+        weight, bias = first_matrix(old)
+        kernel = weight[:, :, None, None, None]
+        fit = ChannelFit(new.first, kernel, bias, before=pair.before, after=wide, settings=pair.settings)
+    for y, rows in pair.clips():
+        t, h, w = y.shape[2:]
+        positions = rows.positions["conv"]
+        in_first = positions // (h * w) % t == 0
+        at = positions[in_first]
+        at = at // (t * h * w) * (h * w) + at % (h * w)  # of [B, 1, H, W]
+        given = rows.inputs["conv"][in_first]
+        if is_full:
+            wanted = old.first_frame(_as_clip(given), _as_clip(rows.outputs["conv"][in_first]))
+            target = pick(gather_rows(wanted, torch.arange(len(at))), wide, 1)
+            target = target - gather_rows(new.conv(y[:, :, :1])[:, :: new.spec.factor[0]], at)
+        fit.update([y[:, :, :1]], target if is_full else given, at)
+    return [*errors, fit.solve_()]
+
+
+def _as_clip(rows: Float[Tensor, "N C"]) -> Float[Tensor, "1 C 1 N 1"]:
+    """Rows as the positions of one frame."""
+    return rows.T[None, :, None, :, None]
 
 
 def solve_downsample(pair: Pair[Downsample]) -> list[LayerError]:

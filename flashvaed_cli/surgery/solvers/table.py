@@ -23,6 +23,7 @@ from flashvaed_cli.surgery.solvers.residual import (
     solve_resblock,
 )
 from flashvaed_cli.surgery.solvers.single import (
+    solve_cells,
     solve_conv,
     solve_downsample,
     solve_head,
@@ -53,6 +54,7 @@ BLOCK_SOLVERS: dict[str, BlockSolver] = {
     "attention": BlockSolver(rows_of_attention, solve_attention),
     "upsample": BlockSolver(rows_of_convolutions, solve_upsample),
     "shuffle_upsample": BlockSolver(rows_of_convolutions, solve_shuffle),
+    "cell_upsample": BlockSolver(rows_of_convolutions, solve_cells),
     "downsample": BlockSolver(rows_of_convolutions, solve_downsample),
     "head": BlockSolver(rows_of_convolutions, solve_head),
     "conv": BlockSolver(rows_of_convolutions, solve_conv),

@@ -21,7 +21,9 @@ STATISTICS = ((0.1, 0.2, 0.3, 0.4), (1.0, 2.0, 3.0, 4.0))
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "leanvae"])  # see parity/test_leanvae
 def test_written_files_are_read_back(family: str, tmp_path: Path) -> None:
-    width = {"sd3": 16, "flux.1": 16, "flux.2": 32}.get(family, 4)  # with other latents they are other variants
+    width = {"sd3": 16, "flux.1": 16, "flux.2": 32, "seedvr2": 16}.get(
+        family, 4
+    )  # with other latents they are other variants
     statistics = ((0.1,) * 128, (2.0,) * 128) if family == "flux.2" else STATISTICS  # of patches of 2 x 2 latents
     spec = get_family(family).decoder_spec(4, width)
     decoder = ltx_decoder(spec) if family in VERSIONS else toy_decoder(spec)

@@ -80,10 +80,29 @@ def test_gradients_are_those_by_hand() -> None:
     torch.testing.assert_close(*grads)
 
 
-def test_a_decoder_with_it_takes_clips_whole() -> None:
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 2), (1, 3), (3, 1)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_state_is_all_earlier_keys_and_values(sizes: tuple[int, ...], channels_last: bool) -> None:
+    block = attending_decoder().at("mid.1")
+    x = torch.randn(2, 4, 4, 2, 3, dtype=torch.float64)
+    x = x.contiguous(memory_format=torch.channels_last_3d) if channels_last else x
+    state: dict[str, Tensor] = {}
+    parts = []
+    for part in x.split(sizes, dim=2):
+        before = {name: value.clone() for name, value in state.items()}
+        past = dict(state) if parts else None
+        parts.append(block(part, past, state))
+        assert past is None or torch.equal(past["mid.1"], before["mid.1"])
+    torch.testing.assert_close(torch.cat(parts, dim=2), block(x))
+    assert state["mid.1"].shape == (2, 12, 4, 2, 3)
+
+
+def test_a_decoder_with_it_streams_with_a_growing_state() -> None:
     clip, frame = attending_decoder().spec, attending_decoder("frame").spec
-    assert (clip.is_causal, clip.sees_whole_clip) == (False, True)
-    assert (frame.is_causal, frame.sees_whole_clip) == (True, False)
+    assert (clip.is_causal, clip.sees_whole_clip, clip.grows_state) == (True, False, True)
+    assert (frame.is_causal, frame.sees_whole_clip, frame.grows_state) == (True, False, False)
+    normed = clip.with_blocks({"mid.1": normed_attention()})
+    assert (normed.is_causal, normed.sees_whole_clip, normed.grows_state) == (False, True, False)
     assert "context" not in frame.model_dump_json() and '"context":"clip"' in clip.model_dump_json()
     assert DecoderSpec.model_validate_json(clip.model_dump_json()) == clip
 

@@ -64,7 +64,7 @@ def num_bytes(key):
 torch.set_num_threads(1)
 layout, width, chunk, tile, dtype = json.loads(sys.argv[1])
 build = {"flash": lambda w: paper_layout(w, 0.125), "wan2.2": lambda w: wan22_decoder_spec(w, 16)}
-of_family = ("ltx-2", "hunyuanvideo", "leanvae", "sd3")
+of_family = ("ltx-2", "hunyuanvideo", "hunyuanvideo-1.5", "leanvae", "sd3")
 build |= {name: lambda w, name=name: get_family(name).decoder_spec(w, 16) for name in of_family}
 spec = build.get(layout, wan_decoder_spec)(width)
 decoder = Decoder(exact_spec(spec)).requires_grad_(False)
@@ -91,6 +91,8 @@ CASES = [
     ("wan2.2", 8, None, None, "float32"),
     ("ltx-2", 16, None, None, "float32"),
     ("hunyuanvideo", 16, None, None, "float32"),
+    ("hunyuanvideo-1.5", 16, None, None, "float32"),
+    ("hunyuanvideo-1.5", 16, 1, 16, "bfloat16"),
     ("leanvae", 32, 5, WHOLE, "float32"),
     ("leanvae", 32, 1, WHOLE, "float32"),
     ("leanvae", 32, 2, WHOLE, "bfloat16"),

@@ -31,6 +31,7 @@ CLASSES = {
     "ltx-2": "AutoencoderKLLTX2Video",
     "ltx-2.3": "AutoencoderKLLTX2Video",
     "hunyuanvideo": "AutoencoderKLHunyuanVideo",
+    "hunyuanvideo-1.5": "AutoencoderKLHunyuanVideo15",
     "stable-video-diffusion": "AutoencoderKLTemporalDecoder",
     **dict.fromkeys(("stable-diffusion", "sdxl", "sd3", "flux.1"), "AutoencoderKL"),
     "flux.2": "AutoencoderKLFlux2",
