@@ -13,7 +13,8 @@ def main() -> None:
         from flashvaed_cli.cli.threads import available_cores, prepare_threads
 
         prepare_streams()
-        prepare_threads(os.environ, available_cores(), machine_cores=os.cpu_count())
+        command = next(iter(sys.argv[1:]), "")
+        prepare_threads(os.environ, available_cores(), command=command, machine_cores=os.cpu_count())
         from flashvaed_cli.cli.app import main as run_program
 
         run_program()

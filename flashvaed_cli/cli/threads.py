@@ -15,6 +15,9 @@ _WAIT_SETTINGS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
+_FOLLOW_LOAD = ("decode", "eval")
+"""Commands that take fewer threads beside others. Those that write weights do not: sums over another number of threads
+round otherwise, and the same command would write other weights on a busy machine."""
 _LOAD = Path("/proc/loadavg")
 _NUM_LOOKS = 5
 _BETWEEN_LOOKS_S = 0.01
@@ -24,11 +27,13 @@ def prepare_threads(
     environment: MutableMapping[str, str],
     cores: int,
     *,
+    command: str = "",
     machine_cores: int | None = None,
     cgroups: Path = _CGROUPS,
     load: Path = _LOAD,
 ) -> None:
-    """Bound the spinning, and use no more threads than the container's quota allows and the machine has free cores.
+    """Bound the spinning, and use no more threads than the container's quota allows; some commands, no more than there
+    are free cores.
 
     A thread that waits for its core holds up the others at the end of every parallel region, of which the fast
     operators have many: on two cores beside two busy processes they took 2 to 4 times as long with two threads as with
@@ -36,6 +41,7 @@ def prepare_threads(
 
     Args:
         cores: that the process may run on.
+        command: that is about to run.
         machine_cores: of the whole machine, as many as `cores` if not given.
     """
     if not any(name in environment for name in _WAIT_SETTINGS):
@@ -44,8 +50,10 @@ def prepare_threads(
         return
     quota = cpu_quota(cgroups)
     allowed = cores if quota is None else min(cores, max(1, math.ceil(quota)))
-    free = (machine_cores or cores) - num_busy(load)
-    threads = min(allowed, max(free, allowed // 2, 1))
+    threads = allowed
+    if command in _FOLLOW_LOAD:
+        free = (machine_cores or cores) - num_busy(load)
+        threads = min(allowed, max(free, allowed // 2, 1))
     if threads < cores:
         environment["OMP_NUM_THREADS"] = str(threads)
 

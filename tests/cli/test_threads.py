@@ -68,8 +68,18 @@ def test_threads_leave_busy_cores_alone(
     load = tmp_path / "loadavg"
     load.write_text(f"4.53 3.77 2.93 {running}/99 21492\n")
     environment = {"OMP_WAIT_POLICY": "passive"}
-    prepare_threads(environment, cores, machine_cores=machine_cores, cgroups=tmp_path, load=load)
+    prepare_threads(environment, cores, command="eval", machine_cores=machine_cores, cgroups=tmp_path, load=load)
     assert environment.get("OMP_NUM_THREADS") == threads
+
+
+@pytest.mark.parametrize("command", ["prune", "convert-ops", "distill", "analyze", "export", "run", "--help", ""])
+def test_what_writes_weights_does_not_follow_the_load(tmp_path: Path, command: str) -> None:
+    """It would write others on a busy machine: sums over another number of threads round otherwise."""
+    load = tmp_path / "loadavg"
+    load.write_text("4.53 3.77 2.93 9/99 21492\n")
+    environment = {"OMP_WAIT_POLICY": "passive"}
+    prepare_threads(environment, 8, command=command, cgroups=tmp_path, load=load)
+    assert "OMP_NUM_THREADS" not in environment
 
 
 def test_the_quietest_look_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
