@@ -63,7 +63,7 @@ class Checkpoint:
     Attributes:
         location: as given.
         sha256: of the file (for a folder, of the list of files; for an artifact, of its content).
-        layout: `flashvaed`, `wan-original` or `diffusers`.
+        layout: `flashvaed` for an artifact, else the name of the layout that its tensors are in.
         latent_mean: per latent channel, so that normalized = (raw - latent_mean) / latent_std; both are empty where
             nothing tells them.
         kept_channels: see `ArtifactHeader`; empty for foreign checkpoints.

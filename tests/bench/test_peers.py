@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -37,15 +35,11 @@ from flashvaed_cli.report.tables import to_markdown
 from flashvaed_cli.stages.speed.contestants import diffusers_call
 from flashvaed_cli.stages.speed.table import TimedSize, counted_spec, ratio_of_rounds, seconds_of_rounds
 from tests.bench.full_size import paper_layout, random_decoder, setting
+from tests.bench.peers import NotAtHand, clone_of
 
-FOLDER = Path(os.environ.get("FLASHVAED_BENCH_PEERS", "build/peers"))
 SIZES = [TimedSize(*map(int, one.split("x"))) for one in os.environ.get("FLASHVAED_BENCH_SIZES", "9x256x256").split()]
 DTYPES = [getattr(torch, name) for name in os.environ.get("FLASHVAED_BENCH_DTYPES", "float32 bfloat16").split()]
 ROUNDS, COMPILE = setting("ROUNDS", 3), bool(setting("COMPILE", 0))
-REPOSITORIES = {
-    "Flash-VAED": "https://github.com/Aoko955/Flash-VAED",
-    "taehv": "https://github.com/madebyollin/taehv",
-}
 RELEASED, TAEHV = "Flash-VAED, its own code", "TAEHV, its own code"
 MILD_WIDTH = 67
 EXACT, MILD, FLASH = "original, exact", f"mild (native width {MILD_WIDTH})", "Flash (384/24/12)"
@@ -55,17 +49,9 @@ Call = Callable[[], object]
 pytestmark = pytest.mark.usefixtures("as_users_run_it")
 
 
-class NotAtHand(Exception):
-    """Why a peer's code cannot be run."""
-
-
 def their_module(repository: str, path: str) -> ModuleType:
     """A module of a clone, which is made if there is none."""
-    clone = FOLDER / repository
-    if not clone.is_dir():
-        command = ["git", "clone", "--quiet", "--depth", "1", REPOSITORIES[repository], str(clone)]
-        if subprocess.run(command, check=False, capture_output=True, timeout=120).returncode:
-            raise NotAtHand(f"{REPOSITORIES[repository]} cannot be cloned into {clone}")
+    clone = clone_of(repository)
     spec = importlib.util.spec_from_file_location(f"peer_{repository.replace('-', '_')}", clone / path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

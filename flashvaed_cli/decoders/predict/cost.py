@@ -5,7 +5,7 @@ One multiply-add counts as two operations. Norms, activations and interpolation 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from flashvaed_cli.decoders.spec.blocks import AttentionSpec, BlockSpec, Grid
 from flashvaed_cli.decoders.spec.coders import CoderSpec
@@ -56,8 +56,9 @@ def stage_costs(spec: CoderSpec, grid: Grid) -> list[StageCost]:
             around = held if index else 0  # what waits for the end of the bypass; the first block reads the same
             peak = max(peak, _size(entering) * block.in_width + _size(after) * block.widest_output + around)
             grid = after
-        if stage.bypass is not None and stage.bypass.conv is not None:
-            layers.append(_layer_cost(f"{stage.name}.{len(stage.blocks) - 1}.bypass", stage.bypass.conv, entrance))
+        if stage.bypass is not None and (conv := stage.bypass.conv) is not None:
+            address, flop = f"{stage.name}.{len(stage.blocks) - 1}.bypass", _layer_flop(conv, entrance)
+            layers.append(LayerCost(address, conv.operator, flop, conv.parameter_count))
         costs.append(StageCost(stage.name, tuple(layers), peak))
     return costs
 
@@ -76,17 +77,15 @@ def _block_cost(address: str, block: BlockSpec, grid: Grid) -> list[LayerCost]:
         return [_attention_cost(address, block, grid)]
     costs = []
     for name, layer in block.layers.items():
-        cost = _layer_cost(f"{address}.{name}", *block.computed_layer(name, grid))
-        num_flop, operator = cost.flop * block.num_uses(name), layer.operator
-        costs.append(replace(cost, flop=num_flop, operator=operator, parameters=layer.parameter_count))
+        flop = _layer_flop(*block.computed_layer(name, grid)) * block.num_uses(name)
+        costs.append(LayerCost(f"{address}.{name}", layer.operator, flop, layer.parameter_count))
     if block.norm_parameters:
         costs.append(LayerCost(f"{address}.norm", "norm", 0, block.norm_parameters))
     return costs
 
 
-def _layer_cost(address: str, layer: ConvSpec, grid: Grid) -> LayerCost:
-    multiplies = OPERATOR_FACTS[layer.operator].multiplies(layer, grid)
-    return LayerCost(address, layer.operator, 2 * multiplies, layer.parameter_count)
+def _layer_flop(layer: ConvSpec, grid: Grid) -> int:
+    return 2 * OPERATOR_FACTS[layer.operator].multiplies(layer, grid)
 
 
 def _attention_cost(address: str, block: AttentionSpec, grid: Grid) -> LayerCost:

@@ -5,6 +5,7 @@ Imports no torch. Reference: Wan 2.1 VAE, LTX-Video, HunyuanVideo 1.5 (after DC-
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 from pydantic import model_validator
@@ -133,66 +134,6 @@ class DownsampleSpec(Block):
         return (after[0] - 1, *after[1:]) if name == "temporal" else (grid[0], *after[1:])
 
 
-class ShuffleUpsampleSpec(Block):
-    """`conv`, whose channels then move into time and space: 1 + ft (T - 1) frames, fh and fw times the size.
-
-    Channel c of the output comes from the channels of `conv` from c * ft * fh * fw on, in the order of `factor`; of the
-    first ft frames of a video one is kept, the last or the first. With `residual` the input is added, moved in the same
-    way and its channels repeated as often as needed.
-    """
-
-    omitted_defaults: ClassVar[tuple[str, ...]] = ("keeps",)
-
-    kind: Literal["shuffle_upsample"] = "shuffle_upsample"
-    conv: ConvSpec
-    factor: Factor = (2, 2, 2)
-    residual: bool = False
-    keeps: Literal["last", "first"] = "last"
-
-    @model_validator(mode="after")
-    def _widths_divide(self) -> ShuffleUpsampleSpec:
-        cell = _cell(self.factor)
-        if self.conv.out_width % cell:
-            raise ValueError(f"{self.conv.out_width} channels do not make cells of {cell}")
-        if self.residual and (self.conv.in_width % cell or self.conv.out_width % self.conv.in_width):
-            raise ValueError(f"a residual cannot join {self.conv.in_width} channels to {self.conv.out_width // cell}")
-        return self
-
-    @property
-    def cell(self) -> int:
-        """Positions made of one: channels of `conv` per channel of the output."""
-        return _cell(self.factor)
-
-    @property
-    def out_width(self) -> int:
-        """The channels of a cell have become positions."""
-        return self.conv.out_width // self.cell
-
-    @property
-    def widest_output(self) -> int:
-        """`conv` runs before the frames grow."""
-        return self.out_width
-
-    @property
-    def growth(self) -> Factor:
-        """That of a cell."""
-        return self.factor
-
-    @property
-    def carries_input(self) -> bool:
-        """If it has a residual, which adds copies of it."""
-        return self.residual
-
-    @property
-    def ends_stream(self) -> bool:
-        """Its output belongs to the next stage, of another size."""
-        return True
-
-    def layer_grid(self, name: str, grid: Grid) -> Grid:
-        """`conv` runs before the frames grow."""
-        return grid
-
-
 class StridedDownsampleSpec(Block):
     """`conv` with the stride `factor`, from the first frame on: 1 + (T - 1) / ft frames.
 
@@ -218,26 +159,57 @@ class StridedDownsampleSpec(Block):
         return self.factor
 
 
-class UnshuffleDownsampleSpec(Block):
-    """`conv`, then cells of `factor` positions move into the channels; plus the input's cells, averaged to as many.
+class _CellBlock(Block):
+    """What blocks share that move cells of ft x fh x fw positions between channels and the grid, beside one layer."""
 
-    The first frame of a video is taken ft times, which gives 1 + (T - 1) / ft frames.
-    """
-
-    kind: Literal["unshuffle_downsample"] = "unshuffle_downsample"
+    kind: str
     conv: ConvSpec
     factor: Factor
 
-    @model_validator(mode="after")
-    def _widths_divide(self) -> UnshuffleDownsampleSpec:
-        if self.conv.in_width % self.conv.out_width:
-            raise ValueError(f"cells of {self.conv.in_width} channels cannot be averaged to {self.conv.out_width}")
-        return self
-
     @property
     def cell(self) -> int:
-        """Positions made into one: channels of the output per channel of `conv`."""
-        return _cell(self.factor)
+        """Positions of a cell: channels of its deep side for each of its wide side."""
+        return math.prod(self.factor)
+
+
+class _CellGrowthSpec(_CellBlock):
+    """A layer whose channels then become positions, perhaps with copies of the input."""
+
+    factor: Factor = (2, 2, 2)
+    residual: bool
+
+    @property
+    def out_width(self) -> int:
+        """The channels of a cell have become positions."""
+        return self.conv.out_width // self.cell
+
+    @property
+    def widest_output(self) -> int:
+        """The layers run before the frames grow."""
+        return self.out_width
+
+    @property
+    def growth(self) -> Factor:
+        """That of a cell."""
+        return self.factor
+
+    @property
+    def carries_input(self) -> bool:
+        """If it has a residual, which adds copies of it."""
+        return self.residual
+
+    @property
+    def ends_stream(self) -> bool:
+        """Its output belongs to the next stage, of another size."""
+        return True
+
+    def layer_grid(self, name: str, grid: Grid) -> Grid:
+        """The layers run before the frames grow."""
+        return grid
+
+
+class _CellShrinkageSpec(_CellBlock):
+    """`conv`, then the positions of a cell become channels; plus the input's cells, averaged to as many."""
 
     @property
     def out_width(self) -> int:
@@ -254,7 +226,31 @@ class UnshuffleDownsampleSpec(Block):
         return grid
 
 
-class CellUpsampleSpec(Block):
+class ShuffleUpsampleSpec(_CellGrowthSpec):
+    """`conv`, whose channels then move into time and space: 1 + ft (T - 1) frames, fh and fw times the size.
+
+    Channel c of the output comes from the channels of `conv` from c * ft * fh * fw on, in the order of `factor`; of the
+    first ft frames of a video one is kept, the last or the first. With `residual` the input is added, moved in the same
+    way and its channels repeated as often as needed.
+    """
+
+    omitted_defaults: ClassVar[tuple[str, ...]] = ("keeps",)
+
+    kind: Literal["shuffle_upsample"] = "shuffle_upsample"
+    residual: bool = False
+    keeps: Literal["last", "first"] = "last"
+
+    @model_validator(mode="after")
+    def _widths_divide(self) -> ShuffleUpsampleSpec:
+        cell = self.cell
+        if self.conv.out_width % cell:
+            raise ValueError(f"{self.conv.out_width} channels do not make cells of {cell}")
+        if self.residual and (self.conv.in_width % cell or self.conv.out_width % self.conv.in_width):
+            raise ValueError(f"a residual cannot join {self.conv.in_width} channels to {self.conv.out_width // cell}")
+        return self
+
+
+class CellUpsampleSpec(_CellGrowthSpec):
     """`conv` and copies of the input, whose channels then move into time and space; a first frame has its own cell.
 
     Channel c of the output comes from the channels of `conv` from c * ft * fh * fw on, in the order of `factor`. The
@@ -273,8 +269,6 @@ class CellUpsampleSpec(Block):
     has_still_form: ClassVar[bool] = True
 
     kind: Literal["cell_upsample"] = "cell_upsample"
-    conv: ConvSpec
-    factor: Factor = (2, 2, 2)
     residual: bool = True
     first: ConvSpec | None = None
 
@@ -293,29 +287,9 @@ class CellUpsampleSpec(Block):
         return self
 
     @property
-    def cell(self) -> int:
-        """Positions made of one: channels of `conv` per channel of the output."""
-        return _cell(self.factor)
-
-    @property
     def first_cell(self) -> int:
         """Positions made of one in the first frame of a video."""
         return self.factor[1] * self.factor[2]
-
-    @property
-    def out_width(self) -> int:
-        """The channels of a cell have become positions."""
-        return self.conv.out_width // self.cell
-
-    @property
-    def widest_output(self) -> int:
-        """The layers run before the frames grow."""
-        return self.out_width
-
-    @property
-    def growth(self) -> Factor:
-        """That of a cell."""
-        return self.factor
 
     @property
     def paths(self) -> tuple[tuple[str, ...], ...]:
@@ -332,22 +306,27 @@ class CellUpsampleSpec(Block):
         """Both layers."""
         return tuple(Reader(layer=name) for name in self.layers)
 
-    @property
-    def carries_input(self) -> bool:
-        """If it has a residual, which adds copies of it."""
-        return self.residual
-
-    @property
-    def ends_stream(self) -> bool:
-        """Its output belongs to the next stage, of another size."""
-        return True
-
     def layer_grid(self, name: str, grid: Grid) -> Grid:
         """The layers run before the frames grow, `first` on one frame."""
         return (1, *grid[1:]) if name == "first" else grid
 
 
-class CellDownsampleSpec(Block):
+class UnshuffleDownsampleSpec(_CellShrinkageSpec):
+    """`conv`, then cells of `factor` positions move into the channels; plus the input's cells, averaged to as many.
+
+    The first frame of a video is taken ft times, which gives 1 + (T - 1) / ft frames.
+    """
+
+    kind: Literal["unshuffle_downsample"] = "unshuffle_downsample"
+
+    @model_validator(mode="after")
+    def _widths_divide(self) -> UnshuffleDownsampleSpec:
+        if self.conv.in_width % self.conv.out_width:
+            raise ValueError(f"cells of {self.conv.in_width} channels cannot be averaged to {self.conv.out_width}")
+        return self
+
+
+class CellDownsampleSpec(_CellShrinkageSpec):
     """`conv`, then cells of `factor` positions move into the channels; plus the input's cells, averaged to as many.
 
     All channels of one position come before those of the next, and runs of neighbours are averaged. The first frame of
@@ -355,34 +334,9 @@ class CellDownsampleSpec(Block):
     """
 
     kind: Literal["cell_downsample"] = "cell_downsample"
-    conv: ConvSpec
-    factor: Factor
 
     @model_validator(mode="after")
     def _widths_divide(self) -> CellDownsampleSpec:
         if self.factor[1] * self.factor[2] * self.conv.in_width % self.out_width:
             raise ValueError(f"cells of {self.conv.in_width} channels cannot be averaged to {self.out_width}")
         return self
-
-    @property
-    def cell(self) -> int:
-        """Positions made into one: channels of the output per channel of `conv`."""
-        return _cell(self.factor)
-
-    @property
-    def out_width(self) -> int:
-        """The positions of a cell have become channels."""
-        return self.conv.out_width * self.cell
-
-    @property
-    def shrinkage(self) -> Factor:
-        """That of a cell."""
-        return self.factor
-
-    def layer_grid(self, name: str, grid: Grid) -> Grid:
-        """`conv` runs before the frames shrink."""
-        return grid
-
-
-def _cell(factor: Factor) -> int:
-    return factor[0] * factor[1] * factor[2]
