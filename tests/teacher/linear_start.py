@@ -107,7 +107,7 @@ def _fit_downsample(block: Downsample, x: Clips, path: int, *, signed: bool) -> 
     weight[:num_means, :path, :2, :2] = 0.5 * _components(patches, num_means).unflatten(1, (path, 2, 2))
     bias[-1] = ENCODER_HEAD_CONSTANT if signed else BODY_CONSTANT
     frames = F.conv2d(F.pad(frames_as_batch(x), (0, 1, 0, 1)), weight, bias, stride=2)
-    before = batch_as_frames(frames, x.shape[0])[:, :num_means].clone()
+    before = batch_as_frames(frames, x)[:, :num_means].clone()
     total = num_means
     if block.temporal is not None:
         total = num_means + min(num_means, room - num_means)
@@ -172,7 +172,7 @@ def _fit_decoder(decoder: Decoder, latents: Clips, features: list[tuple[Clips, C
             finest = level == len(targets)
             target = torch.cat([clips, -clips], dim=1) if finest else targets[level][1]
             frames = F.interpolate(frames_as_batch(x), scale_factor=2, mode="nearest")
-            x = batch_as_frames(frames, x.shape[0])
+            x = batch_as_frames(frames, x)
             _solve(block.spatial, _patches(x[:, :path], 3), target)
             block.spatial.bias[-1] = DECODER_HEAD_CONSTANT if finest else BODY_CONSTANT
             x, path = block.spatial(x), target.shape[1]
@@ -210,7 +210,7 @@ def _patches(x: Clips, side: int) -> Clips:
     """`[B, C*side*side, T, H, W]`: what a convolution sees at each position of a frame."""
     frames = frames_as_batch(x)
     patches = F.unfold(frames, side, padding=side // 2).unflatten(2, frames.shape[2:])
-    return batch_as_frames(patches, x.shape[0])
+    return batch_as_frames(patches, x)
 
 
 def _solve(conv: nn.Module, patches: Clips, target: Clips, rows: list[int] | None = None) -> None:

@@ -119,17 +119,17 @@ class Attention(nn.Module):
         self.proj = nn.Linear(spec.inner_width, spec.width)
 
     def forward(self, x: Clip, past: Past = None, future: Future = None) -> MappedClip:
-        b, _, _, h, w = x.shape
+        b, _, t, h, w = x.shape
         frames = frames_as_batch(self.norm(x)).flatten(2).transpose(1, 2)  # [BT, HW, C]
         q, k, v = self.qkv(frames).chunk(3, dim=-1)
         if self.context == "clip":
-            q, k, v = (rows.unflatten(0, (b, -1)).flatten(1, 2) for rows in (q, k, v))  # [B, T HW, I]
+            q, k, v = (rows.unflatten(0, (b, t)).flatten(1, 2) for rows in (q, k, v))  # [B, T HW, I]
             k, v = self._with_earlier(k, v, x, past, future)
-            mixed = self._over_clip(q, k, v, x).unflatten(1, (-1, h * w)).flatten(0, 1)
+            mixed = self._over_clip(q, k, v, x).unflatten(1, (t, h * w)).flatten(0, 1)
         else:
             mixed = _attend(q, k, v)
         y = self.proj(mixed).transpose(1, 2).unflatten(2, (h, w))  # [BT, C, H, W]
-        return x + batch_as_frames(y, b)
+        return x + batch_as_frames(y, x)
 
     def _with_earlier(
         self, k: Float[Tensor, "B P I"], v: Float[Tensor, "B P I"], x: Clip, past: Past, future: Future
@@ -207,7 +207,7 @@ class Upsample(nn.Module):
     def enlarge(x: Clip) -> MappedClip:
         """Every pixel as a square of 2x2."""
         frames = F.interpolate(frames_as_batch(x), scale_factor=2, mode="nearest")
-        return batch_as_frames(frames, x.shape[0])
+        return batch_as_frames(frames, x)
 
     def double_frames(self, x: Clip, past: Past = None, future: Future = None) -> MappedClip:
         """The temporal part alone: 1 + 2 (T - 1) frames for a first chunk (2 T if it grows), 2 T for a later one."""
@@ -256,7 +256,7 @@ class Downsample(nn.Module):
         """The spatial part alone: a kernel around every second row and column, zeros below and right of the frame."""
         frames = F.pad(frames_as_batch(x), (0, 1, 0, 1))
         frames = F.conv2d(frames, self.spatial.weight, self.spatial.bias, stride=2)
-        return batch_as_frames(frames, x.shape[0])
+        return batch_as_frames(frames, x)
 
     def _halve_frames(self, x: Clip, past: Past, future: Future) -> MappedClip:
         assert self.temporal is not None

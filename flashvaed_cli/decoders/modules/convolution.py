@@ -26,12 +26,15 @@ def frames_as_batch(x: Float[Tensor, "B C T H W"]) -> Float[Tensor, "BT C H W"]:
     return x.permute(0, 2, 1, 3, 4).reshape(b * t, c, h, w)
 
 
-def batch_as_frames(x: Float[Tensor, "BT C H W"], batch: int | torch.SymInt) -> Float[Tensor, "B C T H W"]:
-    """Undo `frames_as_batch`."""
-    bt, c, h, w = x.shape
-    if not torch.compiler.is_exporting() and bt == batch:  # an exported graph takes one frame and more
+def batch_as_frames(x: Float[Tensor, "BT C H W"], clip: Float[Tensor, "B _C T _H _W"]) -> Float[Tensor, "B C T H W"]:
+    """Undo `frames_as_batch`, for as many clips and frames as `clip` has.
+
+    Sizes that are symbols in a graph are not divided: quotients nest from layer to layer, and take minutes to trace.
+    """
+    b, _, t = clip.shape[:3]
+    if not torch.compiler.is_exporting() and t == 1:  # an exported graph takes one frame and more
         return x.unsqueeze(2)
-    return x.reshape(batch, bt // batch, c, h, w).permute(0, 2, 1, 3, 4)
+    return x.reshape(b, t, *x.shape[1:]).permute(0, 2, 1, 3, 4)
 
 
 def extend_with_past(

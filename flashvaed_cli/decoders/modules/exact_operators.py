@@ -129,7 +129,7 @@ def _tap(
     margins: Margins,
     groups: int = 1,
 ) -> Float[Tensor, "B O t Ho Wo"]:
-    return batch_as_frames(F.conv2d(frames_as_batch(x), weight, bias, padding=margins, groups=groups), x.shape[0])
+    return batch_as_frames(F.conv2d(frames_as_batch(x), weight, bias, padding=margins, groups=groups), x)
 
 
 class StackedConv3d(Conv):

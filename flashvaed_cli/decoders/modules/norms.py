@@ -104,7 +104,7 @@ class FrameGroupNorm(nn.Module):
         if self.spec.over == "clip":
             return F.group_norm(x, self.groups, self.gamma, self.beta, self.eps)
         frames = F.group_norm(frames_as_batch(x), self.groups, self.gamma, self.beta, self.eps)
-        return batch_as_frames(frames, x.shape[0])
+        return batch_as_frames(frames, x)
 
 
 Norm = ChannelRMSNorm | FrameGroupNorm

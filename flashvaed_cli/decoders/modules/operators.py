@@ -119,7 +119,7 @@ class FrameConv2d(Conv):
     ) -> Float[Tensor, "B O T H W"]:
         window, margins = space_window(x, self.spec)
         y = F.conv2d(frames_as_batch(window), self.weight, self.bias, padding=margins)
-        return batch_as_frames(y, x.shape[0])
+        return batch_as_frames(y, x)
 
 
 class Pointwise(Conv):
@@ -207,7 +207,7 @@ def pointwise_conv(
         return F.conv2d(x.flatten(2, 3), kernel, bias).unflatten(2, x.shape[2:4])
     if x.shape[0] * x.shape[2] == 1:
         return F.linear(x.permute(0, 2, 3, 4, 1), weight, bias).permute(0, 4, 1, 2, 3)
-    return batch_as_frames(F.conv2d(frames_as_batch(x), kernel, bias), x.shape[0])
+    return batch_as_frames(F.conv2d(frames_as_batch(x), kernel, bias), x)
 
 
 OPERATORS: dict[Operator, Callable[[ConvSpec, str], Conv]] = {

@@ -97,7 +97,7 @@ PADDED = [(operator, kernel, *padding) for operator, kernel in TWINS for padding
 def run_plain(plain: Conv, twin: Conv, x: Tensor, past: Past = None, future: Future = None) -> Tensor:
     """The expected output: the plain layer's, on enlarged frames if the twin enlarges."""
     if twin.spec.enlarges:
-        x = batch_as_frames(F.interpolate(frames_as_batch(x), scale_factor=2, mode="nearest"), x.shape[0])
+        x = batch_as_frames(F.interpolate(frames_as_batch(x), scale_factor=2, mode="nearest"), x)
     return plain(x, past, future)
 
 

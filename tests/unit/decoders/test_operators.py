@@ -162,7 +162,7 @@ def test_frames_as_batch_and_back() -> None:
     x = clip(2, 3, 4, 5, 6)
     frames = frames_as_batch(x)
     assert torch.equal(frames[4 + 2], x[1, :, 2])
-    assert torch.equal(batch_as_frames(frames, 2), x)
+    assert torch.equal(batch_as_frames(frames, x), x)
 
 
 def test_norm_divides_by_the_root_mean_square() -> None:
