@@ -50,7 +50,7 @@ CHECKED_COMMANDS = REPOSITORY / "tests" / "integration" / "test_chain.py"
 
 
 def pytest_collection_finish() -> None:
-    """What has been imported stays: Python's collector need not go through it again and again (a seventh of the time)."""
+    """What has been imported stays: the garbage collector, a seventh of the time, need not go through it again."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
