@@ -65,7 +65,8 @@ def test_pickles_and_exports(tmp_path: Path) -> None:
     tensors = seedvr2_tensors(BASE_WIDTH)
     torch.save(tensors, tmp_path / "ema_vae.pth")
     found = load_checkpoint(tmp_path / "ema_vae.pth", builtins={})
-    succeed("export ema_vae.pth -t safetensors --output out", cwd=tmp_path)
+    told = succeed("export ema_vae.pth -t safetensors --output out", cwd=tmp_path)
+    assert "safetensors: diffusers has no class for seedvr2" in str(told) and "no original" not in str(told)
     written = load_file(tmp_path / "out" / "ema_vae.safetensors")
     assert written.keys() == tensors.keys()
     assert all(torch.equal(written[name], one) and written[name].shape == one.shape for name, one in tensors.items())
@@ -84,6 +85,13 @@ def test_it_is_told_apart_from_images(tmp_path: Path) -> None:
     for role in ("encoder", "decoder"):
         half = {name: one for name, one in tensors.items() if name.startswith(f"{role}.")}
         assert saved(half, tmp_path / f"{role}.safetensors").family == "seedvr2"
+
+
+def test_no_profile_of_images_names_what_doubles_frames(tmp_path: Path) -> None:
+    save_file(seedvr2_tensors(BASE_WIDTH), tmp_path / "vae.safetensors")
+    refused = invoke("convert-ops vae.safetensors --profile image", cwd=tmp_path)
+    said = " ".join(refused.stderr.split())
+    assert refused.exit_code == 2 and "up0_grown.0 (shuffle_upsample) works in time too" in said
 
 
 @pytest.mark.parametrize(
