@@ -71,9 +71,11 @@ def encoder_fault(class_name: str, decoder: DecoderSpec, encoder: EncoderSpec) -
 def single_file_note(class_name: str | None, decoder: DecoderSpec, encoder: EncoderSpec | None) -> str:
     """Which program reads a file in the original layout, and how."""
     fit = fits_uniform_layout(decoder, original_like(decoder))
-    if class_name is None or fit.base_width is None:
+    if fit.base_width is None:
         return f"safetensors: no original ({fit.deviation}): other programs need this program's decoder for it"
     family = get_family(decoder.family)
+    if class_name is None:
+        return f"safetensors: diffusers has no class for {family.name}: programs with the original's own code read it"
     if not family.elsewhere.reads_single_file:
         return f"safetensors: diffusers reads no single file of {family.name}: give it the folder of -t diffusers"
     if encoder is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import av
@@ -16,11 +17,13 @@ from torch import Tensor
 
 from flashvaed_cli.artifact.checkpoint import load_checkpoint, save_checkpoint
 from flashvaed_cli.artifact.header import ArtifactHeader
+from flashvaed_cli.decoders.run import runtime
 from flashvaed_cli.decoders.run.streaming import decode
 from flashvaed_cli.media.pixels import to_pixels
 from tests.commands import invoke, succeed
+from tests.hunyuan15_toy import hunyuan15_spec
 from tests.ltx_toy import ltx_decoder, ltx_spec
-from tests.toy import write_toy_vae
+from tests.toy import toy_decoder, write_toy_vae
 
 NUM_FRAMES = 17  # of five latents
 
@@ -181,6 +184,48 @@ def test_a_decoder_that_sees_ahead_gives_the_frames_of_the_whole_clip(tmp_path: 
     with torch.no_grad():
         expected = decode(decoder, latents * 2.0 + 0.5)[0].clamp(-1, 1)
     assert torch.allclose(torch.from_numpy(np.load(tmp_path / "out.npy")), expected, atol=1e-5)
+
+
+@pytest.fixture
+def growing(tmp_path: Path) -> Path:
+    """HunyuanVideo 1.5: the state of its attention grows with the clip."""
+    spec = hunyuan15_spec()
+    header = ArtifactHeader(kind="decoder", family=spec.family, latent_mean=(0.0,) * 4, latent_std=(1.0,) * 4)
+    save_checkpoint(tmp_path / "growing.safetensors", header, decoder=toy_decoder(spec))
+    return tmp_path / "growing.safetensors"
+
+
+def test_a_limit_of_memory_is_for_the_clip_not_for_a_longer_one(tmp_path: Path, growing: Path) -> None:
+    torch.save(torch.randn(1, 4, 2, 40, 40), tmp_path / "latents.pt")
+    told = succeed(f"decode latents.pt -d {growing} --latent-scale raw --max-memory 270MB -o out.npy", cwd=tmp_path)
+    assert (told["videos"][0]["chunk"], told["videos"][0]["tile"]) == (2, None)
+
+
+def test_a_clip_whose_state_grows_is_compiled_in_one_step(
+    tmp_path: Path, growing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its chunk is the whole clip; compiling itself is left out here."""
+    monkeypatch.setattr(runtime, "require_compiler", lambda _device: None)
+    monkeypatch.setattr(runtime, "_compile_step", uncompiled)
+    latents = torch.randn(1, 4, 6, 2, 3)
+    torch.save(latents, tmp_path / "latents.pt")
+    words = f"decode latents.pt -d {growing} --latent-scale raw --compile -o out.npy"
+    assert succeed(words, cwd=tmp_path)["videos"][0]["chunk"] == 6
+    with torch.no_grad():
+        expected = decode(load_checkpoint(growing, builtins={}).require_decoder(), latents)[0]
+    assert torch.allclose(torch.from_numpy(np.load(tmp_path / "out.npy")), expected, atol=1e-5)
+    refused = invoke(f"{words} --chunk 2 --force", cwd=tmp_path)
+    assert refused.exit_code == 2 and "in one step (without a chunk)" in " ".join(refused.stderr.split())
+
+
+def uncompiled(run: runtime.BlockRun, _backend: str, *, keep: bool) -> Callable[..., tuple[Tensor, dict | None]]:
+    """The step that would be compiled."""
+
+    def step(x: Tensor, past: dict | None) -> tuple[Tensor, dict | None]:
+        future: dict | None = {} if keep else None
+        return run(x, past, future), future
+
+    return step
 
 
 def test_one_latent_is_one_picture(tmp_path: Path, vae: Path, latents: Tensor) -> None:

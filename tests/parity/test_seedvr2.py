@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from flashvaed_cli.artifact.checkpoint import Checkpoint, load_checkpoint
 from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.decoders.run.streaming import decode, encode
+from flashvaed_cli.errors import ArtifactError
 from flashvaed_cli.families.seedvr2.spec import seedvr2_decoder_spec, seedvr2_encoder_spec
 from tests.commands import invoke, succeed
 from tests.parity.oracles import share_of_range
@@ -62,7 +65,8 @@ def test_pickles_and_exports(tmp_path: Path) -> None:
     tensors = seedvr2_tensors(BASE_WIDTH)
     torch.save(tensors, tmp_path / "ema_vae.pth")
     found = load_checkpoint(tmp_path / "ema_vae.pth", builtins={})
-    succeed("export ema_vae.pth -t safetensors --output out", cwd=tmp_path)
+    told = succeed("export ema_vae.pth -t safetensors --output out", cwd=tmp_path)
+    assert "safetensors: diffusers has no class for seedvr2" in str(told) and "no original" not in str(told)
     written = load_file(tmp_path / "out" / "ema_vae.safetensors")
     assert written.keys() == tensors.keys()
     assert all(torch.equal(written[name], one) and written[name].shape == one.shape for name, one in tensors.items())
@@ -81,3 +85,43 @@ def test_it_is_told_apart_from_images(tmp_path: Path) -> None:
     for role in ("encoder", "decoder"):
         half = {name: one for name, one in tensors.items() if name.startswith(f"{role}.")}
         assert saved(half, tmp_path / f"{role}.safetensors").family == "seedvr2"
+
+
+def test_no_profile_of_images_names_what_doubles_frames(tmp_path: Path) -> None:
+    save_file(seedvr2_tensors(BASE_WIDTH), tmp_path / "vae.safetensors")
+    refused = invoke("convert-ops vae.safetensors --profile image", cwd=tmp_path)
+    said = " ".join(refused.stderr.split())
+    assert refused.exit_code == 2 and "up0_grown.0 (shuffle_upsample) works in time too" in said
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"use_post_quant_conv": True}, "use_post_quant_conv is true; the weights have false"),
+        ({"use_quant_conv": True}, "use_quant_conv is true; the weights have false"),
+        ({"latent_channels": "16"}, "latent_channels is '16'; the weights have 16"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_named(config: dict, message: str, tmp_path: Path) -> None:
+    save_file(seedvr2_tensors(BASE_WIDTH), tmp_path / "ema_vae.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArtifactError, match=re.escape(message)):
+        load_checkpoint(tmp_path, builtins={})
+
+
+def test_a_tensor_without_axes_is_named(tmp_path: Path) -> None:
+    name = "decoder.up_blocks.0.upsamplers.0.upscale_conv.bias"
+    tensors = {**seedvr2_tensors(BASE_WIDTH), name: torch.tensor(0.5)}
+    with pytest.raises(ArtifactError, match=re.escape(f"{name} (expected [1024], found [])")):
+        saved(tensors, tmp_path / "ema_vae.safetensors")
+
+
+def test_an_image_vae_named_as_this_one_does_not_fit(tmp_path: Path) -> None:
+    decoder = {name: one for name, one in seedvr2_tensors(BASE_WIDTH).items() if "upscale_conv" not in name}
+    flat = {name: one[:, :, 0].contiguous() if one.ndim == 5 else one for name, one in decoder.items()}
+    save_file(flat, tmp_path / "sd3.safetensors")
+    said = invoke("info sd3.safetensors --family seedvr2", cwd=tmp_path).stderr
+    assert (
+        "its first layer has a kernel of 4 axes, not 5" in " ".join(said.split())
+        and "seedvr2-original: fits" not in said
+    )

@@ -205,6 +205,14 @@ def test_a_file_without_a_share_is_refused(folder: Path, tmp_path: Path) -> None
         load_checkpoint(tmp_path / "vae", builtins={})
 
 
+def test_a_layer_on_the_latents_of_the_decoder_is_refused(folder: Path, tmp_path: Path) -> None:
+    tensors = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
+    tensors |= {"post_quant_conv.weight": torch.eye(4)[:, :, None, None], "post_quant_conv.bias": torch.zeros(4)}
+    save_file(tensors, tmp_path / "svd.safetensors")
+    with pytest.raises(ArtifactError, match=r"2 unexpected: post_quant_conv\.bias, post_quant_conv\.weight"):
+        load_checkpoint(tmp_path / "svd.safetensors", builtins={})
+
+
 @torch.no_grad()
 def test_exports_load_in_diffusers(folder: Path, found: Checkpoint, tmp_path: Path) -> None:
     """The original as diffusers' class, a pruned one as `AutoencoderFlash`, which takes latents as that class does."""

@@ -173,7 +173,7 @@ def check_keys(config: Mapping[str, Any], specs: Mapping[Role, CoderSpec], locat
             faults.append(f"{key} is {_shown(config[key])}; supported for {family.name}: {values}")
     latent_width = _latent_width(specs)
     if config.get(keys.latent_key) not in (None, latent_width):
-        faults.append(f"{keys.latent_key} is {config[keys.latent_key]}; the weights have {latent_width}")
+        faults.append(f"{keys.latent_key} is {config[keys.latent_key]!r:.40}; the weights have {latent_width}")
     for spec in specs.values():
         for key, said, found in keys.contradictions(spec, config):
             faults.append(f"{key} is {_shown(said)}; the weights have {_shown(found)}")

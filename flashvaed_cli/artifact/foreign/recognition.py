@@ -82,11 +82,11 @@ def recognise(
     candidates = _candidates(family, config_class)
     best, overall = (max(layouts, key=lambda at: fits[at.name].rank) for layouts in (candidates, LAYOUTS.values()))
     rank, top = fits[best.name].rank, fits[overall.name].rank
-    why = _why(candidates, fits)
     if top > rank and top[0] >= _KNOWN_SHARE:
         said = f"of the family {family}" if family else f"of {config_class}, as its configuration says"
         has = "tensors and configuration" if config and family else "tensors"
         fitting = _families(layout for layout in LAYOUTS.values() if fits[layout.name].rank == top)
+        why = _why(candidates, {one.name: _fit_of(shapes, one, shapes, config or {}) for one in candidates})
         raise ArtifactError(
             f"{location}: its {has} are not {said}: they fit {_or(fitting)}. {_flags(fitting)} reads it so.\n{why}"
         )
@@ -95,7 +95,7 @@ def recognise(
         if not _tells_statistics(alike, config or {}):
             _refuse_ambiguity(alike, location)
         return best
-    sample = ", ".join(list(shapes)[:4])
+    why, sample = _why(candidates, fits), ", ".join(list(shapes)[:4])
     for model, names in {one.model: one.model_names for one in LAYOUTS.values() if one.model_names}.items():
         if any(names.search(name) for name in shapes):
             why += f"\nIt has names of an {model} VAE, but not the blocks of a known version."

@@ -123,16 +123,18 @@ class DecodeRuntime:
             batch=batch,
         )
 
-    def open(self, height: int, width: int, *, batch: int = 1) -> DecodeStream:
-        """Start a clip whose latents come in parts and whose length is not known yet.
+    def open(self, height: int, width: int, *, batch: int = 1, num_latents: int | None = None) -> DecodeStream:
+        """Start a clip whose latents come in parts.
 
         Args:
             height, width: of the latents.
+            num_latents: latent frames of the whole clip; None: not known yet.
         Raises:
             DecodeError, SpecError: as `plan` does.
         """
-        num_latents = _LONG_CLIP if self.spec.grows_state else _ENDLESS
-        return DecodeStream(self, self._plan((num_latents, height, width), batch), (batch, height, width))
+        assumed = num_latents or (_LONG_CLIP if self.spec.grows_state else _ENDLESS)
+        plan = self._plan((assumed, height, width), batch)
+        return DecodeStream(self, plan, (batch, height, width), num_latents)
 
     def iter_decode(self, latents: Float[Tensor, "B C T Hz Wz"]) -> Iterator[Float[Tensor, "B 3 F H W"]]:
         """Yield the frames of raw latents step by step, in the runtime's dtype, clamped to [-1, 1].
@@ -148,13 +150,16 @@ class DecodeRuntime:
             yield frames.clamp_(-1.0, 1.0)
 
     def iter_parts(
-        self, parts: Iterable[Float[Tensor, "_B _C _t _Hz _Wz"]]
+        self, parts: Iterable[Float[Tensor, "_B _C _t _Hz _Wz"]], *, num_latents: int | None = None
     ) -> Iterator[Float[Tensor, "_B 3 _f _H _W"]]:
         """Yield the frames of each part of a clip whose latents come in parts, clamped to [-1, 1].
 
         A decoder that sees frames ahead first reads the parts that it needs, and decodes each part in one step; one
         that sees whole clips first reads whole tiles.
 
+        Args:
+            num_latents: latent frames of all parts, for the plan of a causal decoder, and to keep no state for a part
+                that does not come; None: not known.
         Raises:
             DecodeError, SpecError: as `plan` does.
             NonFiniteError: frames hold NaN or infinite values.
@@ -162,7 +167,7 @@ class DecodeRuntime:
         if self.spec.is_causal:
             stream: DecodeStream | None = None
             for part in parts:
-                stream = stream or self.open(*part.shape[3:], batch=part.shape[0])
+                stream = stream or self.open(*part.shape[3:], batch=part.shape[0], num_latents=num_latents)
                 yield stream.step(part)
             return
         sizes: deque[int] = deque()
@@ -242,8 +247,11 @@ class DecodeStream:
     no later latent can change, perhaps none, and the rest with `flush`.
     """
 
-    def __init__(self, runtime: DecodeRuntime, plan: DecodePlan, size: tuple[int, int, int]) -> None:
+    def __init__(
+        self, runtime: DecodeRuntime, plan: DecodePlan, size: tuple[int, int, int], num_latents: int | None = None
+    ) -> None:
         self._runtime, self.plan, self._size = runtime, plan, size
+        self._remaining = num_latents
         self._layout = runtime._layout(plan, *size[1:])
         self._run = _Run(runtime, self._layout)
         self._buffer = None if runtime.spec.is_causal else buffer_of(runtime.spec)
@@ -254,8 +262,8 @@ class DecodeStream:
         """Decode the next latents: the frames that are settled now, clamped, in the runtime's dtype; F may be 0.
 
         Raises:
-            SpecError: the latents are not of the batch, channels and size that the stream was opened for, or it was
-                flushed.
+            SpecError: the latents are not of the batch, channels and size that the stream was opened for, are more than
+                it was opened for, or it was flushed.
             NonFiniteError: frames hold NaN or infinite values.
         """
         batch, height, width = self._size
@@ -265,10 +273,12 @@ class DecodeStream:
             raise SpecError(f"this stream was opened for latents {shown}, got {list(latents.shape)}")
         if self._ended:
             raise SpecError("this stream was flushed; open another one for another clip")
+        if self._remaining is not None and latents.shape[2] > self._remaining:
+            raise SpecError(f"this stream was opened for {self._remaining} more latents, got {latents.shape[2]}")
         frames = []
         for part in latents.split(self.plan.chunk, dim=2):
             if self._buffer is None:
-                frames.append(self._run.step(part, first=not self._begun, last=False).clamp_(-1.0, 1.0))
+                frames.append(self._run.step(part, first=not self._begun, last=self._is_last(part)).clamp_(-1.0, 1.0))
             else:
                 frames += self._decoded(self._buffer.push(part))
             self._begun = True
@@ -278,6 +288,13 @@ class DecodeStream:
         """End the clip and the stream: the remaining frames, none for a causal decoder."""
         self._ended = True
         return self._together([] if self._buffer is None else self._decoded(self._buffer.finish()))
+
+    def _is_last(self, part: Tensor) -> bool:
+        """Whether the clip ends with a part, which is about to be decoded."""
+        if self._remaining is None:
+            return False
+        self._remaining -= part.shape[2]
+        return self._remaining == 0
 
     def _decoded(self, windows: Iterator[tuple[Tensor, LatentWindow]]) -> list[Tensor]:
         return [self._runtime._window(*window, self._layout, self._blender) for window in windows]
@@ -312,7 +329,7 @@ class _Run:
         if self._compiles and self._runtime.spec.grows_state and not (first and last):
             raise DecodeError(
                 "a compiled step has one shape, and the state of this decoder grows from step to step: decode the clip "
-                "in one step, or without compile"
+                "in one step (without a chunk), or without compile"
             )
         # A compiled step returns its state unless it is the only one: no third graph for the last.
         keep = not last or (self._compiles and not first)

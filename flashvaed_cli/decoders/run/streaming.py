@@ -122,9 +122,12 @@ def encode_step(
     """Encode one chunk (as `frame_chunks` cuts them) to raw latents, the posterior's mean; returns the next state.
 
     Raises:
-        SpecError: the chunk is not cut on a latent border, its sides are no multiples of the spatial factor, or it is
-            not the first and the encoder sees frames ahead or whole clips: such an encoder takes a video at once.
+        SpecError: the frames have another number of axes, the chunk is not cut on a latent border, its sides are no
+            multiples of the spatial factor, or it is not the first and the encoder sees frames ahead or whole clips:
+            such an encoder takes a video at once.
     """
+    if pixels.ndim != 5 or 0 in pixels.shape:
+        raise SpecError(f"the encoder takes frames [B, 3, F, H, W], got {list(pixels.shape)}")
     if past is not None and not encoder.spec.is_causal:
         raise SpecError(
             f"the encoder of {encoder.spec.family} {why_not_causal(encoder.spec)}, "

@@ -111,7 +111,10 @@ class TemporalTiles(FrozenSpec):
         if length < 1:
             raise SpecError(f"a clip holds at least 1 latent, not {length}")
         if length <= self.overlap:
-            raise SpecError(f"clips of {length} latents leave nothing beside the {self.overlap} that they share")
+            raise SpecError(
+                f"clips of {length} latents leave nothing beside the {self.overlap} that they share: give at least "
+                f"{self.overlap + 1}"
+            )
         return TemporalTiles(length=length, stride=length - self.overlap)
 
 

@@ -38,8 +38,10 @@ def still_decoder(decoder: Decoder) -> Decoder:
             f"no profile of single images for {spec.family}: it decodes every frame by itself already, an image as a "
             "clip of one. Leave --profile image out"
         )
-    if unknown := [f"{address} ({block.kind})" for address, block in spec.blocks() if not block.has_still_form]:
-        raise SpecError(f"no profile of single images for {spec.family}: {', '.join(unknown[:4])} works in time too")
+    if unknown := {address: block for address, block in spec.blocks() if not block.has_still_form}:
+        growing = {address: block for address, block in unknown.items() if block.growth[0] > 1}
+        first = next(f"{address} ({block.kind})" for address, block in (growing or unknown).items())
+        raise SpecError(f"no profile of single images for {spec.family}: {first} works in time too")
     if any(isinstance(block, UpsampleSpec) and block.grows_first for _, block in spec.blocks()):
         raise SpecError(
             "no profile of single images for a decoder that drops lead frames: its first frame has seen those before it"

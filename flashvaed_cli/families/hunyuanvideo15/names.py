@@ -67,7 +67,7 @@ def _reordered(kind: str, tensors: Mapping[str, Tensor], *, back: bool) -> dict[
         cell = factor[0] * factor[1] * factor[2]
         for end in ("weight", "bias"):
             name = f"decoder.{_resampler(kind, 'up', index)}.conv.conv.{end}"
-            if name in reordered and len(reordered[name]) % cell == 0:
+            if name in reordered and reordered[name].ndim and len(reordered[name]) % cell == 0:
                 parts = (-1, cell) if back else (cell, -1)
                 reordered[name] = reordered[name].unflatten(0, parts).transpose(0, 1).flatten(0, 1)
     return reordered

@@ -56,7 +56,7 @@ def _reordered(tensors: Mapping[str, Tensor], *, back: bool) -> dict[str, Tensor
     for index, (ft, fh, fw) in enumerate(GROWS):
         for end in ("weight", "bias"):
             name = f"decoder.up_blocks.{index}.upsamplers.0.{_UPSCALE}.{end}"
-            if name in reordered and len(reordered[name]) % (ft * fh * fw) == 0:
+            if name in reordered and reordered[name].ndim and len(reordered[name]) % (ft * fh * fw) == 0:
                 parts, order = ((-1, ft, fh, fw), (2, 3, 1, 0)) if back else ((fh, fw, ft, -1), (3, 2, 0, 1))
                 reordered[name] = reordered[name].unflatten(0, parts).movedim(order, (0, 1, 2, 3)).flatten(0, 3)
     return reordered

@@ -9,16 +9,21 @@ no layout for it: stages, ratio and operators are the paper's for Wan 2.1, which
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any, TypeVar
 
 from flashvaed_cli.decoders.spec.blocks import ConvBlockSpec, ShuffleUpsampleSpec, StridedDownsampleSpec
-from flashvaed_cli.decoders.spec.coders import DecoderSpec, EncoderSpec, StageSpec
+from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec, StageSpec
 from flashvaed_cli.decoders.spec.convolutions import point_conv
 from flashvaed_cli.decoders.spec.layers import ConvSpec, Factor
 from flashvaed_cli.families.family import OtherPrograms
 from flashvaed_cli.families.ladder import Ladder
-from flashvaed_cli.families.stable_diffusion.config import MULTIPLIERS
+from flashvaed_cli.families.stable_diffusion.config import MULTIPLIERS, QUANT_KEYS
+from flashvaed_cli.families.stable_diffusion.config import configured as kl_configured
 from flashvaed_cli.families.stable_diffusion.spec import group_norm, kl_family
+
+SpecT = TypeVar("SpecT", bound=CoderSpec)
 
 NAME = "seedvr2"
 TEMPORAL_FACTOR, SPATIAL_FACTOR = 4, 8
@@ -82,9 +87,15 @@ def seedvr2_encoder_spec(base_width: int, latent_width: int = LATENT_WIDTH) -> E
     )
 
 
+def configured(spec: SpecT, config: Mapping[str, Any]) -> SpecT:
+    """As that of an image VAE, but never with a 1x1 layer on the latents, for which there is no name."""
+    return kl_configured(spec, {key: value for key, value in config.items() if key not in QUANT_KEYS.values()})
+
+
 _KL = kl_family(NAME, LATENT_WIDTH, SCALING_FACTOR, has_quant=False)
 SEEDVR2 = replace(
     _KL,
+    configured=configured,  # type: ignore[arg-type]
     decoder_spec=seedvr2_decoder_spec,
     encoder_spec=seedvr2_encoder_spec,
     config_keys=replace(

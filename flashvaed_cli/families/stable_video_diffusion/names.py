@@ -13,7 +13,7 @@ Reference: the key names of those files (facts only).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from flashvaed_cli.errors import ArtifactError
 from flashvaed_cli.families.layout import Layout, Role
-from flashvaed_cli.families.stable_diffusion.config import statistics_config
+from flashvaed_cli.families.stable_diffusion.config import QUANT_KEYS, statistics_config
 from flashvaed_cli.families.stable_diffusion.names import (
     DIFFUSERS_ATTENTION,
     LAYERS,
@@ -129,6 +129,11 @@ def _finish(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return finished
 
 
+def _implied(names: Iterable[str]) -> dict[str, Any]:
+    """Whether the encoder has a 1x1 layer; the decoder never has, so there is no place for one."""
+    return {**has_quant_layers(names), QUANT_KEYS["decoder"]: False}
+
+
 def _landmarks() -> tuple[str, ...]:
     """Names of the original's decoder that Stable Diffusion's lacks; it has all of those too."""
     layer, mix = _SECOND_LAYERS["original"]
@@ -148,7 +153,7 @@ def _layout(kind: str) -> Layout:
         config_class="AutoencoderKLTemporalDecoder" if is_diffusers else None,
         gain="weight",
         prepare=partial(_prepare, kind),
-        implied=has_quant_layers,
+        implied=_implied,
         finish=partial(_finish, kind),
         denied=partial(deny_axes, 4),
         statistics_config=statistics_config,

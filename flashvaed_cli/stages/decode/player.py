@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -57,13 +58,18 @@ class Player:
         """
         _, _, num_latents, height, width = latents.shape
         grid = (num_latents, height, width)
-        limits = streaming_limits(self.spec, grid, self._asked, self._recipe.dtype, self._device)
+        limits = streaming_limits(self.spec, grid, self._asked_for(num_latents), self._recipe.dtype, self._device)
         runtime = self._prepared(limits)
         self.plan = runtime.plan(latents)
         spans = chunk_spans(num_latents, self.plan.chunk)
         parts = (to_raw(latents[:, :, start:stop].float(), scale, self._checkpoint) for start, stop in spans)
-        for frames in runtime.iter_parts(parts):
+        for frames in runtime.iter_parts(parts, num_latents=num_latents):
             yield frames[0]
+
+    def _asked_for(self, num_latents: int) -> Limits:
+        """The limits that the user gives; a clip whose state grows is compiled in one step."""
+        in_one_step = self._recipe.compile and self.spec.grows_state and self._asked.chunk is None
+        return replace(self._asked, chunk=num_latents) if in_one_step else self._asked
 
     def smaller_steps(self, latents: Float[Tensor, "1 C T Hz Wz"]) -> Steps | None:
         """The next smaller steps, for latents that the last ones had no memory for; None: there are none."""

@@ -72,8 +72,9 @@ def compare_clip(
     shown = set(select_frames(num_frames, _NUM_STRIP_COLUMNS))
     strips: dict[str, list[Frames]] = {}
     chunks, *copies = tee(chunks, 1 + len(runtimes))  # a decoder that sees frames ahead reads further than others
+    num_latents = inputs.original.require_decoder().spec.num_latents(num_frames)
     streams = [
-        runtime.iter_parts(chunk.latents for chunk in copy)
+        runtime.iter_parts((chunk.latents for chunk in copy), num_latents=num_latents)
         for runtime, copy in zip(runtimes.values(), copies, strict=True)
     ]
     first: list[Tensor] = []

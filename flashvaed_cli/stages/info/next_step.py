@@ -9,7 +9,7 @@ from flashvaed_cli.artifact.checkpoint import Checkpoint
 from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.artifact.measured import ConversionRecord, DistillRecord, PruneRecord
 from flashvaed_cli.decoders.spec.light import light_shape
-from flashvaed_cli.families.registry import FAMILIES
+from flashvaed_cli.families.registry import FAMILIES, class_layout
 
 _USES = ("eval {file} --data clips/", "decode latents.pt -d {file} -o video.mp4", "export {file} -t diffusers")
 _BEGINNING = (
@@ -50,6 +50,9 @@ def next_commands(
         is_light = header.decoder is not None and light_shape(header.decoder) is not None
         if made_by == "prune" and (is_light or not _can_be_converted(header.family)):
             templates = _AFTER["convert-ops"]  # its operators are light already
+    family = header.family if header is not None else None if checkpoint is None else checkpoint.family
+    if family in FAMILIES and class_layout(family) is None:  # diffusers has none
+        templates = tuple(one.replace("-t diffusers", "-t onnx") for one in templates)
     if data is not None:
         templates = tuple(_with_data(template, data) for template in templates)
     parent = "" if header is None or not header.parents else shlex.quote(header.parents[0].location)

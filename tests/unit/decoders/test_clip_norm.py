@@ -147,7 +147,9 @@ def test_a_length_where_none_matters_is_refused() -> None:
 def test_an_overlap_is_kept_where_it_fits() -> None:
     tiles = TemporalTiles(length=5, stride=3)
     assert tiles.resized(9) == TemporalTiles(length=9, stride=7)
-    with pytest.raises(SpecError, match="clips of 2 latents leave nothing beside the 2 that they share"):
+    with pytest.raises(
+        SpecError, match="clips of 2 latents leave nothing beside the 2 that they share: give at least 3"
+    ):
         tiles.resized(2)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +14,8 @@ from flashvaed_cli.decoders.run.buffers import WindowBuffer
 from flashvaed_cli.decoders.run.overflow import first_overflow
 from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.decoders.run.streaming import decode
-from flashvaed_cli.errors import NonFiniteError, SpecError
+from flashvaed_cli.errors import DecodeError, NonFiniteError, SpecError
+from tests.hunyuan15_toy import hunyuan15_spec
 from tests.ltx_toy import flash_ltx_spec, ltx_decoder
 from tests.toy import toy_decoder, toy_latents
 
@@ -57,6 +60,44 @@ def test_other_latents_than_it_was_opened_for_are_refused(shape: tuple[int, ...]
     stream = DecodeRuntime(toy_decoder(), DecodeSettings()).open(2, 3)
     with pytest.raises(SpecError, match=r"opened for latents \[1, 4, T, 2, 3\], got"):
         stream.step(torch.zeros(shape))
+
+
+def growing() -> Decoder:
+    """HunyuanVideo 1.5: the state of its attention grows with the clip."""
+    return toy_decoder(hunyuan15_spec())
+
+
+@pytest.mark.parametrize("make", [growing, toy_decoder])
+def test_a_clip_of_known_length_is_planned_as_the_whole_is(make: Callable[[], Decoder]) -> None:
+    """Not as a long one would be, for which nothing fits, or only smaller steps."""
+    decoder, latents = make(), toy_latents(2, 48, 48)
+    limit = DecodeRuntime(decoder, DecodeSettings()).plan(latents).predicted_bytes
+    runtime = DecodeRuntime(decoder, DecodeSettings(max_memory_bytes=limit))
+    assert runtime.open(48, 48, num_latents=2).plan == runtime.plan(latents)
+    assert runtime.plan(latents).chunk == 2 and runtime.plan(latents).tile is None
+    (frames,) = runtime.iter_parts([latents], num_latents=2)
+    torch.testing.assert_close(frames, decode(decoder, latents), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [growing, toy_decoder])
+def test_a_stream_of_known_length_keeps_nothing_at_the_end(make: Callable[[], Decoder]) -> None:
+    decoder, latents = make(), toy_latents(4)
+    stream = DecodeRuntime(decoder, DecodeSettings(chunk=1)).open(2, 3, num_latents=4)
+    frames = [stream.step(latents[:, :, :1]), stream.step(latents[:, :, 1:])]
+    torch.testing.assert_close(torch.cat(frames, dim=2), decode(decoder, latents), rtol=0, atol=1e-5)
+    with pytest.raises(SpecError, match="opened for 0 more latents, got 1"):
+        stream.step(latents[:, :, :1])
+
+
+@pytest.mark.unchecked
+@torch.no_grad()
+def test_a_compiled_clip_in_one_part_has_no_state_that_grows() -> None:
+    decoder, latents = growing(), toy_latents(2)
+    runtime = DecodeRuntime(decoder, DecodeSettings(compile=True, compile_backend="eager"))
+    (frames,) = runtime.iter_parts([latents], num_latents=2)
+    torch.testing.assert_close(frames, decode(decoder, latents), rtol=0, atol=1e-5)
+    with pytest.raises(DecodeError, match="state of this decoder grows"):
+        list(runtime.iter_parts(latents.split(1, dim=2), num_latents=2))
 
 
 def test_a_flushed_stream_is_at_its_end() -> None:

@@ -161,3 +161,9 @@ def test_frame_chunks_partition_the_video(num_latents: int, chunk: int, factor: 
     assert torch.equal(torch.cat(parts, dim=2), pixels)
     assert len(parts) == -(-num_latents // chunk)
     assert all(part.shape[2] == factor * chunk for part in parts[1:-1])
+
+
+@pytest.mark.unchecked
+def test_frames_without_a_batch_are_refused() -> None:
+    with pytest.raises(SpecError, match=r"takes frames \[B, 3, F, H, W\], got \[3, 5, 16, 16\]"):
+        encode(toy_encoder(), torch.zeros(3, 5, 16, 16))

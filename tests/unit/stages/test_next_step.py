@@ -57,3 +57,10 @@ def test_every_flag_is_one_of_its_command(command: str, family: str, is_light: b
 def test_operators_are_converted_where_the_family_has_others(family: str, is_light: bool, expected: str) -> None:
     (first, *_) = next_commands("x.safetensors", made_by("prune", family, is_light=is_light), None)
     assert first.split()[1] == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_export_is_offered_that_the_family_has(family: str) -> None:
+    """diffusers has no class for LeanVAE and SeedVR2."""
+    *_, last = next_commands("x.safetensors", made_by("distill", family), None)
+    assert last.endswith("-t onnx" if family in ("leanvae", "seedvr2") else "-t diffusers")

@@ -74,18 +74,19 @@ def test_a_residual_becomes_part_of_the_kernel() -> None:
     assert torch.equal(twice(HELD_OUT.double()), student(HELD_OUT.double()))
 
 
-def test_an_unchanged_decoder_keeps_its_frames() -> None:
+@pytest.mark.parametrize("mode", ["full", "channel"])
+def test_an_unchanged_decoder_keeps_its_frames(mode: str) -> None:
     for spec in (short_spec(), without_residuals(short_spec())):
         reference = toy_decoder(spec)
         student = transfer_weights(reference, reference.spec, {})
         assert squared_error(student, reference) == 0
-        settings, silent = FitSettings(dampening_frac=1e-6), SilentProgress()
+        settings, silent = FitSettings(mode=mode, dampening_frac=1e-6), SilentProgress()  # type: ignore[arg-type]
         errors = reconstruct_coder(
             reference, student, {}, CLIPS, first_block="up0.0", settings=settings, progress=silent
         )
         assert {"up0.1.conv", "up3.1.conv"} <= {error.address for error in errors}
         assert all(error.after < 1e-5 for error in errors)
-        assert squared_error(student, reference) < 1e-4
+        assert squared_error(student, reference) < 1e-4 and squared_error(student, reference, first=True) < 1e-4
 
 
 @pytest.mark.parametrize("mode", ["full", "channel"])
