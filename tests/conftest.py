@@ -43,9 +43,11 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-UNCHECKED = tuple(REPOSITORY / "tests" / name for name in ("cli", "faults", "integration", "recipes", "unit/export"))
-"""Tests of these run whole commands, which takes twice as long with checked shapes (one module checks them), or trace
-with shapes that are symbols, where a check is a proof."""
+UNCHECKED = tuple(
+    REPOSITORY / "tests" / name for name in ("cli", "faults", "fuzz", "integration", "recipes", "unit/export")
+)
+"""Tests of these run whole commands, which takes twice as long with checked shapes (one module checks them), trace with
+shapes that are symbols, where a check is a proof, or fuzz, where the error of a check is taken for our own."""
 CHECKED_COMMANDS = REPOSITORY / "tests" / "integration" / "test_chain.py"
 
 

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 import torch
 from jaxtyping import Float
@@ -43,6 +43,7 @@ _SHARD_NAME = re.compile(r"shard-\d{5,}\.safetensors")
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 _MAX_OPEN_SHARDS = 64
 _MAX_NAMES_SHOWN = 3
+DataT = TypeVar("DataT")
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,9 @@ def read_key(folder: Path) -> CacheKey | None:
         if content.pop("format") != FORMAT:
             raise ValueError("another format")
         cut = content.pop("cut")
-        buckets = tuple(Bucket(**bucket) for bucket in cut.pop("buckets"))
-        files = tuple(FileStamp(**stamp) for stamp in content.pop("files"))
-        return CacheKey(**content, files=files, cut=CutSettings(**cut, buckets=buckets))
+        buckets = tuple(_checked(Bucket(**bucket)) for bucket in cut.pop("buckets"))
+        files = tuple(_checked(FileStamp(**stamp)) for stamp in content.pop("files"))
+        return _checked(CacheKey(**content, files=files, cut=_checked(CutSettings(**cut, buckets=buckets))))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _unreadable(folder / _KEY_FILE, error) from error
 
@@ -155,18 +156,43 @@ def read_cache(folder: Path, key: CacheKey, warn: Callable[[str], None]) -> Cach
         if content["key"] != key.digest:
             return None
         shards = tuple(_shard_of_record(record) for record in content["shards"])
-        return CachedLatents(folder, key, shards, dict(content["skipped"]))
+        return CachedLatents(folder, key, shards, _texts(content["skipped"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = str(error) or type(error).__name__
         warn(f"{path} is damaged ({reason}): it is rebuilt from the shards, and what they lack is encoded again")
         return None
 
 
+def _texts(content: Any) -> dict[str, str]:
+    if not all(isinstance(text, str) for text in content.values()):
+        raise TypeError("what was skipped has reasons that are no text")
+    return dict(content)
+
+
 def _shard_of_record(record: Mapping[str, Any]) -> Shard:
     if not _SHARD_NAME.fullmatch(record["name"]):
         raise ValueError(f"{record['name']!r} is no shard")
-    clips = {int(number): ClipSize(*size) for number, size in record["clips"].items()}
-    return Shard(record["name"], record["num_bytes"], record["sha256"], clips)
+    clips = {int(number): _checked(ClipSize(*size)) for number, size in record["clips"].items()}
+    return _checked(Shard(record["name"], record["num_bytes"], record["sha256"], clips))
+
+
+def _checked(found: DataT) -> DataT:
+    """A dataclass made of JSON values, if those have the types of its fields; what containers hold is checked before.
+
+    Raises:
+        TypeError: one is not.
+    """
+    for name, kind in _kinds(type(found)).items():
+        if not isinstance(value := getattr(found, name), kind):
+            raise TypeError(f"{name} is {value!r:.40}")
+    return found
+
+
+@lru_cache
+def _kinds(of: type) -> dict[str, Any]:
+    """What `isinstance` takes for each field of a dataclass: containers without what they hold."""
+    hints = get_type_hints(of)
+    return {name: origin if (origin := get_origin(hint)) in (dict, tuple) else hint for name, hint in hints.items()}
 
 
 def is_intact(folder: Path, shard: Shard, *, content: bool = True) -> bool:

@@ -260,6 +260,48 @@ def test_folders_that_are_no_cache(tmp_path: Path) -> None:
                 read_key(folder)
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        *("vae", "latent_scale", "dtype", "cut.num_clips", "cut.seed", "cut.max_side", "cut.exact"),
+        *("files.0.path", "files.1.num_bytes", "cut.buckets.0.num_frames", "cut.buckets.1.height"),
+    ],
+)
+@pytest.mark.parametrize("value", [[1], {"a": 1}, 0.5])
+@pytest.mark.unchecked
+def test_a_key_with_a_value_of_another_type(tmp_path: Path, place: str, value: object) -> None:
+    write(tmp_path)
+    content = json.loads((tmp_path / "key.json").read_text())
+    *path, last = [int(part) if part.isdigit() else part for part in place.split(".")]
+    holder = content
+    for part in path:
+        holder = holder[part]
+    holder[last] = value
+    (tmp_path / "key.json").write_text(json.dumps(content))
+    with pytest.raises(MediaError, match=rf"cannot be read as part of a latent cache \({last} is "):
+        claim_cache(tmp_path, KEY)
+
+
+@pytest.mark.parametrize("field", ["num_bytes", "sha256", "clips", "skipped"])
+@pytest.mark.unchecked
+def test_an_index_with_a_value_of_another_type_is_made_anew(tmp_path: Path, field: str) -> None:
+    """Of the first version, which has no checksum."""
+    written = write(tmp_path)
+    content = json.loads((tmp_path / "index.json").read_text())
+    del content["sha256"]
+    shard = content["shards"][0]
+    if field == "skipped":
+        content["skipped"] = {"/b.mp4": ["broken"]}
+    else:
+        shard[field] = {"0": [2, 5, "6"]} if field == "clips" else [shard[field]]
+    (tmp_path / "index.json").write_text(json.dumps(content))
+    warnings = list[str]()
+    assert read_cache(tmp_path, KEY, warnings.append) is None
+    assert len(warnings) == 1 and "it is rebuilt from the shards" in warnings[0]
+    with CacheWriter(tmp_path, KEY, warn=pytest.fail) as writer:
+        assert writer.finish({"/b.mp4": "broken"}) == written
+
+
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
     with (
         sole_writer(tmp_path),
