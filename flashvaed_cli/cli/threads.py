@@ -14,7 +14,6 @@ _SPIN_COUNT = "10000"
 _WAIT_SETTINGS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 _CGROUPS = Path("/sys/fs/cgroup")
 
-
 _FOLLOW_LOAD = ("decode", "eval")
 """Commands that take fewer threads beside others. Those that write weights do not: sums over another number of threads
 round otherwise, and the same command would write other weights on a busy machine."""

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from math import prod
 from typing import Any
 
 from torch import Tensor
 
 from flashvaed_cli.families.hunyuanvideo15.spec import GROWS, MULTIPLIERS, NAME
 from flashvaed_cli.families.layout import Layout, Role
+from flashvaed_cli.families.rows import reorder_rows
 from flashvaed_cli.families.stable_diffusion.config import statistics_config
 from flashvaed_cli.families.stable_diffusion.names import join_attention, split_attention
 
@@ -64,12 +66,13 @@ def _reordered(kind: str, tensors: Mapping[str, Tensor], *, back: bool) -> dict[
     """The outputs of the decoder's resamplers in our order, or in the files'."""
     reordered = dict(tensors)
     for index, factor in enumerate(GROWS):
-        cell = factor[0] * factor[1] * factor[2]
-        for end in ("weight", "bias"):
-            name = f"decoder.{_resampler(kind, 'up', index)}.conv.conv.{end}"
-            if name in reordered and reordered[name].ndim and len(reordered[name]) % cell == 0:
-                parts = (-1, cell) if back else (cell, -1)
-                reordered[name] = reordered[name].unflatten(0, parts).transpose(0, 1).flatten(0, 1)
+        cell = prod(factor)
+        reorder_rows(
+            reordered,
+            f"decoder.{_resampler(kind, 'up', index)}.conv.conv",
+            parts=(-1, cell) if back else (cell, -1),
+            order=(1, 0),
+        )
     return reordered
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from flashvaed_cli.families.layout import Layout, Role
+from flashvaed_cli.families.rows import reorder_rows
 from flashvaed_cli.families.seedvr2.spec import GROWS, NAME
 from flashvaed_cli.families.stable_diffusion.names import (
     DIFFUSERS_ATTENTION,
@@ -54,11 +55,8 @@ def _reordered(tensors: Mapping[str, Tensor], *, back: bool) -> dict[str, Tensor
     """The outputs of the decoder's pointwise layers in our order, or in the files'."""
     reordered = dict(tensors)
     for index, (ft, fh, fw) in enumerate(GROWS):
-        for end in ("weight", "bias"):
-            name = f"decoder.up_blocks.{index}.upsamplers.0.{_UPSCALE}.{end}"
-            if name in reordered and reordered[name].ndim and len(reordered[name]) % (ft * fh * fw) == 0:
-                parts, order = ((-1, ft, fh, fw), (2, 3, 1, 0)) if back else ((fh, fw, ft, -1), (3, 2, 0, 1))
-                reordered[name] = reordered[name].unflatten(0, parts).movedim(order, (0, 1, 2, 3)).flatten(0, 3)
+        parts, order = ((-1, ft, fh, fw), (2, 3, 1, 0)) if back else ((fh, fw, ft, -1), (3, 2, 0, 1))
+        reorder_rows(reordered, f"decoder.up_blocks.{index}.upsamplers.0.{_UPSCALE}", parts, order)
     return reordered
 
 

@@ -11,7 +11,7 @@ from flashvaed_cli.artifact.measured import ConversionRecord, DistillRecord, Pru
 from flashvaed_cli.decoders.spec.light import light_shape
 from flashvaed_cli.families.registry import FAMILIES, class_layout
 
-_USES = ("eval {file} --data clips/", "decode latents.pt -d {file} -o video.mp4", "export {file} -t diffusers")
+_USES = ("eval {file} --data clips/", "decode latents.pt -d {file} -o video.mp4", "export {file} -t {target}")
 _BEGINNING = (
     "analyze {file}",
     "prune {file} --ratio 0.25",
@@ -51,12 +51,11 @@ def next_commands(
         if made_by == "prune" and (is_light or not _can_be_converted(header.family)):
             templates = _AFTER["convert-ops"]  # its operators are light already
     family = header.family if header is not None else None if checkpoint is None else checkpoint.family
-    if family in FAMILIES and class_layout(family) is None:  # diffusers has none
-        templates = tuple(one.replace("-t diffusers", "-t onnx") for one in templates)
+    target = "onnx" if family in FAMILIES and class_layout(family) is None else "diffusers"
     if data is not None:
         templates = tuple(_with_data(template, data) for template in templates)
     parent = "" if header is None or not header.parents else shlex.quote(header.parents[0].location)
-    return tuple("flashvaed " + template.format(file=file, parent=parent) for template in templates)
+    return tuple("flashvaed " + template.format(file=file, parent=parent, target=target) for template in templates)
 
 
 def _with_data(template: str, data: Sequence[str]) -> str:
