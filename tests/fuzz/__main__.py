@@ -18,13 +18,16 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
+from hypothesis.errors import HypothesisWarning
 
 from tests.fuzz.targets import HEAVY_INPUT, TARGETS, Target
 
 TURN = 60
 SHOWN_EVERY_S = 60.0
+SHOWN_CHARS = 2000
 SLOW_SECONDS = 10.0
 """Of CPU time for one case; a refusal takes less than one."""
 
@@ -78,10 +81,19 @@ def run_turn(
     try:
         run()
     except Exception as error:
-        if is_over():  # what is skipped looks inconsistent to hypothesis, which then says so
-            return failures[-1] if failures else None
-        return error
+        if failures:
+            return failures[-1]
+        return None if is_over() else error  # what is skipped looks inconsistent to hypothesis, which then says so
     return None
+
+
+def described(error: BaseException) -> str:
+    """The end of an error's traceback, its message, and what hypothesis says of the input, each cut short."""
+    notes = [str(note) for note in getattr(error, "__notes__", ())]
+    message = f"{type(error).__name__}: {error}"
+    return "".join(traceback.format_tb(error.__traceback__, limit=-6)) + "\n".join(
+        one[:SHOWN_CHARS] for one in (message, *notes)
+    )
 
 
 def main() -> int:
@@ -94,6 +106,8 @@ def main() -> int:
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="only this one; repeatable")
     chosen = parser.parse_args()
     warnings.simplefilter("error")
+    warnings.simplefilter("ignore", HypothesisWarning)  # about the length of what was drawn
+    torch.set_warn_always(True)  # a warning is an error every time, so that hypothesis finds it again
     names = chosen.target or list(TARGETS)
     counts, turns, known = Counter[str](), Counter[str](), set[str]()
     seconds = dict.fromkeys(names, 0.0)
@@ -116,7 +130,7 @@ def main() -> int:
         if failure is not None:
             known.add(place_of(failure))
             print(f"\nFOUND in {name} (turn {turns[name]}): {place_of(failure)}", flush=True)
-            traceback.print_exception(failure, limit=-6)
+            print(described(failure), flush=True)
         turns[name] += 1
         if time.monotonic() - shown_at > SHOWN_EVERY_S:
             shown_at = time.monotonic()

@@ -94,7 +94,8 @@ def state_dicts(draw: Draw, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             shape[draw(st.integers(0, len(shape) - 1))] = draw(st.integers(0, 9))
             changed[name] = torch.ones(shape, dtype=tensor.dtype)
         elif action == "dtype":
-            changed[name] = tensor.to(torch.float32).to(draw(_DTYPES))
+            real = tensor.real if tensor.is_complex() else tensor
+            changed[name] = real.to(torch.float32).to(draw(_DTYPES))
         elif action == "value":
             changed[name] = torch.full_like(tensor, draw(st.sampled_from([float("nan"), float("inf"), 1e30, 0.0])))
         elif action == "remove":

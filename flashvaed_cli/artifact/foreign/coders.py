@@ -35,6 +35,7 @@ def coders_from_foreign(
         ArtifactError: tensors are missing, superfluous or of another shape; names them.
     """
     config = {**(config or {}), **({} if layout.implied is None else layout.implied(tensors))}
+    _require_floats(tensors, layout, location)
     raw, tensors = tensors, _prepared(tensors, layout, config, location)
     shapes = shapes_of(tensors)
     roles = present_roles(shapes_of(raw) if layout.landmarks else shapes, layout)
@@ -54,6 +55,21 @@ def coders_from_foreign(
         coders[role] = empty_coder(specs[role])
         fill_coder(coders[role], {slot.ours: tensors[slot.foreign] for slot in places[role]}, location)
     return coders
+
+
+def _require_floats(tensors: Mapping[str, Tensor], layout: Layout, location: str) -> None:
+    """Raise ArtifactError, with its name, if a weight or a statistic is no float; other tensors may be counters."""
+    tops = {place.partition(".")[0] for places in layout.places.values() for place in places.values()}
+    for name, tensor in tensors.items():
+        if name.partition(".")[0] in tops or name in (layout.statistics or ()):
+            _require_float(name, tensor, location)
+
+
+def _require_float(name: str, tensor: Tensor, location: str) -> None:
+    if not tensor.is_floating_point():
+        raise ArtifactError(
+            f"{location}: {name} is {tensor.dtype}; quantised weights cannot be read. Give a float checkpoint."
+        )
 
 
 def _prepared(
@@ -111,10 +127,7 @@ def fill_coder(coder: Coder, tensors: Mapping[str, Tensor], location: str) -> No
     state: dict[str, Tensor] = {}
     for name, empty in named_tensors(coder):
         tensor = tensors[name]
-        if not tensor.is_floating_point():
-            raise ArtifactError(
-                f"{location}: {name} is {tensor.dtype}; quantised weights cannot be read. Give a float checkpoint."
-            )
+        _require_float(name, tensor, location)
         # Always a copy: the file of a mapped tensor may change.
         state[name] = tensor.to(torch.float32, copy=True).reshape(empty.shape).contiguous()
     coder.load_state_dict(state, strict=True, assign=True)
