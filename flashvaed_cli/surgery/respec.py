@@ -18,7 +18,7 @@ from flashvaed_cli.decoders.spec.blocks import (
     ShuffleUpsampleSpec,
     UpsampleSpec,
 )
-from flashvaed_cli.decoders.spec.coders import DecoderSpec
+from flashvaed_cli.decoders.spec.coders import DecoderSpec, StageSpec
 from flashvaed_cli.decoders.spec.convolutions import point_conv
 from flashvaed_cli.decoders.spec.groups import Kept, channel_groups, input_tensors, tensor_widths
 from flashvaed_cli.decoders.spec.layers import ConvSpec, NormSpec
@@ -249,29 +249,41 @@ def with_time_rank(spec: DecoderSpec, ratio: float) -> DecoderSpec:
 
 
 def converted_spec(spec: DecoderSpec, stage_operators: Mapping[str, Operator]) -> DecoderSpec:
-    """The spec with the main convolutions of the residual blocks of some stages as another operator.
+    """The spec with the main convolutions of some stages as another operator.
 
     Shortcuts, resamplers, the entry and the head stay as they are (arXiv 2602.19161, section 3.2).
 
     Raises:
-        SpecError: a stage is unknown or has no residual block, or an operator would have to add taps.
+        SpecError: a stage is unknown or has no main convolution, or an operator would have to add taps.
     """
     changed: dict[str, BlockSpec] = {}
     for name, operator in stage_operators.items():
         names = [stage.name for stage in spec.stages]
         if name not in names:
             raise SpecError(f"no stage '{name}' in this decoder; it has {', '.join(names)}")
-        blocks = {f"{name}.{i}": b for i, b in enumerate(spec.stage(name).blocks) if isinstance(b, ResBlockSpec)}
-        if not blocks:
-            raise SpecError(f"stage '{name}' has no residual block to convert")
-        for address, block in blocks.items():
-            changed[address] = block.model_copy(
-                update={
-                    "conv1": _with_operator(block.conv1, operator, f"{address}.conv1"),
-                    "conv2": _with_operator(block.conv2, operator, f"{address}.conv2"),
-                }
-            )
+        layers = main_layers(spec.stage(name))
+        if not layers:
+            raise SpecError(f"stage '{name}' has nothing to convert: no residual block, nor a layer after a shuffle")
+        for address, (block, main) in layers.items():
+            converted = {one: _with_operator(block.layers[one], operator, f"{address}.{one}") for one in main}
+            changed[address] = block.with_layers(converted)
     return spec.with_blocks(changed)
+
+
+def main_layers(stage: StageSpec) -> dict[str, tuple[Block, tuple[str, ...]]]:
+    """The blocks of a stage whose operators are converted, by address, and the names of those layers.
+
+    Both convolutions of each residual block; in a stage that begins with a shuffle, as SeedVR2 has, the layer on the
+    grown frames.
+    """
+    has_shuffle = isinstance(stage.blocks[0], ShuffleUpsampleSpec)
+    found: dict[str, tuple[Block, tuple[str, ...]]] = {}
+    for index, block in enumerate(stage.blocks):
+        if isinstance(block, ResBlockSpec):
+            found[f"{stage.name}.{index}"] = (block, ("conv1", "conv2"))
+        elif has_shuffle and isinstance(block, ConvBlockSpec):
+            found[f"{stage.name}.{index}"] = (block, ("conv",))
+    return found
 
 
 def _with_operator(layer: ConvSpec, operator: Operator, address: str) -> ConvSpec:

@@ -98,7 +98,7 @@ MISTAKES = {
     ),
     "LPIPS without weights": ("eval cut.safetensors --lpips on --data clip.mp4", ["LPIPS", "--allow-download"]),
     "unknown stage to convert": (f"{CONVERT} vae.safetensors --operator middle=frame2d", ["no stage 'middle'"]),
-    "stage without blocks": (f"{CONVERT} vae.safetensors --operator head=frame2d", ["has no residual block"]),
+    "stage without blocks": (f"{CONVERT} vae.safetensors --operator head=frame2d", ["has nothing to convert"]),
     "phase that does not fit": (f"{DISTILL} cut.safetensors --phase 1", ["run convert-ops first"]),
     "dtype that does not train": (f"{DISTILL} cut.safetensors --dtype float16", ["does not train", "bfloat16"]),
     "output is a folder": (f"{PRUNE} -o notes", ["notes is a folder"]),

@@ -20,7 +20,6 @@ from flashvaed_cli.artifact.foreign.layouts import to_foreign
 from flashvaed_cli.decoders.modules.coder import Decoder, Encoder
 from flashvaed_cli.decoders.predict.cost import total_gflop
 from flashvaed_cli.decoders.run.streaming import decode
-from flashvaed_cli.decoders.spec.blocks import ResBlockSpec
 from flashvaed_cli.decoders.spec.groups import channel_groups
 from flashvaed_cli.decoders.spec.light import light_shape
 from flashvaed_cli.families.layout import Layout
@@ -30,6 +29,7 @@ from flashvaed_cli.families.registry import FAMILIES, get_family
 from flashvaed_cli.families.wan21.names import WAN_DIFFUSERS
 from flashvaed_cli.families.wan22.names import WAN22_DIFFUSERS
 from flashvaed_cli.media.procedural import render_frames
+from flashvaed_cli.surgery.respec import main_layers
 from tests.commands import JUDGING, invoke, read_report, succeed
 from tests.hunyuan15_toy import hunyuan15_config, random_hunyuan15
 from tests.hunyuan_toy import hunyuan_config, random_hunyuan
@@ -240,7 +240,7 @@ def test_six_commands(name: str, tmp_path: Path, table: Table) -> None:
     assert flash.latent_mean == vae.latent_mean
     before, after = original.require_decoder().spec, flash.require_decoder().spec
     for stage, operator in family.paper_operators.items():
-        layers = [block.conv1 for block in after.stage(stage).blocks if isinstance(block, ResBlockSpec)]
+        layers = [block.layers[one] for block, main in main_layers(after.stage(stage)).values() for one in main]
         assert {layer.operator for layer in layers if layer.kernel != (1, 1, 1)} == {operator}
     old, new = ({group.name: group.width for group in channel_groups(spec)} for spec in (before, after))
     assert {name.split(".")[0] for name in new if new[name] < old.get(name, 0)} == set(family.shallow_stages)

@@ -4,7 +4,8 @@
 first frame is repeated; around frames are zeros. A diffusion model takes raw * 0.9152.
 
 Reference: SeedVR2, arXiv 2506.05301; ByteDance-Seed/SeedVR, `models/video_vae_v3` (facts). The Flash-VAED paper has
-no layout for it: stages, ratio and operators are the paper's for Wan 2.1, which has the same resolutions.
+no layout for it: stages, ratio and operators are the paper's for Wan 2.1, which has the same resolutions. The layer
+after a shuffle, on the grown frames, is treated as the residual blocks before it.
 """
 
 from __future__ import annotations
@@ -98,6 +99,11 @@ SEEDVR2 = replace(
     configured=configured,  # type: ignore[arg-type]
     decoder_spec=seedvr2_decoder_spec,
     encoder_spec=seedvr2_encoder_spec,
+    shallow_stages=("up2", "up2_grown", "up3"),
+    paper_operators={
+        **_KL.paper_operators,
+        **{f"up{index}_grown": _KL.paper_operators[f"up{index}"] for index in range(len(GROWS))},
+    },
     config_keys=replace(
         _KL.config_keys,
         fixed={

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from flashvaed_cli.decoders.spec.blocks import ResBlockSpec
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.decoders.spec.groups import channel_groups
 from flashvaed_cli.errors import SpecError
 from flashvaed_cli.families.registry import has_family_blocks, shallow_stages
 from flashvaed_cli.recipe.convert_ops import ConvertOpsRecipe
 from flashvaed_cli.recipe.settings import RatioFields
+from flashvaed_cli.surgery.respec import main_layers
 
 
 def require_known_ratios(recipe: RatioFields, spec: DecoderSpec) -> None:
@@ -44,7 +44,7 @@ def require_known_operators(recipe: ConvertOpsRecipe, spec: DecoderSpec) -> None
     Raises:
         SpecError: as `require_known_ratios`.
     """
-    stages = [stage.name for stage in spec.stages if any(isinstance(b, ResBlockSpec) for b in stage.blocks)]
+    stages = [stage.name for stage in spec.stages if main_layers(stage)]
     if not stages:
         raise SpecError(
             f"the decoder of {spec.family} has no dense residual blocks to convert: its layers are depthwise and "
@@ -54,7 +54,11 @@ def require_known_operators(recipe: ConvertOpsRecipe, spec: DecoderSpec) -> None
         origin = recipe.origin("operators", name)
         asked = origin or f"--operator {name}={recipe.operators[name]}"
         exists = name in [stage.name for stage in spec.stages]
-        fault = f"stage '{name}' has no residual block to convert" if exists else f"this decoder has no stage '{name}'"
+        fault = (
+            f"stage '{name}' has nothing to convert: no residual block"
+            if exists
+            else f"this decoder has no stage '{name}'"
+        )
         mending = "give one of these" if origin is None else "change it there, or leave it to the profile"
         raise SpecError(f"{asked}: {fault}, but {', '.join(stages)}: {mending}")
 

@@ -124,7 +124,7 @@ def test_converting_twice_is_converting_once() -> None:
     ("stage", "operator", "message"),
     [
         ("up9", "frame2d", "no stage 'up9' in this decoder; it has post_quant, conv_in, mid, up0"),
-        ("head", "frame2d", "stage 'head' has no residual block"),
+        ("head", "frame2d", "stage 'head' has nothing to convert"),
         ("mid", "pointwise", r"mid\.0\.conv1 is causal3d: it converts to dwsep3d, frame2d, not to pointwise"),
     ],
 )
