@@ -270,14 +270,14 @@ def converted_spec(spec: DecoderSpec, stage_operators: Mapping[str, Operator]) -
     return spec.with_blocks(changed)
 
 
-def main_layers(stage: StageSpec) -> dict[str, tuple[Block, tuple[str, ...]]]:
+def main_layers(stage: StageSpec) -> dict[str, tuple[ResBlockSpec | ConvBlockSpec, tuple[str, ...]]]:
     """The blocks of a stage whose operators are converted, by address, and the names of those layers.
 
     Both convolutions of each residual block; in a stage that begins with a shuffle, as SeedVR2 has, the layer on the
     grown frames.
     """
     has_shuffle = isinstance(stage.blocks[0], ShuffleUpsampleSpec)
-    found: dict[str, tuple[Block, tuple[str, ...]]] = {}
+    found: dict[str, tuple[ResBlockSpec | ConvBlockSpec, tuple[str, ...]]] = {}
     for index, block in enumerate(stage.blocks):
         if isinstance(block, ResBlockSpec):
             found[f"{stage.name}.{index}"] = (block, ("conv1", "conv2"))
