@@ -1,7 +1,9 @@
-"""Paths as a user types them."""
+"""Paths as a user types them, and where a user's caches are."""
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 from flashvaed_cli.errors import FlashVaedError
@@ -24,3 +26,19 @@ def user_path(text: str | Path) -> Path:
         if len(part.encode("utf-8", "surrogateescape")) > _LONGEST_NAME_BYTES:
             raise FlashVaedError(f"{part[:40]}...: a name of {len(part)} characters is too long. Choose a shorter one.")
     return path
+
+
+def cache_folder() -> Path:
+    """Where a user's caches are: `FLASHVAED_CACHE`, or `flashvaed` in `XDG_CACHE_HOME` or `~/.cache`; not made.
+
+    Raises:
+        FileNotFoundError: the user wants none (`FLASHVAED_CACHE=off`), or has no home folder.
+    """
+    chosen = os.environ.get("FLASHVAED_CACHE", "")
+    if chosen == "off":
+        raise FileNotFoundError(errno.ENOENT, "FLASHVAED_CACHE is off")
+    folder = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    place = os.path.expanduser(chosen or f"{folder}/flashvaed")  # noqa: PTH111 (raises RuntimeError)
+    if place.startswith("~"):
+        raise FileNotFoundError(errno.ENOENT, "there is no home folder, nor XDG_CACHE_HOME")
+    return Path(place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 from pathlib import Path
 
@@ -37,6 +38,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 hypothesis.settings.register_profile("flashvaed", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.load_profile("flashvaed")
 torch.set_num_threads(1)
+os.environ["FLASHVAED_CACHE"] = "off"  # no test depends on what an earlier one left
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # what a shell hands to its background jobs
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup

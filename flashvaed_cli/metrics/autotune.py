@@ -6,10 +6,8 @@ best of those: the choices hardly interact beyond that, and trying all combinati
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +19,7 @@ import torch
 from flashvaed_cli.atomic import atomic_path
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.metrics.contest import Contestant, run_contest
+from flashvaed_cli.paths import cache_folder
 from flashvaed_cli.progress import Progress, SilentProgress
 
 MemoryLayout = Literal["contiguous", "channels-last"]
@@ -98,15 +97,12 @@ def autotune(
 
 
 def cache_file() -> Path:
-    """Where choices are remembered: `flashvaed/autotune.json` in the user's cache folder (`XDG_CACHE_HOME`).
+    """Where choices are remembered: `autotune.json` in the user's cache folder.
 
     Raises:
         FileNotFoundError: the user has no home folder.
     """
-    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 (raises RuntimeError)
-    if folder.startswith("~"):
-        raise FileNotFoundError(errno.ENOENT, "there is no home folder, nor XDG_CACHE_HOME")
-    return Path(folder) / "flashvaed" / "autotune.json"
+    return cache_folder() / "autotune.json"
 
 
 def cache_key(

@@ -167,6 +167,7 @@ def test_memory_decides_what_runs_and_how(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_autotune_is_remembered(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FLASHVAED_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("flashvaed_cli.metrics.autotune._NUM_ROUNDS", 1)
     monkeypatch.setattr("flashvaed_cli.metrics.autotune._FORMATS", ("channels-last",))

@@ -37,7 +37,7 @@ def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(number: int) -> NoReturn:
         raise KeyError(f"getpwuid(): uid not found: {number}")
 
-    for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "TORCH_HOME"):
+    for name in ("HOME", "FLASHVAED_CACHE", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "TORCH_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", unknown)
 
@@ -56,7 +56,7 @@ def test_no_home(folder: Path) -> None:
 def test_a_home_that_cannot_be_written_to(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "home").touch()  # a file: root may write anywhere else
     monkeypatch.setenv("HOME", str(folder / "home"))
-    for name in ("XDG_CACHE_HOME", "TORCH_HOME"):
+    for name in ("FLASHVAED_CACHE", "XDG_CACHE_HOME", "TORCH_HOME"):
         monkeypatch.delenv(name, raising=False)
     result = succeed(f"{SPEED} --force -o speed", cwd=folder)
     assert f"It could not be remembered in {cache_file()}: Not a directory" in " ".join(str(result).split())
@@ -119,9 +119,26 @@ def test_a_full_tmpdir_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_was_chosen_is_remembered_where_it_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    for name in ("FLASHVAED_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
     assert cache_file() == tmp_path / ".cache" / "flashvaed" / "autotune.json"
     place = cache_file()
     place.parent.mkdir(parents=True)
     place.write_text('{"key": {"chunk": 2}}')
     assert remembered_choice(place, "key") == Choice(chunk=2)
+
+
+@pytest.mark.usefixtures("no_home")
+def test_commands_that_encode_need_no_home(folder: Path) -> None:
+    succeed(f"prune vae.safetensors --ratio 0.5 --data clip.mp4 {CALIBRATION} -o homeless.safetensors -q", cwd=folder)
+
+
+@pytest.mark.parametrize("at", ["file", "file/below", "/proc/nowhere"])
+def test_a_cache_that_cannot_be_written_is_no_error(
+    folder: Path, at: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FLASHVAED_CACHE", str(tmp_path / at))
+    words = f"prune vae.safetensors --ratio 0.5 --data clip.mp4 {CALIBRATION} -q -o {tmp_path}/pruned.safetensors"
+    result = invoke(words, cwd=folder)
+    assert result.exit_code == 0 and str(tmp_path / at) not in result.stderr and "Error" not in result.stderr

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from flashvaed_cli import __version__
 from flashvaed_cli.artifact.checkpoint import Checkpoint
 from flashvaed_cli.decoders.run.latent_scale import figures_over
 from flashvaed_cli.decoders.run.streaming import encode
 from flashvaed_cli.decoders.variants.exact import exact_coder
 from flashvaed_cli.errors import MediaError
+from flashvaed_cli.media.cache_key import stamp_file
 from flashvaed_cli.media.clips import ClipRequest, load_clip, plan_clips, usable_files
 from flashvaed_cli.media.cuts import none_usable
+from flashvaed_cli.media.encoded_clips import EncodedClips
 from flashvaed_cli.media.latent_files import is_always_raw, is_latent_file, load_latents
 from flashvaed_cli.media.padding import pad_clip
 from flashvaed_cli.media.sources import find_clips
+from flashvaed_cli.metrics.autotune import device_name
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.fields import LatentScale
 from flashvaed_cli.recipe.settings import CalibratedRecipe
@@ -70,7 +75,9 @@ class CalibrationClips:
     device: torch.device
     progress: Progress
     broken: dict[str, str] = field(default_factory=dict)
+    encoded: EncodedClips = field(default_factory=EncodedClips.of_user)
     _skipped: dict[ClipRequest | Path, str] = field(default_factory=dict)
+    _told: set[str] = field(default_factory=set)
 
     def __len__(self) -> int:
         return len(self.requests) + len(self.latent_files) - len(self._skipped)
@@ -116,8 +123,25 @@ class CalibrationClips:
 
     def _load(self, clip: ClipRequest | Path) -> Float[Tensor, "B C T Hz Wz"]:
         if isinstance(clip, ClipRequest):
-            return encode_clip(self.vae, load_clip(clip), self.device)
+            return self._encode(clip)
         return self._cut(raw_latents(clip, self.latent_scale, self.vae)).to(self.device)
+
+    def _encode(self, clip: ClipRequest) -> Float[Tensor, "1 C T Hz Wz"]:
+        """The latents of a clip, from the user's cache if an earlier pass or command encoded it."""
+        facts = _what_determines(self.vae, clip, self.device)
+        latents = self.encoded.find(facts)
+        if latents is not None:
+            self._tell_once(f"clips that were encoded before come from {self.encoded.folder}")
+            return latents.to(self.device)
+        latents = encode_clip(self.vae, load_clip(clip), self.device)
+        if facts == _what_determines(self.vae, clip, self.device):  # the file is still the one that was read
+            self.encoded.store(facts, latents)
+        return latents
+
+    def _tell_once(self, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            self.progress.log(message)
 
     def _cut(self, latents: Float[Tensor, "B C T Hz Wz"]) -> Float[Tensor, "B C t hz wz"]:
         """The first frames, and the middle of each, as large as a clip cut from a video would be."""
@@ -126,6 +150,21 @@ class CalibrationClips:
         side = max(latents.shape[-2:]) if self.crop_size is None else self.crop_size // spec.spatial_factor
         top, left = (max((size - side) // 2, 0) for size in latents.shape[-2:])
         return latents[:, :, :num_frames, top : top + side, left : left + side]
+
+
+def _what_determines(vae: Checkpoint, clip: ClipRequest, device: torch.device) -> dict[str, Any]:
+    """All that the latents of a clip depend on, to the last bit."""
+    cut = asdict(clip)
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "device": device_name(device),
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "vae": vae.sha256,
+        "encoder": vae.require_encoder().spec.model_dump(mode="json"),
+        "file": asdict(stamp_file(cut.pop("path"))),
+        "cut": cut,
+    }
 
 
 def _file_of(clip: ClipRequest | Path) -> Path:

@@ -74,6 +74,7 @@ def test_what_does_not_fit_at_once_is_tried_in_chunks(monkeypatch: pytest.Monkey
 
 
 def test_choices_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FLASHVAED_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     path = cache_file()
     assert path == tmp_path / "flashvaed" / "autotune.json"
