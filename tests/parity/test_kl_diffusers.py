@@ -5,6 +5,7 @@ The bound of 1e-4 of the output's range leaves room for float32 sums in another 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,10 @@ def test_a_configuration_without_factors_is_the_first_stable_diffusions(tmp_path
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"norm_num_groups": 3}, "cannot part 8 channels into 3 equal groups|cannot part 32 channels into 3"),
+        (
+            {"norm_num_groups": 3},
+            r"cannot part (8|32) channels into 3 equal groups, as norm_num_groups of a config\.json",
+        ),
         ({"norm_num_groups": "many"}, "norm_num_groups is 'many'"),
         ({"mid_block_add_attention": False}, "mid_block_add_attention is false; supported for stable-diffusion: true"),
         ({"use_quant_conv": False}, "use_quant_conv is false; the weights have true"),
@@ -251,6 +255,16 @@ def test_factors_of_other_pipelines_are_read(release: str, changed: dict, family
     assert found.latent_mean == (shift,) * found.latent_width
     assert found.latent_std == pytest.approx((1 / scaling,) * found.latent_width)
     assert family in str(succeed("info .", cwd=tmp_path))
+
+
+def test_a_shift_without_a_scaling_factor_is_read(tmp_path: Path) -> None:
+    saved(random_kl(kl_config("flux.1")), tmp_path)
+    config = tmp_path / "config.json"
+    values = json.loads(config.read_text())
+    del values["scaling_factor"]
+    config.write_text(json.dumps({**values, "shift_factor": 0.5}))
+    found = load_checkpoint(tmp_path, family="flux.1", builtins={})
+    assert found.latent_mean == (0.5,) * 16 and found.latent_std == pytest.approx((1 / 0.3611,) * 16)
 
 
 def test_the_class_of_every_variant_is_known() -> None:

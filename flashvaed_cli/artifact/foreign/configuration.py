@@ -21,6 +21,7 @@ from flashvaed_cli.limits import MAX_QUOTED_CHARS, MAX_WIDTH
 from flashvaed_cli.untrusted.files import parse_json
 
 _MEAN, _STD = "latents_mean", "latents_std"
+_FACTORS = ("scaling_factor", "shift_factor")
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
@@ -31,7 +32,8 @@ def latent_statistics(
 
     Taken from the diffusers configuration, else from tensors of the file, else from `latents_mean` and `latents_std` in
     the metadata of the safetensors file (JSON lists), else from the family's release. A `scaling_factor` of the
-    configuration divides the deviations; for families with factors instead of lists it stands for the deviations.
+    configuration divides the deviations; for families with factors instead of lists it stands for the deviations, and
+    `shift_factor` for the means; where only the shift is given, the deviations are the release's.
 
     Returns:
         both empty if unknown: latents can then be used in raw scale only.
@@ -45,10 +47,12 @@ def latent_statistics(
     config = weights.config or {}
     if _has_both(config, CONFIG_NAME, location):
         source, mean, std = CONFIG_NAME, config["latents_mean"], config["latents_std"]
-    elif family.config_keys.has_factors and config.get("scaling_factor") is not None:
+    elif family.config_keys.has_factors and any(config.get(key) is not None for key in _FACTORS):
         shift = 0.0 if config.get("shift_factor") is None else config["shift_factor"]
         mean = _numbers([shift], "shift_factor", CONFIG_NAME, location) * latent_width
-        source, std = CONFIG_NAME, [1.0] * latent_width
+        source = CONFIG_NAME
+        if config.get("scaling_factor") is not None:
+            std = [1.0] * latent_width
     elif (found := _tensor_statistics(weights.tensors, location)) is not None:
         source, mean, std = "the file", *found
     elif _has_both(weights.metadata, "its metadata", location):

@@ -66,7 +66,7 @@ def spec_from_shapes(
                 clashes.append(f"{place}: {reasons(error)}")
                 continue
             if found is not None and found.group_fault is not None:
-                clashes.append(f"{place}: {found.group_fault}")
+                clashes.append(f"{place}: {found.group_fault}, as norm_num_groups of a config.json beside it may say")
             elif found is not None:
                 blocks.append(found)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -59,15 +60,18 @@ def diffusers_fault(decoder: Decoder) -> str | None:
     return None
 
 
-def diffusers_call(decoder: Decoder, latents: Latents) -> Call:
-    """A call of diffusers' model with the decoder's weights, unchanged: eager, one latent frame at a time.
+def diffusers_call(decoder: Decoder, latents: Latents, *, compiled: bool = False) -> Call:
+    """A call of diffusers' model with the decoder's weights, unchanged, one latent frame at a time.
 
     Args:
         decoder: one with `diffusers_fault` None.
         latents: raw, in the dtype and on the device of the run.
+        compiled: `torch.compile` of its decoder, which compiles for each number of frames that its caches hold.
     """
     vae = _diffusers_vae(decoder)
     nn.Module.to(vae, device=latents.device, dtype=latents.dtype)  # diffusers warns about modules that it lacks
+    if compiled:
+        vae.decoder = torch.compile(vae.decoder)
     return lambda: vae.decode(latents, return_dict=False)[0]  # type: ignore[operator]
 
 
