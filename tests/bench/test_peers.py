@@ -122,7 +122,11 @@ def test_every_decoder_of_wan_latents(size: TimedSize, dtype: torch.dtype) -> No
         for name in (EXACT, FLASH):
             makers[f"{name}, compiled"] = lambda name=name: ours(decoders[name], latents, compiled=True)
     plain_gflop = total_gflop(original.spec, grid)
-    gflop = dict.fromkeys(("diffusers, eager", "diffusers", "original, eager"), plain_gflop)
+    gflop: dict[str, float] = {
+        "diffusers, eager": plain_gflop,
+        "diffusers": plain_gflop,
+        "original, eager": plain_gflop,
+    }
     for name, decoder in decoders.items():
         gflop[name] = total_gflop(counted_spec(exact_decoder(decoder).spec, dtype), grid)
     contestants = [Contestant(name, make, absent(make, gflop, name)) for name, make in makers.items()]

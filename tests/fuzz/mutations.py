@@ -97,7 +97,8 @@ def state_dicts(draw: Draw, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             real = tensor.real if tensor.is_complex() else tensor
             changed[name] = real.to(torch.float32).to(draw(_DTYPES))
         elif action == "value":
-            changed[name] = torch.full_like(tensor, draw(st.sampled_from([float("nan"), float("inf"), 1e30, 0.0])))
+            value = draw(st.sampled_from([float("nan"), float("inf"), 1e30, 0.0]))
+            changed[name] = torch.full_like(tensor, value if tensor.is_floating_point() else 1)
         elif action == "remove":
             changed.pop(name, None)
         elif action == "rename":

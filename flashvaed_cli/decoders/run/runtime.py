@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from flashvaed_cli.decoders.modules.bands import bands
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.modules.memory_format import channels_last, use_channels_last
 from flashvaed_cli.decoders.predict.cost import Grid
@@ -374,7 +375,8 @@ class _Section:
         past = None if first else state
         if not self._settings.compile:
             # One dictionary for both: a layer's old frames are freed as soon as it has read them.
-            return self._run(x, past, state if keep else None)
+            with bands():
+                return self._run(x, past, state if keep else None)
         form = torch.channels_last_3d if is_last else torch.contiguous_format
         x = _with_strides_of(x, form)
         key = (x.shape, first, keep)
