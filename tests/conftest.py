@@ -46,7 +46,7 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup
 
 
 UNCHECKED = tuple(
-    REPOSITORY / "tests" / name for name in ("cli", "faults", "fuzz", "integration", "recipes", "unit/export")
+    REPOSITORY / "tests" / name for name in ("cli", "faults", "fuzz", "integration", "parity", "recipes", "unit/export")
 )
 """Tests of these run whole commands, which takes twice as long with checked shapes (one module checks them), trace with
 shapes that are symbols, where a check is a proof, or fuzz, where the error of a check is taken for our own."""

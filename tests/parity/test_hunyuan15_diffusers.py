@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint, derived_header, load_checkpoint, save_checkpoint
 from flashvaed_cli.artifact.foreign.writing import to_program
+from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.decoders.run.streaming import decode, encode
 from flashvaed_cli.errors import ArtifactError, DecodeError
@@ -104,17 +105,27 @@ def streamed(runtime: DecodeRuntime, latents: Tensor) -> Tensor:
 SETTINGS = (DecodeSettings(), DecodeSettings(chunk=2), DecodeSettings(tile=3), DecodeSettings(chunk=1, tile=2))
 
 
+@pytest.fixture(scope="module")
+def whole_clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Decoder, Tensor, Tensor]:
+    """A decoder, latents, and the frames that the class makes of them."""
+    torch.manual_seed(0)
+    oracle: Any = random_hunyuan15(hunyuan15_config())
+    decoder = saved(oracle, tmp_path_factory.mktemp("whole")).require_decoder()
+    latents = torch.randn(1, 32, 5, 6, 7)
+    with torch.no_grad():
+        return decoder, latents, oracle.decode(latents).sample.clamp(-1, 1)
+
+
 @pytest.mark.parametrize("way", [at_once, in_parts, streamed])
 @pytest.mark.parametrize("settings", SETTINGS, ids=["whole", "chunks", "tiles", "both"])
 @torch.no_grad()
 def test_however_a_clip_comes_in(
-    settings: DecodeSettings, way: Callable[[DecodeRuntime, Tensor], Tensor], tmp_path: Path
+    settings: DecodeSettings,
+    way: Callable[[DecodeRuntime, Tensor], Tensor],
+    whole_clip: tuple[Decoder, Tensor, Tensor],
 ) -> None:
     """Tiles give the frames of a whole picture; those of the class, where they are on, are pictures of their own."""
-    oracle: Any = random_hunyuan15(hunyuan15_config())
-    decoder = saved(oracle, tmp_path).require_decoder()
-    latents = torch.randn(1, 32, 5, 6, 7)
-    expected = oracle.decode(latents).sample.clamp(-1, 1)
+    decoder, latents, expected = whole_clip
     assert share_of_range(way(DecodeRuntime(decoder, settings), latents), expected) <= RANGE_BOUND
 
 

@@ -6,7 +6,6 @@ import importlib.util
 from collections.abc import Callable
 from typing import cast
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -72,7 +71,7 @@ def diffusers_call(decoder: Decoder, latents: Latents, *, compiled: bool = False
     vae = _diffusers_vae(decoder)
     nn.Module.to(vae, device=latents.device, dtype=latents.dtype)  # diffusers warns about modules that it lacks
     if compiled:
-        vae.decoder = torch.compile(cast(nn.Module, vae.decoder))
+        cast(nn.Module, vae.decoder).compile()
     return lambda: vae.decode(latents, return_dict=False)[0]  # type: ignore[operator]
 
 
