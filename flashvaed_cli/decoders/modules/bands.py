@@ -7,27 +7,16 @@ same values for its rows. Layers without taps in time take a frame at a time, wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from flashvaed_cli.decoders.modules.convolution import Future, Past
-from flashvaed_cli.decoders.spec.blocks import ResBlockSpec
-from flashvaed_cli.decoders.spec.operators import Operator
-
-BYTES_PER_FRAME, BYTES_PER_CLIP = 4 << 20, 16 << 20
-"""Of the widest tensor of a band: of layers that take frames apart, and of those with taps in time. Measured, two cores
-with 32 MB of shared cache, float32 and bfloat16: half as much or twice as much is slower by up to a tenth."""
-_FEWEST_BYTES = 12 << 20
-"""Of a tensor that is worth parting."""
-_FEWEST_ROWS = 16
-_LIGHT: tuple[Operator, ...] = ("frame2d", "dwsep3d", "pointwise")
-"""Others, dense in time, take longer in bands: their own transforms and matrix products are blocked already."""
+from flashvaed_cli.decoders.predict.bands import BandShape
 
 _active: ContextVar[bool] = ContextVar("bands", default=False)
 
@@ -45,58 +34,22 @@ def bands() -> Iterator[None]:
         _active.reset(token)
 
 
-@dataclass(frozen=True)
-class BandShape:
-    """How the clips of a block are parted.
-
-    Attributes:
-        halo: rows around a band that its values depend on.
-        takes_frames_apart: no layer has taps in time.
-        takes_rows_apart: no norm is over whole frames.
-        width: channels of its widest tensor.
-        addresses: of the layers, which are the keys of their states.
-    """
-
-    halo: int
-    takes_frames_apart: bool
-    takes_rows_apart: bool
-    width: int
-    addresses: tuple[str, ...]
-
-    @classmethod
-    def of(cls, spec: ResBlockSpec, address: str) -> BandShape | None:
-        """That of a residual block; None if bands do not suit its layers."""
-        layers = spec.layers
-        if spec.sees_whole_clip or any(layer.operator not in _LIGHT for layer in layers.values()):
-            return None
-        shape = cls(
-            halo=max(sum(layers[name].kernel[1] // 2 for name in path) for path in spec.paths),
-            takes_frames_apart=all(layer.kernel[0] == 1 for layer in layers.values()),
-            takes_rows_apart=not spec.sees_whole_frames,
-            width=max(spec.in_width, spec.widest_output),
-            addresses=tuple(f"{address}.{name}" for name in layers),
-        )
-        return shape if shape.takes_frames_apart or shape.takes_rows_apart else None
-
-    def size(self, x: Clip) -> tuple[int, int] | None:
-        """Frames and rows of a band; None where the whole clip is small enough, or bands are not wanted."""
-        if not _active.get() or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return None
-        batch, _, num_frames, height, columns = x.shape
-        frames = 1 if self.takes_frames_apart else num_frames
-        limit = BYTES_PER_FRAME if self.takes_frames_apart else BYTES_PER_CLIP
-        row_bytes = batch * frames * self.width * columns * x.element_size()
-        if row_bytes * height * num_frames <= max(_FEWEST_BYTES, limit) * frames:
-            return None
-        rows = max(limit // row_bytes, _FEWEST_ROWS) if self.takes_rows_apart else height
-        return None if (frames, rows) >= (num_frames, height) else (frames, min(rows, height))
+def band_size(shape: BandShape | None, x: Clip) -> tuple[int, int] | None:
+    """Frames and rows of a band of a clip; None where it runs as a whole."""
+    is_off = not _active.get() or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if shape is None or is_off:
+        return None
+    batch, _, num_frames, height, columns = x.shape
+    return shape.size(num_frames, height, columns, batch * x.element_size())
 
 
-def run_in_bands(run: Run, shape: BandShape, size: tuple[int, int], x: Clip, past: Past, future: Future) -> Tensor:
+def run_in_bands(run: Run, halo: int, size: tuple[int, int], x: Clip, past: Past, future: Future) -> Tensor:
     """What `run` gives for a whole clip, with the state that it leaves.
 
     Args:
+        halo: rows around a band that its values depend on.
         size: frames and rows of a band.
+        past: of the layers that run in it.
     """
     (frames, rows), (num_frames, height) = size, x.shape[2:4]
     whole: Tensor | None = None
@@ -104,9 +57,9 @@ def run_in_bands(run: Run, shape: BandShape, size: tuple[int, int], x: Clip, pas
     for first in range(0, num_frames, frames):
         for top in range(0, height, rows):
             bottom = min(top + rows, height)
-            reads = slice(max(top - shape.halo, 0), min(bottom + shape.halo, height))
+            reads = slice(max(top - halo, 0), min(bottom + halo, height))
             own = slice(top - reads.start, bottom - reads.start)
-            before = None if past is None else _rows_of(past, shape.addresses, reads)
+            before = None if past is None else {address: state[:, :, :, reads] for address, state in past.items()}
             after: dict[str, Tensor] | None = None if future is None else {}
             y = run(x[:, :, first : first + frames, reads], before, after)
             if whole is None:
@@ -120,10 +73,6 @@ def run_in_bands(run: Run, shape: BandShape, size: tuple[int, int], x: Clip, pas
     if future is not None:
         future.update(states)
     return whole
-
-
-def _rows_of(past: Mapping[str, Tensor], addresses: tuple[str, ...], rows: slice) -> dict[str, Tensor]:
-    return {address: past[address][:, :, :, rows] for address in addresses if address in past}
 
 
 def _like(part: Tensor, x: Clip, num_frames: int, height: int) -> Tensor:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flashvaed_cli.decoders.modules.bands import BandShape, run_in_bands
+from flashvaed_cli.decoders.modules.bands import band_size, run_in_bands
 from flashvaed_cli.decoders.modules.cell_blocks import CellDownsample, CellUpsample
 from flashvaed_cli.decoders.modules.convolution import conv_at, remember
 from flashvaed_cli.decoders.modules.naf_blocks import CellHead, CellStem, Ista, Naf
@@ -25,6 +25,7 @@ from flashvaed_cli.decoders.modules.operators import (
     frames_as_batch,
 )
 from flashvaed_cli.decoders.modules.shuffle_blocks import ShuffleUpsample, StridedDownsample, UnshuffleDownsample
+from flashvaed_cli.decoders.predict.bands import BandShape
 from flashvaed_cli.decoders.spec.blocks import (
     AttentionSpec,
     BlockSpec,
@@ -69,15 +70,18 @@ class ResBlock(nn.Module):
         self.conv2 = build_conv(spec.conv2, f"{address}.conv2")
         self.shortcut_norm = ChannelLayerNorm(spec.conv1.in_width) if spec.shortcut_norm else None
         self.shortcut = None if spec.shortcut is None else build_conv(spec.shortcut, f"{address}.shortcut")
-        self.band_shape = BandShape.of(spec, address)
+        self.band_shape = BandShape.of(spec)
         if spec.noise:  # kept for programs that add the noise; here it is left out
             self.register_buffer("noise1", torch.zeros(spec.conv1.out_width))
             self.register_buffer("noise2", torch.zeros(spec.conv2.out_width))
 
     def forward(self, x: Clip, past: Past = None, future: Future = None) -> MappedClip:
-        if self.band_shape is not None and (size := self.band_shape.size(x)) is not None:
-            return run_in_bands(self._whole, self.band_shape, size, x, past, future)
-        return self._whole(x, past, future)
+        size = band_size(self.band_shape, x)
+        if size is None or self.band_shape is None:
+            return self._whole(x, past, future)
+        stateful = (layer.address for layer in (self.conv1, self.conv2) if layer.spec.num_past)
+        own = None if past is None else {address: past[address] for address in stateful}
+        return run_in_bands(self._whole, self.band_shape.halo, size, x, own, future)
 
     def _whole(self, x: Clip, past: Past, future: Future) -> MappedClip:
         h = self.conv1(norm_silu(self.norm1, x), past, future)

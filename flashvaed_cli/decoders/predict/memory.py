@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import Literal
 
+from flashvaed_cli.decoders.predict.bands import BandShape
 from flashvaed_cli.decoders.predict.cost import Grid, stage_costs
 from flashvaed_cli.decoders.predict.lookahead import first_chunk, latents_per_step, widest_window
 from flashvaed_cli.decoders.predict.tiling import TileLayout, require_tiles, split_addresses, tile_layout
@@ -46,11 +47,13 @@ class MemoryFormat:
 
     `has_kernels` is False for a half-precision `dtype` that the processor has no convolutions for: torch then unrolls
     patches, and the prediction is a bound for plain operators, up to three times the truth for others.
+    `in_bands`: light blocks run in bands of rows, as they do on the CPU unless they are compiled.
     """
 
     dtype: DType = "float32"
     channels_last: bool = True
     has_kernels: bool = True
+    in_bands: bool = False
 
     @property
     def item_bytes(self) -> int:
@@ -102,6 +105,7 @@ def predict_peak_bytes(
     dtype: DType = "float32",
     channels_last: bool = True,
     has_kernels: bool = True,
+    in_bands: bool = False,
     batch: int = 1,
 ) -> int:
     """Peak memory of decoding in bytes: an upper bound, meant to be close.
@@ -115,7 +119,7 @@ def predict_peak_bytes(
         chunk: latent frames per step; None: all at once.
         tile: side of a tile in latents; None: whole frames.
         split: first block that runs in tiles; None: the one with the lowest prediction. Unused without `tile`.
-        has_kernels: whether the processor has convolutions for a half-precision `dtype`; see `MemoryFormat`.
+        has_kernels, in_bands: see `MemoryFormat`.
         batch: number of clips that are decoded together.
     Raises:
         SpecError: `tile` or `split` does not fit.
@@ -125,7 +129,7 @@ def predict_peak_bytes(
         require_tiles(spec)
         splits = split_addresses(spec) if split is None else (split,)
         layouts = [tile_layout(spec, grid[1], grid[2], tile=tile, split=name) for name in splits]
-    model = MemoryModel(spec, grid, MemoryFormat(dtype, channels_last, has_kernels), batch)
+    model = MemoryModel(spec, grid, MemoryFormat(dtype, channels_last, has_kernels, in_bands), batch)
     return min(model.predict(chunk or grid[0], layout) for layout in layouts)
 
 
@@ -274,6 +278,19 @@ def _block_bytes(passage: Passage, form: MemoryFormat) -> int:
 
 
 def _resblock_bytes(block: ResBlockSpec, passage: Passage, form: MemoryFormat) -> int:
+    """The worst of its steps; in bands, that of one band, beside the whole output and the next state."""
+    shape = BandShape.of(block) if form.in_bands else None
+    size = None if shape is None else shape.size(passage.frames, passage.rows, passage.columns, form.item_bytes)
+    if shape is None or size is None:
+        return _whole_resblock_bytes(block, passage, form)
+    frames, rows = size
+    band = replace(passage, frames=frames, rows=min(rows + 2 * shape.halo, passage.rows), frames_after=frames)
+    kept = sum((layer.kernel[0] - 1) * layer.in_width for layer in block.layers.values()) * passage.area
+    leaving = passage.frames * passage.area * block.out_width
+    return form.item_bytes * (leaving + kept + _elements(band)) + _whole_resblock_bytes(block, band, form)
+
+
+def _whole_resblock_bytes(block: ResBlockSpec, passage: Passage, form: MemoryFormat) -> int:
     positions = passage.frames * passage.area * form.item_bytes
     around = 0 if block.shortcut is None else _conv_bytes(block.shortcut, passage, form)
     around += 2 * positions * block.conv1.in_width * block.shortcut_norm  # normalised, and once more in another layout

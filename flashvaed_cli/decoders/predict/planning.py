@@ -49,6 +49,7 @@ def choose_plan(
     tile: int | None = None,
     channels_last: bool = True,
     has_kernels: bool = True,
+    in_bands: bool = False,
     batch: int = 1,
 ) -> DecodePlan:
     """The plan with the lowest estimated time whose predicted peak is within the limit.
@@ -58,7 +59,7 @@ def choose_plan(
         max_memory_bytes: limit of the prediction; None: whole clips and frames, unless `chunk` or `tile` is given.
         chunk: latent frames per step; None: to be chosen.
         tile: side of the tiles in latents; None: to be chosen.
-        has_kernels: whether the processor has convolutions for a half-precision `dtype`.
+        has_kernels, in_bands: see `memory.MemoryFormat`.
         batch: clips that are decoded together.
     Raises:
         DecodeError: nothing fits; the message names the smallest limit that would do.
@@ -68,7 +69,7 @@ def choose_plan(
         raise SpecError(f"a chunk holds at least 1 latent frame, not {chunk}")
     if max_memory_bytes is not None and max_memory_bytes < 1:
         raise SpecError(f"a memory limit is at least 1 byte, not {max_memory_bytes}")
-    planner = _Planner(spec, grid, MemoryFormat(dtype, channels_last, has_kernels), batch)
+    planner = _Planner(spec, grid, MemoryFormat(dtype, channels_last, has_kernels, in_bands), batch)
     layouts = list(_layouts(spec, grid, tile, may_tile=max_memory_bytes is not None))
     if max_memory_bytes is None:
         plans = [planner.plan(chunk or grid[0], layout, tile) for layout, tile in layouts]

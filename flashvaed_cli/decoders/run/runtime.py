@@ -121,6 +121,7 @@ class DecodeRuntime:
             tile=settings.tile,
             channels_last=settings.memory_format == "channels-last",
             has_kernels=has_kernels(self.dtype, self.device),
+            in_bands=self.device.type == "cpu" and not settings.compile,
             batch=batch,
         )
 

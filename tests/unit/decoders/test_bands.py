@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashvaed_cli.decoders.modules import bands as module
-from flashvaed_cli.decoders.modules.bands import BandShape, bands
+from flashvaed_cli.decoders.modules.bands import bands
 from flashvaed_cli.decoders.modules.blocks import ResBlock
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.modules.memory_format import channels_last
+from flashvaed_cli.decoders.predict import bands as module
+from flashvaed_cli.decoders.predict.bands import BandShape
 from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.decoders.spec.blocks import ResBlockSpec
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
@@ -27,13 +28,13 @@ RESBLOCK_FAMILIES = [name for name, family in FAMILIES.items() if family.paper_o
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Bands of three rows; returns the sizes that were taken."""
-    for name, value in (("BYTES_PER_FRAME", 1), ("BYTES_PER_CLIP", 1), ("_FEWEST_BYTES", 1), ("_FEWEST_ROWS", 3)):
+    for name, value in (("BYTES_PER_FRAME", 1), ("BYTES_PER_CLIP", 1), ("FEWEST_BYTES", 1), ("FEWEST_ROWS", 3)):
         monkeypatch.setattr(module, name, value)
     found: list[tuple[int, int]] = []
     plain = BandShape.size
 
-    def noted(self: BandShape, x: Tensor) -> tuple[int, int] | None:
-        size = plain(self, x)
+    def noted(self: BandShape, *sizes: int) -> tuple[int, int] | None:
+        size = plain(self, *sizes)
         found.extend([] if size is None else [size])
         return size
 
@@ -114,13 +115,14 @@ def test_only_a_decoding_runs_in_bands(small: list[tuple[int, int]]) -> None:
 
 def test_small_clips_and_dense_layers_stay_whole() -> None:
     specs = {address: block for address, block in DECODER_SPECS["original"].blocks() if isinstance(block, ResBlockSpec)}
-    assert all(BandShape.of(block, address) is None for address, block in specs.items())
+    assert all(BandShape.of(block) is None for address, block in specs.items())
     light = {address: block for address, block in DECODER_SPECS["flash"].blocks() if isinstance(block, ResBlockSpec)}
-    shapes = {address: BandShape.of(block, address) for address, block in light.items()}
+    shapes = {address: BandShape.of(block) for address, block in light.items()}
     framewise, temporal = shapes["up3.0"], shapes["mid.0"]
     assert framewise is not None and framewise.takes_frames_apart and framewise.halo == 2
     assert temporal is not None and not temporal.takes_frames_apart
-    with torch.no_grad(), bands():
-        assert framewise.size(torch.zeros(1, framewise.width, 9, 64, 64)) is None
-        large = torch.zeros(1, 1, 1, 1, 1).expand(1, framewise.width, 9, 4096, 1024)
-        assert framewise.size(large) == (1, (4 << 20) // (4 * framewise.width * 1024))
+    assert framewise.size(9, 64, 64, 4) is None
+    assert framewise.size(9, 4096, 1024, 4) == (1, (4 << 20) // (4 * framewise.width * 1024))
+    assert temporal.size(9, 4096, 1024, 4) == (9, (16 << 20) // (9 * 4 * temporal.width * 1024))
+    assert temporal.size(9, 4096, 1024, 40) == (9, 16)
+    assert temporal.size(1, 4096, 4, 4) is None

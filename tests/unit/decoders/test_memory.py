@@ -63,7 +63,8 @@ def num_bytes(key):
 
 torch.set_num_threads(1)
 layout, width, chunk, tile, dtype = json.loads(sys.argv[1])
-build = {"flash": lambda w: paper_layout(w, 0.125), "wan2.2": lambda w: wan22_decoder_spec(w, 16)}
+build = dict.fromkeys(("flash", "flash-large"), lambda w: paper_layout(w, 0.125))
+build |= {"wan2.2": lambda w: wan22_decoder_spec(w, 16)}
 of_family = ("ltx-2", "hunyuanvideo", "hunyuanvideo-1.5", "leanvae", "sd3")
 build |= {name: lambda w, name=name: get_family(name).decoder_spec(w, 16) for name in of_family}
 spec = build.get(layout, wan_decoder_spec)(width)
@@ -73,7 +74,7 @@ runtime = DecodeRuntime(decoder, settings)
 weights = decoder.parameter_count * settings.dtype.itemsize
 del decoder
 kernels = has_kernels(settings.dtype, torch.device("cpu"))
-grids = {"ltx-2": (2, 12, 20), "leanvae": (5, 32, 48), "sd3": (1, 48, 64)}
+grids = {"flash-large": (3, 40, 64), "ltx-2": (2, 12, 20), "leanvae": (5, 32, 48), "sd3": (1, 48, 64)}
 latents = torch.randn(1, 16, *grids.get(layout, (2, 24, 40)))
 predicted = runtime.plan(latents).predicted_bytes
 Path("/proc/self/clear_refs").write_text("5")
@@ -88,6 +89,7 @@ CASES = [
     ("original", 16, None, None, "bfloat16"),
     ("original", 8, 1, 16, "float16"),
     ("flash", 32, 1, None, "float32"),
+    ("flash-large", 96, 1, None, "float32"),
     ("wan2.2", 8, None, None, "float32"),
     ("ltx-2", 16, None, None, "float32"),
     ("hunyuanvideo", 16, None, None, "float32"),
