@@ -75,8 +75,10 @@ def _run_of(spec: CoderSpec, group: ChannelGroup) -> int:
 
 def _stream_owner(stage: str, block: BlockSpec, next_address: str, following: BlockSpec) -> str | None:
     """The group of the tensor between two blocks; None where it cannot be pruned."""
-    if block.kind == following.kind == "conv" or block.holds_channels or following.holds_channels:
-        return None  # the latent's own channels, or those that a layer norm reads in branches
+    if block.kind == "head" or block.kind == following.kind == "conv":
+        return None  # pixels, or the latent's own channels
+    if block.holds_channels or following.holds_channels:
+        return None  # those that a layer norm reads in branches
     next_stage = stage_of(next_address)
     if isinstance(following, ShuffleUpsampleSpec) and next_stage == stage:
         return f"{stage}.entry"  # other channels than those after the resampler

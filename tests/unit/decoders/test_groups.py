@@ -17,6 +17,7 @@ from flashvaed_cli.decoders.spec.groups import (
     producers,
     tensor_widths,
 )
+from flashvaed_cli.families.registry import FAMILIES
 from flashvaed_cli.families.wan21.spec import wan_encoder_spec
 from tests.toy import DECODER_SPECS, original_spec, toy_decoder, toy_latents
 
@@ -54,6 +55,17 @@ def test_every_tensor_has_one_group_and_its_width(name: str) -> None:
     tensors = [tensor for group in channel_groups(decoder.spec) for tensor in group.tensors]
     assert len(tensors) == len(set(tensors))
     assert "post_quant.0" not in widths and "head.0" not in widths
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_leaves_a_coder_is_in_no_group(name: str) -> None:
+    """Pixels and latents have their channels, also where a layer comes after the head, as in Stable Video Diffusion."""
+    family = FAMILIES[name]
+    for spec in (family.decoder_spec(32, family.latent_width), family.encoder_spec(32, family.latent_width)):
+        blocks = list(spec.blocks())
+        heads = [index for index, (_, block) in enumerate(blocks) if block.kind == "head"]
+        outputs = {address for address, _ in blocks[min([*heads, len(blocks) - 1]) :]}
+        assert not outputs & {tensor for group in channel_groups(spec) for tensor in group.tensors}
 
 
 def test_entry_of_a_pruned_stage_is_a_group_of_its_own() -> None:
