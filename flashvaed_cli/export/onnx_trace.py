@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 
 import onnx_ir as ir
 import torch
@@ -25,8 +27,7 @@ def trace_graph(graph: ClipGraph | StepGraph, inputs: Sequence[Tensor], *, opset
     """
     names = [cache_name(address) for address in graph.addresses] if isinstance(graph, StepGraph) else []
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporter's, about itself and about axes that share a name
+        with _silent():
             program = torch.onnx.export(
                 graph.eval(),
                 tuple(inputs),
@@ -59,7 +60,17 @@ def _raise_interrupt_behind(error: BaseException) -> None:
 def without_caches(model: ir.Model) -> ir.Model:
     """The graph of a first step made that of a whole clip, in place: its frames alone, and what they need."""
     del model.graph.outputs[1:]
-    return optimize(model)
+    with _silent():
+        return optimize(model)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Hide what the exporter says: warnings about itself and about axes that share a name, and what older releases of
+    onnxscript print, which would spoil the document of --json."""
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def label_model(model: ir.Model, metadata: Mapping[str, object]) -> None:

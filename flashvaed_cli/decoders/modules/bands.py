@@ -36,8 +36,9 @@ def bands() -> Iterator[None]:
 
 def band_size(shape: BandShape | None, x: Clip) -> tuple[int, int] | None:
     """Frames and rows of a band of a clip; None where it runs as a whole."""
-    is_off = not _active.get() or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling()
-    if shape is None or is_off:
+    if shape is None or torch.compiler.is_compiling():  # first: what compiles cannot read the context
+        return None
+    if not _active.get() or x.device.type != "cpu" or torch.is_grad_enabled():
         return None
     batch, _, num_frames, height, columns = x.shape
     return shape.size(num_frames, height, columns, batch * x.element_size())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -48,6 +48,14 @@ def without(name: str) -> Change:
     return lambda tensors: tensors.pop(name)
 
 
+def save_or_skip(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors; older releases of safetensors write no complex numbers."""
+    try:
+        save_file(dict(tensors), path)
+    except KeyError as error:
+        pytest.skip(f"this release of safetensors writes no {error}")
+
+
 def refused(path: Path, family: str, pattern: str) -> None:
     with pytest.raises(ArtifactError, match=pattern) as error:
         load_checkpoint(path, builtins={}, family=family)
@@ -78,7 +86,7 @@ def test_a_damaged_taesd(change: Change, pattern: str, tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "whole.safetensors")
     assert load_checkpoint(tmp_path / "whole.safetensors", builtins={}, family="sdxl").family == "sdxl"
     change(tensors)
-    save_file(tensors, tmp_path / "x.safetensors")
+    save_or_skip(tensors, tmp_path / "x.safetensors")
     refused(tmp_path / "x.safetensors", "sdxl", pattern)
 
 

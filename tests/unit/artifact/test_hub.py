@@ -97,7 +97,7 @@ def test_without_network_the_way_out_is_said(snapshot: Path, path: str) -> None:
         ("RepositoryNotFoundError", "no repository some/repo"),
         ("GatedRepoError", "accept its terms"),
         ("RevisionNotFoundError", "no revision v1"),
-        ("RemoteEntryNotFoundError", r"has no x\.pth"),
+        ("EntryNotFoundError", r"has no x\.pth"),
         ("ConnectionError", "HF_HOME"),
     ],
 )
@@ -167,7 +167,8 @@ class _HostileHub(http.server.BaseHTTPRequestHandler):
     etag, commit, name = "", COMMIT, "x.pth"
 
     def do_GET(self) -> None:
-        body = json.dumps({"id": "some/repo", "sha": COMMIT, "siblings": [{"rfilename": self.name}]}).encode()
+        about = {"id": "some/repo", "sha": COMMIT, "private": False, "downloads": 0, "likes": 0, "tags": []}
+        body = json.dumps({**about, "siblings": [{"rfilename": self.name}]}).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
