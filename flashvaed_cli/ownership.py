@@ -18,6 +18,9 @@ SOFTWARE = "flashvaed"
 HEADER_KEY = "flashvaed"
 """The key of an artifact's own header in the metadata of a safetensors file."""
 
+REMEMBERED_KEY = "flashvaed_remembered"
+"""The key, in that metadata, of what is remembered between commands: a user may keep it in a folder of data."""
+
 _JUNIT_MARK = b'<testsuite name="flashvaed eval"'
 _XML_START = 512
 _MAX_JSON_BYTES = 64_000_000
@@ -27,11 +30,11 @@ _OLD_MANIFEST = {"command", "decoder", "sha256", "files"}
 
 
 def is_own_file(path: Path) -> bool:
-    """Whether flashvaed wrote a file: an artifact, a report, its pictures or videos, a training log."""
+    """Whether flashvaed wrote a file: an artifact, a report and its pictures or videos, a log, a remembered clip."""
     suffix = path.suffix.lower()
     try:
         if suffix == ".safetensors":
-            return has_own_header(path)
+            return bool({HEADER_KEY, REMEMBERED_KEY} & _metadata_keys(path))
         if suffix == ".png":
             return _png_software(path) == SOFTWARE
         if suffix in _VIDEO_SUFFIXES:
@@ -51,10 +54,14 @@ def is_own_file(path: Path) -> bool:
 
 def has_own_header(path: Path) -> bool:
     """Whether the header of a safetensors file carries our key."""
+    return HEADER_KEY in _metadata_keys(path)
+
+
+def _metadata_keys(path: Path) -> set[str]:
     try:
-        return HEADER_KEY in read_index(path).metadata
+        return set(read_index(path).metadata)
     except (OSError, FlashVaedError):
-        return False
+        return set()
 
 
 def _is_own_document(path: Path) -> bool:

@@ -3,30 +3,37 @@
 `analyze`, `prune` and `convert-ops` calibrate on the same clips, and encoding them takes a fifth of their time. Each
 clip is a file named by what determines its latents, so that another VAE, video, cut or version never finds it. The
 folder keeps to a size; what was used longest ago goes first. It can be deleted at any time, a folder that cannot be
-read or written is no error, and `FLASHVAED_CACHE=off` remembers nothing.
+read or written is no error, and `FLASHVAED_CACHE=off` remembers nothing. The checksum in a file covers its name, shape
+and values, so that what is damaged or was put there by others is encoded again. Other files in the folder stay.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from flashvaed_cli.atomic import atomic_path
+from flashvaed_cli.errors import TensorFileError
 from flashvaed_cli.media.cache_key import digest_of
+from flashvaed_cli.ownership import REMEMBERED_KEY
 from flashvaed_cli.paths import cache_folder
+from flashvaed_cli.untrusted.files import read_bounded
 
 MAX_BYTES = 500_000_000
-_SUFFIX, _NAME = ".safetensors", "latents"
+_SUFFIX, _NAME, _CHECKSUM = ".safetensors", "latents", "sha256"
+_OWN_NAME = re.compile(r"[0-9a-f]{64}|\.[0-9a-f]{64}\.partial-.*")
 
 
 @dataclass(frozen=True)
@@ -50,11 +57,11 @@ class EncodedClips:
             return None
         path = self._path(facts)
         try:
-            stored = load_file(path)
-            latents = stored[_NAME]
-        except (OSError, SafetensorError, KeyError):
+            stored = load(read_bounded(path, self.max_bytes))
+            latents, checksum = stored[_NAME].clone(), stored[_CHECKSUM]  # of the bytes read, which need not be aligned
+        except (OSError, TensorFileError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError):
             return None
-        if latents.dtype != torch.float32 or latents.ndim != 5 or not torch.isfinite(latents).all():
+        if latents.dtype != torch.float32 or not torch.equal(checksum, _checksum(path.stem, latents)):
             return None
         with contextlib.suppress(OSError):
             os.utime(path)
@@ -64,9 +71,13 @@ class EncodedClips:
         """Remember latents; if the folder cannot be written, nothing happens."""
         if self.folder is None:
             return
-        with contextlib.suppress(OSError, SafetensorError), atomic_path(self._path(facts)) as sibling:
-            save_file({_NAME: latents.detach().float().cpu().contiguous()}, sibling)
-        self._trim()
+        path = self._path(facts)
+        plain = latents.detach().float().cpu().contiguous()
+        content = {_NAME: plain, _CHECKSUM: _checksum(path.stem, plain)}
+        with contextlib.suppress(OSError, SafetensorError):
+            with atomic_path(path) as sibling:
+                save_file(content, sibling, metadata={REMEMBERED_KEY: "an encoded clip"})
+            self._trim()
 
     def _path(self, facts: Mapping[str, Any]) -> Path:
         assert self.folder is not None
@@ -77,6 +88,8 @@ class EncodedClips:
         assert self.folder is not None
         found: list[tuple[float, int, Path]] = []
         for path in self.folder.glob(f"*{_SUFFIX}"):
+            if not _OWN_NAME.fullmatch(path.stem):  # the user's: FLASHVAED_CACHE may name any folder
+                continue
             with contextlib.suppress(OSError):
                 status = path.stat()
                 found.append((status.st_mtime, status.st_size, path))
@@ -87,3 +100,10 @@ class EncodedClips:
             with contextlib.suppress(OSError):
                 path.unlink()
             total -= size
+
+
+def _checksum(name: str, latents: Float[Tensor, ...]) -> UInt8[Tensor, " 32"]:
+    """SHA-256 of the name of a file, which stands for what determines the latents, their shape and their values."""
+    digest = hashlib.sha256(f"{name} {tuple(latents.shape)}".encode())
+    digest.update(latents.numpy().tobytes())
+    return torch.tensor(list(digest.digest()), dtype=torch.uint8)

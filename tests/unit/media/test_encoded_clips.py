@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from flashvaed_cli.media.encoded_clips import EncodedClips
+from flashvaed_cli.media.sources import find_clips
 from flashvaed_cli.paths import cache_folder
 
 LATENTS = torch.randn(1, 4, 2, 3, 3)
@@ -55,10 +57,60 @@ def test_damaged_files_are_encoded_again(content: bytes | dict[str, torch.Tensor
     assert clips.find(FACTS) is not None
 
 
+@pytest.mark.parametrize("change", ["bit", "shape", "another clip's", "pipe", "folder"])
+def test_what_was_put_in_place_of_a_clip_is_not_used(change: str, tmp_path: Path) -> None:
+    clips = EncodedClips(tmp_path)
+    clips.store(FACTS, LATENTS)
+    (path,) = tmp_path.glob("*.safetensors")
+    if change == "bit":
+        content = bytearray(path.read_bytes())
+        content[-40] ^= 1
+        path.write_bytes(content)
+    elif change == "shape":
+        save_file({**load_file(path), "latents": torch.zeros(1, 9, 0, 3, 3)}, path)
+    elif change == "another clip's":
+        clips.store({"vae": "b"}, LATENTS + 1)
+        (other,) = set(tmp_path.glob("*.safetensors")) - {path}
+        shutil.copy(other, path)
+    else:
+        path.unlink()
+        os.mkfifo(path) if change == "pipe" else path.mkdir()
+    assert clips.find(FACTS) is None
+
+
+def test_what_an_encoder_gives_is_found_as_it_is(tmp_path: Path) -> None:
+    clips = EncodedClips(tmp_path)
+    clips.store(FACTS, LATENTS * torch.nan)
+    found = clips.find(FACTS)
+    assert found is not None and found.isnan().all()
+
+
+def test_files_of_the_user_stay(tmp_path: Path) -> None:
+    """Where FLASHVAED_CACHE names a folder of data that has a folder `latents`."""
+    (tmp_path / "mine.safetensors").write_bytes(bytes(1000))
+    clips = EncodedClips(tmp_path, max_bytes=10)
+    clips.store(FACTS, LATENTS)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.safetensors"]
+
+
+def test_remembered_clips_are_no_data(tmp_path: Path) -> None:
+    """In a cache below a folder of data; the second run would calibrate on other clips than the first."""
+    save_file({"latents": LATENTS}, tmp_path / "data.safetensors")
+    EncodedClips(tmp_path / "cache").store(FACTS, LATENTS)
+    assert find_clips([tmp_path]) == [tmp_path / "data.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x/" * 3000])
+def test_a_folder_whose_name_is_too_long_is_no_error(name: str, tmp_path: Path) -> None:
+    clips = EncodedClips(tmp_path / name)
+    clips.store(FACTS, LATENTS)
+    assert clips.find(FACTS) is None
+
+
 def test_the_folder_keeps_to_its_size(tmp_path: Path) -> None:
     """What was used longest ago goes first, and the last one stays only if it fits."""
-    size = LATENTS.numel() * 4
-    clips = EncodedClips(tmp_path, max_bytes=3 * (size + 200))
+    size = LATENTS.numel() * 4 + 32
+    clips = EncodedClips(tmp_path, max_bytes=3 * (size + 300))
     for number in range(3):
         clips.store({"number": number}, LATENTS)
         for age, path in enumerate(sorted(tmp_path.glob("*.safetensors"), key=lambda one: -one.stat().st_mtime)):
