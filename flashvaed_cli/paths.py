@@ -35,7 +35,7 @@ def cache_folder() -> Path:
         FileNotFoundError: the user wants none (`FLASHVAED_CACHE=off`), or has no home folder.
     """
     chosen = os.environ.get("FLASHVAED_CACHE", "")
-    if chosen == "off":
+    if chosen.strip().lower() == "off":
         raise FileNotFoundError(errno.ENOENT, "FLASHVAED_CACHE is off")
     folder = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     place = os.path.expanduser(chosen or f"{folder}/flashvaed")  # noqa: PTH111 (raises RuntimeError)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import av
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flashvaed_cli import __version__
+from flashvaed_cli import __version__, decoders
 from flashvaed_cli.artifact.checkpoint import Checkpoint
 from flashvaed_cli.decoders.run.latent_scale import figures_over
 from flashvaed_cli.decoders.run.streaming import encode
@@ -157,14 +159,23 @@ def _what_determines(vae: Checkpoint, clip: ClipRequest, device: torch.device) -
     cut = asdict(clip)
     return {
         "version": __version__,
+        "code": _newest_change(),
         "torch": torch.__version__,
+        "av": av.__version__,
         "device": device_name(device),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "vae": vae.sha256,
         "encoder": vae.require_encoder().spec.model_dump(mode="json"),
         "file": asdict(stamp_file(cut.pop("path"))),
         "cut": cut,
     }
+
+
+@cache
+def _newest_change() -> int:
+    """When the networks' code last changed, in nanoseconds: in a clone, without a change of version."""
+    return max(path.stat().st_mtime_ns for path in Path(str(decoders.__file__)).parent.rglob("*.py"))
 
 
 def _file_of(clip: ClipRequest | Path) -> Path:
