@@ -85,7 +85,7 @@ def _video_comment(path: Path) -> str:
     import av.error
 
     try:
-        with av.open(f"file:{path}", options=VIDEO_OPTIONS) as container:
+        with av.open(f"file:{path}", options=VIDEO_OPTIONS, metadata_errors="replace") as container:
             return container.metadata.get("comment", "")
     except av.error.FFmpegError:
         return ""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from flashvaed_cli.artifact.foreign.writing import to_program
@@ -18,7 +20,7 @@ from flashvaed_cli.families.registry import LAYOUTS, get_family
 from flashvaed_cli.recipe import shipped_recipes
 from tests.leanvae_toy import leanvae_arguments, leanvae_weights
 from tests.light_toy import ALL_SHAPES, filled, light_toy_spec
-from tests.toy import DECODER_SPECS, WAN22_SPECS, fill_
+from tests.toy import DECODER_SPECS, WAN22_SPECS, fill_, write_toy_clip
 from tests.unit.artifact.test_damaged_layers import taesd_tensors
 from tests.unit.artifact.test_taehv import tensors_of
 
@@ -125,3 +127,15 @@ def recipes() -> tuple[str, ...]:
 
 CORPUS = Path(__file__).with_name("corpus.json")
 """Texts that were worth a look once: YAML, JSON and words of command lines."""
+
+
+@cache
+def videos() -> tuple[tuple[str, bytes], ...]:
+    """Names and contents of a short video, a picture and an animated picture."""
+    with tempfile.TemporaryDirectory() as folder:
+        video = write_toy_clip(Path(folder) / "a.mp4", num_frames=9).read_bytes()
+    cards = [Image.new("RGB", (24, 16), (red, 30, 60)) for red in (0, 120, 240)]
+    picture, animation = io.BytesIO(), io.BytesIO()
+    cards[0].save(picture, format="PNG")
+    cards[0].save(animation, format="GIF", save_all=True, append_images=cards[1:])
+    return ("a.mp4", video), ("a.png", picture.getvalue()), ("a.gif", animation.getvalue())

@@ -29,6 +29,7 @@ from flashvaed_cli.artifact.store import content_sha256, read_header
 from flashvaed_cli.cli.app import app
 from flashvaed_cli.errors import FlashVaedError
 from flashvaed_cli.media.cache_key import CacheKey, FileStamp
+from flashvaed_cli.media.clips import load_clip, plan_clips
 from flashvaed_cli.media.cuts import Bucket, ClipSize, CutSettings
 from flashvaed_cli.media.latent_cache import CacheWriter, claim_cache, read_cache, read_key
 from flashvaed_cli.media.latent_files import load_latents
@@ -192,6 +193,25 @@ def latent_caches(draw: Draw, folder: Path) -> None:
                 complete.cut(0, ClipSize(1, 2, 2))
 
 
+def videos(draw: Draw, folder: Path) -> None:
+    """Containers and pictures with damaged bytes: planned, then loaded."""
+    name, data = draw(st.sampled_from(seeds.videos()))
+    path = folder / name
+    path.write_bytes(draw(blobs(data)))
+    with suppress(FlashVaedError):
+        requests, _ = plan_clips(
+            [path],
+            num_clips=draw(st.integers(1, 2)),
+            num_frames=draw(st.sampled_from([1, 5])),
+            max_side=draw(st.sampled_from([None, 16])),
+            crop_size=draw(st.sampled_from([None, (16, 16), (64, 8)])),
+            seed=draw(st.integers(0, 3)),
+        )
+        for request in requests:
+            clip = load_clip(request)
+            assert clip.dim() == 4 and clip.numel() and bool(torch.isfinite(clip).all())
+
+
 def command_lines(draw: Draw, folder: Path) -> None:
     """Words of command lines: flags of each command and of others, values of the wrong kind, files that are none."""
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -243,6 +263,7 @@ TARGETS: dict[str, Target] = {
     "latent files": latent_files,
     "recipes": recipes,
     "latent caches": latent_caches,
+    "videos": videos,
     "command lines": command_lines,
 }
 

@@ -8,7 +8,10 @@ import torch
 from PIL import Image
 
 from flashvaed_cli.errors import MediaError
+from flashvaed_cli.media.frames.container import decoded_frames
 from flashvaed_cli.media.video import CropBox, count_frames, iter_frames, probe_video, read_clip
+from flashvaed_cli.ownership import is_own_file
+from tests.toy import write_toy_clip
 from tests.unit.media.media_files import color_card, counting_clip, write_raw
 
 CODEC_TOLERANCE = 0.06  # mean over a card whose four edges 4:2:0 smears; a wrong colour matrix or turn gives > 0.1
@@ -160,3 +163,12 @@ def test_png_with_exif_chunk(tmp_path: Path) -> None:
     for _ in range(5):
         assert probe_video(tmp_path / "a.png").width == 8
         assert read_clip(tmp_path / "a.png")[0].min() == 1
+
+
+def test_metadata_in_another_encoding_are_no_obstacle(tmp_path: Path) -> None:
+    """Old cameras write Latin-1; a brand of other bytes stands in for a title."""
+    content = write_toy_clip(tmp_path / "plain.mp4").read_bytes()
+    assert content[8:12] == b"isom"
+    (tmp_path / "odd.mp4").write_bytes(content[:8] + b"\xe9som" + content[12:])
+    assert len(list(decoded_frames(tmp_path / "odd.mp4"))) == len(list(decoded_frames(tmp_path / "plain.mp4")))
+    assert not is_own_file(tmp_path / "odd.mp4")
