@@ -7,6 +7,7 @@ import random
 import signal
 import time
 from itertools import pairwise
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -26,20 +27,21 @@ def test_twenty_kills(tmp_path: Path) -> None:
     context.set_forkserver_preload(["tests.unit.distill.trained_elsewhere", "torch._dynamo"])  # optimizers load it
     path, moments = tmp_path / "phase3.ckpt", random.Random(0)
 
-    def start() -> tuple[ForkServerProcess, list[int]]:
-        """Start a life and let it take up some steps; returns their numbers too."""
+    def start() -> tuple[ForkServerProcess, Connection, list[int]]:
+        """Start a life and let it take up some steps; returns their numbers too, and where the next ones come from."""
         here, there = context.Pipe(duplex=False)
         process = context.Process(target=train_to_the_end, args=(path, NUM_STEPS, there))
         process.start()
         there.close()
-        return process, [here.recv() for _ in range(moments.randint(1, MOST_STEPS_PER_LIFE))]
+        return process, here, [here.recv() for _ in range(moments.randint(1, MOST_STEPS_PER_LIFE))]
 
     reached = []
     for _ in range(NUM_KILLS):
-        process, steps = start()
+        process, here, steps = start()
         time.sleep(moments.uniform(0, LONGEST_DELAY_S))  # anywhere between this step and the next
         process.kill()
         process.join()
+        here.close()  # not before: a life that cannot announce its next step would end of itself
         assert process.exitcode == -signal.SIGKILL
         reached.append(steps)
     # A life begins where the one before it saved last: at the step that it was killed in, or behind it.
