@@ -45,11 +45,10 @@ def open_container(path: Path) -> Iterator[tuple[av.container.InputContainer, av
         try:
             if path.suffix.lower() in IMAGE_SUFFIXES:
                 file = stack.enter_context(path.open("rb"))
-                container = av.open(file, "r", options=STILL_OPTIONS, metadata_errors="replace")
+                opened = av.open(file, "r", options=STILL_OPTIONS, metadata_errors="replace")
             else:
-                container = stack.enter_context(
-                    av.open(f"file:{path}", "r", options=VIDEO_OPTIONS, metadata_errors="replace")
-                )
+                opened = av.open(f"file:{path}", "r", options=VIDEO_OPTIONS, metadata_errors="replace")
+            container = stack.enter_context(opened)
         except av.error.ArgumentError as error:  # not among the formats of the options
             raise MediaError(
                 f"{path} is a playlist or in a container format that is not supported. Give the video itself, "

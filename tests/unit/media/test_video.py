@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from flashvaed_cli.errors import MediaError
-from flashvaed_cli.media.frames.container import decoded_frames
+from flashvaed_cli.media.frames.container import decoded_frames, open_container
 from flashvaed_cli.media.video import CropBox, count_frames, iter_frames, probe_video, read_clip
 from flashvaed_cli.ownership import is_own_file
 from tests.toy import write_toy_clip
@@ -172,3 +172,15 @@ def test_metadata_in_another_encoding_are_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / "odd.mp4").write_bytes(content[:8] + b"\xe9som" + content[12:])
     assert len(list(decoded_frames(tmp_path / "odd.mp4"))) == len(list(decoded_frames(tmp_path / "plain.mp4")))
     assert not is_own_file(tmp_path / "odd.mp4")
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "still.png"])
+def test_a_container_is_closed_with_its_file(name: str, tmp_path: Path) -> None:
+    if name.endswith(".png"):
+        Image.new("RGB", (24, 16)).save(tmp_path / name)
+    else:
+        write_toy_clip(tmp_path / name)
+    with open_container(tmp_path / name) as (container, _):
+        assert list(container.decode(video=0))
+    with pytest.raises(AssertionError, match="not open"):
+        container.seek(0)
