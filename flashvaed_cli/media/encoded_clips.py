@@ -102,7 +102,7 @@ class EncodedClips:
             total -= size
 
 
-def _checksum(name: str, latents: Float[Tensor, ...]) -> UInt8[Tensor, " 32"]:
+def _checksum(name: str, latents: Float[Tensor, "*shape"]) -> UInt8[Tensor, " 32"]:
     """SHA-256 of the name of a file, which stands for what determines the latents, their shape and their values."""
     digest = hashlib.sha256(f"{name} {tuple(latents.shape)}".encode())
     digest.update(latents.numpy().tobytes())
