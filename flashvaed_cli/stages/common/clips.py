@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import av
+import PIL
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flashvaed_cli import __version__, decoders
+import flashvaed_cli
+from flashvaed_cli import __version__
 from flashvaed_cli.artifact.checkpoint import Checkpoint
 from flashvaed_cli.decoders.run.latent_scale import figures_over
 from flashvaed_cli.decoders.run.streaming import encode
 from flashvaed_cli.decoders.variants.exact import exact_coder
 from flashvaed_cli.errors import MediaError
-from flashvaed_cli.media.cache_key import stamp_file
+from flashvaed_cli.media.cache_key import FileStamp, stamp_file
 from flashvaed_cli.media.clips import ClipRequest, load_clip, plan_clips, usable_files
 from flashvaed_cli.media.cuts import none_usable
 from flashvaed_cli.media.encoded_clips import EncodedClips
@@ -130,13 +132,14 @@ class CalibrationClips:
 
     def _encode(self, clip: ClipRequest) -> Float[Tensor, "1 C T Hz Wz"]:
         """The latents of a clip, from the user's cache if an earlier pass or command encoded it."""
-        facts = _what_determines(self.vae, clip, self.device)
+        stamp = stamp_file(clip.path)
+        facts = _what_determines(self.vae, clip, stamp, self.device)
         latents = self.encoded.find(facts)
         if latents is not None:
             self._tell_once(f"clips that were encoded before come from {self.encoded.folder}")
             return latents.to(self.device)
         latents = encode_clip(self.vae, load_clip(clip), self.device)
-        if facts == _what_determines(self.vae, clip, self.device):  # the file is still the one that was read
+        if stamp_file(clip.path) == stamp:  # the file is still the one that was read
             self.encoded.store(facts, latents)
         return latents
 
@@ -154,28 +157,29 @@ class CalibrationClips:
         return latents[:, :, :num_frames, top : top + side, left : left + side]
 
 
-def _what_determines(vae: Checkpoint, clip: ClipRequest, device: torch.device) -> dict[str, Any]:
+def _what_determines(vae: Checkpoint, clip: ClipRequest, stamp: FileStamp, device: torch.device) -> dict[str, Any]:
     """All that the latents of a clip depend on, to the last bit."""
-    cut = asdict(clip)
+    cut = {name: value for name, value in asdict(clip).items() if name != "path"}
     return {
         "version": __version__,
         "code": _newest_change(),
         "torch": torch.__version__,
         "av": av.__version__,
+        "pillow": PIL.__version__,
         "device": device_name(device),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "vae": vae.sha256,
         "encoder": vae.require_encoder().spec.model_dump(mode="json"),
-        "file": asdict(stamp_file(cut.pop("path"))),
+        "file": asdict(stamp),
         "cut": cut,
     }
 
 
 @cache
 def _newest_change() -> int:
-    """When the networks' code last changed, in nanoseconds: in a clone, without a change of version."""
-    return max(path.stat().st_mtime_ns for path in Path(str(decoders.__file__)).parent.rglob("*.py"))
+    """When the program's code last changed, in nanoseconds: in a clone, without a change of version."""
+    return max(path.stat().st_mtime_ns for path in Path(str(flashvaed_cli.__file__)).parent.rglob("*.py"))
 
 
 def _file_of(clip: ClipRequest | Path) -> Path:
