@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flashvaed_cli.artifact.foreign.layouts import slots
-from flashvaed_cli.artifact.foreign.mismatch import Shape, compare_shapes
+from flashvaed_cli.artifact.foreign.mismatch import Shape, compare_shapes, require_float
 from flashvaed_cli.artifact.foreign.recognition import present_roles
 from flashvaed_cli.artifact.foreign.shape_reading import spec_from_shapes
 from flashvaed_cli.decoders.modules.coder import Coder, Decoder, Encoder
@@ -62,14 +62,7 @@ def _require_floats(tensors: Mapping[str, Tensor], layout: Layout, location: str
     tops = {place.partition(".")[0] for places in layout.places.values() for place in places.values()}
     for name, tensor in tensors.items():
         if name.partition(".")[0] in tops or name in (layout.statistics or ()):
-            _require_float(name, tensor, location)
-
-
-def _require_float(name: str, tensor: Tensor, location: str) -> None:
-    if not tensor.is_floating_point():
-        raise ArtifactError(
-            f"{location}: {name} is {tensor.dtype}; quantised weights cannot be read. Give a float checkpoint."
-        )
+            require_float(name, tensor, location)
 
 
 def _prepared(
@@ -127,7 +120,7 @@ def fill_coder(coder: Coder, tensors: Mapping[str, Tensor], location: str) -> No
     state: dict[str, Tensor] = {}
     for name, empty in named_tensors(coder):
         tensor = tensors[name]
-        _require_float(name, tensor, location)
+        require_float(name, tensor, location)
         # Always a copy: the file of a mapped tensor may change.
         state[name] = tensor.to(torch.float32, copy=True).reshape(empty.shape).contiguous()
     coder.load_state_dict(state, strict=True, assign=True)

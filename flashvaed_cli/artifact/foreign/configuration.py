@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flashvaed_cli.artifact.foreign.mismatch import require_float
 from flashvaed_cli.artifact.foreign.weights import CONFIG_NAME, ForeignWeights
 from flashvaed_cli.artifact.header_checks import check_statistics
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, EncoderSpec
@@ -115,6 +116,8 @@ def _tensor_statistics(tensors: Mapping[str, Tensor], location: str) -> tuple[li
     if found[0] is None or found[1] is None:
         absent = (deviations if found[1] is None else means)[0]
         raise ArtifactError(f"{location}: holds {found[0] or found[1]} but not {absent}. Give a whole checkpoint.")
+    for name in (found[0], found[1]):
+        require_float(name, tensors[name], location)
     mean, second = tensors[found[0]].flatten().tolist(), tensors[found[1]].flatten().double()
     eps = next((one.variance_eps for one in LAYOUTS.values() if one.statistics and one.statistics[1] == found[1]), None)
     return mean, (second if eps is None else (second + eps).sqrt()).tolist()

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from pydantic import ValidationError
+from torch import Tensor
 
 from flashvaed_cli.errors import ArtifactError
 
@@ -13,6 +14,14 @@ _SHOWN = 8
 _LONGEST = 160  # characters of one name with its shapes
 
 Shape = tuple[int, ...]
+
+
+def require_float(name: str, tensor: Tensor, location: str) -> None:
+    """Raise ArtifactError if a tensor, of this name in the file, is no float."""
+    if not tensor.is_floating_point():
+        raise ArtifactError(
+            f"{location}: {name} is {tensor.dtype}; quantised weights cannot be read. Give a float checkpoint."
+        )
 
 
 @dataclass
