@@ -24,6 +24,7 @@ from flashvaed_cli.decoders.modules.operators import (
     build_conv,
     frames_as_batch,
 )
+from flashvaed_cli.decoders.modules.products import RowLinear, attend
 from flashvaed_cli.decoders.modules.shuffle_blocks import ShuffleUpsample, StridedDownsample, UnshuffleDownsample
 from flashvaed_cli.decoders.predict.bands import BandShape
 from flashvaed_cli.decoders.spec.blocks import (
@@ -126,8 +127,8 @@ class Attention(nn.Module):
         self.context = spec.context
         self.address = address
         self.norm = build_norm(spec.width, spec.norm)
-        self.qkv = nn.Linear(spec.width, 3 * spec.inner_width)
-        self.proj = nn.Linear(spec.inner_width, spec.width)
+        self.qkv = RowLinear(spec.width, 3 * spec.inner_width)
+        self.proj = RowLinear(spec.inner_width, spec.width)
 
     def forward(self, x: Clip, past: Past = None, future: Future = None) -> MappedClip:
         b, _, t, h, w = x.shape
@@ -138,7 +139,7 @@ class Attention(nn.Module):
             k, v = self._with_earlier(k, v, x, past, future)
             mixed = self._over_clip(q, k, v, x).unflatten(1, (t, h * w)).flatten(0, 1)
         else:
-            mixed = _attend(q, k, v)
+            mixed = attend(q, k, v)
         y = self.proj(mixed).transpose(1, 2).unflatten(2, (h, w))  # [BT, C, H, W]
         return x + batch_as_frames(y, x)
 
@@ -161,14 +162,10 @@ class Attention(nn.Module):
         starts = range(0, q.shape[1], positions)
         ends = [start + positions for start in starts]
         mixed = [
-            _attend(q[:, start:end], k[:, : earlier + end], v[:, : earlier + end])
+            attend(q[:, start:end], k[:, : earlier + end], v[:, : earlier + end])
             for start, end in zip(starts, ends, strict=True)
         ]
         return torch.cat(mixed, dim=1)
-
-
-def _attend(q: Float[Tensor, "B Q C"], k: Float[Tensor, "B K C"], v: Float[Tensor, "B K C"]) -> Float[Tensor, "B Q C"]:
-    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
 
 
 class Upsample(nn.Module):

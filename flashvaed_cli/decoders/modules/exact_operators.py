@@ -22,6 +22,7 @@ from flashvaed_cli.decoders.modules.convolution import (
     space_window,
     time_window,
 )
+from flashvaed_cli.decoders.modules.products import linear
 from flashvaed_cli.decoders.spec.layers import ConvSpec
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
@@ -119,7 +120,7 @@ def _unrolled(
     for axis, taps in enumerate(weight.shape[2:], start=1):
         frames = frames.unfold(axis, taps, 1)
     patches = frames.permute(0, 1, 2, 3, 5, 6, 7, 4).flatten(4)  # [B, T, Ho, Wo, K]
-    return F.linear(patches, weight.permute(0, 2, 3, 4, 1).flatten(1), bias).permute(0, 4, 1, 2, 3)
+    return linear(patches, weight.permute(0, 2, 3, 4, 1).flatten(1), bias).permute(0, 4, 1, 2, 3)
 
 
 def _tap(

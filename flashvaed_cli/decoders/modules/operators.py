@@ -31,6 +31,7 @@ from flashvaed_cli.decoders.modules.convolution import (
 )
 from flashvaed_cli.decoders.modules.exact_operators import StackedConv3d, SubpixelConv2d, TapwiseConv3d, sum_over_taps
 from flashvaed_cli.decoders.modules.norms import ChannelLayerNorm, ChannelRMSNorm, norm_silu
+from flashvaed_cli.decoders.modules.products import linear
 from flashvaed_cli.decoders.modules.winograd import WinogradConv3d
 from flashvaed_cli.decoders.spec.layers import ConvSpec
 from flashvaed_cli.decoders.spec.operators import Operator
@@ -206,7 +207,7 @@ def pointwise_conv(
     if x.stride(1) != 1:
         return F.conv2d(x.flatten(2, 3), kernel, bias).unflatten(2, x.shape[2:4])
     if x.shape[0] * x.shape[2] == 1:
-        return F.linear(x.permute(0, 2, 3, 4, 1), weight, bias).permute(0, 4, 1, 2, 3)
+        return linear(x.permute(0, 2, 3, 4, 1), weight, bias).permute(0, 4, 1, 2, 3)
     return batch_as_frames(F.conv2d(frames_as_batch(x), kernel, bias), x)
 
 

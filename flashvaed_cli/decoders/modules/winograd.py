@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from flashvaed_cli.decoders.modules.convolution import Future, Past, remember, require_mirrored, time_clips
 from flashvaed_cli.decoders.modules.exact_operators import HALF_PRECISION, TapwiseConv3d
-from flashvaed_cli.decoders.predict.winograd_strips import MIN_TILES, outputs_at_once, rows_per_strip
+from flashvaed_cli.decoders.predict.winograd_strips import is_worthwhile, outputs_at_once, rows_per_strip
 from flashvaed_cli.decoders.spec.layers import SpacePadding
 
 Matrix = tuple[tuple[int, ...], ...]
@@ -70,21 +70,23 @@ def winograd_conv(
     num_inputs = sum(clip.shape[2] for clip in frames)
     rows, columns = -(-height // 4), -(-width // 4)
     weight = weight[:, :, -num_inputs:]  # earlier taps see only zeros
+    o, c, kt = weight.shape[:3]
     transform = _plane(_INPUT, weight)
-    strip, at_once = rows, weight.shape[0]
+    strip, at_once = rows, o
     if not torch.compiler.is_compiling():  # a graph has no loops
-        strip = rows_per_strip(rows, num_inputs * b * columns, weight.shape[1], 4 * weight.numel())
-        at_once = outputs_at_once(at_once, 4 * weight.numel(), one_strip=strip == rows)
+        strip = rows_per_strip(rows, num_inputs * b * columns, c, 4 * weight.numel())
+        at_once = outputs_at_once(o, 4 * weight.numel(), one_strip=strip == rows)
     folded = (_fold(part) for part in weight.split(at_once))
     kernels = folded if strip == rows else list(folded)
+    num_missing = num_outputs + kt - 1 - num_inputs
     out = None if strip == rows or torch.is_grad_enabled() else _empty(frames[-1], num_outputs, bias)
     strips = []
     for top in range(0, rows, strip):
         count = min(strip, rows - top)
-        tiles = transform @ _patches(frames, 4 * top - 1, count, columns, space_padding)  # [36, T' B n C]
-        tiles = tiles.view(36, num_inputs, -1, weight.shape[1])
-        pixels = _outputs(tiles, kernels, num_outputs).view(4, 4, num_outputs, b, count, columns, -1)
-        pixels = pixels.permute(3, 2, 4, 0, 5, 1, 6).reshape(b, num_outputs, 4 * count, 4 * columns, -1)
+        patches = _patches(frames, 4 * top - 1, count, columns, space_padding)  # [T' B n, 36, C]
+        tiles = _each(transform, patches).view(num_inputs, -1, 36 * c)  # [T', B n, 36 C]
+        pixels = _outputs(tiles, kernels, num_missing, num_outputs).view(num_outputs, b, count, columns, 4, 4, o)
+        pixels = pixels.permute(1, 0, 2, 4, 3, 5, 6).reshape(b, num_outputs, 4 * count, 4 * columns, o)
         pixels = pixels[:, :, : height - 4 * top, :width]
         if out is None:
             strips.append(pixels + bias)
@@ -105,20 +107,28 @@ def _plane(matrix: Matrix, like: Tensor) -> Float[Tensor, "P Q"]:
     return torch.kron(one, one)
 
 
-def _fold(weight: Float[Tensor, "O C kt 3 3"]) -> Float[Tensor, "36 kt C O"]:
-    """The transformed kernel: cheap compared with the products, so made on every call, and the weight may change."""
+def _each(transform: Float[Tensor, "P Q"], tiles: Float[Tensor, "N Q C"]) -> Float[Tensor, "N P C"]:
+    """A transform of every tile."""
+    return torch.bmm(transform.expand(len(tiles), -1, -1), tiles)
+
+
+def _fold(weight: Float[Tensor, "O C kt 3 3"]) -> Float[Tensor, "36*O C kt 1"]:
+    """The transformed kernel: cheap compared with the products, so made on every call, and the weight may change.
+
+    Its channels are innermost in memory, without which torch would take a slow kernel.
+    """
     o, c, kt = weight.shape[:3]
-    taps = weight.permute(3, 4, 2, 0, 1).reshape(9, kt * o * c)  # whole runs of channels if they are innermost
-    return (_plane(_KERNEL, weight).div(24 * 24) @ taps).view(36, kt, o, c).transpose(2, 3)
+    taps = weight.permute(3, 4, 0, 2, 1).reshape(9, o * kt * c)  # whole runs of channels if they are innermost
+    return (_plane(_KERNEL, weight).div(24 * 24) @ taps).view(36 * o, kt, 1, c).permute(0, 3, 1, 2)
 
 
 def _patches(
     frames: list[Float[Tensor, "B C _ H W"]], top: int, count: int, columns: int, space_padding: SpacePadding
-) -> Float[Tensor, "36 N"]:
+) -> Float[Tensor, "N 36 C"]:
     """The 6x6 patches, four pixels apart, of a strip of tiles whose first patch begins at row `top`.
 
-    Row-major inside a patch; then frame, clip, row and column of the tile, channel. Pixels more than one beyond the
-    border are zero: no kept output reads them.
+    By frame, clip, row and column of the tile; row-major inside a patch. Pixels more than one beyond the border are
+    zero: no kept output reads them.
     """
     height, width = frames[-1].shape[3:]
     bottom, right = top + 4 * count + 2, 4 * columns + 2
@@ -129,7 +139,7 @@ def _patches(
     if space_padding != "zeros":
         _fill_margins_(padded, height - top, width + 1, at_top=top < 0, inward=2 if space_padding == "reflect" else 1)
     patches = padded.unfold(2, 6, 4).unfold(3, 6, 4)  # [T', B, rows, columns, C, 6, 6]
-    return patches.permute(5, 6, 0, 1, 2, 3, 4).reshape(36, -1)
+    return patches.permute(0, 1, 2, 3, 5, 6, 4).reshape(-1, 36, padded.shape[-1])
 
 
 def _fill_margins_(padded: Float[Tensor, "T B Hp Wp C"], below: int, right: int, *, at_top: bool, inward: int) -> None:
@@ -148,44 +158,40 @@ def _fill_margins_(padded: Float[Tensor, "T B Hp Wp C"], below: int, right: int,
 
 
 def _outputs(
-    tiles: Float[Tensor, "36 Ti N C"], kernels: Iterable[Float[Tensor, "36 kt C _o"]], num_outputs: int
-) -> Float[Tensor, "16 TN O"]:
-    """The 4x4 outputs of every tile. `kernels`: consecutive parts of the output channels."""
+    tiles: Float[Tensor, "Ti N _K"], kernels: Iterable[Float[Tensor, "_o C kt 1"]], num_missing: int, num_frames: int
+) -> Float[Tensor, "TN 16 O"]:
+    """The 4x4 outputs of every tile.
+
+    Per position of a tile, the products of its channels with those of the kernel are added up over the temporal taps:
+    a convolution over time, of which torch computes all 36 as one with groups. That is why the channels of all
+    positions are innermost in memory. The same by matrix products takes twice as long where MKL leaves half of the
+    processor's vector width unused, as it does on AMD's.
+
+    Args:
+        kernels: consecutive parts of the output channels.
+        num_missing: frames before the first, which are zero.
+    """
     inverse = _plane(_OUTPUT, tiles)
+    images = tiles.permute(2, 0, 1)[None]  # [1, 36 C, T', N]
     parts = []
     for kernel in kernels:
-        products = _multiply(tiles, kernel, num_outputs)  # [36, T N, o]
-        parts.append((inverse @ products.flatten(1)).view(16, -1, kernel.shape[3]))
+        if kernel.dtype == torch.float64:  # torch 2.14 computes a wrong gradient of channels-last kernels with groups
+            images, kernel = images.contiguous(), kernel.contiguous()
+        # Zeros come in front of the frames and behind them; what they give behind is left out.
+        products = F.conv2d(images, kernel, padding=(num_missing, 0), groups=36)[0].permute(1, 2, 0)[:num_frames]
+        parts.append(_each(inverse, products.reshape(-1, 36, kernel.shape[0] // 36)))
     return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
-def _multiply(
-    tiles: Float[Tensor, "36 Ti N C"], kernel: Float[Tensor, "36 kt C O"], num_outputs: int
-) -> Float[Tensor, "36 TN O"]:
-    """Per position of the tile, the sum over the temporal taps; taps before the first frame are skipped."""
-    num_inputs, n = tiles.shape[1:3]
-    kt = kernel.shape[1]
-    rows = tiles.flatten(1, 2)  # [36, T' N, C]
-    first = num_inputs - num_outputs  # the frame of the first output
-    products = torch.bmm(rows[:, first * n :], kernel[:, kt - 1])
-    for delay in range(1, kt):
-        skipped = max(delay - first, 0)  # outputs whose tap reaches before the first frame
-        if skipped < num_outputs:
-            source = rows[:, (first + skipped - delay) * n : (num_inputs - delay) * n]
-            products[:, skipped * n :].baddbmm_(source, kernel[:, kt - 1 - delay])
-    return products
-
-
 class WinogradConv3d(TapwiseConv3d):
-    """causal3d with a 3x3 kernel in space by Winograd where it pays, else by taps. Weight `[O, C, kt, 3, 3]`."""
+    """causal3d with a 3x3 kernel in space by Winograd where that is faster, else by taps. Weight `[O, C, kt, 3, 3]`."""
 
     def forward(
         self, x: Float[Tensor, "B C T H W"], past: Past = None, future: Future = None
     ) -> Float[Tensor, "B O T H W"]:
-        b, _, t, h, w = x.shape
-        if x.dtype in HALF_PRECISION or b * t * -(-h // 4) * -(-w // 4) < MIN_TILES:
+        t, spec = x.shape[2], self.spec
+        if x.dtype in HALF_PRECISION or not self._is_worthwhile(x, past):
             return super().forward(x, past, future)
-        spec = self.spec
         if spec.space_padding == "reflect":
             require_mirrored(x, (1, 1))
         clips = time_clips(x, spec, self.address, past)
@@ -193,3 +199,16 @@ class WinogradConv3d(TapwiseConv3d):
         if not spec.num_ahead:
             remember(x, spec.num_past, self.address, past, future, spec.time_padding)
         return y
+
+    def _is_worthwhile(self, x: Float[Tensor, "B C T H W"], past: Past) -> bool:
+        b, _, t, h, w = x.shape
+        kt = self.spec.kernel[0]
+        num_inputs = t if past is None and self.spec.time_padding == "zeros" else t + kt - 1
+        return is_worthwhile(
+            self.spec.in_width,
+            self.spec.out_width,
+            kt,
+            num_inputs=num_inputs,
+            num_outputs=t,
+            num_tiles=b * -(-h // 4) * -(-w // 4),
+        )

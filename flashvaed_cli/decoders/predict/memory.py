@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import Literal
 
+from flashvaed_cli.decoders.predict import attention
 from flashvaed_cli.decoders.predict.bands import BandShape
 from flashvaed_cli.decoders.predict.cost import Grid, stage_costs
 from flashvaed_cli.decoders.predict.lookahead import first_chunk, latents_per_step, widest_window
 from flashvaed_cli.decoders.predict.tiling import TileLayout, require_tiles, split_addresses, tile_layout
-from flashvaed_cli.decoders.predict.winograd_strips import MIN_TILES, working_elements
+from flashvaed_cli.decoders.predict.winograd_strips import is_worthwhile, working_elements
 from flashvaed_cli.decoders.spec.addresses import split_block
 from flashvaed_cli.decoders.spec.blocks import (
     AttentionSpec,
@@ -250,7 +251,8 @@ def _block_bytes(passage: Passage, form: MemoryFormat) -> int:
     if isinstance(block, AttentionSpec):
         # the normalised frames once more as rows; q, k, v; the mixed values (over a clip joined); projected and added
         joined = block.inner_width if block.context == "clip" else 0
-        return entering + item * positions * (2 * block.width + 5 * block.inner_width + joined)
+        mixing = attention.working_elements(passage.area, positions, block.inner_width) if item == 4 else 0
+        return entering + item * (positions * (2 * block.width + 5 * block.inner_width + joined) + mixing)
     if isinstance(block, UpsampleSpec):
         return entering + _upsample_bytes(passage, block, form)
     if isinstance(block, ShuffleUpsampleSpec):
@@ -411,15 +413,28 @@ def _reading_bytes(layer: ConvSpec, passage: Passage, form: MemoryFormat, window
     mirrored = window if layer.space_padding != "zeros" else 0
     if layer.operator == "stacked3d":
         return mirrored + 2 * layer.kernel[0] * positions * layer.out_width * 4 + reordered
-    if layer.operator == "winograd3d" and item > 2 and _num_tiles(passage) >= MIN_TILES:
+    if layer.operator == "winograd3d" and item > 2 and _uses_winograd(layer, passage):
         return leaving + _winograd_bytes(layer, passage, form) + reordered
     if layer.plain_operator == "causal3d":  # a tap and the sum
         return (mirrored if layer.time_padding == "zeros" else window) + 2 * leaving + reordered
     return mirrored + (2 if layer.enlarges else 1) * leaving + reordered  # the phases, and the frames made of them
 
 
-def _num_tiles(passage: Passage) -> int:
-    return passage.frames * ceil(passage.rows / 4) * ceil(passage.columns / 4)
+def _uses_winograd(layer: ConvSpec, passage: Passage) -> bool:
+    """Whether it may: with a past its cost is another."""
+    frames, num_taps = passage.frames, layer.kernel[0]
+    num_tiles = ceil(passage.rows / 4) * ceil(passage.columns / 4)
+    return any(
+        is_worthwhile(
+            layer.in_width,
+            layer.out_width,
+            num_taps,
+            num_inputs=num_inputs,
+            num_outputs=frames,
+            num_tiles=num_tiles,
+        )
+        for num_inputs in (frames, frames + num_taps - 1)
+    )
 
 
 def _winograd_bytes(layer: ConvSpec, passage: Passage, form: MemoryFormat) -> int:

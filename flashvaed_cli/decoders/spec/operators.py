@@ -140,7 +140,7 @@ def _winograd_multiplies(layer: ConvSpec, grid: Grid) -> int:
     channels = layer.in_width * layer.out_width
     inputs = t if layer.time_padding == "zeros" else t + kt - 1
     transforms = 36 * 36 * layer.in_width * inputs * tiles + 16 * 36 * layer.out_width * t * tiles
-    return 36 * channels * _num_taps(layer, t) * tiles + transforms + 36 * 9 * min(kt, inputs) * channels
+    return 36 * channels * min(kt, inputs) * t * tiles + transforms + 36 * 9 * min(kt, inputs) * channels
 
 
 def _subpixel_fault(layer: ConvSpec) -> str | None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,14 +33,24 @@ def test_parameters_are_those_of_the_module(name: str) -> None:
         assert cost.parameters == sum(p.numel() for p in coder.stages[cost.name].parameters())
 
 
-def batched_flop(_added: torch.Size, left: torch.Size, right: torch.Size, **_shapes: torch.Size) -> int:
-    return 2 * left.numel() * right[2]
+def over_frames(
+    x: torch.Size,
+    weight: torch.Size,
+    _bias: object,
+    _stride: object,
+    padding: list[int],
+    *_: object,
+    out_shape: torch.Size,
+    **__: object,
+) -> int:
+    """Products of Winograd's convolution over time, without the outputs that begin after the last frame."""
+    outputs = out_shape[0] * out_shape[1] * (out_shape[2] - padding[0]) * out_shape[3]
+    return 2 * outputs * weight[1:].numel()
 
 
-def counted_flop(coder: Coder, grid: tuple[int, int, int]) -> dict[str, int]:
+def counted_flop(coder: Coder, grid: tuple[int, int, int], **mapping: Any) -> dict[str, int]:
     width = next(coder.spec.layers())[1].in_width
-    in_place = {torch.ops.aten.baddbmm_: batched_flop}  # which torch does not count by itself
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+    with FlopCounterMode(display=False, **mapping) as counter:
         coder(torch.zeros(1, width, *grid))
     return {str(operator): flop for operator, flop in counter.get_flop_counts()["Global"].items()}
 
@@ -67,12 +79,12 @@ def test_convolutions_cost_what_torch_counts(name: str, num_frames: int) -> None
 def test_twins_cost_what_torch_counts(
     operator: Operator, kernel: Kernel, num_frames: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(winograd, "MIN_TILES", 0)
+    monkeypatch.setattr(winograd, "is_worthwhile", lambda *_, **__: True)
     spec = one_layer(ConvBlockSpec(conv=ConvSpec(operator=operator, in_width=4, out_width=6, kernel=kernel)))
     grid = (num_frames, 6, 9)
     [layer] = stage_costs(spec, grid)[0].layers
-    counted = counted_flop(Coder(spec), grid)
-    assert layer.flop == sum(counted.values())
+    own = {"custom_mapping": {torch.ops.aten.convolution: over_frames}} if operator == "winograd3d" else {}
+    assert layer.flop == sum(counted_flop(Coder(spec), grid, **own).values())
 
 
 def test_subpixel_costs_four_ninths_and_enlarges_nothing() -> None:

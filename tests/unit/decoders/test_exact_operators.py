@@ -48,7 +48,7 @@ twins = pytest.mark.parametrize(("operator", "kernel"), TWINS)
 def _small_clips_count() -> Iterator[None]:
     """Use Winograd even where it does not pay."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(winograd, "MIN_TILES", 0)
+        patch.setattr(winograd, "is_worthwhile", lambda *_, **__: True)
         yield
 
 
@@ -224,8 +224,7 @@ def test_strips_do_not_show(
 ) -> None:
     plain, exact = pair("winograd3d", (3, 3, 3), space_padding=space_padding)
     x = torch.randn(1, 3, 2, height, 6, dtype=torch.float64)
-    monkeypatch.setattr(winograd_strips, "STRIP_ELEMENTS", 1)
-    monkeypatch.setattr(winograd_strips, "STRIP_POSITIONS", 9)  # of 4 per row of tiles: strips of 3, the last of 1
+    monkeypatch.setattr(winograd_strips, "MOST_ELEMENTS", 36 * 3 * 4 * 3)  # strips of 3 rows, the last of 1
     assert winograd_strips.rows_per_strip(7, 4, 3, 36 * 3 * 15) == 3
     with torch.set_grad_enabled(grad):
         assert_same(exact(x), plain(x))
@@ -235,16 +234,15 @@ def test_parts_of_a_large_kernel_do_not_show(monkeypatch: pytest.MonkeyPatch) ->
     plain, exact = pair("winograd3d", (3, 3, 3), 2, 40)
     x = torch.randn(1, 2, 2, 9, 6, dtype=torch.float64)
     monkeypatch.setattr(winograd_strips, "WHOLE_KERNEL_ELEMENTS", 0)
-    monkeypatch.setattr(winograd_strips, "STRIP_POSITIONS", 1)
-    monkeypatch.setattr(winograd_strips, "STRIP_ELEMENTS", 1)
+    monkeypatch.setattr(winograd_strips, "MOST_ELEMENTS", 1)
     monkeypatch.setattr(winograd_strips, "OUTPUTS_AT_ONCE", 16)  # parts of 16, 16 and 8
     assert winograd_strips.rows_per_strip(3, 4, 2, 36 * 3 * 80) == 3  # else one row at a time
     assert_same(exact(x), plain(x))
 
 
 def test_few_tiles_are_summed_over_taps(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, exact = pair("winograd3d", (3, 3, 3))
-    x = torch.randn(1, 3, 2, 5, 8, dtype=torch.float64)  # 2 x 2 x 2 tiles
+    plain, exact = pair("winograd3d", (3, 3, 3), 96, 96)
+    monkeypatch.setattr(winograd, "is_worthwhile", winograd_strips.is_worthwhile)
     calls: list[int] = []
     original = winograd.winograd_conv
 
@@ -253,10 +251,20 @@ def test_few_tiles_are_summed_over_taps(monkeypatch: pytest.MonkeyPatch) -> None
         return original(*args, **options)
 
     monkeypatch.setattr(winograd, "winograd_conv", counted)
-    for least, expected in ((9, 0), (8, 1)):
-        monkeypatch.setattr(winograd, "MIN_TILES", least)
+    for side, expected in ((8, 0), (96, 1)):
+        x = torch.randn(1, 96, 3, side, side, dtype=torch.float64)
         assert_same(exact(x), plain(x))
         assert len(calls) == expected
+
+
+def test_when_winograd_pays() -> None:
+    """Measured: with a thousand tiles of wide layers, not for one frame of few channels with its past."""
+    pays = winograd_strips.is_worthwhile
+    assert pays(192, 192, 3, num_inputs=9, num_outputs=9, num_tiles=1024)
+    assert pays(384, 384, 3, num_inputs=3, num_outputs=3, num_tiles=64)
+    assert not pays(96, 96, 3, num_inputs=3, num_outputs=1, num_tiles=256)
+    assert not pays(1024, 1024, 3, num_inputs=4, num_outputs=4, num_tiles=16)
+    assert not pays(16, 16, 3, num_inputs=9, num_outputs=9, num_tiles=4096)
 
 
 def test_a_changed_weight_counts_at_once() -> None:
