@@ -42,7 +42,8 @@ from flashvaed_cli.progress import Progress, Task
 Narrow = Callable[[DecoderSpec, Mapping[str, int]], DecoderSpec]
 """The spec with the given widths by channel group; see `surgery.respec.spec_of_widths`."""
 
-_NUM_BETWEEN = 6
+_LONGEST_BETWEEN = 2.0
+"""Narrowed decoders that together take so many times as long as the whole one run between two of its measurements."""
 _CLOCK_MS = 1e-6
 """Below the resolution of any clock; times must stay positive."""
 
@@ -120,7 +121,7 @@ def measure_width_latency(
     axes = block_axes(decoder.spec, groups)
     started = time.monotonic()
     whole, entering = _whole_run(decoder, channels_last(latents), groups, next(iter(axes)))
-    whole_ms = [whole.time(profile, num_warmup=1)]
+    whole_ms = [whole.time(profile, num_warmup=0)]
     tail_s = whole_ms[0] / 1e3 * sum(share for address, (share,) in whole.samples.items() if address in axes)
     left_s = budget_s - (time.monotonic() - started)
     ladders = {group.name: rounded_ladder(width_ladder(group.width), group.run) for group in groups}
@@ -147,16 +148,18 @@ def measure_width_latency(
 def _time_round(
     whole: _Run, tails: Sequence[_Run], profile: RoundProfiler, *, num_warmup: int, task: Task
 ) -> list[float]:
-    """One sample of every tail in units of the whole decoder's time, which is measured again before every few.
+    """One sample of every tail in units of the whole decoder's time, which is measured again now and then.
 
     A machine stays busy for seconds to minutes, and slows down equally what runs close together. Returns the whole
     decoder's times in milliseconds.
     """
     whole_ms: list[float] = []
-    for index, run in enumerate(tails):
-        if index % _NUM_BETWEEN == 0:
+    between_ms = 0.0
+    for run in tails:
+        if not whole_ms or between_ms >= _LONGEST_BETWEEN * whole_ms[-1]:
             whole_ms.append(whole.time(profile, num_warmup=0))
-        run.time(profile, num_warmup=num_warmup, unit_ms=whole_ms[-1])
+            between_ms = 0.0
+        between_ms += (num_warmup + 1) * run.time(profile, num_warmup=num_warmup, unit_ms=whole_ms[-1])
         task.advance()
     return whole_ms
 
@@ -214,9 +217,14 @@ def _grid_seconds(grid: Sequence[Mapping[str, int]], groups: Sequence[ChannelGro
 def _whole_run(
     decoder: Decoder, latents: Float[Tensor, "1 C T Hz Wz"], groups: Sequence[ChannelGroup], first: str
 ) -> tuple[_Run, Tensor]:
-    """The decoder itself, and the activations that enter the block `first`."""
+    """The decoder itself, warm, and the activations that enter the block `first`."""
     model = use_channels_last(exact_decoder(deepcopy(decoder).to(latents.dtype)))
-    entering = model.run(latents, stop=_tail_start(decoder.spec, first))
+    start = _tail_start(decoder.spec, first)
+    entering = output = model.enter(latents)
+    for address, after in model.walk(output):
+        if address == start:
+            entering = output
+        output = after
     names = {address: (f"stages.{address}",) for address, _ in model.blocks()}
     _name_bypasses(names, model.spec)
     return _Run({group.name: group.width for group in groups}, model, lambda: model(latents), names), entering

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from flashvaed_cli.calibrate import width_latency
 from flashvaed_cli.calibrate.width_latency import measure_width_latency
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.predict.latency import WidthLatency
@@ -94,8 +95,23 @@ def test_without_time_every_second_width_is_timed_once() -> None:
     assert model.ladders["up3.stream"] == (4, 2, 1)
     num_tails = len(profile.models) - 1
     assert num_tails == 4 * 4 - 1
-    assert len(profile.num_warmups) == num_tails + 1 + 3  # the whole first, and before every sixth
-    assert sum(profile.num_warmups) == 1
+    assert sum(profile.num_warmups) == 0
+
+
+@pytest.mark.parametrize("longest", [2.0, 6.0])
+def test_the_whole_is_timed_again_after_a_while(longest: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First of all, and in each round before the first narrowed one and whenever those have taken so many times it."""
+    monkeypatch.setattr(width_latency, "_LONGEST_BETWEEN", longest)
+    profile = ParameterTimes()
+    measure(profile, budget_s=0.0)
+    whole, *tails = profile.models
+    sizes = [sum(p.numel() for p in tail.parameters()) for tail in tails]
+    expected, between = 2, 0.0
+    for size in sizes[:-1]:
+        between += size
+        if between >= longest * sum(p.numel() for p in whole.parameters()):
+            expected, between = expected + 1, 0.0
+    assert len(profile.num_warmups) - len(tails) == expected
 
 
 def test_a_load_that_grows_leaves_the_ratios_alone() -> None:

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional
 
 from flashvaed_cli.families.wan21.spec import wan_decoder_spec
+from flashvaed_cli.metrics import roofline
 from flashvaed_cli.metrics.roofline import MachineRates, measure_rates, traffic_elements
 from tests.toy import original_spec
 
@@ -38,3 +40,11 @@ def test_traffic_grows_with_the_clip() -> None:
     assert wide == 2 * one
     first, second, third = (traffic_elements(spec, (t, 2, 2)) for t in (1, 2, 3))
     assert third - second == second - first > one  # a later latent frame becomes four frames
+
+
+def test_the_faster_of_two_products_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On some processors a 1x1 convolution multiplies twice as fast as a matrix product."""
+    times = {torch.matmul: 1.0, functional.conv2d: 0.5}
+    monkeypatch.setattr(roofline, "_fastest", lambda call, *_: times[call.func])
+    monkeypatch.setattr(roofline, "_copy_rate", lambda *_: 1.0)
+    assert measure_rates("cpu", torch.float32).matmul_gflop_per_s == 2 * 512**3 / 0.5 / 1e9
