@@ -4,15 +4,28 @@ The choice of twins was measured on a CPU (one core with AVX-512, torch 2.15, ch
 pixels; milliseconds of the plain operator / the twin, float32 and bfloat16):
 
     layer                          twin          float32      bfloat16
-    causal3d 3x3x3, 384 to 384     winograd3d    359 / 165    tapwise3d: 43 / 36
-    causal3d 3x3x3, 96 to 96       winograd3d    165 / 81     tapwise3d: 80 / 73
-    causal3d 3x3x3, 24 to 24       winograd3d     84 / 10     tapwise3d:  7 / 7
+    causal3d 3x3x3, 384 to 384     tapwise3d     see below     43 / 36
+    causal3d 3x3x3, 96 to 96       tapwise3d     see below     80 / 73
     causal3d 3x3x3, 16 to 384      tapwise3d     4.7 / 3.5    2.0 / 2.1
     causal3d 3x1x1, 384 to 768     tapwise3d      93 / 57      33 / 27
     causal3d 3x3x3, 96 to 3        stacked3d     153 / 40      86 / 27
     causal3d 3x3x3, 12 to 3        stacked3d     178 / 6      7.6 / 3.9
     upsampler's frame2d, 192 to 96 subpixel2d    109 / 54      55 / 30
     upsampler's frame2d, 24 to 12  subpixel2d     11 / 5.5    6.2 / 3.1
+
+causal3d 3x3x3 in float32, two cores of an AMD EPYC with AVX-512, torch 2.14, milliseconds; winograd3d calls tapwise3d
+where `predict.winograd_strips` expects that to be faster:
+
+    layer, frames                  plain    tapwise3d    winograd3d
+    384 to 384, 3 of 32x32            51           34            31
+    384 to 384, 5 of 64x64           384          256           169
+    192 to 192, 9 of 128x128         649          573           329
+    96 to 96, 9 of 256x256           708          691           445
+    67 to 67, 9 of 256x256           460          421           314
+    48 to 48, 9 of 256x256           206          189           169
+    24 to 24, 9 of 256x256            85           70            72
+    96 to 96, 1 of 64x64, a past      30            4             6
+    1024 to 1024, 4 of 16x16         147          100           134
 
 An upsampler with a temporal layer that gives few channels runs both layers as one kernel then (384 to 24, two cores,
 float32: 221 / 82 ms; `modules/narrow_upsampler.py`).
@@ -24,12 +37,8 @@ frame repeated or a past):
     layer                          twin          float32      bfloat16
     1024 to 1024, 2 of 8x8         one product   1.7 / 1.8    2.1 / 2.2
     512 to 4096, 4 of 8x8          one product   1.4 / 1.2    1.3 / 1.5
-    512 to 512, 5 of 16x16         winograd3d    1.5 / 1.6    1.0
-    256 to 256, 9 of 32x32         winograd3d    2.3 / 2.5    1.0
-    128 to 128, 17 of 64x64        winograd3d    1.8 / 1.9    1.0
-    128 to 48, 17 of 64x64         winograd3d    1.3 / 1.4    1.0
 
-winograd3d falls back to tapwise3d for half precision and for few tiles; for frames with their margins in time,
+winograd3d falls back to tapwise3d for half precision too; for frames with their margins in time,
 tapwise3d uses one product of patches (few positions, wide kernel) or the plain form (other wide kernels, half
 precision). No twin of dwsep3d, pointwise or a residual block's frame2d was faster than the plain operator. Nothing was
 measured on CUDA: only the upsamplers change there, which saves products and memory on any device.
