@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import ConfigDict, PositiveInt, TypeAdapter, ValidationError, with_config
 
+from flashvaed_cli import __version__
 from flashvaed_cli.atomic import atomic_path
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.metrics.contest import Contestant, run_contest
@@ -28,6 +30,7 @@ _FORMATS: tuple[MemoryLayout, ...] = ("contiguous", "channels-last")
 _NUM_ROUNDS = 3
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Choice:
     """One way of running a decoder: `exact` uses exact operators; `chunk` None decodes everything at once."""
@@ -35,13 +38,16 @@ class Choice:
     memory_format: MemoryLayout = "channels-last"
     exact: bool = True
     compile: bool = False
-    chunk: int | None = None
+    chunk: PositiveInt | None = None
 
     def __str__(self) -> str:
         """As shown in tables."""
         operators = "exact operators" if self.exact else "plain operators"
         chunk = "" if self.chunk is None else f", chunk {self.chunk}"
         return f"{operators}, {self.memory_format}{', compiled' if self.compile else ''}{chunk}"
+
+
+_CHOICE = TypeAdapter(Choice)
 
 
 @dataclass(frozen=True)
@@ -108,8 +114,9 @@ def cache_file() -> Path:
 def cache_key(
     spec: DecoderSpec, grid: tuple[int, int, int], dtype: torch.dtype, device: torch.device, **more: object
 ) -> str:
-    """What a choice depends on: the machine, torch, the decoder, the size and the user's constraints."""
+    """What a choice depends on: the machine, torch, this program, the decoder, the size and the user's constraints."""
     facts = {
+        "flashvaed": __version__,
         "device": device_name(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "torch": torch.__version__,
@@ -143,8 +150,8 @@ def _processor_name() -> str:
 def remembered_choice(path: Path, key: str) -> Choice | None:
     """The choice stored under a key; None if there is none, or the file cannot be read."""
     try:
-        return Choice(**_entries(path)[key])
-    except (KeyError, TypeError):
+        return _CHOICE.validate_json(json.dumps(_entries(path)[key]), strict=True)
+    except (KeyError, ValidationError):
         return None
 
 
@@ -157,7 +164,7 @@ def remember_choice(path: Path, key: str, choice: Choice) -> None:
 
 def _entries(path: Path) -> Mapping[str, Any]:
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        entries = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError):
         return {}
     return entries if isinstance(entries, dict) else {}

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pydantic import ValidationError
 from torch import Tensor
 
-from flashvaed_cli.artifact.foreign.mismatch import reasons
+from flashvaed_cli.artifact.foreign.mismatch import reasons, require_float
 from flashvaed_cli.artifact.header_checks import check_factors
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.errors import ArtifactError
@@ -48,8 +48,7 @@ class LightFile:
         if not fits:
             wanted = ", ".join("any" if one is None else str(one) for one in shape)
             raise self.fault(f"{name} has the shape {list(tensor.shape)}, not [{wanted}]")
-        if not tensor.is_floating_point():
-            raise self.fault(f"{name} is {tensor.dtype}, and only float weights are read")
+        require_float(name, tensor, self.location)
         return tensor.float()
 
     def fault(self, what: str) -> ArtifactError:

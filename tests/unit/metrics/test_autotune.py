@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+import flashvaed_cli
 from flashvaed_cli.metrics import autotune as room
 from flashvaed_cli.metrics.autotune import (
     Choice,
@@ -85,7 +87,22 @@ def test_choices_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (remembered_choice(path, "a"), remembered_choice(path, "b")) == (first, second)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"a": 3}', '{"a": {"speed": 1}}', '{"a": {"chunk": 1'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"a": 3}',
+        '{"a": {"speed": 1}}',
+        '{"a": {"chunk": 1',
+        '{"a": {"chunk": 0}}',
+        '{"a": {"chunk": "2"}}',
+        '{"a": {"memory_format": "diagonal"}}',
+        '{"a": {"exact": 1}}',
+        "[" * 100_000,
+    ],
+    ids=lambda text: text[:40],
+)
 def test_a_damaged_file_remembers_nothing_and_is_replaced(tmp_path: Path, text: str) -> None:
     path = tmp_path / "autotune.json"
     path.write_text(text, encoding="utf-8")
@@ -94,10 +111,16 @@ def test_a_damaged_file_remembers_nothing_and_is_replaced(tmp_path: Path, text: 
     assert remembered_choice(path, "a") == Choice()
 
 
+def test_a_pipe_remembers_nothing_and_blocks_nobody(tmp_path: Path) -> None:
+    path = tmp_path / "autotune.json"
+    os.mkfifo(path)
+    assert remembered_choice(path, "a") is None
+
+
 def test_a_key_names_all_that_a_choice_depends_on() -> None:
     device, spec, grid = torch.device("cpu"), original_spec(), (3, 4, 5)
     key = cache_key(spec, grid, torch.float32, device)
-    assert torch.__version__ in key and "3x4x5" in key and "float32" in key
+    assert torch.__version__ in key and flashvaed_cli.__version__ in key and "3x4x5" in key and "float32" in key
     others = {
         cache_key(flash_spec(), grid, torch.float32, device),
         cache_key(spec, (3, 5, 4), torch.float32, device),
