@@ -24,8 +24,8 @@ from flashvaed_cli.decoders.modules.operators import (
     build_conv,
     frames_as_batch,
 )
-from flashvaed_cli.decoders.modules.products import RowLinear, attend
 from flashvaed_cli.decoders.modules.shuffle_blocks import ShuffleUpsample, StridedDownsample, UnshuffleDownsample
+from flashvaed_cli.decoders.predict.attention import queries_at_once
 from flashvaed_cli.decoders.predict.bands import BandShape
 from flashvaed_cli.decoders.spec.blocks import (
     AttentionSpec,
@@ -38,6 +38,7 @@ from flashvaed_cli.decoders.spec.blocks import (
     UpsampleSpec,
 )
 from flashvaed_cli.decoders.spec.layers import LatentEntrySpec
+from flashvaed_cli.numerics.products import RowLinear, by_convolution, is_faster_by_convolution
 
 Clip = Float[Tensor, "B C T H W"]
 MappedClip = Float[Tensor, "B O To Ho Wo"]  # a block's output: width, frames and size may differ
@@ -139,7 +140,7 @@ class Attention(nn.Module):
             k, v = self._with_earlier(k, v, x, past, future)
             mixed = self._over_clip(q, k, v, x).unflatten(1, (t, h * w)).flatten(0, 1)
         else:
-            mixed = attend(q, k, v)
+            mixed = _attend(q, k, v)
         y = self.proj(mixed).transpose(1, 2).unflatten(2, (h, w))  # [BT, C, H, W]
         return x + batch_as_frames(y, x)
 
@@ -162,10 +163,23 @@ class Attention(nn.Module):
         starts = range(0, q.shape[1], positions)
         ends = [start + positions for start in starts]
         mixed = [
-            attend(q[:, start:end], k[:, : earlier + end], v[:, : earlier + end])
+            _attend(q[:, start:end], k[:, : earlier + end], v[:, : earlier + end])
             for start, end in zip(starts, ends, strict=True)
         ]
         return torch.cat(mixed, dim=1)
+
+
+def _attend(q: Float[Tensor, "B Q C"], k: Float[Tensor, "B K C"], v: Float[Tensor, "B K C"]) -> Float[Tensor, "B Q C"]:
+    """Scaled dot-product attention with one head."""
+    if not is_faster_by_convolution(q, q.numel() * k.shape[1]):
+        return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+    mixed = torch.empty_like(q, memory_format=torch.contiguous_format)
+    num_queries = queries_at_once(k.shape[1])
+    for rows, keys, values, out in zip(q, k, v, mixed, strict=True):
+        keys, values = keys * keys.shape[1] ** -0.5, values.T.contiguous()
+        for part, out_part in zip(rows.split(num_queries), out.split(num_queries), strict=True):
+            out_part.copy_(by_convolution(torch.softmax(by_convolution(part, keys), dim=1), values))
+    return mixed
 
 
 class Upsample(nn.Module):

@@ -22,8 +22,8 @@ from flashvaed_cli.decoders.modules.convolution import (
     space_window,
     time_window,
 )
-from flashvaed_cli.decoders.modules.products import linear
 from flashvaed_cli.decoders.spec.layers import ConvSpec
+from flashvaed_cli.numerics.products import linear
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 

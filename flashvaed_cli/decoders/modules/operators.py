@@ -31,10 +31,10 @@ from flashvaed_cli.decoders.modules.convolution import (
 )
 from flashvaed_cli.decoders.modules.exact_operators import StackedConv3d, SubpixelConv2d, TapwiseConv3d, sum_over_taps
 from flashvaed_cli.decoders.modules.norms import ChannelLayerNorm, ChannelRMSNorm, norm_silu
-from flashvaed_cli.decoders.modules.products import linear
 from flashvaed_cli.decoders.modules.winograd import WinogradConv3d
 from flashvaed_cli.decoders.spec.layers import ConvSpec
 from flashvaed_cli.decoders.spec.operators import Operator
+from flashvaed_cli.numerics.products import linear
 from flashvaed_cli.numerics.reduced_rank import factorise
 from flashvaed_cli.numerics.separable import separable_from_dense
 

@@ -1,4 +1,4 @@
-"""How many queries `modules.products.attend` works on at once, and what memory that takes.
+"""How many queries attention works on at once where its products are convolutions, and what memory that takes.
 
 Imports no torch, so that memory predictions can use it too.
 """

@@ -50,7 +50,7 @@ def over_frames(
 
 def counted_flop(coder: Coder, grid: tuple[int, int, int], **mapping: Any) -> dict[str, int]:
     width = next(coder.spec.layers())[1].in_width
-    with FlopCounterMode(display=False, **mapping) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, **mapping) as counter:
         coder(torch.zeros(1, width, *grid))
     return {str(operator): flop for operator, flop in counter.get_flop_counts()["Global"].items()}
 

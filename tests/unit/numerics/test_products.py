@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from flashvaed_cli.decoders.modules import products
+from flashvaed_cli.decoders.modules import blocks
 from flashvaed_cli.decoders.predict import attention
+from flashvaed_cli.numerics import products
 
 
 @pytest.fixture(autouse=True)
@@ -26,13 +27,14 @@ def _always(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def convolutions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one with every product that is a convolution."""
     calls: list[int] = []
-    original = products._by_convolution
+    original = products.by_convolution
 
     def counted(*arguments: torch.Tensor) -> torch.Tensor:
         calls.append(1)
         return original(*arguments)
 
-    monkeypatch.setattr(products, "_by_convolution", counted)
+    for room in (products, blocks):
+        monkeypatch.setattr(room, "by_convolution", counted)
     return calls
 
 
@@ -57,7 +59,7 @@ def test_attention(num_keys: int, at_once: int, monkeypatch: pytest.MonkeyPatch,
     q, k, v = torch.randn(2, 40, 24).chunk(3, dim=2)
     q, k, v = q[:, :12], k[:, :num_keys], v[:, :num_keys]
     expected = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
-    torch.testing.assert_close(products.attend(q, k, v), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(blocks._attend(q, k, v), expected, atol=1e-5, rtol=0)
     num_parts = -(-12 // max(at_once // num_keys, 5))
     assert len(convolutions) == 2 * 2 * num_parts
 
@@ -65,14 +67,14 @@ def test_attention(num_keys: int, at_once: int, monkeypatch: pytest.MonkeyPatch,
 def test_large_logits_do_not_overflow() -> None:
     q, k, v = (100 * torch.randn(1, 6, 4) for _ in range(3))
     expected = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
-    torch.testing.assert_close(products.attend(q, k, v), expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(blocks._attend(q, k, v), expected, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_number_formats_are_torchs(dtype: torch.dtype, convolutions: list[int]) -> None:
     x, weight = torch.randn(7, 5, dtype=dtype), torch.randn(9, 5, dtype=dtype)
     assert torch.equal(products.linear(x, weight), F.linear(x, weight))
-    assert products.attend(x[None], x[None], x[None]).dtype == dtype
+    assert blocks._attend(x[None], x[None], x[None]).dtype == dtype
     assert not convolutions
 
 

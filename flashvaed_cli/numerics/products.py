@@ -16,8 +16,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flashvaed_cli.decoders.predict.attention import queries_at_once
-
 FEWEST_MULTIPLIES = 1 << 22
 """Below these a product takes no longer than the call."""
 
@@ -33,26 +31,14 @@ def linear(
     x: Float[Tensor, "*rows C"], weight: Float[Tensor, "O C"], bias: Float[Tensor, " O"] | None = None
 ) -> Float[Tensor, "*rows O"]:
     """`torch.nn.functional.linear`."""
-    if not _is_faster_by_convolution(x, x.numel() * weight.shape[0]):
+    if not is_faster_by_convolution(x, x.numel() * weight.shape[0]):
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
-    return _by_convolution(rows, weight, bias).view(*x.shape[:-1], -1)
+    return by_convolution(rows, weight, bias).view(*x.shape[:-1], -1)
 
 
-def attend(q: Float[Tensor, "B Q C"], k: Float[Tensor, "B K C"], v: Float[Tensor, "B K C"]) -> Float[Tensor, "B Q C"]:
-    """Scaled dot-product attention with one head."""
-    if not _is_faster_by_convolution(q, q.numel() * k.shape[1]):
-        return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
-    mixed = torch.empty_like(q, memory_format=torch.contiguous_format)
-    num_queries = queries_at_once(k.shape[1])
-    for rows, keys, values, out in zip(q, k, v, mixed, strict=True):
-        keys, values = keys * keys.shape[1] ** -0.5, values.T.contiguous()
-        for part, out_part in zip(rows.split(num_queries), out.split(num_queries), strict=True):
-            out_part.copy_(_by_convolution(torch.softmax(_by_convolution(part, keys), dim=1), values))
-    return mixed
-
-
-def _is_faster_by_convolution(x: Tensor, num_multiplies: int) -> bool:
+def is_faster_by_convolution(x: Float[Tensor, "*rows C"], num_multiplies: int) -> bool:
+    """Whether rows like these, in a product of so many multiplications, are multiplied faster by `by_convolution`."""
     return (
         num_multiplies >= FEWEST_MULTIPLIES
         and x.dtype == torch.float32
@@ -80,11 +66,14 @@ def _vendor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
-def _by_convolution(
+def by_convolution(
     rows: Float[Tensor, "M K"], weight: Float[Tensor, "N K"], bias: Float[Tensor, " N"] | None = None
 ) -> Float[Tensor, "M N"]:
-    """Rows times a transposed matrix, plus a bias: all as an image one pixel high with its channels innermost."""
+    """Rows times a transposed matrix, plus a bias: all as an image one pixel high with its channels innermost.
+
+    A kernel of 1x1 cannot be dilated, but torch on one thread uses oneDNN for it only then.
+    """
     num_outputs, width = weight.shape
     kernel = weight.contiguous().as_strided((num_outputs, width, 1, 1), (width, 1, width, width))
     image = rows.contiguous()[None, None].permute(0, 3, 1, 2)  # [1, K, 1, M]
-    return F.conv2d(image, kernel, bias)[0].permute(1, 2, 0)[0]
+    return F.conv2d(image, kernel, bias, dilation=2)[0].permute(1, 2, 0)[0]
