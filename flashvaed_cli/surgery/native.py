@@ -9,6 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import count
+
+from pydantic import ValidationError
 
 from flashvaed_cli.decoders.modules.coder import Coder
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec
@@ -46,10 +49,23 @@ def native_spec(spec: DecoderSpec, base_width: int) -> DecoderSpec:
     return original_like(spec)(base_width, spec.latent_width)
 
 
-def base_width_step(spec: CoderSpec, round_to: int) -> int:
-    """The number that native base widths are multiples of: `round_to` and the fixed number of groups per GroupNorm."""
+def base_width_step(spec: DecoderSpec, round_to: int) -> int:
+    """The number that native base widths are multiples of.
+
+    `round_to`, the fixed number of groups per GroupNorm, and the narrowest original that can be built at all: where
+    channels move into time and space together with a residual, as in LTX-Video from 0.9.1 on, they come in whole cells.
+    """
     groups = [norm.groups for _, block in spec.blocks() for norm, _ in block.norms.values() if norm.groups is not None]
-    return math.lcm(round_to, *groups)
+    narrowest = next(width for width in count(1) if _can_be_built(spec, width))
+    return math.lcm(round_to, narrowest, *groups)
+
+
+def _can_be_built(spec: DecoderSpec, base_width: int) -> bool:
+    try:
+        native_spec(spec, base_width)
+    except ValidationError:
+        return False
+    return True
 
 
 def nearest_base_width(base_width: int, keep_ratio: float, round_to: int) -> int:

@@ -21,6 +21,7 @@ from flashvaed_cli.stages.prune import native as native_stage
 from flashvaed_cli.surgery.attention_fit import set_collapsed
 from flashvaed_cli.surgery.layer_fit import FitSettings
 from flashvaed_cli.surgery.native import (
+    base_width_step,
     linked_groups,
     native_base_width,
     native_spec,
@@ -67,6 +68,19 @@ def test_the_student_is_the_original_at_another_width_and_the_fit_helps() -> Non
     )
     assert student.spec == wan_decoder_spec(2, 4)
     assert (student(clips[0]) - decoder(clips[0])).square().mean() < before
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.native_obstacle is None])
+def test_every_ratio_gives_a_native_width_that_can_be_built(name: str) -> None:
+    """The released decoder, as `prune --layout native --ratio 0.7` narrows it; LTX-Video needs multiples of 4."""
+    family = FAMILIES[name]
+    released = family.decoder_spec(family.released_base_width, family.latent_width)
+    for round_to in (1, 3):
+        step = base_width_step(released, round_to)
+        assert step % round_to == 0
+        for percent in range(2, 100, 7):
+            width = nearest_base_width(family.released_base_width, percent / 100, step)
+            assert native_base_width(native_spec(released, width)) == width
 
 
 @pytest.mark.parametrize("name", FAMILIES)
