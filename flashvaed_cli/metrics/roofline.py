@@ -29,6 +29,7 @@ from flashvaed_cli.metrics.speed import synchronizer
 _CPU_COPY_BYTES = 128 * 2**20  # well beyond the caches
 _DEVICE_COPY_BYTES = 2**30
 _SHORTEST_CALL_S = 0.01
+_COMPARED_S = 1.0
 _SMALLEST_LAST_SIDE, _LARGEST_SIDE = 512, 8192
 
 
@@ -56,6 +57,18 @@ def measure_rates(device: torch.device | str, dtype: torch.dtype, *, budget_s: f
     """Measure both rates, about `budget_s` seconds each; on the CPU with the threads that torch uses now."""
     device = torch.device(device)
     return MachineRates(_matmul_rate(device, dtype, budget_s), _copy_rate(device, budget_s))
+
+
+@torch.no_grad()
+def float32_speedup(dtype: torch.dtype, *, side: int = 1024) -> float:
+    """How many times as fast this processor multiplies square float32 matrices as those of another number format."""
+    deadline, device = time.perf_counter() + _COMPARED_S, torch.device("cpu")
+    a = torch.randn(side, side)
+    fastest = {
+        one: _fastest(partial(torch.matmul, a.to(one), a.to(one)), device, deadline, max_calls=4)
+        for one in (torch.float32, dtype)
+    }
+    return fastest[dtype] / fastest[torch.float32]
 
 
 @torch.no_grad()

@@ -84,5 +84,7 @@ class DecodeRecipe(CommandRecipe):
         description="Choose chunk and tile so that decoding stays below this amount of memory, such as 4GB.",
     )
     compile: Switch = Field(
-        default=False, description="Compile the decoder with torch.compile; the first call takes minutes."
+        default=False,
+        description="Compile the decoder with torch.compile, for GPUs: the first call takes minutes, and on the "
+        "processors measured so far every call takes longer than without.",
     )

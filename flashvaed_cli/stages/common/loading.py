@@ -15,11 +15,15 @@ from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.variants.exact import plain_decoder
 from flashvaed_cli.decoders.variants.still import still_decoder
 from flashvaed_cli.errors import FlashVaedError
+from flashvaed_cli.metrics.roofline import float32_speedup
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.settings import CommandRecipe, StageRecipe
 from flashvaed_cli.zoo.builtin import BUILTINS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FEWEST_GFLOP = 500.0
+"""Less work is done in a few seconds in any number format."""
+_MUCH_FASTER = 1.25
 
 
 def choose_device(name: str) -> torch.device:
@@ -44,6 +48,21 @@ def choose_device(name: str) -> torch.device:
             f"--device {asked}: this machine has none that torch can use; available: {', '.join(listed)}"
         )
     return device
+
+
+def warn_of_slow_format(dtype: str, device: torch.device, gflop: float, progress: Progress) -> bool:
+    """Warn if this processor multiplies numbers of the format more slowly than float32.
+
+    Returns whether that was looked at: on the CPU, for work that takes long.
+    """
+    if device.type != "cpu" or dtype == "float32" or gflop < FEWEST_GFLOP:
+        return False
+    if (gain := float32_speedup(DTYPES[dtype])) > _MUCH_FASTER:
+        progress.warn(
+            f"this processor multiplies float32 {gain:.1f} times as fast as {dtype}: --dtype float32 takes less time, "
+            "and more memory"
+        )
+    return True
 
 
 def choose_input(given: str | None, recipe_type: type[CommandRecipe], progress: Progress) -> str:

@@ -10,16 +10,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint
+from flashvaed_cli.decoders.predict.cost import total_gflop
 from flashvaed_cli.decoders.predict.lookahead import chunk_spans
 from flashvaed_cli.decoders.predict.planning import DecodePlan
 from flashvaed_cli.decoders.run.less_memory import Steps, described, in_steps, release_memory, smaller_steps
 from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.decoders.variants.exact import exact_decoder, plain_decoder
+from flashvaed_cli.progress import Progress
 from flashvaed_cli.recipe.decode import DecodeRecipe
 from flashvaed_cli.recipe.fields import LatentScale
 from flashvaed_cli.recipe.quantities import parse_memory
 from flashvaed_cli.stages.common.clips import to_raw
-from flashvaed_cli.stages.common.loading import DTYPES
+from flashvaed_cli.stages.common.loading import DTYPES, warn_of_slow_format
 from flashvaed_cli.stages.common.memory_fit import Limits, streaming_limits
 
 
@@ -45,6 +47,7 @@ class Player:
         memory = None if recipe.max_memory is None else parse_memory(recipe.max_memory)
         self._asked = Limits(recipe.chunk, recipe.tile, memory)
         self._runtime: tuple[Limits, DecodeRuntime] | None = None
+        self._is_format_checked = False
 
     @torch.no_grad()
     def frames(self, latents: Float[Tensor, "1 C T Hz Wz"], scale: LatentScale) -> Iterator[Float[Tensor, "3 F H W"]]:
@@ -65,6 +68,12 @@ class Player:
         parts = (to_raw(latents[:, :, start:stop].float(), scale, self._checkpoint) for start, stop in spans)
         for frames in runtime.iter_parts(parts, num_latents=num_latents):
             yield frames[0]
+
+    def warn_of_slow_format(self, latents: Float[Tensor, "1 C T Hz Wz"], progress: Progress) -> None:
+        """Warn once, before the first clip that takes long, where float32 would be faster."""
+        if not self._is_format_checked:
+            gflop = total_gflop(self.spec, (latents.shape[2], latents.shape[3], latents.shape[4]))
+            self._is_format_checked = warn_of_slow_format(self._recipe.dtype, self._device, gflop, progress)
 
     def _asked_for(self, num_latents: int) -> Limits:
         """The limits that the user gives; a clip whose state grows is compiled in one step."""

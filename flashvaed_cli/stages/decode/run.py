@@ -158,6 +158,7 @@ def _decode(
     clip, written, start = target.clip, _Written(), time.perf_counter()
     try:
         latents = load_latents(clip.path, latent_width=player.latent_width)[clip.index : clip.index + 1]
+        player.warn_of_slow_format(latents, progress)
         while not _is_written(written, latents, target, player, output, progress):
             smaller = player.step_down(latents)
             tally.notes.append(f"out of memory: {clip.shown} was decoded with {smaller}")

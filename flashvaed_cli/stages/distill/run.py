@@ -19,6 +19,7 @@ from flashvaed_cli.artifact.measured import DistillRecord, NewStudent, SameClips
 from flashvaed_cli.atomic import remove_leftovers
 from flashvaed_cli.calibrate.statistics import collect_statistics
 from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.predict.cost import total_gflop
 from flashvaed_cli.decoders.run.streaming import decode
 from flashvaed_cli.decoders.spec.groups import Kept
 from flashvaed_cli.decoders.spec.light import has_same_blocks
@@ -48,7 +49,7 @@ from flashvaed_cli.recipe.distill import DistillRecipe, PhaseRecipe
 from flashvaed_cli.stages.common.asked_names import require_known_ratios
 from flashvaed_cli.stages.common.clips import find_data
 from flashvaed_cli.stages.common.fitted_clips import fitted_to_vae
-from flashvaed_cli.stages.common.loading import Inputs, choose_device
+from flashvaed_cli.stages.common.loading import Inputs, choose_device, warn_of_slow_format
 from flashvaed_cli.stages.common.result import StageOutcome
 from flashvaed_cli.stages.common.run import Run
 from flashvaed_cli.stages.common.run_watch import RunWatch
@@ -117,6 +118,11 @@ def _run_alone(run: Run[DistillRecipe], ranks: Ranks, device: torch.device, file
     recipe, progress = run.recipe, run.progress
     job = _prepare(run, ranks, device)
     clips = job.data.first(_NUM_COMPARED) if ranks.is_main else []
+    if clips:
+        num_drawn = recipe.batch_size * recipe.gradient_accumulation * sum(phase.num_steps for phase in job.phases)
+        grid = (clips[0].shape[2], clips[0].shape[3], clips[0].shape[4])
+        gflop = num_drawn * total_gflop(job.teacher.spec, grid)
+        warn_of_slow_format(recipe.dtype, device, gflop, progress)
     before = _psnr_db(job, clips)
     results, prepared = _train_phases(job, files, progress)
     after = _psnr_db(job, clips)

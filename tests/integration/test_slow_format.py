@@ -1,0 +1,62 @@
+"""Half precision that makes a processor slower: said once, before long work, and only there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from flashvaed_cli.metrics import roofline
+from flashvaed_cli.progress import SilentProgress
+from flashvaed_cli.stages.common import loading
+from flashvaed_cli.stages.common.loading import FEWEST_GFLOP, warn_of_slow_format
+from tests.commands import succeed
+from tests.toy import write_toy_vae
+
+CPU = torch.device("cpu")
+SAID = (
+    "this processor multiplies float32 1.9 times as fast as bfloat16: --dtype float32 takes less time, and more memory"
+)
+
+
+def heard(gain: float, monkeypatch: pytest.MonkeyPatch, **changed: object) -> list[str]:
+    monkeypatch.setattr(loading, "float32_speedup", lambda _: gain)
+    progress = SilentProgress()
+    asked = {"dtype": "bfloat16", "device": CPU, "gflop": FEWEST_GFLOP} | changed
+    warn_of_slow_format(**asked, progress=progress)  # type: ignore[arg-type]
+    return progress.warnings
+
+
+def test_slow_formats_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert heard(1.93, monkeypatch) == [SAID]
+    assert heard(1.1, monkeypatch) == heard(0.5, monkeypatch) == []
+    for other in ({"dtype": "float32"}, {"device": torch.device("meta")}, {"gflop": FEWEST_GFLOP / 2}):
+        assert heard(1.93, monkeypatch, **other) == []
+
+
+def test_decode_says_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "float32_speedup", lambda _: 1.93)
+    write_toy_vae(tmp_path / "vae.safetensors")
+    for name in ("a", "b"):
+        save_file({"latents": torch.zeros(1, 16, 1, 2, 2)}, tmp_path / f"{name}.safetensors")
+    command = "decode a.safetensors b.safetensors -d vae.safetensors -o out --dtype bfloat16 --latent-scale raw"
+    assert SAID not in succeed(command, cwd=tmp_path)["stderr"]  # soon done
+    monkeypatch.setattr(loading, "FEWEST_GFLOP", 0.0)
+    assert succeed(f"{command} --force", cwd=tmp_path)["stderr"].count(SAID) == 1
+
+
+def test_distill_says_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "float32_speedup", lambda _: 1.93)
+    monkeypatch.setattr(loading, "FEWEST_GFLOP", 0.0)
+    write_toy_vae(tmp_path / "vae.safetensors")
+    save_file({"latents": torch.zeros(2, 16, 1, 2, 2)}, tmp_path / "a.safetensors")
+    command = "distill vae.safetensors --phase 3 --num-steps 1 --data a.safetensors --dtype bfloat16 -o out.safetensors"
+    assert succeed(f"{command} --loss-weight lpips=0", cwd=tmp_path)["stderr"].count(SAID) == 1
+
+
+def test_formats_are_compared_by_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {torch.float32: 2.0, torch.bfloat16: 3.0}
+    monkeypatch.setattr(roofline, "_fastest", lambda call, *_, **__: seconds[call.args[0].dtype])
+    assert roofline.float32_speedup(torch.bfloat16, side=4) == 1.5
