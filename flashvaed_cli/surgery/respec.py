@@ -26,6 +26,8 @@ from flashvaed_cli.decoders.spec.naf_blocks import IstaSpec, NafSpec
 from flashvaed_cli.decoders.spec.operators import OPERATOR_FACTS, Operator
 from flashvaed_cli.errors import SpecError
 
+NOTHING_TO_CONVERT = "has nothing to convert: no residual block, nor a layer after a shuffle"
+
 
 def narrowed_spec(spec: DecoderSpec, kept: Kept) -> DecoderSpec:
     """The spec with only the kept channels.
@@ -263,7 +265,7 @@ def converted_spec(spec: DecoderSpec, stage_operators: Mapping[str, Operator]) -
             raise SpecError(f"no stage '{name}' in this decoder; it has {', '.join(names)}")
         layers = main_layers(spec.stage(name))
         if not layers:
-            raise SpecError(f"stage '{name}' has nothing to convert: no residual block, nor a layer after a shuffle")
+            raise SpecError(f"stage '{name}' {NOTHING_TO_CONVERT}")
         for address, (block, main) in layers.items():
             converted = {one: _with_operator(block.layers[one], operator, f"{address}.{one}") for one in main}
             changed[address] = block.with_layers(converted)

@@ -77,30 +77,26 @@ def winograd_conv(
     if not torch.compiler.is_compiling():  # a graph has no loops
         strip = rows_per_strip(rows, num_inputs * b * columns, c, 4 * weight.numel())
         at_once = outputs_at_once(o, 4 * weight.numel(), one_strip=strip == rows)
-    folded = (_fold(part) for part in weight.split(at_once))
-    kernels = folded if strip == rows else list(folded)
+    kernels = (_fold(part) for part in weight.split(at_once))
     num_missing = num_outputs + kt - 1 - num_inputs
-    out = None if strip == rows else _empty(frames[-1], num_outputs, bias)
-    strips = []
-    for top in range(0, rows, strip):
-        count = min(strip, rows - top)
+
+    def strip_of(top: int, count: int, kernels: Iterable[Tensor]) -> Float[Tensor, "B T h W O"]:
         patches = _patches(frames, 4 * top - 1, count, columns, space_padding)  # [T' B n, 36, C]
         tiles = _each(transform, patches).view(num_inputs, -1, 36 * c)  # [T', B n, 36 C]
         del patches
         pixels = _outputs(tiles, kernels, num_missing, num_outputs).view(num_outputs, b, count, columns, 4, 4, o)
         pixels = pixels.permute(1, 0, 2, 4, 3, 5, 6).reshape(b, num_outputs, 4 * count, 4 * columns, o)
-        pixels = pixels[:, :, : height - 4 * top, :width]
-        if out is None:
-            strips.append(pixels + bias)
-        else:
-            torch.add(pixels, bias, out=out[:, :, 4 * top : 4 * (top + count)])
-    y = torch.cat(strips, dim=2) if out is None else out
+        return pixels[:, :, : height - 4 * top, :width]
+
+    if strip == rows:
+        y = strip_of(0, rows, kernels) + bias
+    else:
+        kept = list(kernels)
+        y = frames[-1].new_empty(b, num_outputs, height, width, o)
+        for top in range(0, rows, strip):
+            count = min(strip, rows - top)
+            torch.add(strip_of(top, count, kept), bias, out=y[:, :, 4 * top : 4 * (top + count)])
     return y.permute(0, 4, 1, 2, 3)
-
-
-def _empty(clip: Float[Tensor, "B C t H W"], num_frames: int, bias: Float[Tensor, " O"]) -> Float[Tensor, "B T H W O"]:
-    b, _, _, height, width = clip.shape
-    return clip.new_empty(b, num_frames, height, width, bias.shape[0])
 
 
 def _plane(matrix: Matrix, like: Tensor) -> Float[Tensor, "P Q"]:

@@ -87,15 +87,22 @@ def choose_plan(
     if best is not None:
         return best
     least = min(found, key=lambda plan: plan.predicted_bytes)
-    settled = chunk is not None or tile is not None
-    advice = "choose smaller chunks or tiles, or leave them open" if settled else "decode fewer or smaller frames"
-    if spec.sees_whole_clip:
-        advice = "take a shorter clip length, which gives other frames"
+    advice = "take a shorter clip length, which gives other frames" if spec.sees_whole_clip else _advice(chunk, tile)
     raise DecodeError(_nothing_fits(least, grid, dtype, max_memory_bytes, advice, is_clip=spec.sees_whole_clip))
 
 
 def _fastest(plans: list[DecodePlan]) -> DecodePlan:
     return min(plans, key=lambda plan: (plan.relative_cost, plan.predicted_bytes))
+
+
+def _advice(chunk: int | None, tile: int | None) -> str:
+    given = {name: value for name, value in (("chunks", chunk), ("tiles", tile)) if value is not None}
+    if not given:
+        return "decode fewer or smaller frames"
+    smaller = [name for name, value in given.items() if value > 1]
+    if not smaller:
+        return f"leave the size of the {' and '.join(given)} open"
+    return f"choose smaller {' or '.join(smaller)}, or leave them open"
 
 
 def _nothing_fits(least: DecodePlan, grid: Grid, dtype: str, limit: int, advice: str, *, is_clip: bool) -> str:

@@ -107,24 +107,26 @@ def _peaks(decoder: Decoder) -> dict[str, float]:
 def _stream_start(decoder: Decoder) -> int | None:
     """The index of the block that begins the stream, the last convolution before the first other block.
 
-    If a bypass leads past that convolution, the stream starts before its stage; None: nothing comes before it, so that
-    the stream holds copies of the latents.
+    If a bypass leads copies past that convolution, the stream starts before its stage; None: nothing comes before it,
+    so that the stream holds copies of the latents. A bypass that has a layer is scaled with the convolution.
     """
     addresses, blocks = zip(*decoder.blocks(), strict=True)
+    copying = {stage for stage in decoder.bypasses if decoder.bypass_of(stage).conv is None}
     begin = next(i for i, block in enumerate(blocks) if not isinstance(block, ConvBlock)) - 1
-    while begin > 0 and stage_of(addresses[begin]) in decoder.bypasses:
+    while begin > 0 and stage_of(addresses[begin]) in copying:
         begin -= 1
-    return None if stage_of(addresses[begin]) in decoder.bypasses else begin
+    return None if stage_of(addresses[begin]) in copying else begin
 
 
 def _scale_stream(decoder: Decoder, scale: float, begin: int) -> None:
     """Scale the stream from the block that begins it to the head."""
-    blocks = list(_blocks(decoder))
-    for block in blocks[begin:]:
-        _scale_block(block, scale, is_first=block is blocks[begin])
-    for bypass in decoder.bypasses.values():
-        if isinstance(conv := getattr(bypass, "conv", None), Conv):
-            conv.bias.mul_(scale)
+    blocks = list(decoder.blocks())[begin:]
+    first = stage_of(blocks[0][0])
+    for index, (_, block) in enumerate(blocks):
+        _scale_block(block, scale, is_first=index == 0)
+    for stage in dict.fromkeys(stage_of(address) for address, _ in blocks):
+        if stage in decoder.bypasses and (conv := decoder.bypass_of(stage).conv) is not None:
+            _multiply(conv, scale, bias_only=stage != first)
 
 
 def _scale_block(block: nn.Module, scale: float, *, is_first: bool) -> None:

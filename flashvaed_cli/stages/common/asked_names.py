@@ -10,7 +10,7 @@ from flashvaed_cli.errors import SpecError
 from flashvaed_cli.families.registry import has_family_blocks, shallow_stages
 from flashvaed_cli.recipe.convert_ops import ConvertOpsRecipe
 from flashvaed_cli.recipe.settings import RatioFields
-from flashvaed_cli.surgery.respec import main_layers
+from flashvaed_cli.surgery.respec import NOTHING_TO_CONVERT, main_layers
 
 
 def require_known_ratios(recipe: RatioFields, spec: DecoderSpec) -> None:
@@ -54,11 +54,7 @@ def require_known_operators(recipe: ConvertOpsRecipe, spec: DecoderSpec) -> None
         origin = recipe.origin("operators", name)
         asked = origin or f"--operator {name}={recipe.operators[name]}"
         exists = name in [stage.name for stage in spec.stages]
-        fault = (
-            f"stage '{name}' has nothing to convert: no residual block"
-            if exists
-            else f"this decoder has no stage '{name}'"
-        )
+        fault = f"stage '{name}' {NOTHING_TO_CONVERT}" if exists else f"this decoder has no stage '{name}'"
         mending = "give one of these" if origin is None else "change it there, or leave it to the profile"
         raise SpecError(f"{asked}: {fault}, but {', '.join(stages)}: {mending}")
 

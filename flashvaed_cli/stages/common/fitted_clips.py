@@ -72,7 +72,7 @@ def whole_side(name: str, side: int, grid: LatentGrid) -> int:
 
 def frames_taken(grid: LatentGrid) -> str:
     """The numbers of frames that a VAE takes, in words."""
-    frames = f"1 + {grid.temporal_factor} n frames"
+    frames = "any number of frames" if grid.temporal_factor == 1 else f"1 + {grid.temporal_factor} n frames"
     return (
         frames
         if grid.clip_length is None

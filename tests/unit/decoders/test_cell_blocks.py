@@ -18,8 +18,9 @@ from flashvaed_cli.decoders.spec.groups import channel_groups, consumers, produc
 from flashvaed_cli.decoders.spec.layers import Factor
 from flashvaed_cli.decoders.variants.half_range import fit_half_range
 from flashvaed_cli.families.hunyuanvideo.spec import hunyuan_conv
+from flashvaed_cli.surgery.respec import narrowed_spec
 from tests.hunyuan15_toy import hunyuan15_spec
-from tests.toy import toy_decoder, toy_latents
+from tests.toy import kept_of, toy_decoder, toy_latents
 
 BOTH, SIZE = (2, 2, 2), (1, 2, 2)
 
@@ -179,4 +180,15 @@ def test_a_stream_of_copied_latents_is_not_scaled_for_half_precision() -> None:
     decoder.get_parameter("stages.conv_in.0.conv.weight").mul_(2.0**14)
     expected = decode(decoder, latents)
     assert "stream" not in fit_half_range(decoder)
+    torch.testing.assert_close(decode(decoder, latents), expected, rtol=0, atol=1e-4)
+
+
+def test_a_stream_that_begins_with_layers_is_scaled_for_half_precision() -> None:
+    """A narrowed bypass has a layer in place of copies, which is scaled like the convolution beside it."""
+    whole = hunyuan15_spec()
+    decoder, latents = toy_decoder(narrowed_spec(whole, kept_of(whole, ("mid", *UPS)))), toy_latents(2)
+    for layer in (decoder.at("conv_in.0.conv"), decoder.at("conv_in.0.bypass")):
+        layer.get_parameter("weight").mul_(2.0**14)
+    expected = decode(decoder, latents)
+    assert fit_half_range(decoder)["stream"] < -8
     torch.testing.assert_close(decode(decoder, latents), expected, rtol=0, atol=1e-4)

@@ -69,6 +69,26 @@ def test_an_impossible_limit_names_the_least_that_works() -> None:
     assert plan.predicted_bytes <= least * 1e9
 
 
+@pytest.mark.parametrize(
+    ("settled", "advice"),
+    [
+        ({}, "or decode fewer or smaller frames"),
+        ({"chunk": 2}, "or choose smaller chunks, or leave them open"),
+        ({"chunk": 1}, "or leave the size of the chunks open"),
+        ({"tile": 30}, "or choose smaller tiles, or leave them open"),
+        ({"chunk": 1, "tile": 30}, "or choose smaller tiles, or leave them open"),
+        ({"chunk": 2, "tile": 30}, "or choose smaller chunks or tiles, or leave them open"),
+    ],
+    ids=str,
+)
+def test_the_advice_can_be_followed(settled: dict[str, int], advice: str) -> None:
+    with pytest.raises(DecodeError) as caught:
+        choose_plan(
+            RELEASED, (3, 60, 104), max_memory_bytes=10**7, chunk=settled.get("chunk"), tile=settled.get("tile")
+        )
+    assert str(caught.value).endswith(advice)
+
+
 def test_mistakes_are_named() -> None:
     with pytest.raises(SpecError, match="at least 1 latent frame, not 0"):
         choose_plan(SPEC, (3, 4, 4), chunk=0)

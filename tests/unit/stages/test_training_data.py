@@ -15,10 +15,11 @@ from flashvaed_cli.decoders.run.streaming import encode
 from flashvaed_cli.decoders.variants.exact import exact_coder
 from flashvaed_cli.errors import ArtifactError, MediaError
 from flashvaed_cli.media import latent_cache
-from flashvaed_cli.media.cuts import ClipSize
+from flashvaed_cli.media.cuts import ClipSize, LatentGrid
 from flashvaed_cli.media.video import read_clip
 from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.recipe.distill import DistillRecipe
+from flashvaed_cli.stages.common.fitted_clips import frames_taken
 from flashvaed_cli.stages.common.loading import Inputs, load_inputs
 from flashvaed_cli.stages.distill import clip_source
 from flashvaed_cli.stages.distill.data import LatentPool, TrainingData, training_data
@@ -343,3 +344,16 @@ def test_other_processes_wait_for_the_main_one(inputs: Inputs, videos: Path, tmp
     absent = recipe.model_copy(update={"cache_latents": str(tmp_path / "elsewhere")})
     with pytest.raises(MediaError, match="every machine must see the same folder"):
         training_data(absent, inputs, SilentProgress(), is_main=False)
+
+
+@pytest.mark.parametrize(
+    ("grid", "words"),
+    [
+        (LatentGrid(4, 8), "1 + 4 n frames"),
+        (LatentGrid(4, 16, 5), "1 + 4 n frames, 17 at most as one clip"),
+        (LatentGrid(1, 8), "any number of frames"),
+        (LatentGrid(1, 8, 14), "any number of frames, 14 at most as one clip"),
+    ],
+)
+def test_the_numbers_of_frames_are_said_in_words(grid: LatentGrid, words: str) -> None:
+    assert frames_taken(grid) == words
