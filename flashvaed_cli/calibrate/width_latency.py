@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from flashvaed_cli.decoders.modules.bands import bands
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.modules.memory_format import channels_last, use_channels_last
 from flashvaed_cli.decoders.predict.latency import (
@@ -70,7 +71,8 @@ class _Run:
     def time(self, profile: RoundProfiler, *, num_warmup: int, unit_ms: float | None = None) -> float:
         """Add one sample, in units of `unit_ms` or of its own sum; returns its sum in milliseconds."""
         modules = list(itertools.chain.from_iterable(self.names.values()))
-        found = profile(self.model, self.call, modules, num_warmup=num_warmup, num_rounds=1)
+        with bands():  # as a decoding runs
+            found = profile(self.model, self.call, modules, num_warmup=num_warmup, num_rounds=1)
         sum_ms = max(sum(found.values()), _CLOCK_MS)
         for address, names in self.names.items():
             self.samples[address].append(sum(found[name] for name in names) / (unit_ms or sum_ms))

@@ -81,7 +81,8 @@ class ResBlock(nn.Module):
         size = band_size(self.band_shape, x)
         if size is None or self.band_shape is None:
             return self._whole(x, past, future)
-        stateful = (layer.address for layer in (self.conv1, self.conv2) if layer.spec.num_past)
+        layers = [layer for layer in (self.conv1, self.conv2, self.shortcut) if layer is not None]
+        stateful = (layer.address for layer in layers if layer.spec.num_past)
         own = None if past is None else {address: past[address] for address in stateful}
         return run_in_bands(self._whole, self.band_shape.halo, size, x, own, future)
 

@@ -194,7 +194,8 @@ class WinogradConv3d(TapwiseConv3d):
         self, x: Float[Tensor, "B C T H W"], past: Past = None, future: Future = None
     ) -> Float[Tensor, "B O T H W"]:
         t, spec = x.shape[2], self.spec
-        needs_gradients = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        differentiated = x.requires_grad or self.weight.requires_grad or self.bias.requires_grad
+        needs_gradients = torch.is_grad_enabled() and differentiated
         if x.dtype in HALF_PRECISION or needs_gradients or not self._is_worthwhile(x, past):
             return super().forward(x, past, future)
         if spec.space_padding == "reflect":

@@ -154,9 +154,9 @@ class MemoryModel:
         state = self._state_elements(layout) if streams else 0
         for passage in self._passages(chunk, later=True) if streams and self._spec.grows_state else ():
             grown = _grown_elements(passage.block) * passage.area * num_latents
-            worst = max(
-                worst, _block_bytes(passage, self._form) + 2 * self._form.item_bytes * grown
-            )  # before and after
+            num_keys = passage.area * num_latents
+            before_and_after = 2 * self._form.item_bytes * grown
+            worst = max(worst, _block_bytes(passage, self._form, num_keys) + before_and_after)
             state += grown
         frames = self._spec.num_frames(chunk) + (self._spec.temporal_factor - 1 if chunk < num_latents else 0)
         pixels = 3 * frames * height * width * self._spec.spatial_factor**2
@@ -244,14 +244,18 @@ def _bypass_elements(bypass: BypassSpec, leaving: Passage) -> int:
     return output + output // bypass.cell_size + (0 if bypass.conv is None else output)
 
 
-def _block_bytes(passage: Passage, form: MemoryFormat) -> int:
-    """Bytes of the worst moment of a block, its input and output included."""
+def _block_bytes(passage: Passage, form: MemoryFormat, num_keys: int | None = None) -> int:
+    """Bytes of the worst moment of a block, its input and output included.
+
+    Args:
+        num_keys: positions that attention sees; None: those of its input.
+    """
     block, item = passage.block, form.item_bytes
     entering, positions = _elements(passage) * item, passage.frames * passage.area
     if isinstance(block, AttentionSpec):
         # the normalised frames once more as rows; q, k, v; the mixed values (over a clip joined); projected and added
         joined = block.inner_width if block.context == "clip" else 0
-        mixing = attention.working_elements(passage.area, positions, block.inner_width) if item == 4 else 0
+        mixing = attention.working_elements(passage.area, num_keys or positions, block.inner_width) if item == 4 else 0
         return entering + item * (positions * (2 * block.width + 5 * block.inner_width + joined) + mixing)
     if isinstance(block, UpsampleSpec):
         return entering + _upsample_bytes(passage, block, form)
@@ -438,9 +442,13 @@ def _uses_winograd(layer: ConvSpec, passage: Passage) -> bool:
 
 
 def _winograd_bytes(layer: ConvSpec, passage: Passage, form: MemoryFormat) -> int:
-    row = (passage.frames + layer.kernel[0] - 1) * ceil(passage.columns / 4)
     kernel = 36 * layer.kernel[0] * layer.in_width * layer.out_width
-    elements = working_elements(ceil(passage.rows / 4), row, layer.in_width, layer.out_width, kernel)
+    elements = max(  # fewer frames may be transformed at once instead of in strips
+        working_elements(
+            ceil(passage.rows / 4), num_frames * ceil(passage.columns / 4), layer.in_width, layer.out_width, kernel
+        )
+        for num_frames in (passage.frames, passage.frames + layer.kernel[0] - 1)
+    )
     return elements * form.item_bytes
 
 

@@ -87,22 +87,13 @@ def choose_plan(
     if best is not None:
         return best
     least = min(found, key=lambda plan: plan.predicted_bytes)
-    advice = "take a shorter clip length, which gives other frames" if spec.sees_whole_clip else _advice(chunk, tile)
-    raise DecodeError(_nothing_fits(least, grid, dtype, max_memory_bytes, advice, is_clip=spec.sees_whole_clip))
+    raise DecodeError(
+        _nothing_fits(least, grid, dtype, max_memory_bytes, planner.advice(least), is_clip=spec.sees_whole_clip)
+    )
 
 
 def _fastest(plans: list[DecodePlan]) -> DecodePlan:
     return min(plans, key=lambda plan: (plan.relative_cost, plan.predicted_bytes))
-
-
-def _advice(chunk: int | None, tile: int | None) -> str:
-    given = {name: value for name, value in (("chunks", chunk), ("tiles", tile)) if value is not None}
-    if not given:
-        return "decode fewer or smaller frames"
-    smaller = [name for name, value in given.items() if value > 1]
-    if not smaller:
-        return f"leave the size of the {' and '.join(given)} open"
-    return f"choose smaller {' or '.join(smaller)}, or leave them open"
 
 
 def _nothing_fits(least: DecodePlan, grid: Grid, dtype: str, limit: int, advice: str, *, is_clip: bool) -> str:
@@ -170,6 +161,17 @@ class _Planner:
             if plan.predicted_bytes <= max_memory_bytes:
                 return plan
         return smallest
+
+    def advice(self, least: DecodePlan) -> str:
+        """What takes less memory than a plan: sizes left open, if the plan's are given; else less work."""
+        layouts = _layouts(self.spec, self.grid, None, may_tile=True)
+        freed = min((self.largest_chunk(*cut, None, 1) for cut in layouts), key=lambda plan: plan.predicted_bytes)
+        if freed.predicted_bytes < least.predicted_bytes:
+            enough = _ceil_gigabytes(freed.predicted_bytes)
+            return f"leave the sizes of chunks and tiles open ({enough} GB are enough then)"
+        if self.spec.sees_whole_clip and least.chunk > 1:
+            return "take a shorter clip length, which gives other frames"
+        return "decode fewer or smaller frames"
 
     def plan(self, chunk: int, layout: TileLayout | None, tile: int | None) -> DecodePlan:
         """The plan with its predicted memory and cost."""

@@ -68,4 +68,6 @@ def working_elements(num_rows: int, row_positions: int, in_width: int, out_width
     at_once = outputs_at_once(out_width, kernel_elements, one_strip=strip == num_rows)
     positions = strip * row_positions
     part = kernel_elements * at_once // out_width  # and once more, as torch lays it out
-    return 2 * part + 36 * positions * (in_width + max(in_width, at_once)) + 16 * positions * out_width
+    multiplied = 36 * positions * max(in_width, at_once) + 16 * positions * out_width
+    joined = 32 * positions * out_width  # the outputs, and once more in their order
+    return 2 * part + 36 * positions * in_width + max(multiplied, joined)

@@ -115,7 +115,7 @@ def _stream_start(decoder: Decoder) -> int | None:
     begin = next(i for i, block in enumerate(blocks) if not isinstance(block, ConvBlock)) - 1
     while begin > 0 and stage_of(addresses[begin]) in copying:
         begin -= 1
-    return None if stage_of(addresses[begin]) in copying else begin
+    return None if begin < 0 or stage_of(addresses[begin]) in copying else begin
 
 
 def _scale_stream(decoder: Decoder, scale: float, begin: int) -> None:

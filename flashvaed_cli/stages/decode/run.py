@@ -159,6 +159,7 @@ def _decode(
     try:
         latents = load_latents(clip.path, latent_width=player.latent_width)[clip.index : clip.index + 1]
         player.warn_of_slow_format(latents, progress)
+        start = time.perf_counter()  # what comes before is no decoding
         while not _is_written(written, latents, target, player, output, progress):
             smaller = player.step_down(latents)
             tally.notes.append(f"out of memory: {clip.shown} was decoded with {smaller}")
