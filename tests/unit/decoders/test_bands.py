@@ -52,9 +52,10 @@ def flash_of(name: str) -> DecoderSpec:
 
 @torch.no_grad()
 def difference(decoder: Decoder, latents: Tensor, **settings: Any) -> float:
-    """From the frames of a decoder that never runs in bands, as a share of their range."""
+    """From the frames of a decoder that never runs in bands, as a share of their range; in double precision."""
+    decoder, latents = decoder.double(), latents.double()
     whole = decoder(latents).clamp(-1, 1)
-    found = DecodeRuntime(decoder, DecodeSettings(**settings)).decode(latents)
+    found = DecodeRuntime(decoder, DecodeSettings(dtype=torch.float64, **settings)).decode(latents)
     return float((found - whole).abs().max()) / 2
 
 
@@ -63,7 +64,7 @@ def difference(decoder: Decoder, latents: Tensor, **settings: Any) -> float:
 def test_the_frames_stay(small: list[tuple[int, int]], chunk: int | None, layout: str) -> None:
     """Also where a step begins with the state of the one before it."""
     decoder = toy_decoder(DECODER_SPECS["flash"])
-    assert difference(decoder, LATENTS, chunk=chunk, memory_format=layout) < 1e-5  # rounding
+    assert difference(decoder, LATENTS, chunk=chunk, memory_format=layout) < 1e-12  # rounding
     assert {rows for _, rows in small} == {3} and {frames for frames, _ in small} >= {1}
     assert any(frames > 1 for frames, _ in small) or chunk == 1
 
@@ -90,7 +91,7 @@ def test_the_state_stays(small: list[tuple[int, int]]) -> None:
 def test_every_family(name: str, small: list[tuple[int, int]]) -> None:
     spec = flash_of(name)
     latents = torch.randn(1, spec.latent_width, 1 if spec.still else 2, 4, 3)
-    assert difference(toy_decoder(spec), latents) < 1e-5
+    assert difference(toy_decoder(spec), latents) < 1e-12
     norms = [norm for _, block in spec.blocks() for norm, _ in block.norms.values()]
     over_frames = [norm for norm in norms if norm.groups is not None]
     if over_frames:  # statistics of whole frames: no rows apart, but frames
