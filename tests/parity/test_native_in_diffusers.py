@@ -117,8 +117,9 @@ def test_the_stock_class_loads_a_native_student(tmp_path: Path, name: str) -> No
     )
     time = student.spec.decode_timestep
     told = {} if time is None else {"temb": torch.tensor([time])}
+    vae, student, latents = vae.double(), student.double(), latents.double()  # rounding differs between processors
     theirs = vae.decode(latents, return_dict=False, **told)[0][:, :3]
     ours = student(latents)
     if not config["_class_name"].startswith("AutoencoderKLLTX"):
         ours = ours.clamp(-1, 1)
-    assert share_of_range(theirs, ours) < 3e-5  # rounding: 1.05e-5 on some processors
+    assert share_of_range(theirs, ours) < 1e-5

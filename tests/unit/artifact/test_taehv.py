@@ -215,14 +215,15 @@ def test_with_the_statistics_of_an_original_it_gives_eight_frames_for_one(tmp_pa
     assert checkpoint.family == "ltx-2"
     mean, std = checkpoint.require_statistics()
     assert (mean, std) == load(original, "ltx-2").require_statistics() and len(set(std)) > 1
-    decoder, latents = checkpoint.require_decoder(), torch.randn(128, 3, 1, 2)
-    raw = latents * torch.tensor(std).view(-1, 1, 1, 1) + torch.tensor(mean).view(-1, 1, 1, 1)
+    decoder, latents = checkpoint.require_decoder().double(), torch.randn(128, 3, 1, 2).double()
+    tensors = {key: tensor.double() for key, tensor in tensors.items()}  # rounding differs between processors
+    raw = latents * torch.tensor(std).double().view(-1, 1, 1, 1) + torch.tensor(mean).double().view(-1, 1, 1, 1)
     found = decoder(raw[None])[0].transpose(0, 1)
     expected = 2 * expected_frames(tensors, latents.transpose(0, 1), 4, 8) - 1
     assert found.shape == expected.shape and found.shape[0] == decoder.spec.num_frames(3) == 17
     assert (found - expected).abs().max() < BOUND * (expected.max() - expected.min())
     clamped = expected.clamp(-1, 1).transpose(0, 1)[None]
-    torch.testing.assert_close(decode(decoder, raw[None], chunk=1), clamped, rtol=0, atol=5e-5)
+    torch.testing.assert_close(decode(decoder, raw[None], chunk=1), clamped, rtol=0, atol=1e-5)
 
 
 def test_its_first_frame_alone_is_no_image_decoder(taehv: Checkpoint) -> None:
