@@ -85,6 +85,6 @@ class DecodeRecipe(CommandRecipe):
     )
     compile: Switch = Field(
         default=False,
-        description="Compile the decoder with torch.compile, for GPUs: the first call takes minutes, and on the "
-        "processors measured so far every call takes longer than without.",
+        description="Compile the decoder with torch.compile: the first call takes minutes. Meant for GPUs; on the one "
+        "CPU measured, decoding takes longer than without.",
     )

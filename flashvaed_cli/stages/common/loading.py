@@ -22,7 +22,7 @@ from flashvaed_cli.zoo.builtin import BUILTINS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FEWEST_GFLOP = 500.0
-"""Less work takes a few seconds, where half precision is no slower than half of float32."""
+"""Less work takes seconds, unless the processor has no instructions for half precision at all."""
 _MUCH_FASTER = 1.25
 
 
