@@ -97,7 +97,7 @@ class Vae:
     ) -> None:
         decoder = exact_decoder(checkpoint.require_decoder().to(device))
         self._checkpoint, self._original = checkpoint, original
-        self._runtime = DecodeRuntime(decoder, settings)
+        self._runtime = DecodeRuntime(decoder, settings, shares_weights=True)
         self._encoder: Encoder | None = None
         self.family = checkpoint.family
         self.device, self.dtype = device, self._runtime.dtype

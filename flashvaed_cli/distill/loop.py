@@ -36,10 +36,11 @@ Batches = Callable[[int], Sequence[Tensor]]
 Validate = Callable[[], Mapping[str, float]]
 """Figures of the student on held-out clips, for the history."""
 
-AfterStep = Callable[[int, HistoryEntry | None], None]
+AfterStep = Callable[[int | None, HistoryEntry | None], None]
 """Called on the main rank with the number of steps done and the history entry just completed, if any.
 
-At the start it is called with every existing entry, so that a log with gaps is completed.
+At the start it is called with every existing entry, so that a log with gaps is completed; with None for the number if
+an earlier process made them.
 """
 
 
@@ -125,7 +126,7 @@ def train(
         state.history.append({"step": 0, **validate(), "seconds": 0.0})
     if after_step is not None and ranks.is_main:
         for entry in state.history:
-            after_step(state.step, entry)
+            after_step(None if state.step else 0, entry)
     saved_at = time.monotonic()
     title = f"distill phase {plan.number}"
     with (

@@ -1,4 +1,4 @@
-"""Which way of running a decoder is fastest on this machine: measured, not guessed, and remembered in a file.
+"""Which way of running a decoder is fastest on this machine: measured, not guessed, and remembered in files.
 
 Memory layout and operators are tried together, then chunk sizes with the best of them, then compilation with the
 best of those: the choices hardly interact beyond that, and trying all combinations would take many times as long.
@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from pydantic import ConfigDict, PositiveInt, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, PositiveInt, TypeAdapter, with_config
 
 from flashvaed_cli import __version__
 from flashvaed_cli.atomic import atomic_path
@@ -102,13 +102,15 @@ def autotune(
     return Tuning(best, tuple(tried.items()))
 
 
-def cache_file() -> Path:
-    """Where choices are remembered: `autotune.json` in the user's cache folder.
+def choice_file(key: str) -> Path:
+    """Where the choice of a key is remembered: a file of its own, in `autotune` in the user's cache folder.
+
+    Processes that remember different choices at the same time so lose none.
 
     Raises:
         FileNotFoundError: the user has no home folder.
     """
-    return cache_folder() / "autotune.json"
+    return cache_folder() / "autotune" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
 def cache_key(
@@ -148,23 +150,15 @@ def _processor_name() -> str:
 
 
 def remembered_choice(path: Path, key: str) -> Choice | None:
-    """The choice stored under a key; None if there is none, or the file cannot be read."""
+    """The choice that a file holds for a key; None if it holds none, or cannot be read."""
     try:
-        return _CHOICE.validate_json(json.dumps(_entries(path)[key]), strict=True)
-    except (KeyError, ValidationError):
+        entry = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return _CHOICE.validate_json(json.dumps(entry["choice"]), strict=True) if entry["key"] == key else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
 
 
 def remember_choice(path: Path, key: str, choice: Choice) -> None:
-    """Store a choice, keeping the others in the file. Raises OSError."""
-    entries = {**_entries(path), key: asdict(choice)}
+    """Store a choice. Raises OSError."""
     with atomic_path(path) as sibling:
-        sibling.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
-
-
-def _entries(path: Path) -> Mapping[str, Any]:
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return entries if isinstance(entries, dict) else {}
+        sibling.write_text(json.dumps({"key": key, "choice": asdict(choice)}, indent=2) + "\n", encoding="utf-8")

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from torch import nn
 
@@ -79,23 +80,17 @@ def _timed(modules: dict[str, nn.Module], synchronize: Callable[[], object] | No
             synchronize()
         return time.perf_counter()
 
-    def start(name: str) -> Callable[..., None]:
-        def hook(*_: object) -> None:
-            starts[name] = now()
+    def start(name: str, *_: object) -> None:
+        starts[name] = now()
 
-        return hook
-
-    def stop(name: str) -> Callable[..., None]:
-        def hook(*_: object) -> None:
-            seconds[name] = seconds.get(name, 0.0) + now() - starts[name]
-
-        return hook
+    def stop(name: str, *_: object) -> None:
+        seconds[name] = seconds.get(name, 0.0) + now() - starts[name]
 
     handles = []
     try:
         for name, module in modules.items():
-            handles.append(module.register_forward_pre_hook(start(name)))
-            handles.append(module.register_forward_hook(stop(name)))
+            handles.append(module.register_forward_pre_hook(partial(start, name)))
+            handles.append(module.register_forward_hook(partial(stop, name)))
         yield seconds
     finally:
         for handle in handles:

@@ -25,7 +25,7 @@ class SpeedRow:
     Attributes:
         name: as shown; unique in a table.
         seconds: of one decoding of the whole clip.
-        over_eager: how many times faster than the table's first row, round by round.
+        over_eager: how many times faster than the table's first row that was timed, round by round.
         over_exact: the same against the tuned exact original.
         peak_bytes: the decoder's weights and what memory grows by while it decodes.
         gflop: of the whole clip; a multiply-add counts as 2.
@@ -206,7 +206,7 @@ def all_notes(report: SpeedReport) -> tuple[str, ...]:
 
 _LEGEND = (
     "s, frames/s and speed-ups are medians over rounds in which all decoders take turns; in brackets the range.",
-    "× eager is against the first row, × exact against the original with exact operators.",
+    "× eager is against the first row that was timed, × exact against the original with exact operators.",
     "Peak: the weights and what one warm decoding adds. % of copy: the least traffic possible, every layer reading "
     "its input and writing its output once. Cold start: preparation and the first call, in a process already warm.",
 )

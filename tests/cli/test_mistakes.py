@@ -15,7 +15,7 @@ from tests.toy import write_toy_clip, write_toy_vae
 PRUNE = f"prune vae.safetensors --ratio 0.5 --reconstruct none --data clip.mp4 {CALIBRATION}"
 DISTILL = f"distill --num-steps 1 --data clip.mp4 {TRAINING}"
 CONVERT = f"convert-ops --reconstruct none --data clip.mp4 {CALIBRATION}"
-LATENCY = "--latency-frames 1 --latency-side 16 --num-latency-rounds 1"
+LATENCY = "--latency-frames 1 --latency-side 16 --num-latency-rounds 1 --width-latency-s 0"
 
 
 @pytest.fixture(scope="module")

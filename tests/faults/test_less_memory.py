@@ -19,12 +19,14 @@ from torch import Tensor
 
 import flashvaed_cli
 from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.predict.lookahead import time_halo
 from flashvaed_cli.decoders.run.less_memory import smaller_steps
 from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.recipe import DecodeRecipe
 from flashvaed_cli.stages.decode.run import run_decode
 from tests.commands import JUDGING, invoke, read_report, succeed
 from tests.conftest import REPOSITORY
+from tests.ltx_toy import flash_ltx_spec
 from tests.toy import original_spec, write_toy_clip, write_toy_vae
 
 ERRORS: dict[str, Callable[[], Exception]] = {
@@ -208,3 +210,12 @@ def test_the_order_of_steps(
     chunk: int, tile: int | None, longer_side: int | None, smaller: tuple[int, int | None] | None
 ) -> None:
     assert smaller_steps([original_spec()], chunk, tile, longer_side) == smaller
+
+
+def test_chunks_that_save_nothing_are_passed_over() -> None:
+    """A decoder that sees frames ahead reads its halo with each."""
+    spec = flash_ltx_spec()
+    halo = sum(time_halo(spec))
+    assert smaller_steps([spec], halo, None, 100) == (halo, 64)
+    chunk, tile = smaller_steps([spec], 4 * halo, None, 100) or (0, 0)
+    assert halo <= (chunk or 0) <= 2 * halo and tile is None

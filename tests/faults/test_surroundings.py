@@ -14,7 +14,7 @@ import pytest
 from flashvaed_cli.atomic import scratch_folder
 from flashvaed_cli.errors import MetricUnavailableError
 from flashvaed_cli.media.workers import FileWorkers
-from flashvaed_cli.metrics.autotune import Choice, cache_file, remembered_choice
+from flashvaed_cli.metrics.autotune import Choice, choice_file, remembered_choice
 from flashvaed_cli.metrics.lpips_metric import load_lpips
 from tests.commands import CALIBRATION, TRAINING, invoke, succeed
 from tests.toy import write_toy_clip, write_toy_vae
@@ -47,7 +47,7 @@ def test_no_home(folder: Path) -> None:
     result = succeed(f"{SPEED} -o speed", cwd=folder)
     assert "could not be remembered: there is no home folder" in " ".join(str(result).split())
     with pytest.raises(FileNotFoundError, match="no home folder, nor XDG_CACHE_HOME"):
-        cache_file()
+        choice_file("key")
     assert not (folder / "~").exists()
     result = invoke("info ~/vae.safetensors", cwd=folder)
     assert result.exit_code == 2 and "there is no home folder ~ here" in result.stderr
@@ -59,8 +59,9 @@ def test_a_home_that_cannot_be_written_to(folder: Path, monkeypatch: pytest.Monk
     for name in ("FLASHVAED_CACHE", "XDG_CACHE_HOME", "TORCH_HOME"):
         monkeypatch.delenv(name, raising=False)
     result = succeed(f"{SPEED} --force -o speed", cwd=folder)
-    assert f"It could not be remembered in {cache_file()}: Not a directory" in " ".join(str(result).split())
-    assert remembered_choice(cache_file(), "key") is None
+    place = choice_file("key")
+    assert f"It could not be remembered in {place.parent}" in " ".join(str(result).split())
+    assert ": Not a directory" in str(result) and remembered_choice(place, "key") is None
     with pytest.raises(MetricUnavailableError, match="could not be fetched: NotADirectoryError"):
         load_lpips(allow_download=True)
 
@@ -121,10 +122,10 @@ def test_what_was_chosen_is_remembered_where_it_can_be(tmp_path: Path, monkeypat
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("FLASHVAED_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    assert cache_file() == tmp_path / ".cache" / "flashvaed" / "autotune.json"
-    place = cache_file()
+    place = choice_file("key")
+    assert place.parent == tmp_path / ".cache" / "flashvaed" / "autotune"
     place.parent.mkdir(parents=True)
-    place.write_text('{"key": {"chunk": 2}}')
+    place.write_text('{"key": "key", "choice": {"chunk": 2}}')
     assert remembered_choice(place, "key") == Choice(chunk=2)
 
 

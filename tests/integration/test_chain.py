@@ -23,7 +23,7 @@ from tests.toy import BASE_WIDTH, HEIGHT, NUM_FRAMES, WIDTH, write_toy_clip, wri
 
 STEPS = {
     "analyze": f"analyze vae.safetensors --data clip.mp4 {CALIBRATION} --latency-frames 5 --latency-side 32 "
-    "--num-latency-rounds 1 --plots",
+    "--num-latency-rounds 1 --width-latency-s 0 --plots",
     "prune": f"prune vae.safetensors --ratio 0.5 --data clip.mp4 {CALIBRATION}",
     "convert-ops": f"convert-ops --data clip.mp4 {CALIBRATION} --num-separable-iterations 1",
     "distill": f"distill --num-steps 4 --data clip.mp4 {TRAINING}",

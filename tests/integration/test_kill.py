@@ -20,7 +20,7 @@ from tests.toy import write_toy_clip, write_toy_vae
 
 LIMIT_S = 120.0
 POLL_S = 0.001
-LATENCY = "--latency-frames 1 --latency-side 16 --num-latency-rounds 1"
+LATENCY = "--latency-frames 1 --latency-side 16 --num-latency-rounds 1 --width-latency-s 0"
 COMMANDS = {
     "analysis.safetensors": f"analyze vae.safetensors --data clip.mp4 {CALIBRATION} {LATENCY}",
     "pruned.safetensors": f"prune vae.safetensors --ratio 0.5 --data clip.mp4 {CALIBRATION}",

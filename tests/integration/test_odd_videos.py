@@ -157,9 +157,8 @@ def test_calibration_takes_odd_clips_and_latents_together(folder: Path, tmp_path
         clip.make(tmp_path / clip.name)
     save_file({"latents": torch.randn(16, 2, 4, 5)}, tmp_path / "z.safetensors")
     words = f"analyze vae.safetensors --data '{tmp_path}' --num-calibration-clips 6 --num-frames 9 --crop-size 0"
-    printed = succeed(
-        f"{words} -o '{tmp_path / 'a.sft'}' --latency-frames 1 --latency-side 16 --num-latency-rounds 1", cwd=folder
-    )
+    latency = "--latency-frames 1 --latency-side 16 --num-latency-rounds 1 --width-latency-s 0"
+    printed = succeed(f"{words} -o '{tmp_path / 'a.sft'}' {latency}", cwd=folder)
     assert printed["clips"]["num_clips"] == 6
 
 

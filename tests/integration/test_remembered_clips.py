@@ -14,7 +14,9 @@ from tests.commands import CALIBRATION, invoke, succeed
 from tests.toy import write_toy_clip, write_toy_vae
 
 DATA = f"--data clip.mp4 {CALIBRATION}"
-ANALYZE = f"analyze vae.safetensors {DATA} --latency-frames 1 --latency-side 16 --num-latency-rounds 1"
+ANALYZE = (
+    f"analyze vae.safetensors {DATA} --latency-frames 1 --latency-side 16 --num-latency-rounds 1 --width-latency-s 0"
+)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from flashvaed_cli.metrics import roofline
 from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.stages.common import loading
 from flashvaed_cli.stages.common.loading import FEWEST_GFLOP, warn_of_slow_format
-from tests.commands import succeed
+from tests.commands import invoke, succeed
 from tests.toy import write_toy_vae
 
 CPU = torch.device("cpu")
@@ -54,7 +55,16 @@ def test_distill_says_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     write_toy_vae(tmp_path / "vae.safetensors")
     save_file({"latents": torch.zeros(2, 16, 1, 2, 2)}, tmp_path / "a.safetensors")
     command = "distill vae.safetensors --phase 3 --num-steps 1 --data a.safetensors --dtype bfloat16 -o out.safetensors"
-    assert succeed(f"{command} --loss-weight lpips=0", cwd=tmp_path)["stderr"].count(SAID) == 1
+    command = f"{command} --loss-weight lpips=0"
+
+    def interrupted(*_: object, **__: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as before_the_end:
+        before_the_end.setattr("flashvaed_cli.stages.distill.run._finish", interrupted)
+        assert invoke(command, cwd=tmp_path).stderr.count(SAID) == 1
+    assert (tmp_path / "out.phase1.ckpt").exists()
+    assert SAID not in succeed(command, cwd=tmp_path)["stderr"]  # a run goes on in its own format only
 
 
 def test_formats_are_compared_by_measurement(monkeypatch: pytest.MonkeyPatch) -> None:

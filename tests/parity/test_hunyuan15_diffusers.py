@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from flashvaed_cli.artifact.checkpoint import Checkpoint, derived_header, load_checkpoint, save_checkpoint
 from flashvaed_cli.artifact.foreign.writing import to_program
+from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.decoders.run.streaming import decode, encode
@@ -25,7 +26,7 @@ from flashvaed_cli.families.hunyuanvideo15.names import HUNYUAN_15_ORIGINAL
 from flashvaed_cli.families.hunyuanvideo15.spec import hunyuan15_decoder_spec, hunyuan15_encoder_spec
 from flashvaed_cli.surgery.respec import narrowed_spec
 from tests.commands import invoke, succeed
-from tests.hunyuan15_toy import hunyuan15_config, random_hunyuan15
+from tests.hunyuan15_toy import hunyuan15_config, hunyuan15_spec, random_hunyuan15
 from tests.parity.oracles import share_of_range
 from tests.toy import kept_of, toy_decoder
 
@@ -70,7 +71,7 @@ def test_the_same_function(chunk: int | None, tmp_path: Path) -> None:
     assert max(differences(oracle, found, num_frames=9, height=32, width=48, chunk=chunk)) <= RANGE_BOUND
     oracle.double()
     for num_frames in (1, 5, 17):
-        found_errors = differences(oracle, found, num_frames=num_frames, height=32, width=48, chunk=chunk)
+        found_errors = differences(oracle, found, num_frames=num_frames, height=32, width=32, chunk=chunk)
         assert max(found_errors) <= DOUBLE_BOUND
 
 
@@ -111,7 +112,7 @@ def whole_clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Decoder, Tenso
     torch.manual_seed(0)
     oracle: Any = random_hunyuan15(hunyuan15_config())
     decoder = saved(oracle, tmp_path_factory.mktemp("whole")).require_decoder()
-    latents = torch.randn(1, 32, 5, 6, 7)
+    latents = torch.randn(1, 32, 5, 4, 5)
     with torch.no_grad():
         return decoder, latents, oracle.decode(latents).sample.clamp(-1, 1)
 
@@ -260,8 +261,11 @@ def test_what_makes_no_sense_says_why(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_graphs_take_clips(tmp_path: Path) -> None:
     """Each export is compared with the decoder before it is written; a graph for steps would have to grow."""
-    saved(random_hunyuan15(hunyuan15_config()), tmp_path / "vae")
-    exported = succeed("export vae -t onnx -t pt2 --output out", cwd=tmp_path)
+    decoder = toy_decoder(hunyuan15_spec())  # narrower than the class allows: tracing takes long enough
+    statistics = (0.0,) * decoder.spec.latent_width, (1.0,) * decoder.spec.latent_width
+    header = ArtifactHeader(kind="vae", family="hunyuanvideo-1.5", latent_mean=statistics[0], latent_std=statistics[1])
+    save_checkpoint(tmp_path / "vae.safetensors", header, decoder=decoder)
+    exported = succeed("export vae.safetensors -t onnx -t pt2 --output out", cwd=tmp_path)
     assert "state grows from step to step" in str(exported)
     assert sorted(path.name for path in (tmp_path / "out").iterdir() if "step" in path.name) == []
     assert {path.suffix for path in (tmp_path / "out").iterdir()} >= {".onnx", ".pt2"}

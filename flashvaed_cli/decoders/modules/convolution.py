@@ -143,6 +143,12 @@ def remember(
     future[address] = torch.cat([*before, x], dim=2)
 
 
+def draw_(weight: nn.Parameter) -> None:
+    """Random weights, as torch's layers draw them; none for a module that is about to get its own (on `meta`)."""
+    if not weight.is_meta:
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+
+
 class Conv(nn.Module):
     """Weight and bias of one layer; `address` is its name in the spec and in the state.
 
@@ -159,7 +165,7 @@ class Conv(nn.Module):
         self.address = address
         self.weight = nn.Parameter(torch.empty(weight_shape))
         self.bias = nn.Parameter(torch.zeros(spec.out_width))
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        draw_(self.weight)
 
     def dense_kernel(self) -> Float[Tensor, "O C kt kh kw"]:
         """The equivalent dense kernel."""

@@ -10,7 +10,6 @@ Reference: Wan 2.1 VAE; arXiv 2602.19161, section 3.2 (depthwise-separable and 2
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -23,6 +22,7 @@ from flashvaed_cli.decoders.modules.convolution import (
     Future,
     Past,
     batch_as_frames,
+    draw_,
     extend_with_past,
     frames_as_batch,
     remember,
@@ -72,7 +72,7 @@ class SeparableConv3d(Conv):
     def __init__(self, spec: ConvSpec, address: str) -> None:
         super().__init__(spec, address, (spec.out_width, spec.in_width))
         self.depthwise = nn.Parameter(torch.empty(spec.in_width, 1, *spec.kernel))
-        nn.init.kaiming_uniform_(self.depthwise, a=math.sqrt(5))
+        draw_(self.depthwise)
 
     def dense_kernel(self) -> Float[Tensor, "O C kt kh kw"]:
         return self.weight[:, :, None, None, None] * self.depthwise[None, :, 0]
@@ -148,7 +148,7 @@ class LowRankConv3d(Conv):
         assert spec.rank is not None
         super().__init__(spec, address, (spec.out_width, spec.rank))
         self.reduce = nn.Parameter(torch.empty(spec.rank, spec.in_width, *spec.kernel))
-        nn.init.kaiming_uniform_(self.reduce, a=math.sqrt(5))
+        draw_(self.reduce)
 
     def dense_kernel(self) -> Float[Tensor, "O C kt 1 1"]:
         kernel = self.weight @ self.reduce.flatten(1)

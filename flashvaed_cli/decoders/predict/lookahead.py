@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from flashvaed_cli.decoders.spec.blocks import BlockSpec
 from flashvaed_cli.decoders.spec.coders import CoderSpec, DecoderSpec, TemporalTiles
 
+_USUAL_CHUNK = 4
 _FAR = 1 << 20  # a latent so far from the video's start that rounding is the same as for its neighbours
 
 
@@ -38,6 +39,20 @@ def time_halo(spec: DecoderSpec) -> tuple[int, int]:
     """Latents before and after a chunk that its frames depend on; a causal decoder needs none after it."""
     first, last = _latents_of(spec, *_frames_of(spec, _FAR, _FAR + 1))
     return _FAR - first, last - _FAR
+
+
+def usual_chunk(spec: DecoderSpec) -> int:
+    """Latents of a step of a clip whose frames are not kept: larger steps gain little.
+
+    A decoder that sees frames ahead reads its halo with every step. With as many latents between, it decodes a clip at
+    most twice, in at most twice the memory of the smallest step.
+    """
+    return max(_USUAL_CHUNK, least_useful_chunk(spec))
+
+
+def least_useful_chunk(spec: DecoderSpec) -> int:
+    """Latents of a step below which smaller ones take hardly less memory: the halo, which is read with each."""
+    return 1 if spec.is_causal or spec.sees_whole_clip else max(1, sum(time_halo(spec)))
 
 
 def window_of(spec: DecoderSpec, start: int, stop: int, num_latents: int | None = None) -> LatentWindow:

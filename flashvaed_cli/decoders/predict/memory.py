@@ -48,13 +48,15 @@ class MemoryFormat:
 
     `has_kernels` is False for a half-precision `dtype` that the processor has no convolutions for: torch then unrolls
     patches, and the prediction is a bound for plain operators, up to three times the truth for others.
-    `in_bands`: light blocks run in bands of rows, as they do on the CPU unless they are compiled.
+    `in_bands`: light blocks run in bands of rows, as they do on the CPU unless they are compiled. `keeps_state`: layers
+    keep what a later step needs, which a clip that is decoded at once does not.
     """
 
     dtype: DType = "float32"
     channels_last: bool = True
     has_kernels: bool = True
     in_bands: bool = False
+    keeps_state: bool = True
 
     @property
     def item_bytes(self) -> int:
@@ -150,20 +152,30 @@ class MemoryModel:
         chunk = latents_per_step(self._spec, num_latents, chunk)
         streams = chunk < num_latents and self._spec.is_causal
         layout = None if layout is None or layout.num_tiles == 1 else layout
-        worst = max(self._worst_block(num_frames, layout, later=later) for num_frames, later in self._steps(chunk))
+        form = replace(self._form, keeps_state=streams)
+        steps = (self._passages(num_frames, later=later) for num_frames, later in self._steps(chunk))
+        worst = max(self._worst_block(step, layout, form) for step in steps)
         state = self._state_elements(layout) if streams else 0
         for passage in self._passages(chunk, later=True) if streams and self._spec.grows_state else ():
             grown = _grown_elements(passage.block) * passage.area * num_latents
             num_keys = passage.area * num_latents
             before_and_after = 2 * self._form.item_bytes * grown
-            worst = max(worst, _block_bytes(passage, self._form, num_keys) + before_and_after)
+            worst = max(worst, _block_bytes(passage, form, num_keys) + before_and_after)
             state += grown
-        frames = self._spec.num_frames(chunk) + (self._spec.temporal_factor - 1 if chunk < num_latents else 0)
-        pixels = 3 * frames * height * width * self._spec.spatial_factor**2
-        in_parts = chunk < num_latents
-        given_out = pixels * (2 if in_parts else int(layout is not None))  # decoded at once, they are the head's output
+        given_out = 3 * self._frames_alive(chunk, layout) * height * width * self._spec.spatial_factor**2
         tensors = self._form.item_bytes * (self._weights + self._batch * (state + given_out)) + self._batch * worst
         return ceil(tensors * (1 + GAP_SHARE)) + FIXED_BYTES
+
+    def _frames_alive(self, chunk: int, layout: TileLayout | None) -> int:
+        """Frames beside those that the worst block makes: of the step before, and of this one where tiles fill them."""
+        num_latents, spec = self._grid[0], self._spec
+        if chunk >= num_latents:
+            return 0 if layout is None else spec.num_frames(num_latents)
+        given = spec.num_frames(chunk) + spec.temporal_factor - 1
+        if spec.is_causal or spec.sees_whole_clip:
+            return 2 * given
+        made = spec.num_frames(widest_window(spec, num_latents, chunk))
+        return given + (0 if layout is None else made)
 
     def _steps(self, chunk: int) -> list[tuple[int, bool]]:
         """Latent frames of the first step, and of the later ones; whether it is one of those."""
@@ -173,25 +185,25 @@ class MemoryModel:
         first = first_chunk(num_latents, chunk)
         return [(first, False), (chunk, True)] if chunk < num_latents else [(first, False)]
 
-    def _worst_block(self, num_latents: int, layout: TileLayout | None, *, later: bool) -> int:
-        whole = self._passages(num_latents, later=later)
+    def _worst_block(self, step: list[Passage], layout: TileLayout | None, form: MemoryFormat) -> int:
         if layout is None:
-            return self._worst_of(whole)
-        index = next(i for i, passage in enumerate(whole) if passage.address == layout.split)
-        entering = _elements(whole[index]) * self._form.item_bytes
-        return max(entering + self._worst_of(_at_window(whole[index:], layout)), self._worst_of(whole[:index]))
+            return self._worst_of(step, form)
+        index = next(i for i, passage in enumerate(step) if passage.address == layout.split)
+        entering = _elements(step[index]) * form.item_bytes
+        tiled = entering + self._worst_of(_at_window(step[index:], layout), form)
+        return max(tiled, self._worst_of(step[:index], form))
 
-    def _worst_of(self, run: list[Passage]) -> int:
+    def _worst_of(self, run: list[Passage], form: MemoryFormat) -> int:
         """Bytes of the worst block of a run, with the tensor that a bypass holds meanwhile."""
         worst, held = 0, 0
         for passage in run:
             stage, index = split_block(passage.address)
-            worst = max(worst, _block_bytes(passage, self._form) + held)
+            worst = max(worst, _block_bytes(passage, form) + held)
             bypass = self._bypasses.get(stage)
             if bypass is not None and index == 0:
-                held = self._form.item_bytes * _elements(passage)
+                held = form.item_bytes * _elements(passage)
             if bypass is not None and passage.address in self._endings:
-                worst = max(worst, held + self._form.item_bytes * _bypass_elements(bypass, passage.after()))
+                worst = max(worst, held + form.item_bytes * _bypass_elements(bypass, passage.after()))
                 held = 0
         return worst
 
@@ -291,9 +303,9 @@ def _resblock_bytes(block: ResBlockSpec, passage: Passage, form: MemoryFormat) -
         return _whole_resblock_bytes(block, passage, form)
     frames, rows = size
     band = replace(passage, frames=frames, rows=min(rows + 2 * shape.halo, passage.rows), frames_after=frames)
-    kept = sum((layer.kernel[0] - 1) * layer.in_width for layer in block.layers.values()) * passage.area
-    leaving = passage.frames * passage.area * block.out_width
-    return form.item_bytes * (leaving + kept + _elements(band)) + _whole_resblock_bytes(block, band, form)
+    past = sum((layer.kernel[0] - 1) * layer.in_width for layer in block.layers.values()) if form.keeps_state else 0
+    kept = passage.area * (past + passage.frames * block.out_width)
+    return form.item_bytes * (kept + _elements(band)) + _whole_resblock_bytes(block, band, form)
 
 
 def _whole_resblock_bytes(block: ResBlockSpec, passage: Passage, form: MemoryFormat) -> int:

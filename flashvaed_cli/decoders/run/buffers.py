@@ -47,28 +47,35 @@ class Held:
 
 
 class WindowBuffer:
-    """For a decoder that sees frames ahead: every part is a chunk, whose window goes out once it is complete.
+    """For a decoder that sees frames ahead: parts are joined to chunks, whose windows go out once they are complete.
 
     Holds what the next windows need, never the whole video.
     """
 
-    def __init__(self, spec: DecoderSpec) -> None:
-        self._spec = spec
+    def __init__(self, spec: DecoderSpec, chunk: int = 1) -> None:
+        """`chunk`: latents that a window is for, at least; fewer at the end of the video only."""
+        self._spec, self._chunk = spec, chunk
         self._ahead = time_halo(spec)[1]
         self.held = Held()
         self._waiting: deque[tuple[int, int]] = deque()
 
     def push(self, part: Float[Tensor, "B C t Hz Wz"]) -> Iterator[tuple[Float[Tensor, "B C n Hz Wz"], LatentWindow]]:
         """Read a part; yield the windows that are complete now, each with its latents."""
-        self._waiting.append((self.held.stop, self.held.stop + part.shape[2]))
+        start, stop = self.held.stop, self.held.stop + part.shape[2]
+        if self._waiting and not self._is_full(self._waiting[-1]):
+            start, _ = self._waiting.pop()
+        self._waiting.append((start, stop))
         self.held.add(part.clone())  # the caller may write into it again
-        while self._waiting and self._waiting[0][1] + self._ahead <= self.held.stop:
+        while self._waiting and self._is_full(self._waiting[0]) and self._waiting[0][1] + self._ahead <= stop:
             yield self._next()
 
     def finish(self) -> Iterator[tuple[Float[Tensor, "B C n Hz Wz"], LatentWindow]]:
         """Yield the remaining windows: the video has ended."""
         while self._waiting:
             yield self._next()
+
+    def _is_full(self, span: tuple[int, int]) -> bool:
+        return span[1] - span[0] >= self._chunk
 
     def _next(self) -> tuple[Tensor, LatentWindow]:
         window = window_of(self._spec, *self._waiting.popleft(), num_latents=self.held.stop)
@@ -112,9 +119,9 @@ class TileBuffer:
         return self.held.between(window.start, window.stop)
 
 
-def buffer_of(spec: DecoderSpec) -> WindowBuffer | TileBuffer:
-    """The buffer for a decoder that is not causal."""
-    return TileBuffer(spec) if spec.sees_whole_clip else WindowBuffer(spec)
+def buffer_of(spec: DecoderSpec, chunk: int = 1) -> WindowBuffer | TileBuffer:
+    """The buffer for a decoder that is not causal; `chunk` is that of a `WindowBuffer`."""
+    return TileBuffer(spec) if spec.sees_whole_clip else WindowBuffer(spec, chunk)
 
 
 def frames_of_parts(

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from flashvaed_cli.decoders.predict.lookahead import least_useful_chunk
 from flashvaed_cli.decoders.predict.tiling import split_addresses
 from flashvaed_cli.decoders.run.runtime import DecodeRuntime
 from flashvaed_cli.decoders.spec.coders import DecoderSpec
@@ -27,13 +28,15 @@ TILES = (64, 32, 16, 8)
 def smaller_steps(specs: Iterable[DecoderSpec], chunk: int, tile: int | None, longer_side: int | None) -> Steps | None:
     """The next chunk, half of the last or less and a power of two, or else the next tile; None: neither gets smaller.
 
+    Of a decoder that sees frames ahead, chunks shorter than its halo take hardly less memory: tiles come first.
+
     Args:
         specs: of the decoders that are to take these steps.
         chunk: that was too large.
         longer_side: of frames, in latents; None: unknown.
     """
     specs = tuple(specs)
-    if chunk > 1 and not all(spec.sees_whole_clip for spec in specs):
+    if any(not spec.sees_whole_clip and chunk > least_useful_chunk(spec) for spec in specs):
         return 1 << ((chunk // 2).bit_length() - 1), tile
     largest = min((side for side in (tile, longer_side) if side is not None), default=TILES[0] + 1)
     smaller = next((side for side in TILES if side < largest), None)

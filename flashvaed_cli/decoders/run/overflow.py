@@ -7,12 +7,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.errors import is_out_of_memory
 
 
 def explain_overflow(decoder: Decoder, latents: Float[Tensor, "B C T Hz Wz"]) -> str:
     """The error message for frames that are not finite; names the first layer at fault.
 
-    The latents are decoded once more, by themselves; if earlier latents are at fault, no layer is named.
+    The latents are decoded once more, by themselves; if earlier latents are at fault, or memory does not suffice for
+    them at once, no layer is named.
 
     Args:
         decoder: in the dtype that overflowed.
@@ -21,7 +23,12 @@ def explain_overflow(decoder: Decoder, latents: Float[Tensor, "B C T Hz Wz"]) ->
     dtype = str(next(decoder.parameters()).dtype).removeprefix("torch.")
     if not bool(torch.isfinite(latents).all()):
         return f"the latents hold NaN or infinite values in {dtype}. Check where they come from."
-    where = first_overflow(decoder, latents) or "a layer"
+    try:
+        where = first_overflow(decoder, latents) or "a layer"
+    except (RuntimeError, MemoryError) as error:  # whole frames, without the tiles that the run may have needed
+        if not is_out_of_memory(error):
+            raise
+        where = "a layer"
     narrow = dtype in ("float16", "bfloat16")
     advice = "Decode with --dtype " + ("bfloat16 or float32" if dtype == "float16" else "float32")
     if not narrow:

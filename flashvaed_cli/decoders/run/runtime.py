@@ -26,15 +26,16 @@ from flashvaed_cli.decoders.modules.bands import bands
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.modules.memory_format import channels_last, use_channels_last
 from flashvaed_cli.decoders.predict.cost import Grid
-from flashvaed_cli.decoders.predict.lookahead import LatentWindow
+from flashvaed_cli.decoders.predict.lookahead import LatentWindow, usual_chunk
 from flashvaed_cli.decoders.predict.memory import ITEM_BYTES, DType
 from flashvaed_cli.decoders.predict.planning import DecodePlan, choose_plan
 from flashvaed_cli.decoders.predict.tiling import TileLayout, TileWindow, tile_layout
-from flashvaed_cli.decoders.run.buffers import buffer_of, frames_of_parts
+from flashvaed_cli.decoders.run.buffers import TileBuffer, WindowBuffer, buffer_of, frames_of_parts
 from flashvaed_cli.decoders.run.heap import return_freed_memory
 from flashvaed_cli.decoders.run.overflow import explain_overflow
 from flashvaed_cli.decoders.run.streaming import State, check_latents, decode_in_steps
 from flashvaed_cli.decoders.run.temporal_tiles import Blender
+from flashvaed_cli.decoders.spec.coders import DecoderSpec
 from flashvaed_cli.decoders.variants.half_range import cast_decoder
 from flashvaed_cli.errors import DecodeError, NonFiniteError, SpecError
 from flashvaed_cli.limits import MAX_LATENT
@@ -110,20 +111,26 @@ class DecodeRuntime:
         batch, _, num_latents, height, width = latents.shape
         return self._plan((num_latents, height, width), batch)
 
-    def _plan(self, grid: Grid, batch: int) -> DecodePlan:
+    def _plan(self, grid: Grid, batch: int, *, chunk: int | None = None) -> DecodePlan:
         settings = self.settings
-        return choose_plan(
+        return plan_on(
+            self.device,
             self.spec,
             grid,
+            self.dtype,
             max_memory_bytes=settings.max_memory_bytes,
-            dtype=_dtype_name(self.dtype),
-            chunk=settings.chunk,
+            chunk=chunk if settings.chunk is None else settings.chunk,
             tile=settings.tile,
             channels_last=settings.memory_format == "channels-last",
-            has_kernels=has_kernels(self.dtype, self.device),
-            in_bands=self.device.type == "cpu" and not settings.compile,
+            compiled=settings.compile,
             batch=batch,
         )
+
+    def _plan_of_parts(self, part: Tensor, num_latents: int | None) -> DecodePlan:
+        """For a decoder that is not causal: in steps as large as is asked for, or as they gain."""
+        batch, _, _, height, width = part.shape
+        chunk = usual_chunk(self.spec) if self.settings.max_memory_bytes is None else None
+        return self._plan((num_latents or _ENDLESS, height, width), batch, chunk=chunk)
 
     def open(self, height: int, width: int, *, batch: int = 1, num_latents: int | None = None) -> DecodeStream:
         """Start a clip whose latents come in parts.
@@ -156,12 +163,12 @@ class DecodeRuntime:
     ) -> Iterator[Float[Tensor, "_B 3 _f _H _W"]]:
         """Yield the frames of each part of a clip whose latents come in parts, clamped to [-1, 1].
 
-        A decoder that sees frames ahead first reads the parts that it needs, and decodes each part in one step; one
-        that sees whole clips first reads whole tiles.
+        A decoder that sees frames ahead first reads the parts that it needs, and decodes several in one step, because
+        each step reads its halo too; one that sees whole clips first reads whole tiles.
 
         Args:
-            num_latents: latent frames of all parts, for the plan of a causal decoder, and to keep no state for a part
-                that does not come; None: not known.
+            num_latents: latent frames of all parts, for the plan, and to keep no state for a part that does not come;
+                None: not known.
         Raises:
             DecodeError, SpecError: as `plan` does.
             NonFiniteError: frames hold NaN or infinite values.
@@ -173,25 +180,28 @@ class DecodeRuntime:
                 yield stream.step(part)
             return
         sizes: deque[int] = deque()
-        buffer, blender = buffer_of(self.spec), Blender()
+        yield from frames_of_parts(self.spec, sizes, self._windows_of_parts(parts, sizes, num_latents))
 
-        def windows() -> Iterator[tuple[Tensor, LatentWindow]]:
-            for part in parts:
-                sizes.append(part.shape[2])
-                yield from buffer.push(part)
-            yield from buffer.finish()
-
-        decoded = (self._window(*pair, self._layout_of(pair[0]), blender) for pair in windows())
-        yield from frames_of_parts(self.spec, sizes, decoded)
-
-    def _layout_of(self, latents: Tensor) -> TileLayout | None:
-        batch, _, num_latents, height, width = latents.shape
-        return self._layout(self._plan((num_latents, height, width), batch), height, width)
+    def _windows_of_parts(
+        self, parts: Iterable[Tensor], sizes: deque[int], num_latents: int | None
+    ) -> Iterator[Tensor]:
+        """The kept frames of one window after the other; the latents of each part that is read go to `sizes`."""
+        buffer: WindowBuffer | TileBuffer | None = None
+        layout: TileLayout | None = None
+        blender = Blender()
+        for part in parts:
+            sizes.append(part.shape[2])
+            if buffer is None:
+                plan = self._plan_of_parts(part, num_latents)
+                buffer, layout = buffer_of(self.spec, plan.chunk), self._layout(plan, *part.shape[3:])
+            for window in buffer.push(part):
+                yield self._window(*window, layout, blender)
+        for window in buffer.finish() if buffer is not None else ():
+            yield self._window(*window, layout, blender)
 
     def _window(self, latents: Tensor, window: LatentWindow, layout: TileLayout | None, blender: Blender) -> Tensor:
         """The kept frames of a window of latents, decoded as a video of its own."""
-        frames = _Run(self, layout).step(latents, first=True, last=True)
-        return blender.frames(frames, window).clamp_(-1.0, 1.0)
+        return blender.frames(_Run(self, layout).step(latents, first=True, last=True), window).clamp_(-1.0, 1.0)
 
     def require_usable(self, latents: Tensor) -> None:
         """Refuse latents that no decoder can take: NaN, infinite, or so large that a norm overflows and gives zeros.
@@ -420,6 +430,34 @@ def _dtype_name(dtype: torch.dtype) -> DType:
     if name not in ITEM_BYTES:
         raise DecodeError(f"a decoder cannot run in {name}: use one of {', '.join(ITEM_BYTES)}")
     return cast(DType, name)
+
+
+def plan_on(
+    device: torch.device,
+    spec: DecoderSpec,
+    grid: Grid,
+    dtype: torch.dtype,
+    *,
+    max_memory_bytes: int | None = None,
+    chunk: int | None = None,
+    tile: int | None = None,
+    channels_last: bool = True,
+    compiled: bool = False,
+    batch: int = 1,
+) -> DecodePlan:
+    """The plan of a runtime on a device; see `choose_plan`, which raises the same."""
+    return choose_plan(
+        spec,
+        grid,
+        max_memory_bytes=max_memory_bytes,
+        dtype=_dtype_name(dtype),
+        chunk=chunk,
+        tile=tile,
+        channels_last=channels_last,
+        has_kernels=has_kernels(dtype, device),
+        in_bands=device.type == "cpu" and not compiled,
+        batch=batch,
+    )
 
 
 def has_kernels(dtype: torch.dtype, device: torch.device) -> bool:

@@ -75,8 +75,7 @@ def decode_in_steps(
     for window in latent_windows(spec, latents.shape[2], chunk):
         first = window.start == 0 or not spec.is_causal
         last = window.stop == latents.shape[2] or not spec.is_causal
-        frames = step(latents[:, :, window.start : window.stop], first=first, last=last)
-        yield blender.frames(frames, window)
+        yield blender.frames(step(latents[:, :, window.start : window.stop], first=first, last=last), window)
 
 
 def decode(

@@ -20,8 +20,10 @@ class Blender:
         self._shared: Tensor | None = None  # of the last window, beyond the frames that it keeps
 
     def frames(self, given: Float[Tensor, "B C f H W"], window: LatentWindow) -> Float[Tensor, "B C k H W"]:
-        """The frames that a window keeps, blended with those of the window before; in place, a view of `given`."""
+        """The frames that a window keeps, blended with those of the window before; those given, or a copy of some."""
         kept = given[:, :, window.keep_start : window.keep_stop]
+        if kept.shape[2] < given.shape[2]:
+            kept = kept.clone()  # a view would keep the others alive
         if self._shared is not None:
             count = self._shared.shape[2]
             share = torch.arange(count, device=given.device, dtype=given.dtype).div(count).view(-1, 1, 1)

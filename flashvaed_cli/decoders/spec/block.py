@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import ClassVar, TypeVar, get_args
 
 from flashvaed_cli.decoders.spec.layers import ConvSpec, Factor, FrozenSpec, NormSpec, OmittingSpec
@@ -48,6 +49,7 @@ class Block(OmittingSpec):
     has_still_form: ClassVar[bool] = False
 
     @classmethod
+    @cache
     def convolution_fields(cls) -> tuple[str, ...]:
         """The fields that hold a convolution or None, in forward order."""
         fields = cls.model_fields.items()
@@ -56,7 +58,7 @@ class Block(OmittingSpec):
     @property
     def layers(self) -> dict[str, ConvSpec]:
         """The convolutions by name, in forward order (attention projections excepted)."""
-        named = {name: getattr(self, name) for name in type(self).model_fields}
+        named = {name: getattr(self, name) for name in self.convolution_fields()}
         return {name: layer for name, layer in named.items() if isinstance(layer, ConvSpec)}
 
     def with_layers(self: BlockT, layers: Mapping[str, ConvSpec]) -> BlockT:

@@ -61,7 +61,8 @@ class Player:
         """
         _, _, num_latents, height, width = latents.shape
         grid = (num_latents, height, width)
-        limits = streaming_limits(self.spec, grid, self._asked_for(num_latents), self._recipe.dtype, self._device)
+        asked, dtype = self._asked_for(num_latents), DTYPES[self._recipe.dtype]
+        limits = streaming_limits(self.spec, grid, asked, dtype, self._device, compiled=self._recipe.compile)
         runtime = self._prepared(limits)
         self.plan = runtime.plan(latents)
         spans = chunk_spans(num_latents, self.plan.chunk)
@@ -106,5 +107,5 @@ class Player:
                 max_memory_bytes=limits.max_memory_bytes,
                 clip_length=self._recipe.clip_length,
             )
-            self._runtime = (limits, DecodeRuntime(self._decoder, settings))
+            self._runtime = (limits, DecodeRuntime(self._decoder, settings, shares_weights=True))
         return self._runtime[1]

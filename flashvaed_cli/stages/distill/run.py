@@ -118,7 +118,8 @@ def _run_alone(run: Run[DistillRecipe], ranks: Ranks, device: torch.device, file
     recipe, progress = run.recipe, run.progress
     job = _prepare(run, ranks, device)
     clips = job.data.first(_NUM_COMPARED) if ranks.is_main else []
-    if clips:
+    is_resumed = recipe.resume == "auto" and bool(files.checkpoints(len(job.phases)))
+    if clips and not is_resumed:  # a run goes on in its own format only
         num_drawn = recipe.batch_size * recipe.gradient_accumulation * sum(phase.num_steps for phase in job.phases)
         grid = (clips[0].shape[2], clips[0].shape[3], clips[0].shape[4])
         gflop = num_drawn * total_gflop(job.teacher.spec, grid)
@@ -274,11 +275,10 @@ def _finish(
 ) -> Path:
     encoder = job.inputs.checkpoint.own_encoder
     save_checkpoint(files.output, header, decoder=job.student, encoder=encoder, force=force)
-    curves = draw_curves(files.output, results)
-    for index in range(1, len(results) + 1):
+    for index in range(1, len(results) + 1):  # before anything else can fail: they are of no use any more
         files.checkpoint(index).unlink(missing_ok=True)
         remove_leftovers(files.checkpoint(index))
-    return curves
+    return draw_curves(files.output, results)
 
 
 def _open_watch(job: _Job, files: TrainingFiles, progress: Progress) -> TrainingWatch:

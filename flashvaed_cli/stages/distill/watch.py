@@ -131,12 +131,12 @@ class TrainingWatch:
     def for_phase(self, index: int, phase: int, done_before: int) -> AfterStep:
         """The function to call after each step of the `index`th phase (from 1), after `done_before` earlier steps."""
 
-        def after_step(step: int, entry: HistoryEntry | None) -> None:
+        def after_step(step: int | None, entry: HistoryEntry | None) -> None:
             if entry is not None:
                 self._attempt("log", lambda: self._log.append(index, phase, entry))
-                if (board := self._board) is not None and entry["step"] == step:  # TensorBoard keeps the past entries
+                if (board := self._board) is not None and step is not None:  # it has those of the past
                     self._attempt("TensorBoard", lambda: board.append(done_before, phase, entry))
-            if (strips := self._strips) is not None:
+            if (strips := self._strips) is not None and step is not None:
                 self._attempt("sample strips", lambda: strips.draw_if_due(phase, step))
 
         return after_step

@@ -23,7 +23,8 @@ from flashvaed_cli.recipe.evaluate import EvalRecipe
 from flashvaed_cli.stages.common.clips import raw_latents
 from flashvaed_cli.stages.common.loading import Inputs
 
-DEFAULT_CHUNK = 4
+_PART = 4
+"""Latents that are read and judged together, unless the recipe says otherwise."""
 
 Frames = Float[Tensor, "3 T H W"]
 
@@ -43,7 +44,7 @@ def open_clip(
     """The chunks of a video or latent file, its number of frames, and frames per second."""
     original = inputs.original
     spec = original.require_decoder().spec
-    chunk = recipe.chunk or DEFAULT_CHUNK
+    chunk = recipe.chunk or _PART
     if is_latent_file(path):
         latents = raw_latents(path, recipe.latent_scale, original)
         if len(latents) > 1:

@@ -21,6 +21,7 @@ from flashvaed_cli.artifact.header import ArtifactHeader
 from flashvaed_cli.artifact.store import read_header, sha256_of_files
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.predict.cost import total_gflop
+from flashvaed_cli.decoders.predict.lookahead import usual_chunk
 from flashvaed_cli.decoders.spec.light import light_shape
 from flashvaed_cli.decoders.variants.exact import exact_decoder
 from flashvaed_cli.decoders.variants.half_range import cast_decoder
@@ -66,7 +67,6 @@ from flashvaed_cli.stages.common.outputs import (
 from flashvaed_cli.stages.common.result import StageOutcome
 from flashvaed_cli.stages.common.run import Run
 from flashvaed_cli.stages.common.up_to_date import finished_folder, provenance
-from flashvaed_cli.stages.evaluate.chunks import DEFAULT_CHUNK
 from flashvaed_cli.stages.evaluate.compare import ORIGINAL, VIDEO, ClipToJudge, Comparison, compare_clip
 from flashvaed_cli.stages.evaluate.judge import FeatureJudge, Metrics
 from flashvaed_cli.stages.evaluate.less_memory import SteppingDown
@@ -159,13 +159,14 @@ def _run(
     clips = _named(files)
     reads = (location, recipe.original, *recipe.compare, *files)
     refuse_to_replace((output / f"{clip.stem}{suffix}" for clip in clips for suffix in (".png", ".mp4")), reads)
+    chunk = max(usual_chunk(decoder.spec) for decoder in decoders.values())
     tally = _Tally(broken=dict(broken) if ranks.is_main else {})
     with _shared_draft(ranks, output, reads, force=force) as draft:
         for clip in clips[ranks.rank :: ranks.count]:
             try:
                 parts = {"inputs": inputs, "metrics": metrics, "features": features, "output": draft}
                 compare = partial(compare_clip, clip, **parts, progress=progress)
-                tally.add(contest.run(compare, chunk=DEFAULT_CHUNK, features=features))
+                tally.add(contest.run(compare, chunk=chunk, features=features))
             except MediaError as error:  # damaged, as only decoding shows
                 tally.broken[clip.path] = str(error)
                 for suffix in (".png", ".mp4"):

@@ -30,7 +30,7 @@ from flashvaed_cli.stages.common.loading import DTYPES
 from flashvaed_cli.stages.common.outputs import filled_at_the_end, moved
 from flashvaed_cli.stages.common.result import StageOutcome
 from flashvaed_cli.stages.common.run import Run
-from flashvaed_cli.stages.speed.table import RESERVED_NAMES, SpeedSettings, TimedSize, time_decoders
+from flashvaed_cli.stages.speed.table import RESERVED_NAMES, SpeedSettings, TimedSize, baseline_of, time_decoders
 
 _DEFAULT_FRAMES = 9
 _UNUSED = ("data", "latent_scale", "num_clips", "num_frames", "max_side", "video", "lpips")
@@ -117,7 +117,8 @@ def _whole(asked: TimedSize, original: Decoder, progress: Progress) -> TimedSize
 
 def _in_pipeline(table: SpeedTable, rest_s: float | None) -> SpeedTable:
     """The table with the effect of each decoder on a pipeline whose other steps take `rest_s`."""
-    eager = table.rows[0].seconds
+    baseline = baseline_of(table.rows)
+    eager = None if baseline is None else baseline.seconds
     if rest_s is None or eager is None:
         return table
     shares = [one.seconds and PipelineShare(rest_s, one.seconds.median, eager.median) for one in table.rows]

@@ -5,8 +5,9 @@ Used by `flashvaed eval --speed` and by the benches alike.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
@@ -37,6 +38,7 @@ DIFFUSERS, EAGER, EXACT = "diffusers, eager", "original, eager", "original, exac
 RESERVED_NAMES = (DIFFUSERS, EAGER, EXACT)
 
 Grid = tuple[int, int, int]
+RowT = TypeVar("RowT", ContestResult, SpeedRow)
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,9 @@ def _own_entry(name: str, decoder: Decoder, latents: Latents, choice: Choice, se
     spec = exact_spec(decoder.spec, device_type=latents.device.type) if choice.exact else decoder.spec
     limits = Limits(choice.chunk or settings.chunk, settings.tile, settings.max_memory_bytes)
     choice = replace(choice, chunk=limits.chunk)
-    fit = fit_to_memory(spec, latents, limits, channels_last=choice.memory_format == "channels-last")
+    fit = fit_to_memory(
+        spec, latents, limits, channels_last=choice.memory_format == "channels-last", compiled=choice.compile
+    )
     way = "" if fit.refusal else f"{choice}{fit.remark}"
     contestant = Contestant(name, lambda: own_call(decoder, latents, choice, fit.limits), fit.refusal)
     return _entry(contestant, decoder, counted_spec(spec, settings.dtype), settings, way, compiled=choice.compile)
@@ -213,13 +217,14 @@ def _entry(
 
 
 def _rows(entries: list[_Entry], results: list[ContestResult], grid: Grid, dtype: torch.dtype) -> tuple[SpeedRow, ...]:
-    eager = results[0].speed
+    baseline = baseline_of(results)
+    eager = None if baseline is None else baseline.speed
     tuned = next(result.speed for result in results if result.name == EXACT)
     return tuple(
         SpeedRow(
             name=result.name,
             seconds=seconds_of_rounds(result.speed),
-            over_eager=None if result is results[0] else ratio_of_rounds(eager, result.speed),
+            over_eager=None if result is baseline else ratio_of_rounds(eager, result.speed),
             over_exact=None if result.name == EXACT else ratio_of_rounds(tuned, result.speed),
             peak_bytes=_peak_bytes(entry, result),
             gflop=total_gflop(entry.spec, grid),
@@ -231,6 +236,11 @@ def _rows(entries: list[_Entry], results: list[ContestResult], grid: Grid, dtype
         )
         for entry, result in zip(entries, results, strict=True)
     )
+
+
+def baseline_of(rows: Sequence[RowT]) -> RowT | None:
+    """The eager row that the others are compared with: diffusers', or our own where that was not timed."""
+    return next((row for row in rows if row.name in (DIFFUSERS, EAGER) and row.failure is None), None)
 
 
 def seconds_of_rounds(speed: SpeedResult | None) -> Spread | None:

@@ -11,8 +11,8 @@ from flashvaed_cli.metrics.autotune import (
     Choice,
     Tuning,
     autotune,
-    cache_file,
     cache_key,
+    choice_file,
     remember_choice,
     remembered_choice,
 )
@@ -37,12 +37,13 @@ def tuned_choice(
     grid = (latents.shape[2], latents.shape[3], latents.shape[4])
     key = cache_key(decoder.spec, grid, latents.dtype, latents.device, **vars(limits), compiler=with_compile)
     with contextlib.suppress(FileNotFoundError):
-        if (choice := remembered_choice(path := cache_file(), key)) is not None:
+        if (choice := remembered_choice(path := choice_file(key), key)) is not None:
             return choice, f"{name}: {choice} (remembered in {path})"
 
     def prepare(candidate: Choice) -> Call:
         layout = candidate.memory_format == "channels-last"
-        fit = fit_to_memory(decoder.spec, latents, replace(limits, chunk=candidate.chunk), channels_last=layout)
+        asked = replace(limits, chunk=candidate.chunk)
+        fit = fit_to_memory(decoder.spec, latents, asked, channels_last=layout, compiled=candidate.compile)
         if fit.refusal is not None:
             raise MemoryError(fit.refusal)
         return own_call(decoder, latents, candidate, fit.limits)
@@ -71,7 +72,7 @@ def _told(tuning: Tuning) -> str:
 def _kept(key: str, choice: Choice) -> str:
     path: Path | None = None
     try:
-        remember_choice(path := cache_file(), key, choice)
+        remember_choice(path := choice_file(key), key, choice)
     except OSError as error:
         return f"It could not be remembered{'' if path is None else f' in {path}'}: {error.strerror}"
     return f"Remembered in {path}"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from flashvaed_cli.calibrate import width_latency
 from flashvaed_cli.calibrate.width_latency import measure_width_latency
+from flashvaed_cli.decoders.modules import bands
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.decoders.predict.latency import WidthLatency
 from flashvaed_cli.decoders.spec.groups import channel_groups
@@ -17,6 +19,8 @@ from flashvaed_cli.metrics.module_times import profile_modules
 from flashvaed_cli.progress import SilentProgress
 from flashvaed_cli.surgery.respec import spec_of_widths
 from tests.toy import LATENT_WIDTH, toy_decoder, toy_latents
+
+pytestmark = pytest.mark.unchecked  # many runs of what other modules check
 
 SHALLOW = WAN21.shallow_stages
 
@@ -112,6 +116,18 @@ def test_the_whole_is_timed_again_after_a_while(longest: float, monkeypatch: pyt
         if between >= longest * sum(p.numel() for p in whole.parameters()):
             expected, between = expected + 1, 0.0
     assert len(profile.num_warmups) - len(tails) == expected
+
+
+def test_blocks_are_timed_in_bands_as_a_decoding_runs_them() -> None:
+    active: list[bool] = []
+
+    class Watching(ParameterTimes):
+        def __call__(self, model: nn.Module, *more: Any, **settings: Any) -> dict[str, float]:
+            active.append(bands._active.get())
+            return super().__call__(model, *more, **settings)
+
+    measure(Watching(), budget_s=0.0)
+    assert active and all(active) and not bands._active.get()
 
 
 def test_a_load_that_grows_leaves_the_ratios_alone() -> None:

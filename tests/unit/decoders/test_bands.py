@@ -21,6 +21,8 @@ from flashvaed_cli.families.registry import FAMILIES, get_family
 from flashvaed_cli.surgery.respec import converted_spec
 from tests.toy import DECODER_SPECS, toy_decoder
 
+pytestmark = pytest.mark.unchecked  # many runs of what other modules check
+
 LATENTS = torch.randn(2, 4, 3, 7, 5, generator=torch.Generator().manual_seed(0))
 RESBLOCK_FAMILIES = [name for name, family in FAMILIES.items() if family.paper_operators]
 

@@ -24,6 +24,8 @@ from flashvaed_cli.families.registry import FAMILIES
 from flashvaed_cli.families.wan21.spec import wan_decoder_spec, wan_encoder_spec
 from tests.toy import DECODER_SPECS, fill_, toy_decoder, toy_latents
 
+pytestmark = pytest.mark.unchecked  # many runs of what other modules check
+
 DOUBLE = 1e-10  # of frames in [-1, 1], float64: thirty layers, each in another order of sums
 SINGLE = 1e-4  # float32: Winograd loses 1e-5 of a layer's largest output
 HALF = 0.05  # bfloat16 against itself: both round every layer to 8 bits

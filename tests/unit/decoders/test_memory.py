@@ -8,13 +8,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashvaed_cli.decoders.predict.memory import predict_peak_bytes
+from flashvaed_cli.decoders.modules.coder import Decoder
+from flashvaed_cli.decoders.predict.memory import MemoryFormat, MemoryModel, predict_peak_bytes
+from flashvaed_cli.decoders.run.streaming import decode_step
 from flashvaed_cli.decoders.variants.exact import exact_spec
 from flashvaed_cli.errors import SpecError
+from flashvaed_cli.families.registry import get_family
 from flashvaed_cli.families.wan21.spec import wan_decoder_spec
+from tests.bench.full_size import paper_layout
 
 SPEC = wan_decoder_spec(16)
 
@@ -36,6 +41,35 @@ def test_tiles_and_half_precision_need_less() -> None:
     assert predict_peak_bytes(SPEC, (21, 135, 240), chunk=2, tile=60) < 0.75 * whole
     assert predict_peak_bytes(SPEC, (21, 135, 240), chunk=2, dtype="bfloat16") < 0.6 * whole
     assert predict_peak_bytes(exact_spec(SPEC), (21, 135, 240), chunk=2) < whole
+
+
+CAUSAL = ("wan2.1", "wan2.2", "qwen-image", "seedvr2", "hunyuanvideo-1.5")
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@torch.no_grad()
+def test_the_state_counted_is_the_state_kept(name: str) -> None:
+    """Of every layer with taps in time, those of shortcuts and upsamplers too; keys and values count apart."""
+    decoder = Decoder(get_family(name).decoder_spec(4, 4)).eval()
+    latents = torch.randn(1, 4, 1, 3, 4)
+    _, state = decode_step(decoder, latents, None)
+    _, state = decode_step(decoder, latents, state)
+    kept = sum(tensor.numel() for address, tensor in state.items() if address.count(".") > 1)
+    model = MemoryModel(decoder.spec, (8, 3, 4), MemoryFormat())
+    assert model._state_elements(None) == kept
+
+
+def test_windows_of_a_decoder_that_sees_ahead_hold_all_their_frames() -> None:
+    """A step makes the frames of its halo too: a window as long as the clip takes no less than the clip."""
+    spec, grid = get_family("ltx-2").decoder_spec(4, 4), (8, 10, 12)
+    for tile in (None, 8):
+        assert predict_peak_bytes(spec, grid, chunk=1, tile=tile) >= predict_peak_bytes(spec, grid, tile=tile)
+
+
+def test_a_clip_that_is_decoded_at_once_keeps_no_state() -> None:
+    """Flash at 9 x 1088 x 1920 took 2.36 GB (`tests/bench/test_decode_memory.py`)."""
+    spec = exact_spec(paper_layout(96, 0.125))
+    assert 2.36e9 < predict_peak_bytes(spec, (3, 136, 240), tile=120, split="up1.3", in_bands=True) < 1.5 * 2.36e9
 
 
 def test_without_a_split_the_best_one_counts() -> None:

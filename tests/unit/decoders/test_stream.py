@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NoReturn
 
 import pytest
 import torch
 from torch import Tensor
 
 from flashvaed_cli.decoders.modules.coder import Decoder
-from flashvaed_cli.decoders.predict.lookahead import time_halo
+from flashvaed_cli.decoders.predict.lookahead import time_halo, usual_chunk
 from flashvaed_cli.decoders.run.buffers import WindowBuffer
-from flashvaed_cli.decoders.run.overflow import first_overflow
+from flashvaed_cli.decoders.run.overflow import explain_overflow, first_overflow
 from flashvaed_cli.decoders.run.runtime import DecodeRuntime, DecodeSettings
 from flashvaed_cli.decoders.run.streaming import decode
 from flashvaed_cli.errors import DecodeError, NonFiniteError, SpecError
@@ -38,6 +39,29 @@ def test_a_decoder_that_sees_ahead_gives_the_whole_clips_frames(centred: Decoder
     torch.testing.assert_close(torch.cat(frames, dim=2), decode(centred, latents), rtol=0, atol=1e-9)
     if part == 1:
         assert frames[0].shape[2] == 0 and frames[-2].shape[2] > 0  # no frame comes before it is settled
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_small_parts_share_a_step(centred: Decoder, chunk: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step reads the halo too: a step for every part would decode the clip as often as there are parts."""
+    halo = sum(time_halo(centred.spec))
+    assert usual_chunk(centred.spec) == halo and usual_chunk(toy_decoder().spec) == 4
+    num_latents = halo + halo % 2 + 4
+    latents = torch.randn(1, centred.spec.latent_width, num_latents, 1, 1, dtype=torch.float64)
+    runtime = DecodeRuntime(centred, DecodeSettings(chunk=chunk))
+    steps: list[int] = []
+    run = Decoder.run
+
+    def counted(decoder: Decoder, x: Tensor, *more: object, **named: object) -> Tensor:
+        steps.append(x.shape[2])
+        return run(decoder, x, *more, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Decoder, "run", counted)
+    frames = list(runtime.iter_parts(latents.split(2, dim=2), num_latents=num_latents))
+    assert len(steps) == (2 if chunk is None else -(-num_latents // chunk)) and max(steps) <= 2 * halo + 1
+    assert [part.shape[2] for part in frames] == [9, *[16] * (num_latents // 2 - 1)]
+    monkeypatch.undo()
+    torch.testing.assert_close(torch.cat(frames, dim=2), decode(centred, latents), rtol=0, atol=1e-9)
 
 
 def test_a_short_clip_comes_with_the_flush(centred: Decoder) -> None:
@@ -134,6 +158,18 @@ def test_frames_that_are_not_finite_name_the_layer(chunk: int | None) -> None:
     runtime = DecodeRuntime(decoder, DecodeSettings(chunk=chunk))
     with pytest.raises(NonFiniteError, match=r"up1\.1\.conv2 overflows float32\. The weights are damaged"):
         runtime.decode(toy_latents(2))
+
+
+def test_no_memory_to_look_for_the_layer_is_no_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run that overflowed may have had tiles; the search has none."""
+
+    def none_left(*_: object) -> NoReturn:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    decoder = toy_decoder()
+    monkeypatch.setattr("flashvaed_cli.decoders.run.overflow.first_overflow", none_left)
+    told = explain_overflow(decoder.half(), toy_latents(1).half())
+    assert told.startswith("the frames hold NaN or infinite values: a layer overflows float16. Decode with --dtype bfl")
 
 
 def test_half_precision_gets_other_advice() -> None:

@@ -24,6 +24,8 @@ from flashvaed_cli.decoders.run.streaming import (
 from flashvaed_cli.errors import SpecError
 from tests.toy import DECODER_SPECS, toy_decoder, toy_encoder, toy_latents
 
+pytestmark = pytest.mark.unchecked  # many runs of what other modules check
+
 EXACT = 1e-10
 CHUNK_BOUND = 1e-5
 DECODERS = {name: toy_decoder(spec) for name, spec in DECODER_SPECS.items()}
@@ -163,7 +165,6 @@ def test_frame_chunks_partition_the_video(num_latents: int, chunk: int, factor: 
     assert all(part.shape[2] == factor * chunk for part in parts[1:-1])
 
 
-@pytest.mark.unchecked
 def test_frames_without_a_batch_are_refused() -> None:
     with pytest.raises(SpecError, match=r"takes frames \[B, 3, F, H, W\], got \[3, 5, 16, 16\]"):
         encode(toy_encoder(), torch.zeros(3, 5, 16, 16))

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import flashvaed_cli
+from flashvaed_cli.atomic import atomic_path
 from flashvaed_cli.metrics import autotune as room
 from flashvaed_cli.metrics.autotune import (
     Choice,
     autotune,
-    cache_file,
     cache_key,
+    choice_file,
     remember_choice,
     remembered_choice,
 )
@@ -78,13 +79,14 @@ def test_what_does_not_fit_at_once_is_tried_in_chunks(monkeypatch: pytest.Monkey
 def test_choices_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FLASHVAED_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = cache_file()
-    assert path == tmp_path / "flashvaed" / "autotune.json"
-    assert remembered_choice(path, "a") is None
-    first, second = Choice(chunk=3), Choice("contiguous", exact=False, compile=True)
-    remember_choice(path, "a", first)
-    remember_choice(path, "b", second)
-    assert (remembered_choice(path, "a"), remembered_choice(path, "b")) == (first, second)
+    first, second = choice_file("a"), choice_file("b")
+    assert first != second and {first.parent, second.parent} == {tmp_path / "flashvaed" / "autotune"}
+    assert remembered_choice(first, "a") is None
+    choice = Choice("contiguous", exact=False, compile=True)
+    with atomic_path(second):  # another process is about to store its choice
+        remember_choice(first, "a", choice)
+    assert remembered_choice(first, "a") == choice
+    assert remembered_choice(first, "b") is None  # a file that was moved
 
 
 @pytest.mark.parametrize(
@@ -92,19 +94,21 @@ def test_choices_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     [
         "",
         "[]",
-        '{"a": 3}',
-        '{"a": {"speed": 1}}',
-        '{"a": {"chunk": 1',
-        '{"a": {"chunk": 0}}',
-        '{"a": {"chunk": "2"}}',
-        '{"a": {"memory_format": "diagonal"}}',
-        '{"a": {"exact": 1}}',
+        '{"key": "a"}',
+        '{"choice": {"chunk": 1}}',
+        '{"key": "a", "choice": 3}',
+        '{"key": "a", "choice": {"speed": 1}}',
+        '{"key": "a", "choice": {"chunk": 1',
+        '{"key": "a", "choice": {"chunk": 0}}',
+        '{"key": "a", "choice": {"chunk": "2"}}',
+        '{"key": "a", "choice": {"memory_format": "diagonal"}}',
+        '{"key": "a", "choice": {"exact": 1}}',
         "[" * 100_000,
     ],
-    ids=lambda text: text[:40],
+    ids=lambda text: text[:60],
 )
 def test_a_damaged_file_remembers_nothing_and_is_replaced(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "autotune.json"
+    path = tmp_path / "a.json"
     path.write_text(text, encoding="utf-8")
     assert remembered_choice(path, "a") is None
     remember_choice(path, "a", Choice())
@@ -112,7 +116,7 @@ def test_a_damaged_file_remembers_nothing_and_is_replaced(tmp_path: Path, text: 
 
 
 def test_a_pipe_remembers_nothing_and_blocks_nobody(tmp_path: Path) -> None:
-    path = tmp_path / "autotune.json"
+    path = tmp_path / "a.json"
     os.mkfifo(path)
     assert remembered_choice(path, "a") is None
 

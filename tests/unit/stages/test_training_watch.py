@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flashvaed_cli.distill.checkpoint import HistoryEntry
 from flashvaed_cli.progress import SilentProgress
-from flashvaed_cli.stages.distill.watch import SampleStrips, TrainingLog, TrainingWatch
+from flashvaed_cli.stages.distill.watch import SampleStrips, TensorBoardLog, TrainingLog, TrainingWatch
 from tests.toy import toy_decoder, toy_latents
 
 
@@ -47,6 +48,27 @@ def test_a_full_disk_ends_the_log_and_not_the_training(tmp_path: Path) -> None:
     for step in (5, 10):
         after_step(step, {"step": step, "loss": 1.0})
     assert len(progress.warnings) == 1 and "log: not written" in progress.warnings[0]
+
+
+def test_tensorboard_gets_what_a_resumed_run_adds(tmp_path: Path) -> None:
+    """A finished phase is told again, which must purge nothing that a later one has written."""
+    written: list[tuple[int, int]] = []
+
+    class Board(TensorBoardLog):
+        def __init__(self) -> None:
+            pass
+
+        def append(self, done_before: int, phase: int, entry: HistoryEntry) -> None:
+            written.append((phase, done_before + int(entry["step"])))
+
+    watch = TrainingWatch(SilentProgress(), TrainingLog(tmp_path / "log", "a", resumes=False), Board(), None)
+    first, second = watch.for_phase(1, 1, 0), watch.for_phase(2, 3, 10)
+    for entry in ({"step": 5, "loss": 1.0}, {"step": 10, "loss": 1.0}):
+        first(None, entry)
+    second(None, {"step": 5, "loss": 1.0})
+    second(10, {"step": 10, "loss": 1.0})
+    assert written == [(3, 20)]
+    assert [entry["step"] for entry in entries(tmp_path / "log")] == [5, 10, 5, 10]
 
 
 def test_a_strip_leaves_the_training_as_it_was(tmp_path: Path) -> None:
