@@ -170,7 +170,7 @@ class Vae:
         if scale == "raw":
             return raw
         mean, std = self._statistics(raw)
-        return (raw - mean) / std
+        return ((raw - mean) / std).to(self.dtype)
 
     def _require_encoder(self) -> Encoder:
         if self._encoder is None:

@@ -64,7 +64,12 @@ def test_distill_says_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         before_the_end.setattr("flashvaed_cli.stages.distill.run._finish", interrupted)
         assert invoke(command, cwd=tmp_path).stderr.count(SAID) == 1
     assert (tmp_path / "out.phase1.ckpt").exists()
-    assert SAID not in succeed(command, cwd=tmp_path)["stderr"]  # a run goes on in its own format only
+    (tmp_path / "out.losses.png").mkdir()
+    ended = succeed(command, cwd=tmp_path)
+    assert SAID not in ended["stderr"]  # a run goes on in its own format only
+    said = "the decoder is written, but its loss curves are not: out.losses.png: Is a directory. out.log.jsonl has the"
+    assert said in " ".join(ended["stderr"].split())
+    assert (tmp_path / "out.safetensors").is_file() and not list(tmp_path.glob("*.ckpt"))
 
 
 def test_formats_are_compared_by_measurement(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,10 +140,10 @@ def _run_alone(run: Run[DistillRecipe], ranks: Ranks, device: torch.device, file
         student=student,
     )
     header = run.header(job.inputs, record, files=job.data.files)
-    curves = ranks.from_main(lambda: _finish(files, header, job, results, force=run.force))
+    curves = ranks.from_main(lambda: _finish(files, header, job, results, progress, force=run.force))
     tables = (phase_table(results), same_clips_table(before, after, len(clips)))
     following = next_commands(recipe.output, header, None, data=recipe.data)
-    return StageOutcome((files.output, curves, files.log), tables, record.as_json(), next_commands=following)
+    return StageOutcome((files.output, *curves, files.log), tables, record.as_json(), next_commands=following)
 
 
 @torch.no_grad()
@@ -271,14 +271,28 @@ def _given_up(job: _Job, files: TrainingFiles, progress: Progress) -> list[Path]
 
 
 def _finish(
-    files: TrainingFiles, header: ArtifactHeader, job: _Job, results: list[PhaseResult], *, force: bool
-) -> Path:
+    files: TrainingFiles,
+    header: ArtifactHeader,
+    job: _Job,
+    results: list[PhaseResult],
+    progress: Progress,
+    *,
+    force: bool,
+) -> list[Path]:
+    """Write the decoder, and the curves if they can be; returns the file of these."""
     encoder = job.inputs.checkpoint.own_encoder
     save_checkpoint(files.output, header, decoder=job.student, encoder=encoder, force=force)
     for index in range(1, len(results) + 1):  # before anything else can fail: they are of no use any more
         files.checkpoint(index).unlink(missing_ok=True)
         remove_leftovers(files.checkpoint(index))
-    return draw_curves(files.output, results)
+    try:
+        return [draw_curves(files.output, results)]
+    except OSError as error:
+        progress.warn(
+            f"the decoder is written, but its loss curves are not: {files.curves}: {error.strerror}. {files.log} has "
+            "the figures"
+        )
+        return []
 
 
 def _open_watch(job: _Job, files: TrainingFiles, progress: Progress) -> TrainingWatch:

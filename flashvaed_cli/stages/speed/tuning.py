@@ -6,6 +6,8 @@ import contextlib
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from flashvaed_cli.decoders.modules.coder import Decoder
 from flashvaed_cli.metrics.autotune import (
     Choice,
@@ -16,6 +18,7 @@ from flashvaed_cli.metrics.autotune import (
     remember_choice,
     remembered_choice,
 )
+from flashvaed_cli.printable import counted
 from flashvaed_cli.progress import Progress
 from flashvaed_cli.stages.common.memory_fit import Limits, fit_to_memory
 from flashvaed_cli.stages.speed.contestants import Call, Latents, own_call
@@ -60,7 +63,8 @@ def tuned_choice(
         )
     except MemoryError:
         return Choice(chunk=limits.chunk), f"{name}: no way of running it that was tried fits into memory"
-    return tuning.choice, f"{name}: {_told(tuning)}. {_kept(key, tuning.choice)}"
+    threads = f", for {counted(torch.get_num_threads(), 'thread')}" if latents.device.type == "cpu" else ""
+    return tuning.choice, f"{name}: {_told(tuning)}. {_kept(key, tuning.choice)}{threads}"
 
 
 def _told(tuning: Tuning) -> str:

@@ -77,6 +77,11 @@ def test_encode(vae: flashvaed.Vae, place: Path) -> None:
     expected = encode(load_checkpoint(place, builtins={}).require_encoder(), frames)
     assert torch.allclose(vae.encode(frames, scale="raw"), expected, atol=EXACT)
     assert torch.allclose(raw(vae.encode(frames)), expected, atol=EXACT)
+    half = flashvaed.load(place, device="cpu", dtype="bfloat16")
+    assert half.encode(frames).dtype == half.encode(frames, scale="raw").dtype == half.dtype == torch.bfloat16
+    assert all(
+        parameter.dtype == half.dtype for parameter in half._checkpoint.require_decoder().parameters()
+    )  # one set
 
 
 def test_without_an_encoder(tmp_path: Path, place: Path) -> None:
